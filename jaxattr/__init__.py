@@ -1,0 +1,31 @@
+"""jaxattr: which training examples made the model do this?"""
+
+from jaxattr import projections as projections
+from jaxattr.describing import describe as describe
+from jaxattr.groups import by_layer as by_layer
+from jaxattr.groups import by_leaf as by_leaf
+from jaxattr.groups import by_regex as by_regex
+from jaxattr.index import Index as Index
+from jaxattr.index import NonFiniteWarning as NonFiniteWarning
+from jaxattr.index import build_index as build_index
+from jaxattr.index import query_features as query_features
+from jaxattr.kernels import absolute as absolute
+from jaxattr.kernels import relative as relative
+from jaxattr.methods import Method as Method
+from jaxattr.methods import citation as citation
+from jaxattr.methods import featurizer as featurizer
+from jaxattr.methods import grad_cos as grad_cos
+from jaxattr.methods import tracin as tracin
+from jaxattr.methods import trak as trak
+from jaxattr.scoring import TopK as TopK
+from jaxattr.scoring import attributor as attributor
+from jaxattr.scoring import contributions as contributions
+from jaxattr.scoring import score as score
+from jaxattr.scoring import self_influence as self_influence
+from jaxattr.scoring import top_k as top_k
+from jaxattr.scoring import uniform_weights as uniform_weights
+from jaxattr.weighting import WeightFit as WeightFit
+from jaxattr.weighting import WeightWarning as WeightWarning
+from jaxattr.weighting import learn_weights as learn_weights
+from jaxattr.weighting import self_supervised_loss as self_supervised_loss
+from jaxattr.weighting import unit_rms_weights as unit_rms_weights

@@ -1,0 +1,304 @@
+"""Partitions of a parameter pytree into named groups, one learned weight each.
+
+Li et al. (2025, arXiv:2506.05647, section 3) split the parameters "by layer or tensor". A layout is
+plain data: every leaf is in exactly one group, or is excluded by name with a reason.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from jaxattr.typing import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A leaf of a group, or one layer of a leaf that is stacked over layers.
+
+    Attributes:
+      leaf: the leaf's name.
+      layer: index into the leaf's leading axis, or None for the whole leaf.
+      size: number of parameters.
+    """
+
+    leaf: str
+    layer: int | None
+    size: int
+
+    @property
+    def name(self) -> str:
+        """The leaf's name, with the layer in brackets where there is one."""
+        return self.leaf if self.layer is None else f"{self.leaf}[{self.layer}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupLayout:
+    """Which parameters belong to which group.
+
+    Groups are sorted by name, as JAX orders the keys of a dict: leaf i of a weight pytree
+    `{group: scalar}` is group i of every array with a group axis.
+
+    Attributes:
+      names: group names, sorted.
+      members: the leaves (or layers of leaves) of each group, in the order of `names`.
+      excluded: (leaf name, reason) of every leaf that is in no group.
+    """
+
+    names: tuple[str, ...]
+    members: tuple[tuple[Member, ...], ...]
+    excluded: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of parameters per group."""
+        return tuple(sum(member.size for member in group) for group in self.members)
+
+    @property
+    def leaves(self) -> frozenset[str]:
+        """Names of the leaves that belong to a group."""
+        return frozenset(member.leaf for group in self.members for member in group)
+
+
+Groups: TypeAlias = GroupLayout | Callable[[Params], Any] | Any
+"""What `groups=` takes: a layout, a function of the parameters that returns a layout or labels, or
+a pytree of labels with the structure of the parameters (as in `optax.multi_transform`)."""
+
+
+def leaf_names(tree: Any) -> list[str]:
+    """Names the leaves of a pytree by their paths, such as `blocks/0/kernel`.
+
+    A `flax.nnx.State` names its leaves as the equivalent dict does: the trailing `value` of an
+    nnx variable is dropped.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      One name per leaf, in the order of `jax.tree.leaves`.
+    """
+    return [_leaf_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def by_leaf(
+    params: Params, *, exclude: str | None = None, stacked: str | None = None
+) -> GroupLayout:
+    """Makes each parameter array a group of its own.
+
+    Args:
+      params: a pytree of floating-point arrays.
+      exclude: regular expression; leaves in whose names it is found are left out.
+      stacked: regular expression; leaves in whose names it is found hold one layer per index of
+        their leading axis (as `nn.scan` makes them), and each layer gets its own group.
+
+    Returns:
+      The layout.
+    """
+    return _by_name(params, lambda name: name, exclude, stacked)
+
+
+def by_layer(
+    params: Params, *, exclude: str | None = None, stacked: str | None = None
+) -> GroupLayout:
+    """Groups a module's own parameters together: kernel and bias, scale and bias.
+
+    A leaf's group is its path without the last part; a leaf at the top is a group of its own.
+
+    Args:
+      params: a pytree of floating-point arrays.
+      exclude: regular expression; leaves in whose names it is found are left out.
+      stacked: regular expression; leaves in whose names it is found hold one layer per index of
+        their leading axis (as `nn.scan` makes them), and each layer gets its own group.
+
+    Returns:
+      The layout.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> dense = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
+      >>> params = {"dense": dense, "scale": jnp.ones(1)}
+      >>> by_layer(params).names
+      ('dense', 'scale')
+    """
+    return _by_name(params, lambda name: name.rpartition("/")[0] or name, exclude, stacked)
+
+
+def by_regex(
+    params: Params,
+    patterns: Mapping[str, str],
+    *,
+    exclude: str | None = None,
+    stacked: str | None = None,
+) -> GroupLayout:
+    """Groups the leaves by regular expressions, searched for in their names.
+
+    Args:
+      params: a pytree of floating-point arrays.
+      patterns: {group name: regular expression}.
+      exclude: regular expression; leaves in whose names it is found are left out.
+      stacked: regular expression; leaves in whose names it is found hold one layer per index of
+        their leading axis, and each layer gets its own group.
+
+    Returns:
+      The layout.
+
+    Raises:
+      ValueError: if a leaf matches no pattern, or more than one.
+    """
+    compiled = {group: re.compile(pattern) for group, pattern in patterns.items()}
+
+    def label(name: str) -> str:
+        matches = [group for group, pattern in compiled.items() if pattern.search(name)]
+        if len(matches) != 1:
+            found = f"matches {len(matches)} patterns: {matches}" if matches else "matches none"
+            raise ValueError(
+                f"Leaf {name!r} {found} of {dict(patterns)}. Every leaf needs exactly one group: "
+                "change the patterns, or leave it out with exclude=."
+            )
+        return matches[0]
+
+    return _by_name(params, label, exclude, stacked)
+
+
+def resolve(groups: Groups, params: Params) -> GroupLayout:
+    """Turns whatever a user passed as `groups` into a layout that fits `params`.
+
+    Args:
+      groups: a layout, a function of the parameters, or a pytree of labels (None: left out).
+      params: the parameters that are grouped.
+
+    Returns:
+      The layout.
+
+    Raises:
+      ValueError: if parameters are not floating-point arrays, a leaf is in no group or in two, or
+        no leaf is in a group.
+    """
+    _check_parameters(params)
+    if callable(groups) and not isinstance(groups, GroupLayout):
+        groups = groups(params)
+    layout = groups if isinstance(groups, GroupLayout) else _by_labels(params, groups)
+    _check_partition(layout, params)
+    return layout
+
+
+def split(layout: GroupLayout, leaves: Mapping[str, jax.Array]) -> list[dict[str, jax.Array]]:
+    """Gathers per-example leaves into groups of flat vectors.
+
+    Args:
+      layout: the groups.
+      leaves: {leaf name: float [b, *leaf shape]}.
+
+    Returns:
+      For each group {member name: [b, member size]}.
+    """
+
+    def flat(member: Member) -> jax.Array:
+        leaf = leaves[member.leaf]
+        leaf = leaf if member.layer is None else leaf[:, member.layer]
+        return leaf.reshape(leaf.shape[0], -1)  # [b, size]
+
+    return [{member.name: flat(member) for member in group} for group in layout.members]
+
+
+def _leaf_name(path: tuple[Any, ...]) -> str:
+    last = path[-1] if path else None
+    if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value" and len(path) > 1:
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+
+
+def _by_name(
+    params: Params, label: Callable[[str], str], exclude: str | None, stacked: str | None
+) -> GroupLayout:
+    labelled: list[tuple[str, Member]] = []
+    excluded = []
+    for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
+        if exclude is not None and re.search(exclude, name):
+            excluded.append((name, f"excluded by {exclude!r}"))
+        elif stacked is not None and re.search(stacked, name):
+            labelled += [(f"{label(name)}[{m.layer}]", m) for m in _layers(name, jnp.shape(leaf))]
+        else:
+            labelled.append((label(name), Member(name, None, math.prod(jnp.shape(leaf)))))
+    return _collect(labelled, excluded)
+
+
+def _layers(name: str, shape: tuple[int, ...]) -> list[Member]:
+    if not shape:
+        raise ValueError(f"Leaf {name!r} is a scalar and cannot be stacked over layers.")
+    return [Member(name, layer, math.prod(shape[1:])) for layer in range(shape[0])]
+
+
+def _by_labels(params: Params, labels: Any) -> GroupLayout:
+    def is_label(node: Any) -> bool:
+        return node is None or isinstance(node, str)
+
+    names, structure = leaf_names(params), jax.tree.structure(params)
+    found = jax.tree.structure(labels, is_leaf=is_label)
+    if not found == structure:
+        raise ValueError(
+            "The labels must have the tree structure of the parameters, one string per leaf "
+            f"(None leaves it out). Got {found}, needed {structure}."
+        )
+    labelled, excluded = [], []
+    for name, label, leaf in zip(
+        names, jax.tree.leaves(labels, is_leaf=is_label), jax.tree.leaves(params), strict=True
+    ):
+        if label is None:
+            excluded.append((name, "labelled None"))
+        elif not isinstance(label, str):
+            raise ValueError(f"The label of leaf {name!r} must be a string or None, got {label!r}.")
+        else:
+            labelled.append((label, Member(name, None, math.prod(jnp.shape(leaf)))))
+    return _collect(labelled, excluded)
+
+
+def _collect(
+    labelled: Iterable[tuple[str, Member]], excluded: Iterable[tuple[str, str]]
+) -> GroupLayout:
+    members: dict[str, list[Member]] = {}
+    for group, member in labelled:
+        members.setdefault(group, []).append(member)
+    names = tuple(sorted(members))
+    return GroupLayout(names, tuple(tuple(members[name]) for name in names), tuple(excluded))
+
+
+def _check_parameters(params: Params) -> None:
+    leaves = jax.tree.leaves(params)
+    if not leaves:
+        raise ValueError("The parameters hold no arrays: got an empty pytree.")
+    for name, leaf in zip(leaf_names(params), leaves, strict=True):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            got = f"dtype {dtype}" if dtype is not None else type(leaf).__name__
+            raise ValueError(
+                f"Parameter {name!r} must be a floating-point array, got {got}. Keep counters, "
+                "indices and keys out of the parameters: let the loss close over them."
+            )
+
+
+def _check_partition(layout: GroupLayout, params: Params) -> None:
+    if not layout.names:
+        raise ValueError("No parameter is in a group: every leaf is excluded.")
+    shapes = {
+        name: jnp.shape(leaf)
+        for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True)
+    }
+    seen: dict[str, int] = {}
+    for member in (member for group in layout.members for member in group):
+        if member.leaf not in shapes:
+            raise ValueError(f"The groups name a leaf {member.leaf!r} that the parameters lack.")
+        seen[member.leaf] = seen.get(member.leaf, 0) + member.size
+    for name, shape in shapes.items():
+        excluded = any(leaf == name for leaf, _ in layout.excluded)
+        needed = 0 if excluded else math.prod(shape)
+        if seen.get(name, 0) != needed:
+            raise ValueError(
+                f"Leaf {name!r} has {math.prod(shape)} parameters, of which the groups hold "
+                f"{seen.get(name, 0)}{' although it is excluded' if excluded else ''}. Every leaf "
+                "belongs to exactly one group or is excluded."
+            )

@@ -1,0 +1,313 @@
+"""The index: features of the training set, multiplied by the kernel, ready to be scored against.
+
+Two passes: the first computes features and accumulates the kernel's statistics, the second applies
+the kernel. Queries go through the first pass alone, so weights multiply raw query features.
+"""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattr import groups as groups_lib
+from jaxattr.features import FeatureLayout, Featurizer
+from jaxattr.groups import Groups
+from jaxattr.methods import Method, featurizer
+from jaxattr.sources import Block, Source, as_source, track
+from jaxattr.typing import Features, Key, Params
+
+
+class NonFiniteWarning(UserWarning):
+    """Examples were left out because their gradients, or scores, are not finite."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Index:
+    """A training set, featurised. Made by `build_index`.
+
+    Attributes:
+      method: the attribution method.
+      featurizer: maps a batch to features [b, p], for one checkpoint.
+      checkpoints: the parameters, one pytree per checkpoint.
+      features: eta_c K_c phi_c(n), one block of columns per checkpoint, [n, c * p]. Rows of
+        `non_finite` examples are zero.
+      residual: r, multiplies each training example's scores, [n].
+      self_contributions: each example's contribution to its own score, per group, [n, m].
+      non_finite: ids of training examples that have no finite gradient, and so no score.
+      batch_size: examples per step.
+    """
+
+    method: Method
+    featurizer: Featurizer
+    checkpoints: tuple[Params, ...]
+    features: Features
+    residual: jax.Array
+    self_contributions: jax.Array
+    non_finite: np.ndarray
+    batch_size: int
+
+    @property
+    def layout(self) -> FeatureLayout:
+        """Group names and the columns of each, within one checkpoint."""
+        return self.featurizer.layout
+
+    @property
+    def size(self) -> int:
+        """Number of training examples n."""
+        return self.features.shape[0]
+
+    def __repr__(self) -> str:
+        return (
+            f"Index({self.method.name}: {self.size} training examples, {len(self.layout.names)} "
+            f"groups, {self.layout.total} features, {len(self.checkpoints)} checkpoints, "
+            f"{len(self.non_finite)} not finite)"
+        )
+
+
+class QueryFeatures(NamedTuple):
+    """Features of queries, so that several calls need not compute them again.
+
+    Attributes:
+      features: phi_c(q), one block of columns per checkpoint, [q, c * p].
+      non_finite: positions of queries that have no finite gradient; their rows are zero.
+    """
+
+    features: Features
+    non_finite: np.ndarray
+
+
+def build_index(
+    method: Method,
+    checkpoints: Params | Sequence[Params],
+    train: Any,
+    *,
+    groups: Groups = groups_lib.by_layer,
+    key: Key | None = None,
+    batch_size: int = 256,
+    microbatch: int | None = None,
+) -> Index:
+    """Featurises a training set and applies the method's kernel to it, in memory.
+
+    Args:
+      method: `ja.tracin(loss)`, `ja.trak(margin)`, ...
+      checkpoints: one params pytree, or a list or tuple of them. Params that are themselves a list
+        or tuple go in as `[params]`.
+      train: a pytree of arrays with a common leading axis, or a random-access source
+        (`__len__`, `__getitem__`). Position n is the example's id.
+      groups: `by_layer`, `by_leaf`, a layout, or a pytree of labels.
+      key: key of projections and of stochastic outputs. Default: `jax.random.key(0)`.
+      batch_size: examples per step.
+      microbatch: examples whose gradients are in memory at once. Default: as many as fit 256 MiB.
+
+    Returns:
+      The index; n * c * p numbers.
+
+    Raises:
+      ValueError: if checkpoints differ in structure, the data are empty or ragged, the output is
+        no scalar, the groups are no partition, a kernel is singular, or no gradient is finite.
+
+    Warns:
+      NonFiniteWarning: with the ids of training examples that were left out.
+    """
+    parameters = _checkpoints(checkpoints)
+    source = as_source(train, "train")
+    eta = method.weights_of(len(parameters))
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    featurize = featurizer(
+        method, parameters[0], source.example, groups=groups, key=key, microbatch=microbatch
+    )
+    passes = [
+        _one_checkpoint(method, featurize, params, source, number, batch_size)
+        for number, params in enumerate(parameters)
+    ]
+    finite = functools.reduce(np.logical_and, [result.finite for result in passes])
+    _report(np.flatnonzero(~finite), source.size, "training examples")
+    kept = jnp.asarray(finite)[:, None]
+    columns = [one.features * scale for one, scale in zip(passes, eta, strict=True)]
+    selves = [one.self_contributions * scale for one, scale in zip(passes, eta, strict=True)]
+    residual = sum(result.residual for result in passes) / len(passes)
+    return Index(
+        method=method,
+        featurizer=featurize,
+        checkpoints=parameters,
+        features=jnp.where(kept, jnp.concatenate(columns, axis=1), 0),
+        residual=jnp.where(kept[:, 0], residual, 0),
+        self_contributions=jnp.where(kept, functools.reduce(jnp.add, selves), 0),
+        non_finite=np.flatnonzero(~finite),
+        batch_size=batch_size,
+    )
+
+
+def query_features(index: Index, queries: Any) -> QueryFeatures:
+    """Computes the queries' features once, for use in several calls.
+
+    Args:
+      index: the index that they will be scored against.
+      queries: a pytree of arrays or a random-access source, as in `build_index`; or the result of
+        an earlier call, which is returned as it is.
+
+    Returns:
+      The features. Queries draw their randomness, where the output is stochastic, from ids of
+      their own: -1, -2, ...
+
+    Warns:
+      NonFiniteWarning: with the positions of queries whose gradient is not finite.
+    """
+    if isinstance(queries, QueryFeatures):
+        return queries
+    source = as_source(queries, "queries")
+    blocks = [
+        _block_features(index, block)
+        for block in track(
+            source.blocks(index.batch_size),
+            "queries",
+            -(-source.size // index.batch_size),
+        )
+    ]
+    features = jnp.concatenate([features for features, _ in blocks])[: source.size]
+    finite = np.concatenate([np.asarray(finite) for _, finite in blocks])[: source.size]
+    _report(np.flatnonzero(~finite), source.size, "queries")
+    return QueryFeatures(features, np.flatnonzero(~finite))
+
+
+def features_of_batch(
+    index: Index, checkpoints: Sequence[Params], batch: Any, ids: jax.Array
+) -> tuple[Features, jax.Array]:
+    """Features of one batch of queries for all checkpoints; pure and jittable.
+
+    Args:
+      index: the index.
+      checkpoints: its checkpoints, as an argument so that they are no constants of the program.
+      batch: a pytree of arrays [b, ...].
+      ids: integers [b].
+
+    Returns:
+      Features [b, c * p], with rows of zeros where they are not finite; and which are, bool [b].
+    """
+    columns = [
+        index.featurizer(params, batch, ids, number) for number, params in enumerate(checkpoints)
+    ]
+    features = jnp.concatenate(columns, axis=1)
+    finite = jnp.isfinite(features).all(axis=1)
+    return jnp.where(finite[:, None], features, 0), finite
+
+
+class _Pass(NamedTuple):
+    features: Features
+    residual: jax.Array
+    self_contributions: jax.Array
+    finite: np.ndarray
+
+
+def _one_checkpoint(
+    method: Method,
+    featurize: Featurizer,
+    params: Params,
+    source: Source,
+    number: int,
+    batch_size: int,
+) -> _Pass:
+    """Features, kernel and self-contributions of one checkpoint."""
+    total, count = featurize.layout.total, -(-source.size // batch_size)
+    rows: Features | None = None
+    statistics: Any = None
+    residuals, finite = [], []
+    for block in track(source.blocks(batch_size), f"features, checkpoint {number}", count):
+        ids = block.start + jnp.arange(_length(block))
+        got = featurize.with_residual(params, block.batch, ids, jnp.asarray(number))
+        phi, residual, is_finite = _clean(got.features, got.residual, block.real)
+        if rows is None:
+            rows = jnp.zeros((source.size, total), phi.dtype)
+            statistics = method.kernel.init(featurize.layout, source.size, phi.dtype)
+        rows, statistics = _accumulate(method.kernel.update, rows, statistics, phi, block.start)
+        residuals.append(residual[: block.real])
+        finite.append(np.asarray(is_finite)[: block.real])
+    assert rows is not None
+    if not np.concatenate(finite).any():
+        raise ValueError(
+            f"No training example has a finite gradient at checkpoint {number}: the parameters or "
+            "the data are not finite, or the training diverged. Check the checkpoint."
+        )
+    mapped, selves = rows, _self_contributions(featurize.layout, rows, rows)
+    if method.kernel.uses_statistics:
+        operator = method.kernel.finalize(statistics)
+        mapped, selves = _apply_in_blocks(method, featurize.layout, operator, rows, batch_size)
+    return _Pass(mapped, jnp.concatenate(residuals), selves, np.concatenate(finite))
+
+
+def _checkpoints(checkpoints: Params | Sequence[Params]) -> tuple[Params, ...]:
+    several = isinstance(checkpoints, list | tuple)
+    parameters = tuple(checkpoints) if several else (checkpoints,)
+    if not parameters:
+        raise ValueError("checkpoints is empty: pass one params pytree, or a list of them.")
+    expected = jax.tree.map(jnp.shape, parameters[0])
+    for number, params in enumerate(parameters):
+        found = jax.tree.map(jnp.shape, params)
+        if found != expected:
+            raise ValueError(
+                f"Checkpoint {number} differs from checkpoint 0 in its tree or shapes: got "
+                f"{found}, needed {expected}. If your params are themselves a list or tuple, pass "
+                "[params]."
+            )
+    return parameters
+
+
+def _length(block: Block) -> int:
+    return jax.tree.leaves(block.batch)[0].shape[0]
+
+
+@jax.jit
+def _clean(phi: Features, residual: jax.Array, count: int) -> tuple[Features, jax.Array, jax.Array]:
+    """Zeroes the rows that must not count: not finite, or padding."""
+    finite = jnp.isfinite(phi).all(axis=1) & jnp.isfinite(residual)
+    kept = finite & (jnp.arange(phi.shape[0]) < count)
+    return jnp.where(kept[:, None], phi, 0), jnp.where(finite, residual, 0), finite
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+def _accumulate(
+    update: Any, rows: Features, statistics: Any, phi: Features, start: int
+) -> tuple[Features, Any]:
+    # Rows past the end, the padding of the last block, are dropped.
+    rows = rows.at[start + jnp.arange(phi.shape[0])].set(phi, mode="drop")
+    return rows, update(statistics, phi, jnp.asarray(start))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _self_contributions(layout: FeatureLayout, phi: Features, mapped: Features) -> jax.Array:
+    products = phi * mapped
+    return jnp.stack([products[:, part].sum(axis=1) for part in layout.slices.values()], axis=1)
+
+
+def _apply_in_blocks(
+    method: Method, layout: FeatureLayout, operator: Any, rows: Features, batch_size: int
+) -> tuple[Features, jax.Array]:
+    apply = jax.jit(method.kernel.apply)
+    mapped = [
+        apply(operator, rows[start : start + batch_size])
+        for start in range(0, rows.shape[0], batch_size)
+    ]
+    features = jnp.concatenate(mapped)
+    return features, _self_contributions(layout, rows, features)
+
+
+def _block_features(index: Index, block: Block) -> tuple[Features, jax.Array]:
+    ids = -1 - block.start - jnp.arange(_length(block))
+    return features_of_batch(index, index.checkpoints, block.batch, ids)
+
+
+def _report(positions: np.ndarray, total: int, what: str) -> None:
+    if len(positions):
+        shown = ", ".join(map(str, positions[:10])) + (", ..." if len(positions) > 10 else "")
+        warnings.warn(
+            f"{len(positions)} of {total} {what} have gradients that are not finite and were left "
+            f"out: ids {shown}.",
+            NonFiniteWarning,
+            stacklevel=3,
+        )

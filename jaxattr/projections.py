@@ -1,0 +1,225 @@
+"""Random projections of per-example gradients, drawn anew wherever they are needed.
+
+A projection is a fixed linear map P of each group's gradient, with E<P x, P y> = <x, y>. Nothing
+is stored: entries come from (key, group name, leaf name, block), so they are the same on every
+device, for any batch size, and for any order or number of other groups.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxattr.typing import Key
+
+
+class ProjectFn(Protocol):
+    """Projects one group's gradients."""
+
+    def __call__(self, key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
+        """Returns features [b, p] of the members {leaf name: [b, size]}; `key` is the group's."""
+        ...
+
+
+class Projection(NamedTuple):
+    """A pair of pure functions; users may write their own.
+
+    Attributes:
+      name: what `describe` shows.
+      dim: number of features p of a group with the given number of parameters.
+      project: the linear map.
+    """
+
+    name: str
+    dim: Callable[[int], int]
+    project: ProjectFn
+
+
+def identity() -> Projection:
+    """Keeps every gradient whole. Exact; features are as long as the parameters.
+
+    Returns:
+      The projection.
+    """
+    return Projection("identity", lambda size: size, _concatenate)
+
+
+def rademacher(dim: int) -> Projection:
+    r"""Multiplies by random signs, :math:`\phi = P g / \sqrt{p}` with entries of P in {-1, 1}.
+
+    Guarantees: inner products are unbiased, with standard deviation at most
+    :math:`\sqrt{2/p} \|x\| \|y\|`; a group of at most `dim` parameters is kept exactly.
+    Cost: 2 D p operations per example; P is drawn 32 entries per random word, in blocks.
+
+    Args:
+      dim: largest number of features per group, >= 1.
+
+    Returns:
+      The projection.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> x = {"kernel": jnp.ones((1, 10_000))}
+      >>> phi = rademacher(512).project(jax.random.key(0), x)
+      >>> phi.shape, bool(abs((phi * phi).sum() / 10_000 - 1) < 0.2)
+      ((1, 512), True)
+    """
+    return _randomised("rademacher", dim, _dense(_signs))
+
+
+def gaussian(dim: int) -> Projection:
+    r"""Multiplies by normal entries, :math:`\phi = P g / \sqrt{p}`.
+
+    Guarantees and cost: as `rademacher`, at one random word per entry.
+
+    Args:
+      dim: largest number of features per group, >= 1.
+
+    Returns:
+      The projection.
+    """
+    return _randomised("gaussian", dim, _dense(_normals))
+
+
+def sjlt(dim: int, nonzeros: int = 4) -> Projection:
+    """Adds each coordinate, with random sign, to a few random features (sparse JL, CountSketch).
+
+    Guarantees: inner products are unbiased; a group of at most `dim` parameters is kept exactly.
+    Cost: D * nonzeros additions per example, whatever p is. On GPUs the additions come in no
+    fixed order, so the last bits may differ from run to run.
+
+    Args:
+      dim: largest number of features per group, >= 1.
+      nonzeros: features that each coordinate is added to, >= 1.
+
+    Returns:
+      The projection.
+    """
+    if nonzeros < 1:
+        raise ValueError(f"nonzeros must be at least 1, got {nonzeros}.")
+
+    def project(key: Key, x: jax.Array, p: int) -> jax.Array:
+        size = x.shape[1]
+        bucket_key, sign_key = jax.random.split(key)
+        buckets = jax.random.randint(bucket_key, (nonzeros, size), 0, p)
+        signs = jax.random.rademacher(sign_key, (nonzeros, size), x.dtype)
+        sums = [
+            jax.ops.segment_sum((x * sign[None]).T, bucket, p)  # [p, b]
+            for bucket, sign in zip(buckets, signs, strict=True)
+        ]
+        return sum(sums).T / math.sqrt(nonzeros)  # type: ignore[union-attr]
+
+    return _randomised(f"sjlt({nonzeros})", dim, project)
+
+
+def srht(dim: int) -> Projection:
+    """Takes random rows of a Hadamard transform of the randomly signed gradient.
+
+    Guarantees: inner products are unbiased; a group of at most `dim` parameters is kept exactly.
+    Cost: D log D additions per example, D rounded up to a power of two.
+
+    Args:
+      dim: largest number of features per group, >= 1.
+
+    Returns:
+      The projection.
+    """
+
+    def project(key: Key, x: jax.Array, p: int) -> jax.Array:
+        b, size = x.shape
+        padded = 1 << max(size - 1, 1).bit_length()
+        sign_key, row_key = jax.random.split(key)
+        signs = jax.random.rademacher(sign_key, (1, size), x.dtype)
+        mixed = _hadamard(jnp.pad(x * signs, ((0, 0), (0, padded - size))))  # [b, padded]
+        rows = jax.random.randint(row_key, (p,), 0, padded)
+        return mixed[:, rows] / math.sqrt(p)
+
+    return _randomised("srht", dim, project)
+
+
+def group_key(key: Key, name: str) -> Key:
+    """Derives a key from a name: 64 bits of its hash, so that no two names share one.
+
+    Args:
+      key: the run's key.
+      name: any string.
+
+    Returns:
+      A key that depends on `key` and `name` alone.
+    """
+    digest = hashlib.sha256(name.encode()).digest()
+    for word in (digest[:4], digest[4:8]):
+        key = jax.random.fold_in(key, int.from_bytes(word, "little"))
+    return key
+
+
+LeafProjectFn = Callable[[Key, jax.Array, int], jax.Array]
+
+
+def _randomised(name: str, dim: int, project_leaf: LeafProjectFn) -> Projection:
+    if dim < 1:
+        raise ValueError(f"A projection needs dim >= 1, got {dim}.")
+
+    def project(key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
+        if sum(x.shape[1] for x in members.values()) <= dim:
+            return _concatenate(key, members)
+        # Each leaf has its own P: the product with [P_1 P_2 ...] is the sum of the leaves' parts.
+        parts = [project_leaf(group_key(key, leaf), x, dim) for leaf, x in members.items()]
+        return jax.tree.reduce(jnp.add, parts)  # [b, p]
+
+    return Projection(f"{name}({dim})", lambda size: min(size, dim), project)
+
+
+def _concatenate(key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
+    del key
+    return jnp.concatenate(list(members.values()), axis=1)  # [b, size]
+
+
+# Entries of P held at once, as 32-bit floats: 4 MiB, whatever the sizes.
+_BLOCK_ENTRIES = 1 << 20
+
+
+def _dense(draw: Callable[[Key, int, int], jax.Array]) -> LeafProjectFn:
+    """Multiplies by a dense random matrix, a block of its rows at a time."""
+
+    def project(key: Key, x: jax.Array, p: int) -> jax.Array:
+        rows = max(_BLOCK_ENTRIES // p // 32, 1) * 32
+        blocks = -(-x.shape[1] // rows)
+        x = jnp.pad(x, ((0, 0), (0, blocks * rows - x.shape[1])))
+        x = x.reshape(x.shape[0], blocks, rows).swapaxes(0, 1)  # [blocks, b, rows]
+
+        def add_block(total: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple:
+            index, part = block
+            matrix = draw(jax.random.fold_in(key, index), rows, p).astype(x.dtype)
+            return total + jnp.matmul(part, matrix, precision="highest"), None  # [b, p]
+
+        start = jnp.zeros((x.shape[1], p), x.dtype)
+        total, _ = jax.lax.scan(add_block, start, (jnp.arange(blocks), x))
+        return total / math.sqrt(p)
+
+    return project
+
+
+def _signs(key: Key, rows: int, p: int) -> jax.Array:
+    words = jax.random.bits(key, (rows // 32, 1, p), jnp.uint32)
+    shifts = jnp.arange(32, dtype=jnp.uint32)[None, :, None]
+    bits = (words >> shifts) & 1  # [rows / 32, 32, p]
+    return (1 - 2 * bits.astype(jnp.int8)).reshape(rows, p)
+
+
+def _normals(key: Key, rows: int, p: int) -> jax.Array:
+    return jax.random.normal(key, (rows, p), jnp.float32)
+
+
+def _hadamard(x: jax.Array) -> jax.Array:
+    """Unnormalised Walsh-Hadamard transform of the last axis, a power of two long."""
+    b, size = x.shape
+    step = 1
+    while step < size:
+        pairs = x.reshape(b, -1, 2, step)
+        x = jnp.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], axis=2)
+        step *= 2
+    return x.reshape(b, size)

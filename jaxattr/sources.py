@@ -1,0 +1,110 @@
+"""Data sets as the user has them, read in blocks of one static size."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich import console as rich_console
+from rich import progress as rich_progress
+
+from jaxattr.features import leading_size
+from jaxattr.typing import Batch, Example, RandomAccess
+
+
+class Block(NamedTuple):
+    """Consecutive examples; a last block that is not full repeats the last example.
+
+    Attributes:
+      batch: a pytree of arrays [b, ...].
+      start: position of the first example.
+      real: how many of the b examples are real, the first ones.
+    """
+
+    batch: Batch
+    start: int
+    real: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A data set of known size that can be read anywhere.
+
+    Attributes:
+      size: number of examples, at least one.
+      read: positions -> a batch.
+    """
+
+    size: int
+    read: Callable[[np.ndarray], Batch]
+
+    def blocks(self, size: int) -> Iterator[Block]:
+        """Yields blocks of `size` examples (or of all, if they are fewer)."""
+        size = min(size, self.size)
+        for start in range(0, self.size, size):
+            rows = np.minimum(np.arange(start, start + size), self.size - 1)
+            yield Block(self.read(rows), start, min(size, self.size - start))
+
+    @property
+    def example(self) -> Example:
+        """The shapes of one example, without a batch axis."""
+        first = self.read(np.zeros(1, np.int64))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], x.dtype), first)
+
+
+def as_source(data: Any, role: str) -> Source:
+    """Reads a data set from arrays or from a random-access source.
+
+    Args:
+      data: a pytree of arrays with a common leading axis; or an object with `__len__` and
+        `__getitem__` that is no dict, list, tuple or array.
+      role: what the data are, for messages: "train" or "queries".
+
+    Returns:
+      The source.
+
+    Raises:
+      ValueError: if there are no examples, or arrays differ in their leading axis.
+    """
+    containers = (dict, list, tuple, np.ndarray, jax.Array)
+    if isinstance(data, RandomAccess) and not isinstance(data, containers):
+        source = Source(len(data), lambda rows: _stack([data[int(row)] for row in rows]))
+    else:
+        if not jax.tree.leaves(data):
+            raise ValueError(f"{role} is empty: got a pytree without arrays.")
+        arrays = jax.tree.map(_as_array, data)
+        size = leading_size(arrays)
+        source = Source(size, lambda rows: jax.tree.map(lambda x: x[rows], arrays))
+    if source.size == 0:
+        raise ValueError(f"{role} is empty: it has no examples, and at least one is needed.")
+    return source
+
+
+def track(blocks: Sequence[Any] | Iterator[Any], description: str, total: int) -> Iterator[Any]:
+    """Passes an iterator through, with a progress bar on a terminal's standard error.
+
+    Args:
+      blocks: what to iterate over.
+      description: what is being done.
+      total: how many there are.
+
+    Yields:
+      The items.
+    """
+    console = rich_console.Console(stderr=True)
+    if total < 2 or not console.is_terminal:
+        yield from blocks
+        return
+    yield from rich_progress.track(
+        blocks, description, total=total, console=console, transient=True
+    )
+
+
+def _as_array(leaf: Any) -> Any:
+    return leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else np.asarray(leaf)
+
+
+def _stack(examples: list[Example]) -> Batch:
+    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *examples)
