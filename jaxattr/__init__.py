@@ -24,8 +24,8 @@ from jaxattr.scoring import score as score
 from jaxattr.scoring import self_influence as self_influence
 from jaxattr.scoring import top_k as top_k
 from jaxattr.scoring import uniform_weights as uniform_weights
-from jaxattr.weighting import WeightFit as WeightFit
-from jaxattr.weighting import WeightWarning as WeightWarning
+from jaxattr.weight_fits import WeightFit as WeightFit
+from jaxattr.weight_fits import WeightWarning as WeightWarning
 from jaxattr.weighting import learn_weights as learn_weights
 from jaxattr.weighting import self_supervised_loss as self_supervised_loss
 from jaxattr.weighting import unit_rms_weights as unit_rms_weights

@@ -234,20 +234,18 @@ def _layers(name: str, shape: tuple[int, ...]) -> list[Member]:
 
 
 def _by_labels(params: Params, labels: Any) -> GroupLayout:
-    def is_label(node: Any) -> bool:
-        return node is None or isinstance(node, str)
-
-    names, structure = leaf_names(params), jax.tree.structure(params)
-    found = jax.tree.structure(labels, is_leaf=is_label)
-    if not found == structure:
+    flat, _ = jax.tree_util.tree_flatten_with_path(labels, is_leaf=lambda node: node is None)
+    found = {_leaf_name(path): label for path, label in flat}
+    leaves = dict(zip(leaf_names(params), jax.tree.leaves(params), strict=True))
+    if found.keys() != leaves.keys():
         raise ValueError(
-            "The labels must have the tree structure of the parameters, one string per leaf "
-            f"(None leaves it out). Got {found}, needed {structure}."
+            "The labels must have the tree structure of the parameters, one string per leaf (None "
+            f"leaves it out). Without a label: {sorted(leaves.keys() - found.keys())}; labels of "
+            f"no leaf: {sorted(found.keys() - leaves.keys())}."
         )
     labelled, excluded = [], []
-    for name, label, leaf in zip(
-        names, jax.tree.leaves(labels, is_leaf=is_label), jax.tree.leaves(params), strict=True
-    ):
+    for name, leaf in leaves.items():
+        label = found[name]
         if label is None:
             excluded.append((name, "labelled None"))
         elif not isinstance(label, str):

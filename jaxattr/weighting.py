@@ -10,10 +10,8 @@ The loss is a pure function of a weight pytree; `learn_weights` is an Optax loop
 does not see the scale of w; results have mean one, so that ones are the base method.
 """
 
-import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -26,58 +24,10 @@ from jaxattr import scoring
 from jaxattr.features import FeatureLayout
 from jaxattr.index import Index, query_features
 from jaxattr.typing import Key
+from jaxattr.weight_fits import ContributionStatistics, Found, WeightFit, named, report
 
 Signal = Literal["top_k", "top_k_abs", "top_minus_bottom"]
 Start = Literal["unit_rms", "uniform"]
-
-
-class WeightWarning(UserWarning):
-    """The learned weights look as if they should not be trusted."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class WeightFit:
-    """Learned weights and what tells whether to trust them.
-
-    Attributes:
-      weights: {group name: weight}, mean one.
-      losses: the objective at each step, relative to the size of the loss at the start, [steps].
-      loss: the loss on the queries that were learned from, (start, end); no penalty.
-      held_out_loss: the same on queries that were held out; None if there were none.
-      entropy: of the weights as shares of their sum; 1 is uniform, 0 a single group.
-      largest: the group of the largest weight.
-      largest_share: that weight as a share of the sum.
-      tail_ratio: {group name: largest contribution relative to the root mean square, averaged over
-        queries}. Near sqrt(n) means that single training examples are all there is.
-      hub: id of the training example that is in the top k of the most queries.
-      hub_share: in how many, as a share.
-      warnings: what a user should look at, in words.
-    """
-
-    weights: dict[str, float]
-    losses: np.ndarray
-    loss: tuple[float, float]
-    held_out_loss: tuple[float, float] | None
-    entropy: float
-    largest: str
-    largest_share: float
-    tail_ratio: dict[str, float]
-    hub: int
-    hub_share: float
-    warnings: tuple[str, ...]
-
-    def __str__(self) -> str:
-        held = ""
-        if self.held_out_loss is not None:
-            held = f", held out {self.held_out_loss[0]:.4f} -> {self.held_out_loss[1]:.4f}"
-        ranked = sorted(self.weights.items(), key=lambda item: -item[1])
-        lines = [
-            f"loss {self.loss[0]:.4f} -> {self.loss[1]:.4f}{held}; entropy {self.entropy:.2f}; "
-            f"largest {self.largest} ({self.largest_share:.0%})",
-            *(f"  {weight:8.3f}  {name}" for name, weight in ranked),
-            *(f"warning: {warning}" for warning in self.warnings),
-        ]
-        return "\n".join(lines)
 
 
 def self_supervised_loss(
@@ -135,7 +85,7 @@ def unit_rms_weights(index: Index, queries: Any) -> dict[str, float]:
       {group name: weight}, mean one; zero for a group without any contribution.
     """
     problem = _from_index(index, queries, materialize=None)
-    return _named(index.layout.names, _unit_rms(_statistics(problem)))
+    return named(index.layout.names, _unit_rms(_statistics(problem)))
 
 
 def learn_weights(
@@ -309,15 +259,7 @@ def _split_features(layout: FeatureLayout, rows: jax.Array, shared: Any) -> jax.
     return scoring.contributions_of_features(layout, rows, *shared)
 
 
-class _Statistics(NamedTuple):
-    """Per query and group: sum of squares and largest absolute contribution, each [q, m]."""
-
-    squares: np.ndarray
-    largest: np.ndarray
-    n: int
-
-
-def _statistics(problem: _Problem) -> _Statistics:
+def _statistics(problem: _Problem) -> ContributionStatistics:
     """Runs over the contributions a few queries at a time."""
 
     @jax.jit
@@ -334,11 +276,11 @@ def _statistics(problem: _Problem) -> _Statistics:
     squares, largest = (
         np.concatenate([np.asarray(f[i], np.float64) for f in found]) for i in (0, 1)
     )
-    return _Statistics(squares, largest, size.shape[1])
+    return ContributionStatistics(squares, largest, size.shape[1])
 
 
-def _unit_rms(statistics: _Statistics) -> np.ndarray:
-    rms = np.sqrt(statistics.squares.mean(axis=0) / statistics.n)
+def _unit_rms(statistics: ContributionStatistics) -> np.ndarray:
+    rms = statistics.rms()
     scale = np.where(rms > 0, 1 / np.where(rms > 0, rms, 1), 0)
     if not scale.any():
         raise ValueError("Every contribution is zero: there is nothing to weight.")
@@ -365,11 +307,13 @@ def _fit(
     def ends(part: _Problem) -> tuple[float, float]:
         return _loss(part, gauge, options), _loss(part, w, options)
 
+    held_out_loss = ends(held_from) if held else None
     hub, hub_share = _hub(problem, w, options.top_k)
-    return _report(
-        names, w, np.asarray(losses), ends(learned_from), ends(held_from) if held else None,
-        statistics, hub, hub_share, options,
+    found = Found(
+        gauge, w, np.asarray(losses), ends(learned_from), held_out_loss, hub, hub_share,
+        options.top_k,
     )  # fmt: skip
+    return report(names, found, statistics)
 
 
 def _optimise(
@@ -433,71 +377,6 @@ def _hub(problem: _Problem, w: np.ndarray, top_k: int) -> tuple[int, float]:
     ids = np.asarray(jax.lax.top_k(scores, top_k)[1])
     found, counts = np.unique(ids, return_counts=True)
     return int(found[counts.argmax()]), float(counts.max() / len(ids))
-
-
-def _report(
-    names: tuple[str, ...],
-    w: np.ndarray,
-    losses: np.ndarray,
-    loss: tuple[float, float],
-    held_out_loss: tuple[float, float] | None,
-    statistics: _Statistics,
-    hub: int,
-    hub_share: float,
-    options: _Options,
-) -> WeightFit:
-    shares = w / w.sum()
-    present = shares[shares > 0]
-    entropy = -float(np.sum(present * np.log(present))) / math.log(len(w)) if len(w) > 1 else 1.0
-    rms = np.sqrt(statistics.squares / statistics.n)
-    tails = np.mean(statistics.largest / np.where(rms > 0, rms, 1), axis=0)
-    largest = int(shares.argmax())
-    fit = WeightFit(
-        weights=_named(names, w),
-        losses=losses,
-        loss=loss,
-        held_out_loss=held_out_loss,
-        entropy=entropy,
-        largest=names[largest],
-        largest_share=float(shares[largest]),
-        tail_ratio=_named(names, tails),
-        hub=hub,
-        hub_share=hub_share,
-        warnings=(),
-    )
-    found = tuple(_suspicions(fit, statistics, options))
-    for message in found:
-        warnings.warn(message, WeightWarning, stacklevel=4)
-    return dataclasses.replace(fit, warnings=found)
-
-
-def _suspicions(fit: WeightFit, statistics: _Statistics, options: _Options) -> list[str]:
-    found = []
-    if not np.isfinite(fit.losses).all():
-        found.append("the loss was not finite at some steps: lower the optimizer's learning rate.")
-    if len(fit.weights) > 2 and fit.largest_share > 0.5:
-        found.append(
-            f"collapse: group {fit.largest!r} holds {fit.largest_share:.0%} of the weight. Its "
-            f"largest contributions are {fit.tail_ratio[fit.largest]:.1f} times their root mean "
-            f"square (at most {math.sqrt(statistics.n):.1f}); a heavy-tailed group wins this loss "
-            "without being informative. Leave it out, or raise l2 or top_k."
-        )
-    chance = options.top_k / statistics.n
-    if len(statistics.squares) >= 10 and fit.hub_share > max(0.5, 4 * chance):
-        found.append(
-            f"hub: training example {fit.hub} is among the top {options.top_k} of "
-            f"{fit.hub_share:.0%} of the queries. Look at it; grad_cos or a kernel may suit better."
-        )
-    if fit.held_out_loss is not None and fit.held_out_loss[1] > fit.held_out_loss[0]:
-        found.append(
-            f"over-fitting: the held-out loss rose from {fit.held_out_loss[0]:.4f} to "
-            f"{fit.held_out_loss[1]:.4f}. Use more queries, or raise l2."
-        )
-    return found
-
-
-def _named(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
-    return {name: float(value) for name, value in zip(names, values, strict=True)}
 
 
 def _check_signal(signal: str, top_k: int, n: int) -> None:

@@ -1,4 +1,4 @@
-"""Hostile settings for every test: float64, no silent promotion of ranks, eight fake CPU devices."""
+"""Hostile settings for all tests: float64, no promotion of ranks, eight fake CPU devices."""
 
 import os
 

@@ -1,0 +1,1 @@
+"""Runnable studies of training-data attribution with jaxattr."""

@@ -1,0 +1,140 @@
+"""Small deep networks for 8x8 digits in `flax.nnx`, seen as pure functions of their parameters."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+CLASSES = 10
+SIZE = 8
+
+
+class AttentionBlock(nnx.Module):
+    """A pre-norm transformer block: attention over the patches, then a small MLP."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
+        self.mlp_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.mlp_up = nnx.Linear(width, 2 * width, rngs=rngs)
+        self.mlp_down = nnx.Linear(2 * width, width, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Maps tokens [b, t, width] to [b, t, width]."""
+        tokens = tokens + self.attention(self.attention_norm(tokens))
+        return tokens + self.mlp_down(nnx.gelu(self.mlp_up(self.mlp_norm(tokens))))
+
+
+class ViT(nnx.Module):
+    """A vision transformer on 2x2 patches; its 55 parameter arrays are of many kinds."""
+
+    def __init__(self, *, width: int = 32, heads: int = 4, depth: int = 3, rngs: nnx.Rngs):
+        tokens = (SIZE // 2) ** 2
+        self.patches = nnx.Linear(4, width, rngs=rngs)
+        self.position = nnx.Param(0.3 * jax.random.normal(rngs.params(), (tokens, width)))
+        self.blocks = nnx.List([AttentionBlock(width, heads, rngs=rngs) for _ in range(depth)])
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.head = nnx.Linear(tokens * width, CLASSES, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps images [b, 8, 8] to logits [b, 10]."""
+        b, half = images.shape[0], SIZE // 2
+        patches = images.reshape(b, half, 2, half, 2).swapaxes(2, 3)  # [b, 4, 4, 2, 2]
+        tokens = self.patches(patches.reshape(b, half * half, 4))  # [b, t, width]
+        tokens = tokens + self.position[...][None]
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(self.norm(tokens).reshape(b, -1))
+
+
+class ResidualBlock(nnx.Module):
+    """Two 3x3 convolutions, each behind a GroupNorm, beside a shortcut."""
+
+    def __init__(self, width_in: int, width: int, stride: int, *, rngs: nnx.Rngs):
+        self.norm1 = nnx.GroupNorm(width_in, num_groups=4, rngs=rngs)
+        self.conv1 = nnx.Conv(width_in, width, (3, 3), strides=stride, use_bias=False, rngs=rngs)
+        self.norm2 = nnx.GroupNorm(width, num_groups=4, rngs=rngs)
+        self.conv2 = nnx.Conv(width, width, (3, 3), use_bias=False, rngs=rngs)
+        same = stride == 1 and width_in == width
+        self.shortcut = nnx.data(
+            None if same else nnx.Conv(width_in, width, (1, 1), strides=stride, use_bias=False, rngs=rngs)
+        )
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps images [b, h, w, width_in] to [b, h / stride, w / stride, width]."""
+        hidden = self.conv1(nnx.relu(self.norm1(images)))
+        hidden = self.conv2(nnx.relu(self.norm2(hidden)))
+        return hidden + (images if self.shortcut is None else self.shortcut(images))
+
+
+class ResNet(nnx.Module):
+    """A stem, three residual blocks with GroupNorm and a linear head."""
+
+    def __init__(self, *, width: int = 16, rngs: nnx.Rngs):
+        self.stem = nnx.Conv(1, width, (3, 3), rngs=rngs)
+        self.blocks = nnx.List(
+            [
+                ResidualBlock(width, width, 1, rngs=rngs),
+                ResidualBlock(width, 2 * width, 2, rngs=rngs),
+                ResidualBlock(2 * width, 2 * width, 1, rngs=rngs),
+            ]
+        )
+        self.norm = nnx.GroupNorm(2 * width, num_groups=4, rngs=rngs)
+        self.head = nnx.Linear(2 * width, CLASSES, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps images [b, 8, 8] to logits [b, 10]."""
+        hidden = self.stem(images[..., None])
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(nnx.relu(self.norm(hidden)).mean(axis=(1, 2)))
+
+
+class MLP(nnx.Module):
+    """Four dense layers: few groups, all of one kind, so weights have little to gain."""
+
+    def __init__(self, *, width: int = 64, rngs: nnx.Rngs):
+        widths = (SIZE * SIZE, width, width, width)
+        self.hidden = nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in zip(widths, widths[1:], strict=False)])
+        self.head = nnx.Linear(width, CLASSES, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps images [b, 8, 8] to logits [b, 10]."""
+        hidden = images.reshape(images.shape[0], -1)
+        for layer in self.hidden:
+            hidden = nnx.relu(layer(hidden))
+        return self.head(hidden)
+
+
+ARCHITECTURES: dict[str, Callable[..., nnx.Module]] = {"vit": ViT, "resnet": ResNet, "mlp": MLP}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network as two pure functions.
+
+    Attributes:
+      name: key of `ARCHITECTURES`.
+      init: key -> params, a nested dict of arrays with names such as `blocks/0/attention/out/bias`.
+      apply: (params, images [b, 8, 8]) -> logits [b, 10].
+    """
+
+    name: str
+    init: Callable[[jax.Array], Any]
+    apply: Callable[[Any, jax.Array], jax.Array]
+
+
+def make_model(name: str) -> Model:
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: ARCHITECTURES[name](rngs=nnx.Rngs(0))), nnx.Param)
+
+    def init(key: jax.Array) -> Any:
+        _, state = nnx.split(ARCHITECTURES[name](rngs=nnx.Rngs(key)), nnx.Param)
+        return nnx.to_pure_dict(state)
+
+    def apply(params: Any, images: jax.Array) -> jax.Array:
+        return nnx.merge(graph, nnx.State(params))(images)
+
+    return Model(name, init, apply)

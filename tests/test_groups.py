@@ -1,0 +1,111 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxattr as ja
+from jaxattr import groups
+
+PARAMS = {
+    "embed": {"embedding": jnp.ones((5, 4))},
+    "layers": {"dense": {"kernel": jnp.ones((3, 4, 4)), "bias": jnp.ones((3, 4))}},
+    "scale": jnp.ones(()),
+}
+
+
+def test_by_leaf_names_are_paths():
+    layout = ja.by_leaf(PARAMS)
+    assert layout.names == ("embed/embedding", "layers/dense/bias", "layers/dense/kernel", "scale")
+    assert layout.sizes == (20, 12, 48, 1)
+
+
+def test_by_layer_keeps_a_module_together():
+    layout = ja.by_layer(PARAMS)
+    assert layout.names == ("embed", "layers/dense", "scale")
+    assert layout.sizes == (20, 60, 1)
+
+
+def test_names_are_sorted_as_a_dict_pytree_is():
+    names = ja.by_leaf(
+        {"b": jnp.ones(1), "B": jnp.ones(1), "a/c": jnp.ones(1), "a": {"z": jnp.ones(1)}}
+    )
+    weights = {name: i for i, name in enumerate(names.names)}
+    assert jax.tree.leaves(weights) == [0, 1, 2, 3]
+
+
+def test_stacked_leaves_split_into_layers():
+    layout = ja.by_layer(PARAMS, stacked="^layers/")
+    assert layout.names == (
+        "embed", "layers/dense[0]", "layers/dense[1]", "layers/dense[2]", "scale",
+    )  # fmt: skip
+    per_example = {
+        name: jnp.arange(2 * leaf.size, dtype=float).reshape(2, *leaf.shape)
+        for name, leaf in zip(groups.leaf_names(PARAMS), jax.tree.leaves(PARAMS), strict=True)
+    }
+    second = groups.split(layout, per_example)[2]
+    expected = per_example["layers/dense/kernel"][:, 1].reshape(2, -1)
+    np.testing.assert_array_equal(second["layers/dense/kernel[1]"], expected)
+
+
+def test_labels_and_exclusion():
+    labels = jax.tree.map(lambda _: "rest", PARAMS) | {"scale": None}
+    layout = groups.resolve(labels, PARAMS)
+    assert layout.names == ("rest",)
+    assert layout.excluded == (("scale", "labelled None"),)
+    layout = groups.resolve(lambda p: ja.by_layer(p, exclude="embed"), PARAMS)
+    assert "embed" not in layout.names
+    assert layout.excluded[0][0] == "embed/embedding"
+
+
+def test_nnx_state_is_named_as_its_dict():
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    assert groups.leaf_names(state) == groups.leaf_names(nnx.to_pure_dict(state))
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    for layout in (ja.by_leaf(PARAMS), ja.by_layer(PARAMS, stacked="layers")):
+        assert sum(layout.sizes) == sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        ({"dense": "dense"}, "'embed/embedding' matches none"),
+        ({"dense": "dense", "all": "."}, "'layers/dense/bias' matches 2 patterns"),
+    ],
+)
+def test_by_regex_needs_exactly_one_match(patterns, message):
+    with pytest.raises(ValueError, match=message):
+        ja.by_regex(PARAMS, patterns)
+
+
+def test_by_regex_groups():
+    layout = ja.by_regex(PARAMS, {"dense": "dense", "other": "embed|scale"})
+    assert dict(zip(layout.names, layout.sizes, strict=True)) == {"dense": 60, "other": 21}
+
+
+@pytest.mark.parametrize(
+    ("grouping", "params", "message"),
+    [
+        (ja.by_leaf, {"step": jnp.arange(3)}, "'step' must be a floating-point array, got dtype"),
+        (ja.by_leaf, {"name": "adam"}, "'name' must be a floating-point array, got str"),
+        (ja.by_leaf, {}, "hold no arrays"),
+        ({"embed": "a"}, PARAMS, "Without a label: .'embed/embedding', 'layers/dense/bias'"),
+        (jax.tree.map(lambda _: 3, PARAMS), PARAMS, "must be a string or None, got 3"),
+        (jax.tree.map(lambda _: None, PARAMS), PARAMS, "every leaf is excluded"),
+        (lambda p: ja.by_layer(p, stacked="scale"), PARAMS, "'scale' is a scalar"),
+        (ja.by_leaf({"other": jnp.ones(3)}), PARAMS, "name a leaf 'other'"),
+        (ja.by_leaf({**PARAMS, "scale": jnp.ones(4)}), PARAMS, "'scale' has 1 parameters"),
+    ],
+)  # fmt: skip
+def test_bad_groups(grouping, params, message):
+    with pytest.raises(ValueError, match=message):
+        groups.resolve(grouping, params)
+
+
+def test_a_leaf_in_two_groups_is_refused():
+    layout = ja.by_leaf({"w": jnp.ones(3)})
+    twice = groups.GroupLayout(("a", "b"), layout.members * 2)
+    with pytest.raises(ValueError, match="of which the groups hold 6"):
+        groups.resolve(twice, {"w": jnp.ones(3)})

@@ -1,0 +1,152 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxattr as ja
+from jaxattr import projections
+from tests import models
+
+CHECKPOINTS = [models.mlp_params(jax.random.key(i)) for i in range(2)]
+TRAIN, QUERIES = models.data(41), models.data(6, seed=1)
+METHODS = {
+    "tracin": ja.tracin(models.loss, projection=projections.rademacher(12)),
+    "grad_cos": ja.grad_cos(models.loss),
+    "trak": ja.trak(models.margin),
+    "dense trak": ja.trak(models.margin, dense=True),
+}
+BY_METHOD = pytest.mark.parametrize("name", METHODS)
+WEIGHTS = {"layer0": 0.2, "layer1": 2.5, "layer2": 0.0}
+
+
+@functools.cache
+def index(name):
+    return ja.build_index(METHODS[name], CHECKPOINTS, TRAIN, batch_size=16)
+
+
+@BY_METHOD
+def test_contributions_sum_to_scores(name):
+    parts = ja.contributions(index(name), QUERIES)
+    assert parts.shape == (6, 41, 3)
+    assert models.relative_error(parts.sum(axis=-1), ja.score(index(name), QUERIES)) <= 1e-12
+    w = jnp.array([WEIGHTS[group] for group in index(name).layout.names])
+    weighted = ja.score(index(name), QUERIES, weights=WEIGHTS)
+    assert models.relative_error(parts @ w, weighted) <= 1e-12
+
+
+@BY_METHOD
+def test_uniform_weights_are_the_base_method_bit_for_bit(name):
+    uniform = ja.uniform_weights(index(name))
+    np.testing.assert_array_equal(
+        ja.score(index(name), QUERIES), ja.score(index(name), QUERIES, weights=uniform)
+    )
+    # The base method without any notion of weights: one product of features.
+    phi = ja.query_features(index(name), QUERIES).features
+    base = jnp.matmul(phi, index(name).features.T, precision="highest")
+    np.testing.assert_array_equal(
+        jax.jit(lambda: base * index(name).residual[None])(), ja.score(index(name), QUERIES)
+    )
+
+
+def test_weights_multiply_raw_query_features_not_preconditioned_ones():
+    method, w = METHODS["dense trak"], np.array([WEIGHTS[f"layer{i}"] for i in range(3)])
+    built = ja.build_index(method, CHECKPOINTS[0], TRAIN)
+    featurize = ja.featurizer(method, CHECKPOINTS[0], models.one(TRAIN))
+    phi, query = (np.asarray(featurize(CHECKPOINTS[0], data)) for data in (TRAIN, QUERIES))
+    gram = phi.T @ phi
+    kernel = np.linalg.inv(gram + 0.1 * np.trace(gram) / len(gram) * np.eye(len(gram)))
+    expected = (query * np.repeat(w, featurize.layout.dims)) @ kernel @ phi.T
+    got = ja.score(built, QUERIES, weights=WEIGHTS) / built.residual[None]
+    assert models.relative_error(got, expected) <= 1e-8
+
+
+@BY_METHOD
+@pytest.mark.parametrize("block_size", [1, 7, 41, 1000])
+@pytest.mark.parametrize("opponents", [False, True])
+def test_top_k_is_the_top_of_the_scores(name, block_size, opponents):
+    top = ja.top_k(
+        index(name), QUERIES, k=9, weights=WEIGHTS, opponents=opponents, block_size=block_size
+    )
+    scores = np.asarray(ja.score(index(name), QUERIES, weights=WEIGHTS))
+    order = np.argsort(scores if opponents else -scores, axis=1, kind="stable")[:, :9]
+    np.testing.assert_array_equal(top.ids, order)
+    np.testing.assert_allclose(top.scores, np.take_along_axis(scores, order, axis=1), rtol=1e-9)
+
+
+def test_ties_go_to_the_lower_id():
+    same = jax.tree.map(lambda x: jnp.repeat(x[:1], 20, axis=0), TRAIN)
+    built = ja.build_index(METHODS["tracin"], CHECKPOINTS, same)
+    top = ja.top_k(built, QUERIES, k=3, block_size=6)
+    np.testing.assert_array_equal(top.ids, np.broadcast_to(np.arange(3), (6, 3)))
+
+
+@BY_METHOD
+def test_self_influence_is_the_diagonal(name):
+    # Queries that are the training set differ in their ids alone, and the outputs ignore the key.
+    diagonal = jnp.diagonal(ja.score(index(name), TRAIN, weights=WEIGHTS))
+    got = ja.self_influence(index(name), weights=WEIGHTS)
+    assert models.relative_error(got, diagonal) <= 1e-9
+
+
+@BY_METHOD
+def test_attributor_is_one_compiled_top_k(name):
+    attribute = ja.attributor(index(name), weights=WEIGHTS, k=4, block_size=10)
+    expected = ja.top_k(index(name), QUERIES, k=4, weights=WEIGHTS)
+    got = attribute(QUERIES)
+    np.testing.assert_array_equal(got.ids, expected.ids)
+    np.testing.assert_allclose(got.scores, expected.scores, rtol=1e-9)
+    nested = jax.jit(lambda batch: attribute(batch).ids)(QUERIES)
+    np.testing.assert_array_equal(nested, expected.ids)
+
+
+def test_attributor_traces_once_per_shape():
+    chex.clear_trace_counter()
+    built = index("tracin")
+    attribute = ja.attributor(built, k=2)
+    counted = jax.jit(chex.assert_max_traces(attribute, n=1))
+    for seed in range(3):
+        counted(models.data(6, seed))
+
+
+def test_positive_scores_are_proponents():
+    # One step of training on n lowers the query's loss by about the step times the TracIn score.
+    built = ja.build_index(
+        ja.tracin(models.loss, projection=projections.identity()), CHECKPOINTS[0], TRAIN
+    )
+    scores = np.asarray(ja.score(built, QUERIES))
+    query, step = models.one(QUERIES), 1e-5
+    for n in (int(scores[0].argmax()), int(scores[0].argmin())):
+        example = jax.tree.map(lambda x, n=n: x[n], TRAIN)
+        gradient = jax.grad(models.loss)(CHECKPOINTS[0], example, None)
+        moved = jax.tree.map(lambda p, g: p - step * g, CHECKPOINTS[0], gradient)
+        drop = models.loss(CHECKPOINTS[0], query, None) - models.loss(moved, query, None)
+        np.testing.assert_allclose(drop / step, scores[0, n], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"layer0": 1.0, "layer1": 1.0}, r"Missing: \['layer2'\]; unknown: \[\]"),
+        (WEIGHTS | {"layer9": 1.0}, r"Missing: \[\]; unknown: \['layer9'\]"),
+        (WEIGHTS | {"layer1": -0.5}, r"at least 0, got {'layer1': -0.5}"),
+        (WEIGHTS | {"layer1": float("nan")}, "finite and at least 0, got {'layer1': nan}"),
+        (dict.fromkeys(WEIGHTS, jnp.ones(2)), r"must be a scalar, got shape \(2,\)"),
+    ],
+)
+def test_bad_weights(weights, message):
+    for use in (ja.score, ja.top_k):
+        with pytest.raises(ValueError, match=message):
+            use(index("tracin"), QUERIES, weights=weights)
+    with pytest.raises(ValueError, match=message):
+        ja.self_influence(index("tracin"), weights=weights)
+
+
+@pytest.mark.parametrize("k", [0, 42])
+def test_bad_k(k):
+    with pytest.raises(ValueError, match=f"between 1 and the 41 training examples, got {k}"):
+        ja.top_k(index("tracin"), QUERIES, k=k)
+    with pytest.raises(ValueError, match=f"got {k}"):
+        ja.attributor(index("tracin"), k=k)
