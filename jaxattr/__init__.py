@@ -1,7 +1,12 @@
 """jaxattr: which training examples made the model do this?"""
 
+from jaxattr import evaluation as evaluation
 from jaxattr import projections as projections
 from jaxattr.describing import describe as describe
+from jaxattr.evaluation.lds import lds as lds
+from jaxattr.evaluation.mislabel import mislabel_auc as mislabel_auc
+from jaxattr.evaluation.retraining import random_subsets as random_subsets
+from jaxattr.evaluation.retraining import retrain as retrain
 from jaxattr.groups import by_layer as by_layer
 from jaxattr.groups import by_leaf as by_leaf
 from jaxattr.groups import by_regex as by_regex

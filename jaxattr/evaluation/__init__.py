@@ -1,0 +1,21 @@
+"""Ground truth and metrics: is an attribution method right about this model?
+
+retraining.py     train on many subsets at once
+lds.py            do scores predict what the retrained models do?
+mislabel.py       does self-influence find wrong labels?
+heterogeneity.py  how right is each parameter group by itself?
+"""
+
+from jaxattr.evaluation.heterogeneity import group_lds as group_lds
+from jaxattr.evaluation.heterogeneity import subset_contributions as subset_contributions
+from jaxattr.evaluation.heterogeneity import upper_bound_weights as upper_bound_weights
+from jaxattr.evaluation.lds import LDS as LDS
+from jaxattr.evaluation.lds import Difference as Difference
+from jaxattr.evaluation.lds import lds as lds
+from jaxattr.evaluation.lds import lds_of_predictions as lds_of_predictions
+from jaxattr.evaluation.lds import paired_difference as paired_difference
+from jaxattr.evaluation.mislabel import flip_labels as flip_labels
+from jaxattr.evaluation.mislabel import mislabel_auc as mislabel_auc
+from jaxattr.evaluation.retraining import outputs as outputs
+from jaxattr.evaluation.retraining import random_subsets as random_subsets
+from jaxattr.evaluation.retraining import retrain as retrain

@@ -1,0 +1,123 @@
+"""How right each parameter group is by itself, and how right weights could be at best.
+
+Scores are linear in the training side, so the score of a subset is that of its summed features: no
+[q, n, m] array is needed here either.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from scipy import stats
+
+from jaxattr import scoring
+from jaxattr.evaluation.lds import LDS, lds_of_predictions
+from jaxattr.index import Index, query_features
+
+
+def subset_contributions(index: Index, queries: Any, masks: Any) -> np.ndarray:
+    """Sums of contributions over the training examples of each subset.
+
+    Args:
+      index: the index.
+      queries: as in `score`.
+      masks: bool [s, n].
+
+    Returns:
+      Float [q, s, m]; `@ weights` gives the predictions that LDS correlates.
+    """
+    masks = np.asarray(masks)
+    if masks.ndim != 2 or masks.shape[1] != index.size:
+        raise ValueError(f"masks must be bool [subsets, {index.size}], got shape {masks.shape}.")
+    prepared = query_features(index, queries)
+    rows = index.features * index.residual[:, None]
+    chosen = jnp.asarray(masks, rows.dtype)
+    sums = jnp.matmul(chosen, rows, precision="highest")  # [s, c * p]
+    ones = jnp.ones(len(masks), rows.dtype)
+    parts = scoring.contributions_of_features(index.layout, prepared.features, sums, ones)
+    found = np.array(parts, np.float64)
+    found[prepared.non_finite] = np.nan
+    return found
+
+
+def group_lds(index: Index, queries: Any, masks: Any, outputs: Any) -> dict[str, LDS]:
+    """LDS of each parameter group's contributions alone: the heterogeneity that weights exploit.
+
+    Args:
+      index: the index.
+      queries: as in `score`.
+      masks: bool [s, n].
+      outputs: float [s, q], as in `lds`.
+
+    Returns:
+      {group name: LDS}.
+
+    References:
+      Li et al. (2025), arXiv:2506.05647, section 2.
+    """
+    sums = subset_contributions(index, queries, masks)
+    return {
+        name: lds_of_predictions(sums[:, :, j], outputs)
+        for j, name in enumerate(index.layout.names)
+    }
+
+
+def upper_bound_weights(
+    index: Index, queries: Any, masks: Any, outputs: Any, *, steps: int = 300
+) -> dict[str, float]:
+    """Weights fitted to ground truth: what weighting could reach at best with labels like these.
+
+    Maximises the mean over queries of the correlation between predictions and the RANKS of outputs,
+    which is smooth, by Adam over softplus parameters, from the groups at unit root mean square.
+    Heuristic. Not for use as attribution weights: needs retrained models. Evaluate on queries other
+    than these.
+
+    Args:
+      index: the index.
+      queries: as in `score`.
+      masks: bool [s, n].
+      outputs: float [s, q], as in `lds`.
+      steps: of Adam.
+
+    Returns:
+      {group name: weight}, mean one.
+    """
+    sums = subset_contributions(index, queries, masks)
+    kept = np.isfinite(sums).all(axis=(1, 2))
+    sums = sums[kept] - sums[kept].mean(axis=1, keepdims=True)  # [q, s, m]
+    ranks = stats.rankdata(np.asarray(outputs, np.float64)[:, kept].T, axis=1)  # [q, s]
+    ranks = ranks - ranks.mean(axis=1, keepdims=True)
+    scale = np.sqrt((sums**2).mean(axis=(0, 1)))
+    gauge = np.where(scale > 0, 1 / np.where(scale > 0, scale, 1), 0)
+    # Predictions are linear in w, so covariance and variance are a linear and a quadratic form.
+    rank_norm = np.linalg.norm(ranks, axis=1)
+    slope = (
+        np.einsum("qs,qsm->qm", ranks, sums * gauge)
+        / np.where(rank_norm > 0, rank_norm, 1)[:, None]
+    )
+    square = np.einsum("qsm,qsk->qmk", sums * gauge, sums * gauge)
+    theta = _ascend(jnp.asarray(slope, jnp.float32), jnp.asarray(square, jnp.float32), steps)
+    w = gauge * np.asarray(jax.nn.softplus(theta), np.float64)
+    w = w / w.mean()
+    return {name: float(value) for name, value in zip(index.layout.names, w, strict=True)}
+
+
+def _ascend(slope: jax.Array, square: jax.Array, steps: int) -> jax.Array:
+    """Adam on minus the mean correlation, over softplus parameters."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.1, steps))
+
+    def loss(theta: jax.Array) -> jax.Array:
+        w = jax.nn.softplus(theta)
+        norm = jnp.einsum("qmk,m,k->q", square, w, w)
+        return -jnp.mean(slope @ w / jnp.sqrt(jnp.maximum(norm, 1e-30)))
+
+    def step(state: tuple, _: None) -> tuple[tuple, None]:
+        theta, optimizer_state = state
+        updates, optimizer_state = optimizer.update(jax.grad(loss)(theta), optimizer_state)
+        return (optax.apply_updates(theta, updates), optimizer_state), None
+
+    theta = jnp.zeros(slope.shape[1])
+    (theta, _), _ = jax.lax.scan(step, (theta, optimizer.init(theta)), length=steps)
+    return theta

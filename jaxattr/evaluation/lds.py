@@ -1,0 +1,189 @@
+"""The linear datamodelling score: do sums of scores predict what retrained models do?"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LDS:
+    """Linear datamodelling score, as a correlation between -1 and 1.
+
+    Attributes:
+      mean: over queries.
+      low: 2.5 % quantile of the mean over resampled subsets.
+      high: 97.5 % quantile.
+      per_query: Spearman correlation of each query; NaN where skipped, [q].
+      skipped: queries without a correlation: their outputs or predictions are constant or not
+        finite.
+      resampled: the mean for each resample of the subsets; pairs up with any other LDS of the same
+        subsets and seed, [resamples].
+    """
+
+    mean: float
+    low: float
+    high: float
+    per_query: np.ndarray
+    skipped: int
+    resampled: np.ndarray
+
+    def __str__(self) -> str:
+        text = f"{100 * self.mean:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+        return text + (f" ({self.skipped} queries skipped)" if self.skipped else "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Difference of two scores on the same subsets.
+
+    Attributes:
+      mean: first minus second.
+      low: 2.5 % quantile over the same resamples for both.
+      high: 97.5 % quantile.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:+.1f} % [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+
+
+def lds(scores: Any, masks: Any, outputs: Any, *, resamples: int = 1000, seed: int = 0) -> LDS:
+    """Correlates predicted with actual outputs of models trained on subsets.
+
+    The prediction for a subset is the sum of the scores of its examples. The interval is over
+    subsets (a percentile bootstrap of correlations of ranks, the ranks being taken once): it says
+    how far the mean is known for these queries.
+
+    Args:
+      scores: float [q, n], larger = stronger proponent.
+      masks: bool [m, n], which examples each model was trained on.
+      outputs: float [m, q], larger = more of what the score attributes: a margin, or minus a loss.
+      resamples: of the subsets.
+      seed: of the resamples.
+
+    Returns:
+      The score.
+
+    Raises:
+      ValueError: if shapes do not match, or there are fewer than 3 subsets.
+
+    References:
+      Park et al. (2023), TRAK, arXiv:2303.14186, section 2.
+
+    Example:
+      >>> rng = np.random.default_rng(0)
+      >>> scores, masks = rng.normal(size=(4, 20)), rng.random((30, 20)) < 0.5
+      >>> print(lds(scores, masks, masks @ scores.T))
+      100.0 % [100.0, 100.0]
+    """
+    scores, masks = np.asarray(scores), np.asarray(masks)
+    if scores.ndim != 2 or masks.ndim != 2 or scores.shape[1] != masks.shape[1]:
+        raise ValueError(
+            f"scores [q, n] and masks [m, n] need the same n, got {scores.shape} and {masks.shape}."
+        )
+    predicted = scores.astype(np.float64) @ masks.T.astype(np.float64)  # [q, m]
+    return lds_of_predictions(predicted, outputs, resamples=resamples, seed=seed)
+
+
+def lds_of_predictions(
+    predicted: Any, outputs: Any, *, resamples: int = 1000, seed: int = 0
+) -> LDS:
+    """The same from predictions that were summed elsewhere.
+
+    Args:
+      predicted: float [q, m], sums of scores over each subset.
+      outputs: float [m, q].
+      resamples: of the subsets.
+      seed: of the resamples.
+
+    Returns:
+      The score.
+    """
+    predicted, actual = np.asarray(predicted, np.float64), np.asarray(outputs, np.float64).T
+    if predicted.shape != actual.shape:
+        raise ValueError(
+            f"outputs must be [m, q] = {predicted.shape[::-1]}, got {actual.shape[::-1]}."
+        )
+    m = predicted.shape[1]
+    if m < 3:
+        raise ValueError(f"A rank correlation needs at least 3 subsets, got {m}.")
+    ranks = _Ranks.of(predicted, actual)
+    per_query = ranks.correlations(np.ones((1, m)))[0]
+    kept = np.isfinite(per_query)
+    rows = np.random.default_rng(seed).integers(m, size=(resamples, m))
+    counts = np.stack([np.bincount(row, minlength=m) for row in rows])
+    resampled = ranks.only(kept).correlations(counts)  # [resamples, q]
+    resampled = np.array([_mean(correlations) for correlations in resampled])
+    low, high = np.quantile(resampled, [0.025, 0.975]) if kept.any() else (np.nan, np.nan)
+    return LDS(
+        mean=_mean(per_query),
+        low=float(low),
+        high=float(high),
+        per_query=per_query,
+        skipped=int((~kept).sum()),
+        resampled=resampled,
+    )
+
+
+def paired_difference(first: LDS, second: LDS) -> Difference:
+    """Difference of two scores, with the interval that shared subsets allow.
+
+    Args:
+      first: LDS of one set of scores.
+      second: LDS of another, on the same masks and outputs and with the same seed.
+
+    Returns:
+      First minus second.
+
+    Raises:
+      ValueError: if the two differ in their resamples or queries.
+    """
+    if first.resampled.shape != second.resampled.shape or len(first.per_query) != len(
+        second.per_query
+    ):
+        raise ValueError(
+            f"Only scores of the same queries and resamples can be paired; got "
+            f"{len(first.per_query)} and {len(second.per_query)} queries, "
+            f"{len(first.resampled)} and {len(second.resampled)} resamples."
+        )
+    low, high = np.quantile(first.resampled - second.resampled, [0.025, 0.975])
+    return Difference(mean=first.mean - second.mean, low=float(low), high=float(high))
+
+
+def _mean(correlations: np.ndarray) -> float:
+    finite = correlations[np.isfinite(correlations)]
+    return float(finite.mean()) if len(finite) else float("nan")
+
+
+class _Ranks(NamedTuple):
+    """Ranks of predicted and actual outputs, each [q, m]; NaN rows where there are none."""
+
+    first: np.ndarray
+    second: np.ndarray
+
+    @classmethod
+    def of(cls, predicted: np.ndarray, actual: np.ndarray) -> "_Ranks":
+        finite = np.isfinite(predicted).all(axis=1) & np.isfinite(actual).all(axis=1)
+        ranks = [
+            stats.rankdata(np.where(finite[:, None], x, 0), axis=1) for x in (predicted, actual)
+        ]
+        # Centred ranks keep the sums below small and exact.
+        return cls(*(rank - (rank.shape[1] + 1) / 2 for rank in ranks))
+
+    def only(self, kept: np.ndarray) -> "_Ranks":
+        return _Ranks(self.first[kept], self.second[kept])
+
+    def correlations(self, counts: np.ndarray) -> np.ndarray:
+        """Correlations [r, q] with subset s counted counts[r, s] times; NaN where undefined."""
+        total = counts.sum(axis=1, keepdims=True)
+        sums = [counts @ x.T for x in (self.first, self.second)]  # [r, q]
+        squares = [counts @ (x**2).T - s**2 / total for x, s in zip(self, sums, strict=True)]
+        product = counts @ (self.first * self.second).T - sums[0] * sums[1] / total
+        norm = np.sqrt(np.maximum(squares[0], 0) * np.maximum(squares[1], 0))
+        usable = norm > 1e-9 * total
+        return np.where(usable, product / np.where(usable, norm, 1), np.nan)

@@ -1,0 +1,76 @@
+"""Finding wrong labels: examples whose influence on themselves is large are suspicious."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from scipy import stats
+
+from jaxattr.typing import Key
+
+
+def flip_labels(
+    key: Key, labels: Any, *, fraction: float = 0.1, classes: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Replaces some labels by other ones, to be found again.
+
+    Args:
+      key: PRNG key.
+      labels: integers [n], from 0 to classes - 1.
+      fraction: share of labels to flip, above 0 and at most 1.
+      classes: number of classes. Default: the largest label plus one.
+
+    Returns:
+      New labels [n], and which were flipped, bool [n]. A flipped label is never the old one.
+
+    Raises:
+      ValueError: if the fraction flips nothing, or there is only one class.
+
+    Example:
+      >>> labels, flipped = flip_labels(jax.random.key(0), np.arange(10), fraction=0.3)
+      >>> int(flipped.sum()), bool((labels[flipped] != np.arange(10)[flipped]).all())
+      (3, True)
+    """
+    labels = np.asarray(labels)
+    classes = int(labels.max()) + 1 if classes is None else classes
+    count = round(fraction * len(labels))
+    if not 0 < fraction <= 1 or not count:
+        raise ValueError(f"A fraction of {fraction} flips {count} of {len(labels)} labels.")
+    if classes < 2:
+        raise ValueError(f"Flipping a label needs at least 2 classes, got {classes}.")
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    flipped = np.zeros(len(labels), bool)
+    flipped[generator.choice(len(labels), count, replace=False)] = True
+    shift = np.where(flipped, generator.integers(1, classes, size=len(labels)), 0)
+    return (labels + shift) % classes, flipped
+
+
+def mislabel_auc(self_influence: Any, mislabelled: Any) -> float:
+    """Area under the ROC curve of finding mislabelled examples by their self-influence.
+
+    Args:
+      self_influence: float [n], as `ja.self_influence` returns it. NaN counts as the smallest.
+      mislabelled: bool [n].
+
+    Returns:
+      Probability that a mislabelled example scores above a well-labelled one, ties one half.
+
+    Raises:
+      ValueError: if all or none are mislabelled, or shapes differ.
+
+    Example:
+      >>> mislabel_auc([0.1, 0.2, 3.0], [False, False, True])
+      1.0
+    """
+    values, wrong = np.asarray(self_influence, np.float64), np.asarray(mislabelled)
+    if values.shape != wrong.shape or wrong.dtype != bool:
+        raise ValueError(
+            f"mislabelled must be bool {list(values.shape)}, got {wrong.dtype} {list(wrong.shape)}."
+        )
+    positives = int(wrong.sum())
+    negatives = len(wrong) - positives
+    if not positives or not negatives:
+        raise ValueError(f"Needed some examples of each kind, got {positives} mislabelled.")
+    ranks = stats.rankdata(np.where(np.isnan(values), -np.inf, values))
+    above = ranks[wrong].sum() - positives * (positives + 1) / 2
+    return float(above / (positives * negatives))

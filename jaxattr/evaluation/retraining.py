@@ -1,0 +1,224 @@
+"""Training on many subsets of the training set at once: the ground truth of attribution."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Jaxpr, Literal
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxattr.features import check_output, leading_size
+from jaxattr.sources import track
+from jaxattr.typing import Batch, Key, OutputFn, Params
+
+TrainFn = Callable[[Key, jax.Array], Params]
+"""(key, ids int [s]) -> params: trains from scratch on the examples that ids name. Pure."""
+
+
+def random_subsets(
+    key: Key,
+    n: int,
+    count: int,
+    *,
+    fraction: float = 0.5,
+    strata: Any = None,
+) -> np.ndarray:
+    """Draws subsets of one size, without replacement.
+
+    Args:
+      key: PRNG key.
+      n: number of training examples.
+      count: number of subsets.
+      fraction: share of the training set in each, between 0 and 1, both excluded.
+      strata: integers [n], such as labels: the share is then the same in each stratum.
+
+    Returns:
+      Masks, bool [count, n]; every row has the same number of True.
+
+    Raises:
+      ValueError: if a subset would be empty or the whole set.
+
+    Example:
+      >>> masks = random_subsets(jax.random.key(0), 10, 4)
+      >>> masks.shape, masks.sum(axis=1)
+      ((4, 10), array([5, 5, 5, 5]))
+    """
+    strata = np.zeros(n, np.int64) if strata is None else np.asarray(strata)
+    if strata.shape != (n,):
+        raise ValueError(f"strata must be integers [{n}], got shape {strata.shape}.")
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}.")
+    members = [np.flatnonzero(strata == value) for value in np.unique(strata)]
+    sizes = [round(fraction * len(ids)) for ids in members]
+    if not 0 < fraction < 1 or not 0 < sum(sizes) < n:
+        raise ValueError(
+            f"A fraction of {fraction} of {n} training examples is {sum(sizes)}: needed more than "
+            "none and fewer than all."
+        )
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    masks = np.zeros((count, n), bool)
+    for mask in masks:
+        for ids, size in zip(members, sizes, strict=True):
+            mask[generator.choice(ids, size, replace=False)] = True
+    return masks
+
+
+def retrain(
+    train_fn: TrainFn,
+    masks: Any,
+    key: Key,
+    *,
+    seeds: int = 1,
+    at_once: int | None = None,
+    mesh: Mesh | None = None,
+    axis: str = "data",
+) -> Params:
+    """Trains one model per subset and seed, many at once.
+
+    All subsets are trained from the same `seeds` keys, so that models differ by their data and not
+    by their luck.
+
+    Args:
+      train_fn: (key, ids int [s]) -> params, pure: initialisation and batches from the key, data
+        from the ids. It is vmapped, so it must not depend on values outside JAX.
+      masks: bool [m, n], all rows with the same number s of True.
+      key: PRNG key.
+      seeds: models per subset. Their mean is closer to the expected output.
+      at_once: models in memory at once; with a mesh, on all its devices together. Default: all.
+      mesh: devices to spread the models over. Default: the default device.
+      axis: the axis of the mesh to spread them over.
+
+    Returns:
+      Params whose leaves are [m, seeds, ...].
+
+    Raises:
+      ValueError: if subsets differ in size, or the train function ignores its ids or its key.
+
+    Warns:
+      UserWarning: if runs ended with parameters that are not finite.
+
+    Cost: m * seeds trainings; vmapped, small models take little more time together than one.
+    """
+    masks, devices = _check_masks(masks), 1 if mesh is None else mesh.shape[axis]
+    ids = np.stack([np.flatnonzero(mask) for mask in masks])  # [m, s]
+    keys = jax.random.split(key, seeds)
+    _check_inputs_matter(train_fn, keys[0], ids[0])
+    runs = len(ids) * seeds
+    at_once = min(runs, at_once or runs)
+    at_once += -at_once % devices
+    train = jax.vmap(train_fn)
+    if mesh is not None:
+        spec = PartitionSpec(axis)
+        train = jax.shard_map(train, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    train = jax.jit(train)
+    chunks = []
+    starts = range(0, runs, at_once)
+    for start in track(iter(starts), "retraining", len(starts)):
+        run = np.minimum(np.arange(start, start + at_once), runs - 1)
+        chunks.append(train(keys[run % seeds], jnp.asarray(ids[run // seeds])))
+    params = jax.tree.map(lambda *parts: jnp.concatenate(parts)[:runs], *chunks)
+    _warn_of_divergence(params, seeds)
+    return jax.tree.map(lambda leaf: leaf.reshape(len(ids), seeds, *leaf.shape[1:]), params)
+
+
+def outputs(
+    output_fn: OutputFn, params: Params, queries: Batch, *, key: Key | None = None
+) -> jax.Array:
+    """Outputs of retrained models on queries, averaged over seeds.
+
+    Args:
+      output_fn: (params, example, key) -> scalar; larger = more of it, so a margin or minus a loss.
+      params: leaves [m, seeds, ...], as `retrain` returns them.
+      queries: a pytree of arrays [q, ...].
+      key: key of a stochastic output; query i gets the same randomness from every model.
+
+    Returns:
+      Float [m, q].
+    """
+    q = leading_size(queries)
+    key = jax.random.key(0) if key is None else key
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(q))
+    one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), params)
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], x.dtype), queries)
+    check_output(output_fn, one, example, key)
+    on_queries = jax.vmap(output_fn, in_axes=(None, 0, 0))
+
+    @jax.jit
+    def of_all(params: Params, queries: Batch, keys: Key) -> jax.Array:
+        def of_subset(params: Params) -> jax.Array:
+            return jax.vmap(on_queries, in_axes=(0, None, None))(params, queries, keys).mean(axis=0)
+
+        return jax.lax.map(of_subset, params)  # one subset at a time bounds the memory
+
+    return of_all(params, queries, keys)
+
+
+def _check_masks(masks: Any) -> np.ndarray:
+    masks = np.asarray(masks)
+    if masks.ndim != 2 or masks.dtype != bool:
+        raise ValueError(f"masks must be bool [m, n], got {masks.dtype} {list(masks.shape)}.")
+    sizes = masks.sum(axis=1)
+    if len(set(sizes)) != 1 or not sizes[0]:
+        raise ValueError(
+            "All subsets need the same number of examples, at least one, so that they can be "
+            f"trained together; got sizes from {sizes.min()} to {sizes.max()}. "
+            "See `random_subsets`."
+        )
+    return masks
+
+
+def _check_inputs_matter(train_fn: TrainFn, key: Key, ids: np.ndarray) -> None:
+    closed = jax.make_jaxpr(train_fn)(key, ids)
+    keyed, identified = _used(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    if not identified:
+        raise ValueError(
+            "train_fn ignores its ids: the parameters that it returns do not depend on which "
+            "examples it is given. It must train on data[ids] alone."
+        )
+    if not keyed:
+        warnings.warn(
+            "train_fn ignores its key: every seed gives the same model.", UserWarning, stacklevel=3
+        )
+
+
+def _used(jaxpr: Jaxpr, wanted: Sequence[bool]) -> list[bool]:
+    """Which inputs the wanted outputs may depend on; looks into nested jit."""
+    needed = {
+        var for var, want in zip(jaxpr.outvars, wanted, strict=True)
+        if want and not isinstance(var, Literal)
+    }  # fmt: skip
+    for equation in reversed(jaxpr.eqns):
+        outputs_needed = [var in needed for var in equation.outvars]
+        if not any(outputs_needed):
+            continue
+        used = [True] * len(equation.invars)
+        if equation.primitive.name in ("jit", "pjit"):
+            used = _used(equation.params["jaxpr"].jaxpr, outputs_needed)
+        needed.update(
+            var for var, use in zip(equation.invars, used, strict=True)
+            if use and not isinstance(var, Literal)
+        )  # fmt: skip
+    return [var in needed for var in jaxpr.invars]
+
+
+def _warn_of_divergence(params: Params, seeds: int) -> None:
+    finite = np.all(
+        [
+            np.isfinite(np.asarray(leaf)).reshape(len(leaf), math.prod(leaf.shape[1:])).all(axis=1)
+            for leaf in jax.tree.leaves(params)
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+        ],
+        axis=0,
+    )
+    if not finite.all():
+        subsets = sorted({int(run) // seeds for run in np.flatnonzero(~finite)})
+        warnings.warn(
+            f"{(~finite).sum()} of {len(finite)} retrained models have parameters that are not "
+            f"finite, for subsets {subsets[:10]}: training diverged.",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,212 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+import jaxattr as ja
+from jaxattr import evaluation
+from tests import models
+
+TRAIN, QUERIES = models.data(24), models.data(5, seed=1)
+
+
+def train(key, ids):
+    params = models.mlp_params(key)
+    x, y = TRAIN["x"][ids], TRAIN["y"][ids]
+
+    def mean_loss(params):
+        return jax.vmap(lambda x, y: models.loss(params, {"x": x, "y": y}, None))(x, y).mean()
+
+    def step(params, _):
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(mean_loss)(params)), None
+
+    return jax.lax.scan(step, params, length=5)[0]
+
+
+@pytest.mark.parametrize("devices", [None, 8])
+@pytest.mark.parametrize("at_once", [None, 4])
+def test_retraining_equals_a_loop(devices, at_once):
+    masks = ja.random_subsets(jax.random.key(0), 24, 5)
+    mesh = devices and Mesh(np.array(jax.devices()), ("data",))
+    got = ja.retrain(train, masks, jax.random.key(1), seeds=2, at_once=at_once, mesh=mesh)
+    keys = jax.random.split(jax.random.key(1), 2)
+    one = jax.jit(train)
+    expected = [[one(key, np.flatnonzero(mask)) for key in keys] for mask in masks]
+    for i, j in np.ndindex(5, 2):
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda x, i=i, j=j: x[i, j], got), expected[i][j], rtol=1e-10
+        )
+    margins = evaluation.outputs(models.margin, got, QUERIES)
+    by_hand = [
+        np.mean([models.margin(p, jax.tree.map(lambda x: x[3], QUERIES), None) for p in row])
+        for row in expected
+    ]
+    np.testing.assert_allclose(margins[:, 3], by_hand, rtol=1e-10)
+
+
+def test_random_subsets_are_stratified():
+    strata = np.repeat([0, 1, 2], [10, 20, 30])
+    masks = ja.random_subsets(jax.random.key(0), 60, 7, fraction=0.3, strata=strata)
+    for stratum, size in zip(range(3), (3, 6, 9), strict=True):
+        assert (masks[:, strata == stratum].sum(axis=1) == size).all()
+    assert len({mask.tobytes() for mask in masks}) == 7
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, 0.01, 0.999, -1])
+def test_subsets_that_are_none(fraction):
+    with pytest.raises(ValueError, match="more than none and fewer than all"):
+        ja.random_subsets(jax.random.key(0), 24, 2, fraction=fraction)
+
+
+def test_train_functions_that_cannot_be_right():
+    masks = ja.random_subsets(jax.random.key(0), 24, 4)
+    for ignores in (
+        lambda key, ids: models.mlp_params(key),
+        jax.jit(lambda k, ids: train(k, jnp.array([1]))),
+    ):
+        with pytest.raises(ValueError, match="train_fn ignores its ids"):
+            ja.retrain(ignores, masks, jax.random.key(0))
+    with pytest.warns(UserWarning, match="train_fn ignores its key"):
+        ja.retrain(lambda key, ids: TRAIN["x"][ids].mean(axis=0), masks, jax.random.key(0))
+    with pytest.warns(UserWarning, match="2 of 8 retrained models .* subsets .1."):
+        bad = np.flatnonzero(masks[1])
+        ja.retrain(
+            lambda key, ids: jnp.where((ids == bad).all(), jnp.nan, jax.random.normal(key)),
+            masks, jax.random.key(0), seeds=2,
+        )  # fmt: skip
+
+
+def test_masks_that_cannot_be_right():
+    with pytest.raises(ValueError, match="sizes from 1 to 2"):
+        ja.retrain(train, np.tri(2, 24, dtype=bool), jax.random.key(0))
+    with pytest.raises(ValueError, match="bool .m, n., got float64"):
+        ja.retrain(train, np.ones((2, 24)), jax.random.key(0))
+
+
+def random_problem(q=6, n=30, m=20, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(q, n)), rng.random((m, n)) < 0.5, rng.normal(size=(m, q))
+
+
+def test_lds_is_the_mean_spearman_correlation():
+    scores, masks, outputs = random_problem()
+    outputs = np.round(outputs, 1)  # with ties
+    found = ja.lds(scores, masks, outputs)
+    sums = masks @ scores.T
+    expected = [stats.spearmanr(sums[:, i], outputs[:, i]).statistic for i in range(6)]
+    np.testing.assert_allclose(found.per_query, expected, atol=1e-12)
+    assert found.mean == pytest.approx(np.mean(expected))
+    assert found.low < found.mean < found.high and found.skipped == 0
+
+
+def test_oracle_and_chance():
+    scores, masks, _ = random_problem(q=40, m=64)
+    assert ja.lds(scores, masks, masks @ scores.T).mean == pytest.approx(1)
+    assert ja.lds(-scores, masks, masks @ scores.T).mean == pytest.approx(-1)
+    shuffled = scores[np.random.default_rng(1).permutation(40)]
+    assert abs(ja.lds(shuffled, masks, masks @ scores.T).mean) < 2 / np.sqrt(63)
+
+
+def test_lds_interval_covers_about_as_often_as_it_says():
+    """The interval is over subsets: of draws of 40, about 95 % must cover the mean of 4,000."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(10, 30))
+    truth = scores + 2 * rng.normal(size=scores.shape)
+
+    def draw(m):
+        masks = rng.random((m, 30)) < 0.5
+        return ja.lds(scores, masks, masks @ truth.T, resamples=200)
+
+    limit = draw(4000).mean
+    covered = np.mean([found.low < limit < found.high for found in (draw(40) for _ in range(60))])
+    assert 0.8 <= covered <= 1
+
+
+def test_skipped_queries_are_counted():
+    scores, masks, outputs = random_problem()
+    outputs[:, 2], scores[4, 3], scores[5] = 1.0, np.nan, 0
+    found = ja.lds(scores, masks, outputs)
+    assert found.skipped == 3 and np.flatnonzero(np.isnan(found.per_query)).tolist() == [2, 4, 5]
+    assert np.isfinite([found.mean, found.low, found.high]).all()
+    assert "3 queries skipped" in str(found)
+
+
+def test_paired_differences_know_more_than_two_intervals():
+    scores, masks, _ = random_problem(q=10, m=50)
+    noise = np.random.default_rng(3).normal(size=scores.shape)
+    outputs = masks @ (scores + noise).T
+    better, worse = (ja.lds(scores + x * noise, masks, outputs) for x in (0.2, 0.0))
+    difference = evaluation.paired_difference(better, worse)
+    assert difference.mean == pytest.approx(better.mean - worse.mean)
+    assert difference.high - difference.low < 0.7 * (better.high - better.low)
+    assert difference.low > 0
+    with pytest.raises(ValueError, match="can be paired"):
+        evaluation.paired_difference(better, ja.lds(scores, masks, outputs, resamples=10))
+
+
+@pytest.mark.parametrize(
+    ("scores", "masks", "outputs", "message"),
+    [
+        ((2, 9), (5, 8), (5, 2), "need the same n"),
+        ((2, 8), (5, 8), (2, 5), "outputs must be"),
+        ((2, 8), (2, 8), (2, 2), "at least 3 subsets"),
+    ],
+)
+def test_shapes_that_do_not_match(scores, masks, outputs, message):
+    with pytest.raises(ValueError, match=message):
+        ja.lds(np.ones(scores), np.ones(masks, bool), np.ones(outputs))
+
+
+def test_mislabel_auc_is_the_area_under_the_curve():
+    rng = np.random.default_rng(0)
+    values, wrong = np.round(rng.normal(size=50), 1), rng.random(50) < 0.3
+    assert ja.mislabel_auc(values, wrong) == pytest.approx(roc_auc_score(wrong, values))
+    assert ja.mislabel_auc(np.zeros(50), wrong) == 0.5
+    values[wrong] = np.nan
+    assert ja.mislabel_auc(values, wrong) == 0
+    with pytest.raises(ValueError, match="some examples of each kind, got 0"):
+        ja.mislabel_auc(values, np.zeros(50, bool))
+    with pytest.raises(ValueError, match="must be bool"):
+        ja.mislabel_auc(values, np.zeros(50))
+
+
+def test_flipped_labels():
+    labels = np.random.default_rng(0).integers(4, size=100)
+    flipped, which = evaluation.flip_labels(jax.random.key(0), labels, fraction=0.25)
+    assert which.sum() == 25 and (flipped != labels).sum() == 25
+    assert (which == (flipped != labels)).all() and flipped.max() < 4 and flipped.min() >= 0
+    with pytest.raises(ValueError, match="flips 0 of 100"):
+        evaluation.flip_labels(jax.random.key(0), labels, fraction=0.001)
+
+
+@pytest.fixture(scope="module")
+def indexed():
+    index = ja.build_index(ja.trak(models.margin), models.mlp_params(), TRAIN)
+    masks = ja.random_subsets(jax.random.key(0), 24, 30)
+    return index, masks, np.asarray(ja.contributions(index, QUERIES))
+
+
+def test_group_lds_is_the_lds_of_contributions(indexed):
+    index, masks, parts = indexed
+    outputs = np.random.default_rng(0).normal(size=(30, 5))
+    found = evaluation.group_lds(index, QUERIES, masks, outputs)
+    assert list(found) == list(index.layout.names)
+    for j, name in enumerate(found):
+        expected = ja.lds(parts[:, :, j], masks, outputs)
+        np.testing.assert_allclose(found[name].per_query, expected.per_query, atol=1e-9)
+    with pytest.raises(ValueError, match="subsets, 24"):
+        evaluation.group_lds(index, QUERIES, masks[:, :5], outputs)
+
+
+def test_upper_bound_finds_the_group_that_makes_the_outputs(indexed):
+    index, masks, parts = indexed
+    w = np.array([0.0, 0.3, 1.0]) / np.sqrt((parts**2).mean(axis=(0, 1)))
+    outputs = masks @ (parts @ w).T
+    weights = evaluation.upper_bound_weights(index, QUERIES, masks, outputs)
+    assert np.mean(list(weights.values())) == pytest.approx(1)
+    found = ja.lds(ja.score(index, QUERIES, weights=weights), masks, outputs).mean
+    assert found > 0.99 > ja.lds(ja.score(index, QUERIES), masks, outputs).mean

@@ -1,0 +1,228 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy import stats
+
+import jaxattr as ja
+from jaxattr import weighting
+from tests import models
+
+TRAIN, QUERIES = models.data(40), models.data(12, seed=1)
+NAMES = ("a", "b", "c")
+QUIET = pytest.mark.filterwarnings("ignore::jaxattr.WeightWarning")
+
+
+@pytest.fixture(scope="module")
+def index():
+    checkpoints = [models.mlp_params(), models.mlp_params(jax.random.key(1))]
+    return ja.build_index(ja.trak(models.margin), checkpoints, TRAIN, groups=ja.by_leaf)
+
+
+def random_contributions(q=4, n=30, m=3, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(q, n, m)))
+
+
+@pytest.mark.parametrize("signal", ["top_k", "top_k_abs", "top_minus_bottom"])
+def test_loss_by_hand(signal):
+    parts, w = random_contributions(), {"a": 0.3, "b": 1.0, "c": 2.0}
+    expected = []
+    for s in np.asarray(parts) @ np.array([0.3, 1.0, 2.0]):
+        ordered = np.sort(np.abs(s) if signal == "top_k_abs" else s)
+        top, bottom = ordered[-5:].mean(), ordered[:5].mean()
+        strength = (top - bottom) / 2 if signal == "top_minus_bottom" else top
+        expected.append(-strength / np.linalg.norm(s))
+    got = ja.self_supervised_loss(w, parts, top_k=5, signal=signal, l2=0.1)
+    assert got == pytest.approx(np.mean(expected) + 0.1 * (0.09 + 1 + 4))
+
+
+def test_loss_does_not_see_the_scale_of_the_weights():
+    parts = random_contributions()
+    w = dict(zip(NAMES, jnp.array([0.3, 1.0, 2.0]), strict=True))
+    loss, gradient = jax.value_and_grad(ja.self_supervised_loss)(w, parts, top_k=5)
+    scaled = jax.tree.map(lambda x: 7 * x, w)
+    assert ja.self_supervised_loss(scaled, parts, top_k=5) == pytest.approx(float(loss), abs=1e-12)
+    assert sum(w[name] * gradient[name] for name in w) == pytest.approx(0, abs=1e-12)
+    assert -1 / np.sqrt(5) <= loss <= 0
+
+
+def test_loss_gradient_by_finite_differences():
+    parts, w = random_contributions(), jnp.array([0.3, 1.0, 2.0])
+
+    def loss(w): return ja.self_supervised_loss(tuple(w), parts, top_k=5, l2=0.2)  # fmt: skip
+
+    step = 1e-6 * jnp.eye(3)
+    expected = [(loss(w + h) - loss(w - h)) / 2e-6 for h in step]
+    np.testing.assert_allclose(jax.grad(loss)(w), expected, rtol=1e-7)
+
+
+def test_gram_identity(index):
+    """The norm of the scores is a quadratic form of the weights."""
+    parts = ja.contributions(index, QUERIES)
+    w = jnp.linspace(0.1, 2, parts.shape[2])
+    gram = jnp.einsum("qnm,qnk->qmk", parts, parts)
+    squares = ja.score(index, QUERIES, weights=dict(zip(index.layout.names, w, strict=True))) ** 2
+    np.testing.assert_allclose(squares.sum(axis=1), w @ (gram @ w).T, rtol=1e-10)
+
+
+def test_queries_without_any_score_do_no_harm():
+    parts = random_contributions().at[1].set(0)
+    loss, gradient = jax.value_and_grad(ja.self_supervised_loss)((1.0, 1.0, 1.0), parts, top_k=5)
+    assert jnp.isfinite(loss) and jnp.isfinite(jnp.array(gradient)).all()
+    assert loss == pytest.approx(
+        float(ja.self_supervised_loss((1.0, 1.0, 1.0), parts[jnp.array([0, 2, 3])], top_k=5))
+        * 3
+        / 4
+    )
+
+
+@QUIET
+@pytest.mark.parametrize("batch_size", [None, 5])
+@pytest.mark.parametrize("signal", ["top_k", "top_minus_bottom"])
+def test_the_same_weights_with_and_without_contributions(index, batch_size, signal):
+    fits = [
+        ja.learn_weights(
+            index, QUERIES, steps=30, batch_size=batch_size, signal=signal, materialize=materialize
+        )
+        for materialize in (True, False, None)
+    ]
+    for fit in fits[1:]:
+        chex.assert_trees_all_close(fit.weights, fits[0].weights, rtol=1e-6)
+        np.testing.assert_allclose(fit.losses, fits[0].losses, rtol=1e-6)
+    parts = ja.contributions(index, QUERIES)
+    elsewhere = weighting.fit_weights(
+        parts, index.layout.names, steps=30, batch_size=batch_size, signal=signal
+    )
+    chex.assert_trees_all_close(elsewhere.weights, fits[0].weights, rtol=1e-6)
+
+
+@QUIET
+def test_one_step_by_hand():
+    parts = random_contributions(q=6)
+    fit = weighting.fit_weights(
+        parts, NAMES, optimizer=optax.sgd(2.0), steps=1, held_out=0, start="uniform", l2=0.0
+    )
+
+    def loss(theta):
+        return ja.self_supervised_loss(tuple(jax.nn.softmax(theta)), parts)
+
+    start = jnp.zeros(3)
+    theta = start - 2.0 * jax.grad(loss)(start) / jnp.abs(loss(start))
+    np.testing.assert_allclose(list(fit.weights.values()), 3 * jax.nn.softmax(theta), rtol=1e-5)
+    assert fit.loss == pytest.approx((float(loss(start)), float(loss(theta))), rel=1e-5)
+    assert fit.held_out_loss is None and fit.losses.shape == (1,)
+
+
+@QUIET
+def test_the_start_is_unit_rms_and_l2_pulls_to_it():
+    parts = random_contributions() * jnp.array([[[1.0, 10.0, 100.0]]])
+    rms = np.sqrt((np.asarray(parts) ** 2).mean(axis=(0, 1)))
+    free, held = (
+        weighting.fit_weights(parts, NAMES, l2=l2, held_out=0, steps=100) for l2 in (0.0, 1e4)
+    )
+    gauge = (1 / rms) / (1 / rms).mean()
+    np.testing.assert_allclose(list(held.weights.values()), gauge, rtol=1e-3)
+    assert min(held.start_shares.values()) == pytest.approx(1 / 3) == max(held.shares.values())
+    assert held.entropy == pytest.approx(1) and free.entropy < 0.999
+    assert free.loss[1] < held.loss[1]
+    assert "held out" not in str(free) and "entropy" in str(free)
+
+
+@QUIET
+def test_scale_of_the_groups_and_order_of_queries_do_not_matter():
+    parts = random_contributions(q=8)
+    fit = weighting.fit_weights(parts, NAMES, held_out=0, steps=50)
+    scaled = weighting.fit_weights(parts * jnp.array([[[1.0, 10.0, 0.1]]]), NAMES, held_out=0, steps=50)
+    chex.assert_trees_all_close(scaled.shares, fit.shares, rtol=1e-5)
+    turned = weighting.fit_weights(parts[::-1], NAMES, held_out=0, steps=50)
+    chex.assert_trees_all_close(turned.weights, fit.weights, rtol=1e-5)
+
+
+def planted(seed, adversary=None, q=40, n=1000):
+    """Eight noisy readings of a sparse truth, and a group of pure heavy-tailed noise."""
+    rng = np.random.default_rng(seed)
+    truth = np.where(rng.random((q, n)) < 0.01, rng.standard_t(3, size=(q, n)) * 5, 0)
+    deviations = np.geomspace(0.5, 10, 8)
+    parts = truth[..., None] + deviations * rng.normal(size=(q, n, 8))
+    if adversary is not None:
+        parts = np.concatenate([parts, rng.standard_t(adversary, size=(q, n, 1))], axis=2)
+    return truth, jnp.asarray(parts)
+
+
+def correlation(truth, parts, weights):
+    scores = np.asarray(parts) @ np.array(list(weights.values()))
+    return np.mean([stats.pearsonr(a, b).statistic for a, b in zip(truth, scores, strict=True)])
+
+
+def test_planted_influence_is_found():
+    _, learning = planted(0)
+    truth, parts = planted(1)
+    fit = weighting.fit_weights(learning, l2=0.0, steps=300)
+    ones = dict.fromkeys(fit.weights, 1.0)
+    oracle = dict(zip(fit.weights, 1 / np.geomspace(0.5, 10, 8) ** 2, strict=True))
+    uniform, learned, best = (correlation(truth, parts, w) for w in (ones, fit.weights, oracle))
+    assert uniform < 0.45 and learned > 0.95 * best
+    assert fit.held_out_loss[1] < fit.held_out_loss[0] and not fit.warnings
+
+
+def test_a_heavy_tailed_group_without_signal_is_reported():
+    _, parts = planted(0, adversary=1.5)
+    with pytest.warns(ja.WeightWarning, match="collapse: group '8' went from"):
+        fit = weighting.fit_weights(parts, top_k=10, l2=0.0)
+    assert fit.largest == "8" and fit.tail_ratio["8"] == max(fit.tail_ratio.values())
+    assert "warning: collapse" in str(fit)
+
+
+def test_a_hub_is_reported():
+    parts = random_contributions(q=20, n=200)
+    with pytest.warns(ja.WeightWarning, match="hub: training example 17 is among the top 10 of"):
+        fit = weighting.fit_weights(parts.at[:, 17].add(10))
+    assert fit.hub == 17 and fit.hub_share == 1
+
+
+def test_over_fitting_is_reported():
+    parts = random_contributions(q=5, n=30, m=20)
+    with pytest.warns(ja.WeightWarning, match="over-fitting: the held-out loss rose"):
+        weighting.fit_weights(parts, l2=0.0, steps=400, top_k=1, held_out=0.4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 0}, "top_k must be between 1 and the 40 training examples, got 0"),
+        ({"top_k": 41}, "top_k must be between 1"),
+        ({"l2": -1.0}, "l2 must be finite and at least 0"),
+        ({"l2": np.nan}, "l2 must be finite"),
+        ({"signal": "topk"}, "signal must be \"top_k\", .* got 'topk'"),
+        ({"start": "zero"}, 'start must be "unit_rms" or "uniform"'),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"held_out": 1.0}, "held_out must be at least 0 and below 1"),
+    ],
+)
+def test_bad_options(index, options, message):
+    with pytest.raises(ValueError, match=message):
+        ja.learn_weights(index, QUERIES, **options)
+
+
+def test_bad_contributions():
+    with pytest.raises(ValueError, match="m = 2 weights, got shape"):
+        ja.self_supervised_loss((1.0, 1.0), random_contributions())
+    with pytest.raises(ValueError, match="2 names for 3 groups"):
+        weighting.fit_weights(random_contributions(), ("a", "b"))
+    with pytest.raises(ValueError, match="not all finite"):
+        weighting.fit_weights(random_contributions().at[0, 0, 0].set(jnp.nan))
+    with pytest.raises(ValueError, match="Every contribution is zero"):
+        weighting.fit_weights(jnp.zeros((4, 20, 3)))
+    with pytest.raises(ValueError, match=r"contributions must be \[q, n, m\], got shape"):
+        weighting.fit_weights(jnp.zeros((4, 20)))
+
+
+def test_unit_rms_weights(index):
+    parts = np.asarray(ja.contributions(index, QUERIES))
+    weights = np.array(list(ja.unit_rms_weights(index, QUERIES).values()))
+    rms = np.sqrt(((parts * weights) ** 2).mean(axis=(0, 1)))
+    np.testing.assert_allclose(rms, rms[0], rtol=1e-9)
+    assert weights.mean() == pytest.approx(1)
