@@ -1,0 +1,1 @@
+"""Which digits taught a small deep network? A study on scikit-learn's handwritten digits."""

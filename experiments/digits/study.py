@@ -1,0 +1,236 @@
+"""What weights do for an attribution method: measured against retrained models."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxattr as ja
+from experiments.digits import data, training
+from experiments.digits.data import Digits
+from experiments.digits.models import Model, make_model
+from jaxattr import evaluation
+from jaxattr.evaluation import LDS
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Size of a study.
+
+    Attributes:
+      architectures: keys of `models.ARCHITECTURES`.
+      train: training examples.
+      queries: queries to learn from, and as many others to measure on.
+      subsets: half-subsets to retrain on.
+      seeds: models per subset.
+      checkpoints: independently trained models that attribution averages over.
+      epochs: of every training.
+    """
+
+    architectures: tuple[str, ...]
+    train: int = 1000
+    queries: int = 128
+    subsets: int = 64
+    seeds: int = 1
+    checkpoints: int = 2
+    epochs: int = 6
+
+
+QUICK = Config(("vit", "resnet"))
+FULL = Config(("vit", "resnet", "mlp"), queries=256, subsets=256, seeds=2, checkpoints=4, epochs=10)
+
+METHODS: dict[str, Callable[[Model], ja.Method]] = {
+    "TracIn": lambda model: ja.tracin(training.loss(model)),
+    "GradCos": lambda model: ja.grad_cos(training.loss(model)),
+    "TRAK": lambda model: ja.trak(training.margin(model)),
+}
+
+
+class Truth(NamedTuple):
+    """What retrained models say.
+
+    Attributes:
+      masks: bool [subsets, n].
+      learning: margins of the learning queries, [subsets, q].
+      evaluation: margins of the evaluation queries, [subsets, q].
+    """
+
+    masks: np.ndarray
+    learning: np.ndarray
+    evaluation: np.ndarray
+
+
+class Subject(NamedTuple):
+    """An architecture with everything that is measured on it.
+
+    Attributes:
+      model: the network.
+      digits: the images.
+      truth: outputs of models retrained on subsets.
+      checkpoints: models trained on all training examples.
+      mislabelled: training set with a tenth of its labels flipped.
+      flipped: which were flipped, bool [n].
+      misled: checkpoints trained on that.
+    """
+
+    model: Model
+    digits: Digits
+    truth: Truth
+    checkpoints: list[Any]
+    mislabelled: data.Images
+    flipped: np.ndarray
+    misled: list[Any]
+
+
+class Result(NamedTuple):
+    """One method on one architecture.
+
+    Attributes:
+      lds: {name of weights: LDS on the evaluation queries}.
+      difference: learned minus uniform.
+      auc: {name of weights: AUC of finding flipped labels}.
+      weights: {name of weights: {group: weight}}.
+      group_lds: {group: LDS of its contributions alone}.
+      fit: what learning reported.
+    """
+
+    lds: dict[str, LDS]
+    difference: evaluation.Difference
+    auc: dict[str, float]
+    weights: dict[str, dict[str, float]]
+    group_lds: dict[str, float]
+    fit: ja.WeightFit
+
+
+def prepare(name: str, config: Config, folder: Path) -> Subject:
+    """Trains what is needed; subsets are trained once and then read from `folder`.
+
+    Args:
+      name: key of `models.ARCHITECTURES`.
+      config: size of the study.
+      folder: where ground truth is kept.
+
+    Returns:
+      The subject.
+    """
+    model, digits = make_model(name), data.load(config.train, config.queries, config.queries)
+    labels, flipped = evaluation.flip_labels(jax.random.key(3), digits.train["label"], classes=10)
+    mislabelled = digits.train | {"label": labels}
+    return Subject(
+        model,
+        digits,
+        _truth(model, digits, config, folder),
+        _checkpoints(model, digits.train, config),
+        mislabelled,
+        flipped,
+        _checkpoints(model, mislabelled, config),
+    )
+
+
+def measure(subject: Subject, method: ja.Method) -> Result:
+    """Runs one method, with and without weights.
+
+    Args:
+      subject: the architecture.
+      method: the attribution method.
+
+    Returns:
+      The figures.
+    """
+    digits, truth = subject.digits, subject.truth
+    index = index_of(method, subject.checkpoints, digits.train)
+    learning = ja.query_features(index, digits.learning)
+    queries = ja.query_features(index, digits.evaluation)
+    fit = ja.learn_weights(index, learning)
+    alone = evaluation.group_lds(index, learning, truth.masks, truth.learning)
+    best = max(alone, key=lambda name: alone[name].mean)
+    uniform = ja.uniform_weights(index)
+    weights = {
+        "uniform": uniform,
+        "unit RMS": ja.unit_rms_weights(index, learning),
+        "learned": fit.weights,
+        "best group": dict.fromkeys(uniform, 0.0) | {best: 1.0},
+        "upper bound": evaluation.upper_bound_weights(index, learning, truth.masks, truth.learning),
+    }
+    lds = dict(lds_of_weights(index, queries, truth, weights))
+    misled = index_of(method, subject.misled, subject.mislabelled)
+    auc = {
+        name: ja.mislabel_auc(ja.self_influence(misled, weights=weights[name]), subject.flipped)
+        for name in ("uniform", "learned")
+    }
+    groups = evaluation.group_lds(index, queries, truth.masks, truth.evaluation)
+    return Result(
+        lds=lds,
+        difference=evaluation.paired_difference(lds["learned"], lds["uniform"]),
+        auc=auc,
+        weights=weights,
+        group_lds={name: found.mean for name, found in groups.items()},
+        fit=fit,
+    )
+
+
+def index_of(method: ja.Method, checkpoints: list[Any], train: data.Images) -> ja.Index:
+    """Builds an index with one group per parameter array."""
+    # As many per step as there are queries: one compiled program serves both.
+    return ja.build_index(method, checkpoints, train, groups=ja.by_leaf, batch_size=128)
+
+
+def lds_of_weights(
+    index: ja.Index, queries: Any, truth: Truth, weights: dict[str, dict[str, float]]
+) -> Iterator[tuple[str, LDS]]:
+    """LDS for several weights at the cost of one.
+
+    Args:
+      index: the index.
+      queries: the evaluation queries, or their features.
+      truth: outputs of retrained models.
+      weights: {name: weights}.
+
+    Yields:
+      Name and LDS.
+    """
+    sums = evaluation.subset_contributions(index, queries, truth.masks)  # [q, s, m]
+    for name, w in weights.items():
+        array = np.array([w[group] for group in index.layout.names])
+        yield name, evaluation.lds_of_predictions(sums @ array, truth.evaluation)
+
+
+def _checkpoints(model: Model, train: data.Images, config: Config) -> list[Any]:
+    everything = np.ones((1, len(train["label"])), bool)
+    train_fn = training.trainer(model, train, epochs=config.epochs)
+    params = ja.retrain(train_fn, everything, jax.random.key(2), seeds=config.checkpoints)
+    return [
+        jax.tree.map(lambda leaf, seed=seed: leaf[0, seed], params)
+        for seed in range(config.checkpoints)
+    ]
+
+
+def _truth(model: Model, digits: Digits, config: Config, folder: Path) -> Truth:
+    settings = dataclasses.asdict(config) | {"architectures": model.name}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    path = folder / f"truth-{model.name}-{digest}.npz"
+    if path.exists():
+        stored = np.load(path)
+        return Truth(*(stored[field] for field in Truth._fields))
+    masks = ja.random_subsets(jax.random.key(0), config.train, config.subsets)
+    params = ja.retrain(
+        training.trainer(model, digits.train, epochs=config.epochs),
+        masks,
+        jax.random.key(1),
+        seeds=config.seeds,
+        at_once=32,
+    )
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), digits.learning, digits.evaluation)
+    margins = np.asarray(evaluation.outputs(training.margin(model), params, both))
+    truth = Truth(masks, *np.split(margins, 2, axis=1))
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, **truth._asdict())
+    partial.replace(path)
+    return truth

@@ -1,0 +1,77 @@
+"""Training a digit classifier as a pure function of a key and example ids."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.digits.data import Images
+from experiments.digits.models import Model
+
+
+def trainer(
+    model: Model, train: Images, *, epochs: int, batch_size: int = 50
+) -> Callable[[jax.Array, jax.Array], Any]:
+    """Makes the function that `jaxattr.retrain` maps over subsets.
+
+    Args:
+      model: the network.
+      train: the training set that ids refer to.
+      epochs: passes over the ids.
+      batch_size: examples per step.
+
+    Returns:
+      (key, ids int [s]) -> params.
+    """
+    images, labels = jnp.asarray(train["image"]), jnp.asarray(train["label"])
+
+    def train_on(key: jax.Array, ids: jax.Array) -> Any:
+        per_epoch = len(ids) // batch_size
+        schedule = optax.cosine_onecycle_schedule(epochs * per_epoch, 1e-2)
+        optimizer = optax.adamw(schedule, weight_decay=1e-3)
+
+        def mean_loss(params: Any, rows: jax.Array) -> jax.Array:
+            logits = model.apply(params, images[rows])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels[rows]).mean()
+
+        def step(state: tuple, rows: jax.Array) -> tuple[tuple, None]:
+            params, optimizer_state = state
+            gradient = jax.grad(mean_loss)(params, rows)
+            updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+            return (optax.apply_updates(params, updates), optimizer_state), None
+
+        init_key, order_key = jax.random.split(key)
+        order = jax.vmap(jax.random.permutation, in_axes=(0, None))(
+            jax.random.split(order_key, epochs), ids
+        )
+        batches = order[:, : per_epoch * batch_size].reshape(-1, batch_size)
+        params = model.init(init_key)
+        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), batches)
+        return params
+
+    return train_on
+
+
+def loss(model: Model) -> Callable[[Any, Any, jax.Array], jax.Array]:
+    """Cross-entropy of one example."""
+
+    def loss(params: Any, example: Any, key: jax.Array) -> jax.Array:
+        del key
+        logits = model.apply(params, example["image"][None])[0]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, example["label"])
+
+    return loss
+
+
+def margin(model: Model) -> Callable[[Any, Any, jax.Array], jax.Array]:
+    """Log-odds of the label of one example, log(p / (1 - p))."""
+
+    def margin(params: Any, example: Any, key: jax.Array) -> jax.Array:
+        del key
+        logits = model.apply(params, example["image"][None])[0]
+        others = jnp.where(jnp.arange(len(logits)) == example["label"], -jnp.inf, logits)
+        return logits[example["label"]] - jax.nn.logsumexp(others)
+
+    return margin
