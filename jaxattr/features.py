@@ -7,6 +7,7 @@ before the next microbatch is touched, so memory is set by the microbatch and no
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -151,16 +152,8 @@ def featurize_with(
     microbatch = microbatch or _default_microbatch(sum(layout.sizes))
     dims = tuple(rule.projection.dim(size) for size in layout.sizes)
 
-    def step(params: Params, batch: Batch, ids: jax.Array, checkpoint: jax.Array) -> Featurized:
-        def chunk(batch: Batch, ids: jax.Array) -> Featurized:
-            gradients = _gradients(rule.output, layout, params, batch, _example_keys(key, ids))
-            phi = _project(rule.projection, layout, jax.random.fold_in(key, checkpoint), gradients)
-            phi = _unit_norm(phi) if rule.normalize else phi
-            return Featurized(phi, _residual(rule.residual, params, batch, _example_keys(key, ids)))
-
-        return _in_microbatches(chunk, microbatch)(batch, ids)
-
-    return Featurizer(FeatureLayout(layout.names, layout.sizes, dims), layout, jax.jit(step))
+    step = functools.partial(_compiled_step(rule, layout, microbatch), key)
+    return Featurizer(FeatureLayout(layout.names, layout.sizes, dims), layout, step)
 
 
 def leading_size(batch: Batch) -> int:
@@ -211,6 +204,26 @@ def check_output(output: OutputFn, params: Params, example: Example, key: Key) -
         "wants a batch, add the axis inside (x[None]) and sum or index the result; return no "
         "auxiliary values."
     )
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_step(
+    rule: FeatureRule, layout: GroupLayout, microbatch: int
+) -> Callable[[Key, Params, Batch, jax.Array, jax.Array], Featurized]:
+    """The jitted step; an index of other data by the same method compiles nothing anew."""
+
+    def step(
+        key: Key, params: Params, batch: Batch, ids: jax.Array, checkpoint: jax.Array
+    ) -> Featurized:
+        def chunk(batch: Batch, ids: jax.Array) -> Featurized:
+            gradients = _gradients(rule.output, layout, params, batch, _example_keys(key, ids))
+            phi = _project(rule.projection, layout, jax.random.fold_in(key, checkpoint), gradients)
+            phi = _unit_norm(phi) if rule.normalize else phi
+            return Featurized(phi, _residual(rule.residual, params, batch, _example_keys(key, ids)))
+
+        return _in_microbatches(chunk, microbatch)(batch, ids)
+
+    return jax.jit(step)
 
 
 def _gradients(

@@ -172,8 +172,9 @@ def _suspicions(fit: WeightFit, statistics: ContributionStatistics, top_k: int) 
             f"hub: training example {fit.hub} is among the top {top_k} of {fit.hub_share:.0%} of "
             "the queries. Look at it; grad_cos or a kernel may suit better."
         )
-    if fit.held_out_loss is not None and fit.held_out_loss[1] > fit.held_out_loss[0]:
+    held_out = fit.held_out_loss
+    if held_out is not None and held_out[1] - held_out[0] > 0.01 * abs(held_out[0]):
         yield (
-            f"over-fitting: the held-out loss rose from {fit.held_out_loss[0]:.4f} to "
-            f"{fit.held_out_loss[1]:.4f}. Use more queries, or raise l2."
+            f"over-fitting: the held-out loss rose from {held_out[0]:.4f} to "
+            f"{held_out[1]:.4f}. Use more queries, or raise l2."
         )

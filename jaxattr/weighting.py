@@ -34,7 +34,7 @@ def self_supervised_loss(
     weights: Any,
     contributions: jax.Array,
     *,
-    top_k: int = 10,
+    top_k: int = 20,
     l2: float = 0.0,
     signal: Signal = "top_k",
 ) -> jax.Array:
@@ -92,10 +92,10 @@ def learn_weights(
     index: Index,
     queries: Any,
     *,
-    top_k: int = 10,
+    top_k: int = 20,
     l2: float = 0.1,
     signal: Signal = "top_k",
-    start: Start = "unit_rms",
+    start: Start = "uniform",
     optimizer: optax.GradientTransformation | None = None,
     steps: int = 200,
     batch_size: int | None = None,
@@ -106,15 +106,16 @@ def learn_weights(
     r"""Learns one weight per group from queries without labels.
 
     Weights are :math:`w_j \propto g_j \, \mathrm{softmax}(\theta)_j` from :math:`\theta = 0`, where
-    g scales each group to unit root mean square (`start="unit_rms"`) or is one
-    (`start="uniform"`, the paper). The objective is the loss relative to its size at the start,
+    g is one (`start="uniform"`, the paper) or scales each group to unit root mean square
+    (`start="unit_rms"`). The objective is the loss relative to its size at the start,
     plus l2 times the squared coefficient of variation of the softmax: a unit that depends on
     neither m, n nor k.
 
     Args:
       index: the index.
       queries: as in `score`; not those that the weights will be evaluated on.
-      top_k: number of training examples taken for the signal, at most n.
+      top_k: number of training examples taken for the signal, at most n; no more than two or three
+        times as many as a query has true proponents.
       l2: strength of the pull towards the start, >= 0.
       signal: see `self_supervised_loss`.
       start: where learning starts, and what it is pulled to.
@@ -137,7 +138,8 @@ def learn_weights(
       WeightWarning: for each entry of `WeightFit.warnings`.
 
     References:
-      Li et al. (2025), arXiv:2506.05647, section 3. Deviations: the start, the unit of l2.
+      Li et al. (2025), arXiv:2506.05647, section 3. Deviation: the unit of l2. The defaults are
+      from a study of three models by three methods, see BUILD_NOTES.md.
     """
     problem = _from_index(index, queries, materialize)
     options = _Options(top_k, l2, signal, start, optimizer, steps, batch_size, held_out)
@@ -148,10 +150,10 @@ def fit_weights(
     contributions: jax.Array,
     names: Sequence[str] | None = None,
     *,
-    top_k: int = 10,
+    top_k: int = 20,
     l2: float = 0.1,
     signal: Signal = "top_k",
-    start: Start = "unit_rms",
+    start: Start = "uniform",
     optimizer: optax.GradientTransformation | None = None,
     steps: int = 200,
     batch_size: int | None = None,
@@ -276,14 +278,16 @@ def _statistics(problem: _Problem) -> ContributionStatistics:
     squares, largest = (
         np.concatenate([np.asarray(f[i], np.float64) for f in found]) for i in (0, 1)
     )
+    if not np.isfinite(squares).all():
+        raise ValueError("The contributions are not all finite: leave the bad rows out first.")
+    if not squares.any():
+        raise ValueError("Every contribution is zero: there is nothing to weight.")
     return ContributionStatistics(squares, largest, size.shape[1])
 
 
 def _unit_rms(statistics: ContributionStatistics) -> np.ndarray:
     rms = statistics.rms()
     scale = np.where(rms > 0, 1 / np.where(rms > 0, rms, 1), 0)
-    if not scale.any():
-        raise ValueError("Every contribution is zero: there is nothing to weight.")
     return scale / scale.mean()
 
 
@@ -293,8 +297,6 @@ def _fit(
     q = len(problem.per_query)
     statistics = _statistics(problem)
     _check_options(options, statistics.n, q)
-    if not np.isfinite(statistics.squares).all():
-        raise ValueError("The contributions are not all finite: leave the bad rows out first.")
     split_key, batch_key = jax.random.split(jax.random.key(0) if key is None else key)
     order = np.asarray(jax.random.permutation(split_key, q))
     held = int(q * options.held_out)

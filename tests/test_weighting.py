@@ -120,12 +120,14 @@ def test_the_start_is_unit_rms_and_l2_pulls_to_it():
     parts = random_contributions() * jnp.array([[[1.0, 10.0, 100.0]]])
     rms = np.sqrt((np.asarray(parts) ** 2).mean(axis=(0, 1)))
     free, held = (
-        weighting.fit_weights(parts, NAMES, l2=l2, held_out=0, steps=100) for l2 in (0.0, 1e4)
+        weighting.fit_weights(parts, NAMES, l2=l2, held_out=0, steps=100, start="unit_rms")
+        for l2 in (0.0, 1e4)
     )
     gauge = (1 / rms) / (1 / rms).mean()
     np.testing.assert_allclose(list(held.weights.values()), gauge, rtol=1e-3)
-    assert min(held.start_shares.values()) == pytest.approx(1 / 3) == max(held.shares.values())
-    assert held.entropy == pytest.approx(1) and free.entropy < 0.999
+    assert min(held.start_shares.values()) == pytest.approx(1 / 3)
+    assert max(held.shares.values()) == pytest.approx(1 / 3, rel=1e-3)
+    assert held.entropy == pytest.approx(1, rel=1e-5) and free.entropy < 0.999
     assert free.loss[1] < held.loss[1]
     assert "held out" not in str(free) and "entropy" in str(free)
 
@@ -133,10 +135,11 @@ def test_the_start_is_unit_rms_and_l2_pulls_to_it():
 @QUIET
 def test_scale_of_the_groups_and_order_of_queries_do_not_matter():
     parts = random_contributions(q=8)
-    fit = weighting.fit_weights(parts, NAMES, held_out=0, steps=50)
-    scaled = weighting.fit_weights(parts * jnp.array([[[1.0, 10.0, 0.1]]]), NAMES, held_out=0, steps=50)
+    options = {"held_out": 0, "steps": 50, "start": "unit_rms"}
+    fit = weighting.fit_weights(parts, NAMES, **options)
+    scaled = weighting.fit_weights(parts * jnp.array([[[1.0, 10.0, 0.1]]]), NAMES, **options)
     chex.assert_trees_all_close(scaled.shares, fit.shares, rtol=1e-5)
-    turned = weighting.fit_weights(parts[::-1], NAMES, held_out=0, steps=50)
+    turned = weighting.fit_weights(parts[::-1], NAMES, **options)
     chex.assert_trees_all_close(turned.weights, fit.weights, rtol=1e-5)
 
 
@@ -159,7 +162,7 @@ def correlation(truth, parts, weights):
 def test_planted_influence_is_found():
     _, learning = planted(0)
     truth, parts = planted(1)
-    fit = weighting.fit_weights(learning, l2=0.0, steps=300)
+    fit = weighting.fit_weights(learning, top_k=10, l2=0.0, steps=300)
     ones = dict.fromkeys(fit.weights, 1.0)
     oracle = dict(zip(fit.weights, 1 / np.geomspace(0.5, 10, 8) ** 2, strict=True))
     uniform, learned, best = (correlation(truth, parts, w) for w in (ones, fit.weights, oracle))
@@ -178,7 +181,7 @@ def test_a_heavy_tailed_group_without_signal_is_reported():
 def test_a_hub_is_reported():
     parts = random_contributions(q=20, n=200)
     with pytest.warns(ja.WeightWarning, match="hub: training example 17 is among the top 10 of"):
-        fit = weighting.fit_weights(parts.at[:, 17].add(10))
+        fit = weighting.fit_weights(parts.at[:, 17].add(10), top_k=10, l2=1.0)
     assert fit.hub == 17 and fit.hub_share == 1
 
 

@@ -29,25 +29,24 @@ class AttentionBlock(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """A vision transformer on 2x2 patches; its 55 parameter arrays are of many kinds."""
+    """A vision transformer on 2x4 patches; its 55 parameter arrays are of many kinds."""
 
     def __init__(self, *, width: int = 32, heads: int = 4, depth: int = 3, rngs: nnx.Rngs):
-        tokens = (SIZE // 2) ** 2
-        self.patches = nnx.Linear(4, width, rngs=rngs)
+        tokens = SIZE // 2 * SIZE // 4
+        self.patches = nnx.Linear(8, width, rngs=rngs)
         self.position = nnx.Param(0.3 * jax.random.normal(rngs.params(), (tokens, width)))
         self.blocks = nnx.List([AttentionBlock(width, heads, rngs=rngs) for _ in range(depth)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.head = nnx.Linear(tokens * width, CLASSES, rngs=rngs)
+        self.head = nnx.Linear(width, CLASSES, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images [b, 8, 8] to logits [b, 10]."""
-        b, half = images.shape[0], SIZE // 2
-        patches = images.reshape(b, half, 2, half, 2).swapaxes(2, 3)  # [b, 4, 4, 2, 2]
-        tokens = self.patches(patches.reshape(b, half * half, 4))  # [b, t, width]
+        patches = images.reshape(len(images), SIZE // 2, 2, SIZE // 4, 4).swapaxes(2, 3)
+        tokens = self.patches(patches.reshape(len(images), -1, 8))  # [b, t, width]
         tokens = tokens + self.position[...][None]
         for block in self.blocks:
             tokens = block(tokens)
-        return self.head(self.norm(tokens).reshape(b, -1))
+        return self.head(self.norm(tokens).mean(axis=1))
 
 
 def convolve_patches(
@@ -123,14 +122,14 @@ class ResNet(nnx.Module):
             ]
         )
         self.norm = nnx.GroupNorm(2 * width, num_groups=4, rngs=rngs)
-        self.head = nnx.Linear(2 * width * (SIZE // 2) ** 2, CLASSES, rngs=rngs)
+        self.head = nnx.Linear(2 * width, CLASSES, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images [b, 8, 8] to logits [b, 10]."""
         hidden = self.stem(images[..., None])
         for block in self.blocks:
             hidden = block(hidden)
-        return self.head(nnx.relu(self.norm(hidden)).reshape(len(images), -1))
+        return self.head(nnx.relu(self.norm(hidden)).mean(axis=(1, 2)))
 
 
 class MLP(nnx.Module):
