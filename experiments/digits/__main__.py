@@ -60,16 +60,17 @@ def table(results: dict[str, dict[str, Result]]) -> Table:
     """
     first = next(iter(next(iter(results.values())).values()))
     shown = Table(
-        title="LDS in % on held-back queries [95 % interval over subsets]; AUC of finding "
-        "flipped labels",
+        title="LDS in % on held-back queries, 95 % interval over subsets below. AUC of finding "
+        "flipped labels by self-influence: uniform, learned",
+        padding=(0, 0, 0, 1),
     )
-    for heading in ("model", "method", *first.lds, "learned - uniform", "AUC: uniform, learned"):
-        shown.add_column(heading)
+    for heading in ("model", "method", *first.lds, "learned - uniform", "AUC"):
+        shown.add_column(heading.replace(" ", "\n", 1), no_wrap=True)
     for name, found in results.items():
         for method, result in found.items():
             cells = [_cell(lds.mean, lds.low, lds.high) for lds in result.lds.values()]
             difference = result.difference
-            auc = f"{result.auc['uniform']:.3f}, {result.auc['learned']:.3f}"
+            auc = "\n".join(f"{value:.3f}" for value in result.auc.values()) or "-"
             change = _cell(difference.mean, difference.low, difference.high, "+")
             shown.add_row(name, method, *cells, change, auc)
     return shown
@@ -94,7 +95,7 @@ def as_json(found: dict[str, Result]) -> dict[str, Any]:
 
 
 def _cell(mean: float, low: float, high: float, sign: str = "") -> str:
-    return f"{100 * mean:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+    return f"{100 * mean:{sign}.1f}\n{100 * low:{sign}.1f}..{100 * high:{sign}.1f}"
 
 
 if __name__ == "__main__":

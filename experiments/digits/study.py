@@ -30,20 +30,18 @@ class Config:
       subsets: half-subsets to retrain on.
       seeds: models per subset.
       checkpoints: independently trained models that attribution averages over.
-      epochs: of every training.
     """
 
     architectures: tuple[str, ...]
     train: int = 1000
     queries: int = 128
-    subsets: int = 64
+    subsets: int = 48
     seeds: int = 1
     checkpoints: int = 2
-    epochs: int = 6
 
 
 QUICK = Config(("vit", "resnet"))
-FULL = Config(("vit", "resnet", "mlp"), queries=256, subsets=256, seeds=2, checkpoints=4, epochs=10)
+FULL = Config(("vit", "resnet", "mlp"), queries=256, subsets=256, seeds=2, checkpoints=4)
 
 METHODS: dict[str, Callable[[Model], ja.Method]] = {
     "TracIn": lambda model: ja.tracin(training.loss(model)),
@@ -74,18 +72,18 @@ class Subject(NamedTuple):
       digits: the images.
       truth: outputs of models retrained on subsets.
       checkpoints: models trained on all training examples.
-      mislabelled: training set with a tenth of its labels flipped.
+      misled: models trained with a tenth of the labels flipped.
+      mislabelled: the training set with the flipped labels.
       flipped: which were flipped, bool [n].
-      misled: checkpoints trained on that.
     """
 
     model: Model
     digits: Digits
     truth: Truth
     checkpoints: list[Any]
+    misled: list[Any]
     mislabelled: data.Images
     flipped: np.ndarray
-    misled: list[Any]
 
 
 class Result(NamedTuple):
@@ -94,7 +92,8 @@ class Result(NamedTuple):
     Attributes:
       lds: {name of weights: LDS on the evaluation queries}.
       difference: learned minus uniform.
-      auc: {name of weights: AUC of finding flipped labels}.
+      auc: {name of weights: AUC of finding flipped labels}; empty for a method that scales examples
+        to unit norm, where self-influence says nothing.
       weights: {name of weights: {group: weight}}.
       group_lds: {group: LDS of its contributions alone}.
       fit: what learning reported.
@@ -126,10 +125,9 @@ def prepare(name: str, config: Config, folder: Path) -> Subject:
         model,
         digits,
         _truth(model, digits, config, folder),
-        _checkpoints(model, digits.train, config),
+        *_checkpoints(model, digits.train, mislabelled, config),
         mislabelled,
         flipped,
-        _checkpoints(model, mislabelled, config),
     )
 
 
@@ -159,16 +157,11 @@ def measure(subject: Subject, method: ja.Method) -> Result:
         "upper bound": evaluation.upper_bound_weights(index, learning, truth.masks, truth.learning),
     }
     lds = dict(lds_of_weights(index, queries, truth, weights))
-    misled = index_of(method, subject.misled, subject.mislabelled)
-    auc = {
-        name: ja.mislabel_auc(ja.self_influence(misled, weights=weights[name]), subject.flipped)
-        for name in ("uniform", "learned")
-    }
     groups = evaluation.group_lds(index, queries, truth.masks, truth.evaluation)
     return Result(
         lds=lds,
         difference=evaluation.paired_difference(lds["learned"], lds["uniform"]),
-        auc=auc,
+        auc={} if method.rule.normalize else _mislabel_auc(subject, method, weights),
         weights=weights,
         group_lds={name: found.mean for name, found in groups.items()},
         fit=fit,
@@ -201,18 +194,36 @@ def lds_of_weights(
         yield name, evaluation.lds_of_predictions(sums @ array, truth.evaluation)
 
 
-def _checkpoints(model: Model, train: data.Images, config: Config) -> list[Any]:
-    everything = np.ones((1, len(train["label"])), bool)
-    train_fn = training.trainer(model, train, epochs=config.epochs)
-    params = ja.retrain(train_fn, everything, jax.random.key(2), seeds=config.checkpoints)
-    return [
-        jax.tree.map(lambda leaf, seed=seed: leaf[0, seed], params)
-        for seed in range(config.checkpoints)
-    ]
+def _mislabel_auc(
+    subject: Subject, method: ja.Method, weights: dict[str, dict[str, float]]
+) -> dict[str, float]:
+    misled = index_of(method, subject.misled, subject.mislabelled)
+    return {
+        name: ja.mislabel_auc(ja.self_influence(misled, weights=weights[name]), subject.flipped)
+        for name in ("uniform", "learned")
+    }
+
+
+def _checkpoints(
+    model: Model, train: data.Images, mislabelled: data.Images, config: Config
+) -> tuple[list[Any], list[Any]]:
+    """Trains on all examples with right and with flipped labels, both in one call."""
+    n = len(train["label"])
+    both = {name: np.concatenate([train[name], mislabelled[name]]) for name in train}
+    masks = np.repeat(np.eye(2, dtype=bool), n, axis=1)
+    train_fn = training.trainer(model, both)
+    params = ja.retrain(train_fn, masks, jax.random.key(2), seeds=config.checkpoints)
+
+    def models_of(row: int) -> list[Any]:
+        seeds = range(config.checkpoints)
+        return [jax.tree.map(lambda leaf, i=seed: leaf[row, i], params) for seed in seeds]
+
+    return models_of(0), models_of(1)
 
 
 def _truth(model: Model, digits: Digits, config: Config, folder: Path) -> Truth:
     settings = dataclasses.asdict(config) | {"architectures": model.name}
+    settings |= {"learning_rate": model.recipe.learning_rate, "epochs": model.recipe.epochs}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     path = folder / f"truth-{model.name}-{digest}.npz"
     if path.exists():
@@ -220,11 +231,11 @@ def _truth(model: Model, digits: Digits, config: Config, folder: Path) -> Truth:
         return Truth(*(stored[field] for field in Truth._fields))
     masks = ja.random_subsets(jax.random.key(0), config.train, config.subsets)
     params = ja.retrain(
-        training.trainer(model, digits.train, epochs=config.epochs),
+        training.trainer(model, digits.train),
         masks,
         jax.random.key(1),
         seeds=config.seeds,
-        at_once=32,
+        at_once=24,
     )
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), digits.learning, digits.evaluation)
     margins = np.asarray(evaluation.outputs(training.margin(model), params, both))

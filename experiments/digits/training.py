@@ -9,27 +9,28 @@ import optax
 
 from experiments.digits.data import Images
 from experiments.digits.models import Model
+from jaxattr.typing import OutputFn
 
 
 def trainer(
-    model: Model, train: Images, *, epochs: int, batch_size: int = 50
+    model: Model, train: Images, *, batch_size: int = 25
 ) -> Callable[[jax.Array, jax.Array], Any]:
     """Makes the function that `jaxattr.retrain` maps over subsets.
 
     Args:
       model: the network.
       train: the training set that ids refer to.
-      epochs: passes over the ids.
       batch_size: examples per step.
 
     Returns:
       (key, ids int [s]) -> params.
     """
+    epochs = model.recipe.epochs
     images, labels = jnp.asarray(train["image"]), jnp.asarray(train["label"])
 
     def train_on(key: jax.Array, ids: jax.Array) -> Any:
         per_epoch = len(ids) // batch_size
-        schedule = optax.cosine_onecycle_schedule(epochs * per_epoch, 1e-2)
+        schedule = optax.cosine_onecycle_schedule(epochs * per_epoch, model.recipe.learning_rate)
         optimizer = optax.adamw(schedule, weight_decay=1e-3)
 
         def mean_loss(params: Any, rows: jax.Array) -> jax.Array:
@@ -54,7 +55,7 @@ def trainer(
     return train_on
 
 
-def loss(model: Model) -> Callable[[Any, Any, jax.Array], jax.Array]:
+def loss(model: Model) -> OutputFn:
     """Cross-entropy of one example."""
 
     def loss(params: Any, example: Any, key: jax.Array) -> jax.Array:
@@ -65,7 +66,7 @@ def loss(model: Model) -> Callable[[Any, Any, jax.Array], jax.Array]:
     return loss
 
 
-def margin(model: Model) -> Callable[[Any, Any, jax.Array], jax.Array]:
+def margin(model: Model) -> OutputFn:
     """Log-odds of the label of one example, log(p / (1 - p))."""
 
     def margin(params: Any, example: Any, key: jax.Array) -> jax.Array:
