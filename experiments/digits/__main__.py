@@ -7,12 +7,14 @@ python -m experiments.digits --full     # more of everything, and an MLP
 import argparse
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+import jaxattr as ja
 from experiments.digits import figures, study
 from experiments.digits.study import Result
 
@@ -23,6 +25,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the larger study")
     parser.add_argument("--folder", type=Path, default=Path("runs/digits"), help="for all results")
     arguments = parser.parse_args()
+    warnings.simplefilter("ignore", ja.WeightWarning)  # they stand in the file of results
     config = study.FULL if arguments.full else study.QUICK
     console, started = Console(), time.monotonic()
     results: dict[str, dict[str, Result]] = {}
@@ -95,7 +98,7 @@ def as_json(found: dict[str, Result]) -> dict[str, Any]:
 
 
 def _cell(mean: float, low: float, high: float, sign: str = "") -> str:
-    return f"{100 * mean:{sign}.1f}\n{100 * low:{sign}.1f}..{100 * high:{sign}.1f}"
+    return f"{100 * mean:{sign}.1f}\n{100 * low:{sign}.0f}..{100 * high:{sign}.0f}"
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Config:
     architectures: tuple[str, ...]
     train: int = 1000
     queries: int = 128
-    subsets: int = 48
+    subsets: int = 64
     seeds: int = 1
     checkpoints: int = 2
 
@@ -43,10 +43,14 @@ class Config:
 QUICK = Config(("vit", "resnet"))
 FULL = Config(("vit", "resnet", "mlp"), queries=256, subsets=256, seeds=2, checkpoints=4)
 
+EXACT = ja.projections.identity()  # these networks are small enough
+
 METHODS: dict[str, Callable[[Model], ja.Method]] = {
-    "TracIn": lambda model: ja.tracin(training.loss(model)),
-    "GradCos": lambda model: ja.grad_cos(training.loss(model)),
-    "TRAK": lambda model: ja.trak(training.margin(model)),
+    "TracIn": lambda model: ja.tracin(training.loss(model), projection=EXACT),
+    "GradCos": lambda model: ja.grad_cos(training.loss(model), projection=EXACT),
+    "TRAK": lambda model: ja.trak(
+        training.margin(model), projection=ja.projections.rademacher(256)
+    ),
 }
 
 
@@ -235,7 +239,7 @@ def _truth(model: Model, digits: Digits, config: Config, folder: Path) -> Truth:
         masks,
         jax.random.key(1),
         seeds=config.seeds,
-        at_once=24,
+        at_once=32,
     )
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), digits.learning, digits.evaluation)
     margins = np.asarray(evaluation.outputs(training.margin(model), params, both))
