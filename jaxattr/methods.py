@@ -182,13 +182,12 @@ def featurizer(
       >>> import jax.numpy as jnp
       >>> def loss(params, example, key):
       ...     return 0.5 * (params["w"] @ example["x"] - example["y"]) ** 2
-      >>> batch = {"x": jnp.eye(3), "y": jnp.ones(3)}
-      >>> params = {"w": jnp.zeros(3)}
-      >>> featurize = featurizer(tracin(loss), params, {"x": jnp.ones(3), "y": jnp.ones(())})
+      >>> batch = {"x": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "y": jnp.ones(2)}
+      >>> params = {"w": jnp.zeros(2)}
+      >>> featurize = featurizer(tracin(loss), params, {"x": jnp.ones(2), "y": jnp.ones(())})
       >>> print(featurize(params, batch))
-      [[-1.  0.  0.]
-       [ 0. -1.  0.]
-       [ 0.  0. -1.]]
+      [[-1. -2.]
+       [-3. -4.]]
     """
     return features.featurize_with(
         method.rule, params, example, groups=groups, key=key, microbatch=microbatch
