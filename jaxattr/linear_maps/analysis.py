@@ -1,0 +1,366 @@
+"""Decides, from how a leaf is used, whether it is the matrix of a linear map, and which one."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr
+
+from jaxattr import groups as groups_lib
+from jaxattr.linear_maps import interpreter, labels
+from jaxattr.linear_maps.interpreter import Output, Taps, Walk
+from jaxattr.linear_maps.labels import Dims, Label, digits, extent
+from jaxattr.linear_maps.products import Product
+from jaxattr.linear_maps.views import Site, View
+from jaxattr.typing import Example, Key, OutputFn, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearMap:
+    """A leaf that the loss uses as the matrix of y = x W, and in no other way.
+
+    Attributes:
+      leaf: name of the leaf.
+      kind: 'dense', 'conv' or 'embedding' (rows are looked up); 'tied' if it is used in two ways,
+        such as an embedding that also makes the logits.
+      size_in: inputs of the matrix; for a convolution the size of a patch of one feature group.
+      size_out: outputs of the matrix.
+      in_axes: axes of the leaf that are its inputs.
+      out_axes: axes of the leaf that are its outputs.
+      stack_axes: axes of the leaf that number layers, each a matrix of its own.
+      stack: number of layers, or None if `stack_axes` is empty.
+      transposed: for each use, whether it multiplies by the transposed matrix.
+      bias: name of the leaf that is added to each result and used nowhere else, or None.
+      groups: feature groups of a convolution; 1 elsewhere.
+      dtype: dtype of the leaf.
+    """
+
+    leaf: str
+    kind: str
+    size_in: int
+    size_out: int
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    stack_axes: tuple[int, ...]
+    stack: int | None
+    transposed: tuple[bool, ...]
+    bias: str | None = None
+    groups: int = 1
+    dtype: Any
+
+    @property
+    def uses(self) -> int:
+        """How many times the program multiplies by (each layer of) the matrix.
+
+        A use inside a scan that does not run over the leaf's layers counts once, with more
+        positions.
+        """
+        return len(self.transposed)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearMaps:
+    """What each leaf of the parameters is: every leaf is in `maps`, in `exact`, or a map's bias.
+
+    Attributes:
+      maps: {leaf name: linear map}.
+      exact: {leaf name: why it is not covered}.
+    """
+
+    maps: dict[str, LinearMap]
+    exact: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Use:
+    """One place where a leaf is the matrix of a product.
+
+    Attributes:
+      site: where the equation stands.
+      product: the product.
+      view: what is known of the leaf's operand.
+      loops: the scans around the place, with their lengths.
+      result: shape and dtype of the result.
+      transposed: whether the product sums over the map's outputs.
+    """
+
+    site: Site
+    product: Product
+    view: View
+    loops: tuple[tuple[Site, int], ...]
+    result: jax.ShapeDtypeStruct
+    transposed: bool = False
+
+    @property
+    def scanned(self) -> dict[Site, int]:
+        """The axis of the leaf that each scan runs over."""
+        return {site: axis for axis, site in self.view.scans}
+
+    @property
+    def picked(self) -> tuple[int, ...]:
+        """Axes of the leaf of which the view covers one index of several."""
+        ranges = self.view.ranges
+        return tuple(i for i, n in enumerate(self.view.shape) if n > 1 and len(ranges[i]) == 1)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Axes of the leaf that number layers here."""
+        axes = {*labels.axes(self.product.layers), *self.scanned.values(), *self.picked}
+        return tuple(sorted(axes))
+
+    @property
+    def positions(self) -> int:
+        """How often the matrix of one layer is applied."""
+        repeated = [length for site, length in self.loops if site not in self.scanned]
+        return extent(self.product.positions) * self.product.groups * math.prod(repeated)
+
+    def layers(self, stack: tuple[int, ...]) -> np.ndarray:
+        """Returns the numbers of the layers that are applied here, int [layers]."""
+        covered = np.meshgrid(*(self.view.ranges[axis] for axis in stack), indexing="ij")
+        shape = [self.view.shape[axis] for axis in stack]
+        return np.ravel_multi_index([c.reshape(-1) for c in covered], shape)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traced:
+    """A traced loss and what was found in it.
+
+    Attributes:
+      program: the loss; its arguments are the leaves of params, example and key.
+      names: names of the parameter leaves.
+      found: the public part.
+      uses: {leaf: uses}, several places that apply different layers being one use.
+    """
+
+    program: ClosedJaxpr
+    names: tuple[str, ...]
+    found: LinearMaps
+    uses: dict[str, tuple[tuple[Use, ...], ...]]
+
+
+def trace(loss: OutputFn, params: Params, example: Example, key: Key | None) -> Traced:
+    """Traces a loss once and finds the linear maps in it."""
+    program, result = jax.make_jaxpr(loss, return_shape=True)(params, example, key)
+    if [leaf.shape for leaf in jax.tree.leaves(result)] != [()]:
+        raise ValueError(f"The loss must return one scalar, got {result}.")
+    names = tuple(groups_lib.leaf_names(params))
+    finder = _Finder({}, {}, {})
+    sources = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in program.in_avals]
+
+    def walk(args: list[jax.Array]) -> None:
+        views = [view(name, arg) for name, arg in zip(names, args, strict=False)]
+        arguments = [*views, *args[len(names) :]]
+        results, _ = interpreter.evaluate(
+            program.jaxpr, program.consts, arguments, Walk(visitor=finder)
+        )
+        for returned in results:
+            if isinstance(returned, View):
+                finder.reject(returned, "returned by the loss")
+
+    jax.eval_shape(walk, sources)
+    return _judge(program, names, finder)
+
+
+def view(name: str, leaf: jax.Array, **known: Any) -> View:
+    """Returns the view of a whole leaf."""
+    dims = tuple((Label(axis, size),) for axis, size in enumerate(leaf.shape))
+    ranges = tuple(range(size) for size in leaf.shape)
+    return View(value=leaf, leaf=name, shape=leaf.shape, dims=dims, ranges=ranges, **known)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Finder:
+    """The visitor that writes down; a place that is visited twice is written down once."""
+
+    uses: dict[str, dict[Site, Use]]
+    additions: dict[str, dict[Site, tuple[View, Output]]]
+    reasons: dict[str, str]
+
+    def product(
+        self, view: View, product: Product, x: jax.Array, y: jax.Array, walk: Walk
+    ) -> tuple[Any, Taps]:
+        del x
+        known = dataclasses.replace(view, value=None)
+        result = jax.ShapeDtypeStruct(y.shape, y.dtype)
+        use = Use(site=walk.site, product=product, view=known, loops=walk.loops, result=result)
+        self.uses.setdefault(view.leaf, {})[walk.site] = use
+        return Output(value=y, site=walk.site, leaf=view.leaf, dims=product.y), {}
+
+    def added(self, view: View, output: Output) -> bool:
+        known = dataclasses.replace(view, value=None), dataclasses.replace(output, value=None)
+        self.additions.setdefault(view.leaf, {})[output.site] = known
+        return True
+
+    def reject(self, view: View, reason: str) -> None:
+        self.reasons.setdefault(view.leaf, reason)
+
+
+def _judge(program: ClosedJaxpr, names: tuple[str, ...], finder: _Finder) -> Traced:
+    exact, maps, uses = {}, {}, {}
+    for name, aval in zip(names, program.in_avals, strict=False):
+        verdict = _linear_map(name, aval.dtype, finder)
+        if isinstance(verdict, str):
+            exact[name] = verdict
+        else:
+            maps[name], uses[name] = verdict
+    for name, additions in finder.additions.items():
+        if name in maps or name in finder.reasons or name in finder.uses:
+            continue
+        leaf = next(iter(additions.values()))[1].leaf
+        if leaf not in maps:
+            exact[name] = f"added to the product with {leaf}, which is not covered"
+        elif maps[leaf].bias is None and _is_bias(additions, maps[leaf], uses[leaf]):
+            maps[leaf] = dataclasses.replace(maps[leaf], bias=name)
+            del exact[name]
+        else:
+            exact[name] = f"added to products, but not to each product with {leaf} as its bias"
+    return Traced(program=program, names=names, found=LinearMaps(maps, exact), uses=uses)
+
+
+def _linear_map(
+    name: str, dtype: Any, finder: _Finder
+) -> tuple[LinearMap, tuple[tuple[Use, ...], ...]] | str:
+    """Returns the linear map that a leaf is, with its uses, or why it is none."""
+    uses = [finder.uses[name][site] for site in sorted(finder.uses.get(name, {}))]
+    if reason := finder.reasons.get(name):
+        return reason
+    if name in finder.additions:
+        return "used in a product and added to one" if uses else "added to a product"
+    if not uses:
+        return "never used"
+    if reasons := [reason for use in uses if (reason := _malformed(use))]:
+        return reasons[0]
+    first = min(uses, key=lambda use: use.product.kind != "embedding")
+    oriented = [_oriented(use, first) for use in uses]
+    together = _share_layers([use for use in oriented if use is not None], first.stack)
+    if None in oriented:
+        return "multiplied along different axes in different places"
+    shape, stack = first.view.shape, first.stack
+    outs = tuple(axis for axis in labels.axes(first.product.outs) if axis not in stack)
+    ins = tuple(axis for axis in range(len(shape)) if axis not in (*stack, *outs))
+    transposed = tuple(use[0].transposed for use in together)
+    kinds = {use.product.kind for use in uses}
+    found = LinearMap(
+        leaf=name,
+        kind=first.product.kind if len(kinds) == 1 and not any(transposed) else "tied",
+        size_in=math.prod(shape[axis] for axis in ins),
+        size_out=math.prod(shape[axis] for axis in outs),
+        in_axes=ins,
+        out_axes=outs,
+        stack_axes=stack,
+        stack=math.prod(shape[axis] for axis in stack) if stack else None,
+        transposed=transposed,
+        groups=max(use.product.groups for use in uses),
+        dtype=dtype,
+    )
+    return found, together
+
+
+def _malformed(use: Use) -> str:
+    """Says why a product is not with whole matrices of the leaf, or returns nothing."""
+    product, shape = use.product, use.view.shape
+    roles = [labels.axes(product.ins), labels.axes(product.outs), use.stack]
+    if len({axis for role in roles for axis in role}) != sum(map(len, roles)):
+        return "multiplied along a part of an axis"
+    for axis in (*roles[0], *roles[1]):
+        parts = [label for label in (*product.ins, *product.outs) if label.axis == axis]
+        if extent(tuple(parts)) != shape[axis]:
+            return "sliced before it is multiplied"
+    for label in product.layers:
+        if label.size != len(use.view.ranges[label.axis]):  # type: ignore[call-overload]
+            return "multiplied along a part of an axis"
+    return ""
+
+
+def _oriented(use: Use, first: Use) -> Use | None:
+    """The use, saying whether it is transposed; None if it multiplies along other axes."""
+
+    def wide(axes: Iterable[int]) -> tuple[int, ...]:  # an axis of size one plays any part
+        return tuple(axis for axis in axes if use.view.shape[axis] > 1)
+
+    mine, other = (
+        [
+            wide(axes)
+            for axes in (use.stack, labels.axes(use.product.ins), labels.axes(use.product.outs))
+        ]
+        for use in (use, first)
+    )
+    summed = {*labels.axes(use.product.ins), *labels.axes(use.product.outs)}
+    if summed & set(first.stack):
+        return None
+    if mine == other:
+        return use
+    flipped = mine == [other[0], other[2], other[1]]
+    if not flipped or use.product.kind == "embedding" or use.product.groups > 1:
+        return None
+    return dataclasses.replace(use, transposed=True)
+
+
+def _share_layers(uses: list[Use], stack: tuple[int, ...]) -> tuple[tuple[Use, ...], ...]:
+    """Gathers places that apply different layers alike: a stack that was unrolled by hand."""
+    gathered: list[list[Use]] = []
+    for use in uses:
+        mine = set(use.layers(stack)) if stack else set()
+        for others in gathered:
+            taken = {layer for other in others for layer in other.layers(stack)} if stack else mine
+            alike = (use.positions, use.transposed, use.product.kind) == (
+                others[0].positions,
+                others[0].transposed,
+                others[0].product.kind,
+            )
+            if stack and alike and not mine & taken:
+                others.append(use)
+                break
+        else:
+            gathered.append([use])
+    return tuple(tuple(group) for group in gathered)
+
+
+def _is_bias(
+    additions: dict[Site, tuple[View, Output]],
+    linear_map: LinearMap,
+    uses: Sequence[Sequence[Use]],
+) -> bool:
+    """Whether a leaf is added to each product with the matrix, and lies as its outputs do."""
+    places = {use.site: use for group in uses for use in group}
+    if set(places) != set(additions) or any(linear_map.transposed):
+        return False
+    return all(
+        output.leaf == linear_map.leaf and _aligned(bias, output.dims, places[site], linear_map)
+        for site, (bias, output) in additions.items()
+    )
+
+
+def _aligned(bias: View, result: Dims, use: Use, linear_map: LinearMap) -> bool:
+    """Whether bias and result number outputs and layers alike.
+
+    The bias must have its layers in front, as many axes of them as the matrix, and be at the same
+    index, or in the same scan, as the matrix.
+    """
+    weight, stack, outs = use.view, linear_map.stack_axes, linear_map.out_axes
+    lead = tuple(range(len(stack)))
+    own = tuple(range(len(stack), len(bias.shape)))
+    if any(len(bias.ranges[axis]) != bias.shape[axis] for axis in own):
+        return False
+    if math.prod(bias.shape[axis] for axis in own) != linear_map.size_out:
+        return False
+    if _stacking(bias, lead) != _stacking(weight, stack) or len(bias.scans) != len(weight.scans):
+        return False
+    layers = [len(weight.ranges[axis]) for axis in stack]
+    sizes = [weight.shape[axis] for axis in outs], [bias.shape[axis] for axis in own]
+    return all(
+        digits(theirs, outs, sizes[0]) == digits(mine, own, sizes[1])
+        and digits(theirs, stack, layers) == digits(mine, lead, layers)
+        for theirs, mine in zip(result, bias.dims, strict=True)
+    )
+
+
+def _stacking(view: View, axes: Sequence[int]) -> list[tuple[Any, ...]]:
+    """Of the axes that number layers: size, the indices that are covered, the scans over them."""
+    return [
+        (view.shape[axis], view.ranges[axis], {site for other, site in view.scans if other == axis})
+        for axis in axes
+    ]

@@ -1,0 +1,273 @@
+"""Evaluates a traced loss while following its parameters to the places where they are used.
+
+One walk over the program serves three ends, which differ in the visitor alone: `find` writes down
+what it meets, `bottleneck` adds a low-rank term at every product, `capture` adds a zero there.
+Every equation without a parameter is evaluated as it stands, so that custom derivatives, control
+flow and side effects keep their meaning. An equation with a parameter either moves its entries
+(views.py), multiplies by it (products.py), is control flow that is entered (here), or the parameter
+is rejected: nothing passes unseen.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+
+from jaxattr.linear_maps import products, views
+from jaxattr.linear_maps.labels import Dims
+from jaxattr.linear_maps.products import Product
+from jaxattr.linear_maps.views import Site, View
+
+Taps: TypeAlias = dict[Site, jax.Array]
+"""What the visitor recorded at each product; a scan stacks it along a leading axis."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """The result of a product, still untouched and read by nobody else: a bias may be added.
+
+    Attributes:
+      value: the array; None in what `find` notes down.
+      site: where the product stands.
+      leaf: the leaf that is the product's matrix.
+      dims: labels of the array's axes.
+    """
+
+    value: Any
+    site: Site
+    leaf: str
+    dims: Dims
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Walk:
+    """Where the evaluation stands, and what it does there.
+
+    Attributes:
+      visitor: what to do.
+      sinks: the zeros that `capture` adds, by the site of the product.
+      site: the equations that are being entered.
+      loops: (site, length) of every scan that is being entered.
+    """
+
+    visitor: "Visitor"
+    sinks: Taps = dataclasses.field(default_factory=dict)
+    site: Site = ()
+    loops: tuple[tuple[Site, int], ...] = ()
+
+    def at(self, number: int) -> "Walk":
+        """Goes to an equation."""
+        return dataclasses.replace(self, site=(*self.site, number))
+
+    def inside(self) -> Taps:
+        """The sinks of the equations within the one where the walk stands."""
+        here = len(self.site)
+        return {site: sink for site, sink in self.sinks.items() if site[:here] == self.site}
+
+
+class Visitor(Protocol):
+    """What is done at the places where parameters are used."""
+
+    def product(
+        self, view: View, product: Product, x: jax.Array, y: jax.Array, walk: Walk
+    ) -> tuple[Any, Taps]:
+        """Returns what takes the place of the result y of a product, and what is recorded."""
+        ...
+
+    def added(self, view: View, output: Output) -> bool:
+        """Called where a leaf is added to a product; returns whether that is accepted."""
+        ...
+
+    def reject(self, view: View, reason: str) -> None:
+        """Called where a leaf is used in a way that cannot be followed."""
+        ...
+
+
+def evaluate(
+    jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], walk: Walk
+) -> tuple[list[Any], Taps]:
+    """Evaluates a program.
+
+    Args:
+      jaxpr: the program.
+      consts: its constants.
+      args: its arguments; leaves that are followed come as views.
+      walk: what to do where they are used.
+
+    Returns:
+      The results, some perhaps views or outputs, and what the visitor recorded.
+    """
+    env: dict[Var, Any] = {}
+    taps: Taps = {}
+    readers = Counter(
+        v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, Literal)
+    ) + Counter(v for v in jaxpr.outvars if not isinstance(v, Literal))
+
+    def read(v: Any) -> Any:
+        return v.val if isinstance(v, Literal) else env[v]
+
+    def write(v: Var, value: Any) -> None:
+        shared = isinstance(value, Output) and readers[v] != 1
+        env[v] = value.value if shared else value
+
+    for v, value in zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True):
+        write(v, value)
+    for number, eqn in enumerate(jaxpr.eqns):
+        results, recorded = _equation(eqn, [read(v) for v in eqn.invars], walk.at(number))
+        taps.update(recorded)
+        for v, value in zip(eqn.outvars, results, strict=True):
+            write(v, value)
+    return [read(v) for v in jaxpr.outvars], taps
+
+
+def _equation(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
+    found = [i for i, arg in enumerate(args) if isinstance(arg, View)]
+    if not found:
+        return _untouched(eqn, args), {}
+    if enter := _ENTERED.get(eqn.primitive.name):
+        return enter(eqn, args, walk)
+    results = _bind(eqn, args)
+    if len(found) == 1 and not args[found[0]].lost:
+        view, number = args[found[0]], found[0]
+        if moved := views.follow(eqn, view, results):
+            return moved, {}
+        if product := products.describe(eqn, view, number):
+            x = plain(args[product.operand])
+            y, taps = walk.visitor.product(view, product, x, results[0], walk)
+            return [y], taps
+        if eqn.primitive.name in ("add", "add_any"):
+            other = args[1 - number]
+            if isinstance(other, Output) and walk.visitor.added(view, other):
+                return results, {}
+    for i in found:
+        others = [args[j].leaf for j in found if j != i]
+        names = ("itself" if other == args[i].leaf else other for other in others)
+        partner = f" with {', '.join(names)}" if others else ""
+        reason = f"used by {eqn.primitive.name}{partner}"
+        walk.visitor.reject(args[i], args[i].lost or reason)
+    return results, {}
+
+
+def plain(value: Any) -> Any:
+    """Strips what is known of an array."""
+    return value.value if isinstance(value, View | Output) else value
+
+
+def _untouched(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
+    """An equation without parameters; a product's result may be renamed on its way to a bias."""
+    results = _bind(eqn, args)
+    if args and isinstance(output := args[0], Output) and len(args) == 1 and len(results) == 1:
+        dims = views.renamed(eqn, output.dims)
+        if dims is not None:
+            return [dataclasses.replace(output, value=results[0], dims=dims)]
+    return results
+
+
+def _bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    bound = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # a pair before jax 0.9
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*functions, *map(plain, args), **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def _call(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
+    """A nested jit is inlined."""
+    params = eqn.params
+    return _evaluate_program(params.get("jaxpr") or params["call_jaxpr"], args, walk)
+
+
+def _remat(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
+    params = eqn.params
+    inner = params["jaxpr"]
+
+    def body(args: list[Any], sinks: Taps) -> tuple[list[Any], Taps]:
+        return _evaluate_inside(inner, args, dataclasses.replace(walk, sinks=sinks))
+
+    checkpointed = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
+    return checkpointed(_without_outputs(args), walk.inside())
+
+
+def _scan(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
+    """A leaf that the scan runs over is a stack of layers; one that it closes over is reused."""
+    params, args = eqn.params, _without_outputs(args)
+    first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+    for carried in args[first:last]:
+        if isinstance(carried, View):
+            walk.visitor.reject(carried, carried.lost or "carried by a scan")
+    consts, init, xs = args[:first], [plain(x) for x in args[first:last]], args[last:]
+    stepping = dataclasses.replace(walk, loops=(*walk.loops, (walk.site, params["length"])))
+    layers = [x.scanned(walk.site) if isinstance(x, View) else None for x in xs]
+    returned: list[Any] = []
+
+    def body(carry: list[Any], step: tuple[list[Any], Taps]) -> tuple[list[Any], Any]:
+        rows = [
+            x if layer is None else layer.at_step(x)
+            for layer, x in zip(layers, step[0], strict=True)
+        ]
+        inside = dataclasses.replace(stepping, sinks=step[1])
+        results, taps = _evaluate_inside(params["jaxpr"], [*consts, *carry, *rows], inside)
+        for result in results[: len(init)]:
+            if isinstance(result, View):
+                walk.visitor.reject(result, "carried by a scan")
+        returned[:] = [_known(result) for result in results[len(init) :]]
+        results = [plain(result) for result in results]
+        return results[: len(init)], (results[len(init) :], taps)
+
+    stacked = [x.for_scan() if isinstance(x, View) else x for x in xs]
+    carry, (ys, taps) = jax.lax.scan(
+        body,
+        init,
+        (stacked, walk.inside()),
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+    # A layer that is returned as it came is still the stacked leaf: nnx returns all its state.
+    whole = {
+        (_known(layer), plain(x).dtype): x for layer, x in zip(layers, xs, strict=True) if layer
+    }
+    ys = [
+        whole.get((known, y.dtype), known.lose(y, "returned by a scan")) if known else y
+        for known, y in zip(returned, ys, strict=True)
+    ]
+    return [*carry, *ys], taps
+
+
+def _known(value: Any) -> View | None:
+    """A view without its arrays, for comparison."""
+    return dataclasses.replace(value, value=None, factors=None) if isinstance(value, View) else None
+
+
+def _without_outputs(args: Sequence[Any]) -> list[Any]:
+    return [plain(arg) if isinstance(arg, Output) else arg for arg in args]
+
+
+def _evaluate_inside(
+    program: Jaxpr | ClosedJaxpr, args: Sequence[Any], walk: Walk
+) -> tuple[list[Any], Taps]:
+    """Evaluates an inner program; its results are arrays and views, as JAX can pass them on."""
+    results, taps = _evaluate_program(program, args, walk)
+    return _without_outputs(results), taps
+
+
+def _evaluate_program(
+    program: Jaxpr | ClosedJaxpr, args: Sequence[Any], walk: Walk
+) -> tuple[list[Any], Taps]:
+    if isinstance(program, ClosedJaxpr):
+        return evaluate(program.jaxpr, program.consts, args, walk)
+    return evaluate(program, (), args, walk)
+
+
+_ENTERED: dict[str, Callable[[JaxprEqn, list[Any], Walk], tuple[list[Any], Taps]]] = {
+    "jit": _call,
+    "pjit": _call,
+    "closed_call": _call,
+    "checkpoint": _remat,
+    "remat": _remat,
+    "remat2": _remat,
+    "scan": _scan,
+}

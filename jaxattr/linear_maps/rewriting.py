@@ -1,0 +1,470 @@
+"""The rewritten losses: with a low-rank term, or a zero, at every linear map."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattr.linear_maps import analysis, interpreter
+from jaxattr.linear_maps.analysis import LinearMap, LinearMaps, Traced, Use
+from jaxattr.linear_maps.interpreter import Output, Taps, Walk
+from jaxattr.linear_maps.labels import Label, ordered, rearrange
+from jaxattr.linear_maps.products import Product
+from jaxattr.linear_maps.views import Factors, Site, View
+from jaxattr.typing import Example, Key, OutputFn, Params
+
+Bases: TypeAlias = Mapping[str, tuple[jax.Array | None, jax.Array | None]]
+"""{leaf: (A [in, r], B [out, r'])}, each [stack, ...] for a stacked leaf; None is the identity.
+
+A with one row more than the map has inputs covers its bias too, as one more input that is always 1.
+"""
+
+Bottlenecks: TypeAlias = Mapping[str, jax.Array]
+"""{leaf: Z [r, r']}, [stack, r, r'] for a stacked leaf; its values are not read."""
+
+
+class Captured(NamedTuple):
+    """The two factors of a leaf's gradient for one use: dL/dW = sum over t of inputs^T cotangents.
+
+    Attributes:
+      inputs: what the matrix is applied to, float [t, in]; of an embedding the ids, int [t], where
+        the id `size_in` stands for no row.
+      cotangents: gradient of the loss with respect to the map's result, float [t, out].
+
+    Both are [stack, t, ...] for a stacked leaf. Where the map is used transposed, the gradient is
+    transposed too, so the two change places: `inputs` holds the cotangents and vice versa.
+    """
+
+    inputs: jax.Array
+    cotangents: jax.Array
+
+
+def find(loss: OutputFn, params: Params, example: Example, key: Key | None = None) -> LinearMaps:
+    """Finds the linear maps of a loss by tracing it once; nothing is computed.
+
+    Args:
+      loss: scalar function of the parameters and ONE example.
+      params: parameters, or their shapes.
+      example: one example, or its shapes.
+      key: what the loss takes as its key.
+
+    Returns:
+      For each leaf the linear map that it is, or why it is none. Every leaf is named once: in
+      `maps`, in `exact`, or as the bias of a map.
+
+    Guarantees: a leaf is in `maps` only if each of its uses is a product with the whole matrix,
+      the same matrix or its transpose in all of them.
+
+    Raises:
+      ValueError: if the loss does not return one scalar.
+
+    Cost: one trace.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3), "scale": jnp.ones(3)}
+      >>> def loss(params, x, key):
+      ...     return jnp.sum(params["scale"] * jnp.tanh(x @ params["w"] + params["b"]))
+      >>> found = find(loss, params, jnp.ones(2))
+      >>> found.maps["w"].bias, found.exact
+      ('b', {'scale': 'used by mul'})
+    """
+    return analysis.trace(loss, params, example, key).found
+
+
+def bottleneck(
+    loss: OutputFn,
+    params: Params,
+    example: Example,
+    key: Key | None = None,
+    *,
+    leaves: Collection[str] | None = None,
+) -> Callable[..., jax.Array]:
+    """Rewrites a loss so that its gradient in a small Z is a projected weight gradient.
+
+    Args:
+      loss: scalar function of the parameters and ONE example.
+      params: parameters, or their shapes.
+      example: one example, or its shapes.
+      key: what the loss takes as its key.
+      leaves: the leaves to rewrite. Default: all that are linear maps.
+
+    Returns:
+      `rewritten(params, bases, z, example, key)`: the loss, as a function of Z too: that of the
+      weights W + A Z B^T at Z = 0, for each leaf of `z`. Pure, and fit for jit and vmap.
+
+    Guarantees: dL/dZ = A^T (dL/dW) B, without error other than rounding; with the bias included
+      A^T [dL/dW; dL/db] B. The values in `z` are never read, only its shapes and dtypes: the loss
+      and its gradient are those at Z = 0 whatever they are. So there is no second derivative in Z
+      to be had; all derivatives that take one in Z at most are exact.
+
+    Raises:
+      ValueError: if a leaf of `leaves` is no linear map; when called, if shapes are not those that
+        were traced, or bases and z do not fit the maps.
+
+    Cost: a backward pass without weight gradients, and t (in r + r r' + r' out) multiplications per
+      use. No array of the size of W is formed per example.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> params, x = {"w": jnp.ones((3, 2))}, jnp.array([1.0, 2.0, 3.0])
+      >>> def loss(params, x, key):
+      ...     return jnp.sum((x @ params["w"]) ** 2)
+      >>> rewritten = bottleneck(loss, params, x)
+      >>> bases = {"w": (jnp.ones((3, 1)), jnp.ones((2, 1)))}  # A^T (dL/dW) B sums dL/dW
+      >>> z = zeros(find(loss, params, x), bases)
+      >>> jax.grad(rewritten, argnums=2)(params, bases, z, x)["w"].tolist()
+      [[144.0]]
+      >>> jax.grad(loss)(params, x, None)["w"].sum().item()
+      144.0
+    """
+    traced = analysis.trace(loss, params, example, key)
+    chosen = _chosen(traced, leaves)
+
+    def rewritten(
+        params: Params, bases: Bases, z: Bottlenecks, example: Example, key: Key | None = None
+    ) -> jax.Array:
+        args = _arguments(traced, params, example, key)
+        numbers = {name: number for number, name in enumerate(traced.names)}
+        for leaf in z:
+            if leaf not in chosen:
+                raise ValueError(f"z has {leaf!r}, but only these are rewritten: {chosen}.")
+            linear_map, number = traced.found.maps[leaf], numbers[leaf]
+            factors, of_bias = _factors(linear_map, bases, z[leaf])
+            args[number] = _with_factors(linear_map, args[number], factors)
+            if linear_map.bias is not None and of_bias is not None:
+                bias = args[numbers[linear_map.bias]]
+                of_bias = of_bias.reshape(bias.shape).astype(bias.dtype)
+                args[numbers[linear_map.bias]] = bias + (of_bias - jax.lax.stop_gradient(of_bias))
+        results, _ = _evaluate(traced, args, Walk(visitor=_Bottleneck(_transposed(traced))))
+        return results[0]
+
+    return rewritten
+
+
+def capture(
+    loss: OutputFn,
+    params: Params,
+    example: Example,
+    key: Key | None = None,
+    *,
+    leaves: Collection[str] | None = None,
+) -> Callable[..., dict[str, tuple[Captured, ...]]]:
+    """Makes a function that returns what each linear map is applied to, and its cotangents.
+
+    Args:
+      loss: scalar function of the parameters and ONE example.
+      params: parameters, or their shapes.
+      example: one example, or its shapes.
+      key: what the loss takes as its key.
+      leaves: the leaves to capture. Default: all that are linear maps.
+
+    Returns:
+      `captured(params, example, key)`: {leaf: one `Captured` per use}. Pure, fit for jit and vmap.
+      t counts the positions that the map is applied at: tokens, output pixels, steps of a scan that
+      does not run over the leaf's layers. A convolution with feature groups has a position per
+      group, whose cotangents are zero outside the group's outputs.
+
+    Guarantees: the uses' products inputs^T cotangents, summed, are the leaf's gradient exactly.
+
+    Raises:
+      ValueError: if a leaf of `leaves` is no linear map; when called, if shapes are not those that
+        were traced.
+
+    Cost: one forward and one backward pass without weight gradients; all inputs are kept, also
+      those inside a remat.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+      >>> def loss(params, x, key):
+      ...     return jnp.sum((x @ params["w"]) ** 2)
+      >>> (one,) = capture(loss, params, x)(params, x)["w"]
+      >>> one.inputs.shape, one.cotangents.shape
+      ((4, 3), (4, 2))
+      >>> bool((one.inputs.T @ one.cotangents == jax.grad(loss)(params, x, None)["w"]).all())
+      True
+    """
+    traced = analysis.trace(loss, params, example, key)
+    chosen = _chosen(traced, leaves)
+    uses = {use.site: use for leaf in chosen for together in traced.uses[leaf] for use in together}
+
+    def captured(
+        params: Params, example: Example, key: Key | None = None
+    ) -> dict[str, tuple[Captured, ...]]:
+        args = _arguments(traced, params, example, key)
+        for number, name in enumerate(traced.names):
+            if name in chosen:
+                args[number] = analysis.view(name, args[number])
+
+        def with_sinks(sinks: Taps) -> tuple[jax.Array, Taps]:
+            results, taps = _evaluate(traced, args, Walk(visitor=_Capture(), sinks=sinks))
+            return results[0], taps
+
+        sinks = {site: jnp.zeros(_sink_shape(use), use.result.dtype) for site, use in uses.items()}
+        cotangents, inputs = jax.grad(with_sinks, has_aux=True)(sinks)
+        return {
+            leaf: tuple(
+                _gather_layers(traced.found.maps[leaf], together, inputs, cotangents)
+                for together in traced.uses[leaf]
+            )
+            for leaf in chosen
+        }
+
+    return captured
+
+
+def matrix(linear_map: LinearMap, leaf: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Returns the matrix that a leaf, or an array of its shape such as its gradient, stands for.
+
+    Args:
+      linear_map: the map.
+      leaf: array of the leaf's shape.
+      bias: array of the bias's shape, which becomes the last row; or None.
+
+    Returns:
+      [in, out], or [in + 1, out] with a bias; [stack, ...] for a stacked leaf.
+
+    Raises:
+      TypeError or ValueError: if the arrays do not have the leaf's and the bias's shapes.
+
+    Guarantees: entries are moved, none is changed.
+
+    Cost: a transpose.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"w": jnp.arange(6.0).reshape(2, 3)}
+      >>> found = find(lambda p, x, key: jnp.sum(p["w"] @ x), params, jnp.ones(3))
+      >>> matrix(found.maps["w"], params["w"]).tolist()
+      [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+    """
+    order = (*linear_map.stack_axes, *linear_map.in_axes, *linear_map.out_axes)
+    rows = leaf.transpose(order).reshape(
+        *_lead(linear_map), linear_map.size_in, linear_map.size_out
+    )
+    if bias is None:
+        return rows
+    last = bias.reshape(*_lead(linear_map), 1, linear_map.size_out)
+    return jnp.concatenate([rows, last], axis=-2)
+
+
+def zeros(maps: LinearMaps, bases: Bases) -> dict[str, jax.Array]:
+    """Returns a Z for a rewritten loss.
+
+    Args:
+      maps: the linear maps.
+      bases: the bases; where A is None, the bias is not included.
+
+    Returns:
+      {leaf: zeros [r, r']}, [stack, r, r'] for a stacked leaf, float32 or wider.
+
+    Raises:
+      KeyError: if a leaf of `bases` is no linear map.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"w": jnp.ones((2, 3))}
+      >>> found = find(lambda p, x, key: jnp.sum(x @ p["w"]), params, jnp.ones(2))
+      >>> zeros(found, {"w": (jnp.ones((2, 1)), None)})["w"].shape
+      (1, 3)
+    """
+    result = {}
+    for leaf, (a, b) in bases.items():
+        linear_map = maps.maps[leaf]
+        left = linear_map.size_in if a is None else a.shape[-1]
+        right = linear_map.size_out if b is None else b.shape[-1]
+        dtypes = [x.dtype for x in (a, b) if x is not None] or [linear_map.dtype]
+        dtype = jnp.result_type(jnp.float32, *dtypes)
+        result[leaf] = jnp.zeros((*_lead(linear_map), left, right), dtype)
+    return result
+
+
+class _Rewriting:
+    """A visitor of leaves that were found to be linear maps: there is nothing to reject."""
+
+    def added(self, view: View, output: Output) -> bool:
+        del view, output
+        return False
+
+    def reject(self, view: View, reason: str) -> None:
+        raise AssertionError(f"{view.leaf} was found to be a linear map, but is {reason}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bottleneck(_Rewriting):
+    """The visitor that adds the low-rank term."""
+
+    transposed: Mapping[Site, bool]
+
+    def product(
+        self, view: View, product: Product, x: jax.Array, y: jax.Array, walk: Walk
+    ) -> tuple[Any, Taps]:
+        assert view.factors is not None
+        transposed = self.transposed[walk.site]
+        (a, z, b), dtype = view.factors, y.dtype
+
+        # The term is linear in Z, and Z is zero: its value is nothing, and so is its derivative in
+        # x. Saying so spares a pass forwards through B and one backwards through A.
+        @jax.custom_jvp
+        def term(z: jax.Array, x: jax.Array, a: jax.Array | None, b: jax.Array | None) -> jax.Array:
+            del z, x, a, b
+            return jnp.zeros(y.shape, dtype)
+
+        @term.defjvp
+        def _derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+            _, x, a, b = primals
+            factors = Factors(a, tangents[0], b)
+            return term(*primals), product.low_rank(x, factors, transposed, dtype)
+
+        return y + term(z, x, a, b), {}
+
+
+class _Capture(_Rewriting):
+    """The visitor that adds a zero, whose gradient is the cotangent, and records the inputs."""
+
+    def product(
+        self, view: View, product: Product, x: jax.Array, y: jax.Array, walk: Walk
+    ) -> tuple[Any, Taps]:
+        del view
+        return y + walk.sinks[walk.site], {walk.site: product.inputs(x)}
+
+
+def _chosen(traced: Traced, leaves: Collection[str] | None) -> list[str]:
+    found = traced.found
+    chosen = sorted(found.maps if leaves is None else leaves)
+    biases = {linear_map.bias: leaf for leaf, linear_map in found.maps.items()}
+    for leaf in chosen:
+        if leaf not in found.maps:
+            of = biases.get(leaf)
+            why = f"it is the bias of {of}" if of else found.exact.get(leaf, "there is none")
+            raise ValueError(
+                f"Leaf {leaf!r} is no linear map: {why}. Linear maps: {sorted(found.maps)}."
+            )
+    return chosen
+
+
+def _arguments(traced: Traced, params: Params, example: Example, key: Key | None) -> list[Any]:
+    """The arguments of the traced program, checked against it."""
+    args = [jnp.asarray(arg) for arg in jax.tree.leaves((params, example, key))]
+    got = [f"{arg.dtype}{list(arg.shape)}" for arg in args]
+    needed = [f"{aval.dtype}{list(aval.shape)}" for aval in traced.program.in_avals]
+    if got != needed:
+        wrong = [pair for pair in zip(got, needed, strict=False) if pair[0] != pair[1]]
+        raise ValueError(
+            "A rewritten loss takes arrays of the shapes and dtypes that it was made for. Got "
+            f"{len(got)} arrays, needed {len(needed)}; (got, needed) that differ: {wrong[:3]}."
+        )
+    return args
+
+
+def _evaluate(traced: Traced, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
+    program = traced.program
+    return interpreter.evaluate(program.jaxpr, program.consts, args, walk)
+
+
+def _transposed(traced: Traced) -> dict[Site, bool]:
+    groups = [together for uses in traced.uses.values() for together in uses]
+    return {use.site: use.transposed for together in groups for use in together}
+
+
+def _lead(linear_map: LinearMap) -> tuple[int, ...]:
+    return () if linear_map.stack is None else (linear_map.stack,)
+
+
+def _factors(linear_map: LinearMap, bases: Bases, z: jax.Array) -> tuple[Factors, jax.Array | None]:
+    """Checks A, Z, B and splits off what the last row of A adds to the bias, [*stack, 1, out].
+
+    That is added to the bias itself, so it needs no rule: it is exact wherever the bias is used.
+    """
+    if linear_map.leaf not in bases:
+        raise ValueError(f"z has {linear_map.leaf!r}, but bases have only {sorted(bases)}.")
+    a, b = bases[linear_map.leaf]
+    rows = z.shape[-2] if a is None else a.shape[-2]
+    with_bias = linear_map.bias is not None and rows == linear_map.size_in + 1
+    _check_factors(linear_map, linear_map.size_in + with_bias, a, z, b)
+    if not with_bias:
+        return Factors(a, z, b), None
+    row = z[..., -1:, :] if a is None else a[..., -1:, :] @ z
+    row = row if b is None else row @ jnp.swapaxes(b, -1, -2)
+    if a is None:
+        return Factors(None, z[..., :-1, :], b), row
+    return Factors(a[..., :-1, :], z, b), row
+
+
+def _check_factors(
+    linear_map: LinearMap, rows: int, a: jax.Array | None, z: jax.Array, b: jax.Array | None
+) -> None:
+    lead, (left, right) = _lead(linear_map), z.shape[-2:]
+    shapes = {"A": (*lead, rows, left), "Z": (*lead, left, right)}
+    shapes["B"] = (*lead, linear_map.size_out, right)
+    for (name, shape), array in zip(shapes.items(), (a, z, b), strict=True):
+        fits = shape[-2] == shape[-1] if array is None else array.shape == shape
+        if not fits:
+            got = "the identity" if array is None else list(array.shape)
+            raise ValueError(
+                f"{name} of {linear_map.leaf!r} must have shape {list(shape)}, got {got}."
+            )
+
+
+def _with_factors(linear_map: LinearMap, leaf: jax.Array, factors: Factors) -> View:
+    if linear_map.stack is not None:
+        shape = [leaf.shape[axis] for axis in linear_map.stack_axes]
+        factors = factors.map(lambda x: x.reshape(*shape, *x.shape[1:]))
+    return analysis.view(linear_map.leaf, leaf, factors=factors, stack=linear_map.stack_axes)
+
+
+def _sink_shape(use: Use) -> tuple[int, ...]:
+    return (*(length for _, length in use.loops), *use.result.shape)
+
+
+def _gather_layers(
+    linear_map: LinearMap, together: tuple[Use, ...], inputs: Taps, cotangents: Taps
+) -> Captured:
+    """Brings what was recorded at the places of one use to [t, ...], or [stack, t, ...]."""
+    pairs = []
+    for use in together:
+        to_rows = use.product.cotangents
+        for _ in use.loops:
+            to_rows = jax.vmap(to_rows)
+        left, right = inputs[use.site], to_rows(cotangents[use.site])
+        if use.product.kind == "embedding":
+            left = left[..., None]
+        left, right = (right, left) if use.transposed else (left, right)
+        pairs.append([_rows(use, linear_map.stack_axes, side) for side in (left, right)])
+    lookup = together[0].product.kind == "embedding"
+    lefts, rights = zip(*pairs, strict=True)
+    left = _by_layer(linear_map, together, lefts, linear_map.size_in if lookup else 0)
+    right = _by_layer(linear_map, together, rights, 0)
+    return Captured(left[..., 0] if lookup else left, right)
+
+
+def _rows(use: Use, stack: tuple[int, ...], block: jax.Array) -> jax.Array:
+    """Turns [*loops, *layers, t, f] into [layers, t, f] or, if there is no stack, [t, f]."""
+    loops: list[Label] = [
+        Label(use.scanned.get(site, ("loop", site)), length) for site, length in use.loops
+    ]
+    t, f = Label("t", block.shape[-2]), Label("f", block.shape[-1])
+    source = tuple((label,) for label in (*loops, *use.product.layers, t, f))
+    labels = (*loops, *use.product.layers)
+    layers = ordered(label for label in labels if label.axis in stack)
+    positions = (*(label for label in labels if label.axis not in stack), t)
+    return rearrange(block, source, (layers, positions, (f,)) if stack else (positions, (f,)))
+
+
+def _by_layer(
+    linear_map: LinearMap, together: tuple[Use, ...], blocks: Sequence[jax.Array], nothing: int
+) -> jax.Array:
+    """Joins [layers, t, f] of several places to [stack, t, f]; other layers hold `nothing`."""
+    if linear_map.stack is None:
+        return blocks[0]
+    numbers = [use.layers(linear_map.stack_axes) for use in together]
+    if np.array_equal(numbers[0], np.arange(linear_map.stack)):
+        return blocks[0]
+    whole = jnp.full((linear_map.stack, *blocks[0].shape[1:]), nothing, jnp.result_type(*blocks))
+    return whole.at[np.concatenate(numbers)].set(jnp.concatenate(blocks))
