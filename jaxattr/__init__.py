@@ -10,6 +10,7 @@ from jaxattr.evaluation.retraining import retrain as retrain
 from jaxattr.groups import by_layer as by_layer
 from jaxattr.groups import by_leaf as by_leaf
 from jaxattr.groups import by_regex as by_regex
+from jaxattr.index import ConvergenceWarning as ConvergenceWarning
 from jaxattr.index import Index as Index
 from jaxattr.index import NonFiniteWarning as NonFiniteWarning
 from jaxattr.index import build_index as build_index
@@ -18,9 +19,15 @@ from jaxattr.kernels import absolute as absolute
 from jaxattr.kernels import relative as relative
 from jaxattr.methods import Method as Method
 from jaxattr.methods import citation as citation
+from jaxattr.methods import data_inf as data_inf
+from jaxattr.methods import ekfac as ekfac
 from jaxattr.methods import featurizer as featurizer
 from jaxattr.methods import grad_cos as grad_cos
+from jaxattr.methods import influence as influence
+from jaxattr.methods import kfac as kfac
+from jaxattr.methods import logra as logra
 from jaxattr.methods import tracin as tracin
+from jaxattr.methods import trackstar as trackstar
 from jaxattr.methods import trak as trak
 from jaxattr.scoring import TopK as TopK
 from jaxattr.scoring import attributor as attributor

@@ -2,54 +2,30 @@
 
     phi(x) = [ P_1 g_1(x) | ... | P_m g_m(x) ]        g(x) = d output(params, x) / d params
 
-The gradient of each example is taken exactly (`vmap(grad)`), a microbatch at a time, and projected
-before the next microbatch is touched, so memory is set by the microbatch and not by the batch.
+Where the projection has a basis for linear maps, the features of those are gradients in a small Z
+(see `linear_maps`), and no weight gradient is formed. The gradient of every other parameter is
+taken exactly, in the same backward pass, and projected. That is done a microbatch at a time, so
+memory is set by the microbatch and not by the batch.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxattr import groups as groups_lib
-from jaxattr import projections
+from jaxattr import linear_maps
+from jaxattr.bases import NOTHING, Fitted, Sides, apply_sides
 from jaxattr.groups import GroupLayout, Groups
+from jaxattr.keys import example_keys
+from jaxattr.plans import FeatureLayout, Plan, make_plan
 from jaxattr.projections import Projection
 from jaxattr.typing import Batch, Example, Features, Key, OutputFn, Params
-
-
-@dataclasses.dataclass(frozen=True)
-class FeatureLayout:
-    """Which columns of the features belong to which group.
-
-    Attributes:
-      names: group names, sorted.
-      sizes: parameters per group.
-      dims: features per group.
-    """
-
-    names: tuple[str, ...]
-    sizes: tuple[int, ...]
-    dims: tuple[int, ...]
-
-    @property
-    def total(self) -> int:
-        """Number of features p."""
-        return sum(self.dims)
-
-    @property
-    def slices(self) -> dict[str, slice]:
-        """The columns of each group."""
-        slices, start = {}, 0
-        for name, dim in zip(self.names, self.dims, strict=True):
-            slices[name] = slice(start, start + dim)
-            start += dim
-        return slices
 
 
 class FeatureRule(NamedTuple):
@@ -87,11 +63,20 @@ class Featurizer:
     Attributes:
       layout: which columns belong to which group.
       groups: which parameters belong to which group.
+      plan: which parameter becomes which features.
+      rule: how one example becomes features.
+      key: of projections and stochastic outputs.
+      microbatch: examples whose gradients are in memory at once.
+      with_residual: (params, batch, ids, checkpoint, fitted) -> features and residual.
     """
 
     layout: FeatureLayout
     groups: GroupLayout
-    with_residual: Callable[[Params, Batch, jax.Array, jax.Array], Featurized]
+    plan: Plan
+    rule: FeatureRule
+    key: Key
+    microbatch: int
+    with_residual: Callable[[Params, Batch, jax.Array, jax.Array, Fitted], Featurized]
 
     def __call__(
         self,
@@ -99,6 +84,7 @@ class Featurizer:
         batch: Batch,
         ids: jax.Array | None = None,
         checkpoint: int | jax.Array = 0,
+        fitted: Fitted | None = None,
     ) -> Features:
         """Computes features.
 
@@ -108,6 +94,8 @@ class Featurizer:
           ids: integers [b], the examples' identities: a stochastic loss draws its randomness from
             them and the run's key alone. Default: 0, 1, ...
           checkpoint: number of the checkpoint; each has a projection of its own.
+          fitted: what the method fitted to that checkpoint, `index.fitted[checkpoint]`; only for
+            methods that fit a basis to the training data, such as EK-FAC.
 
         Returns:
           Features [b, p], float32 or wider. Rows of examples whose gradient is not finite are not
@@ -115,7 +103,15 @@ class Featurizer:
         """
         if ids is None:
             ids = jnp.arange(leading_size(batch))
-        return self.with_residual(params, batch, jnp.asarray(ids), jnp.asarray(checkpoint)).features
+        basis = self.rule.projection.basis
+        if fitted is None and basis is not None and basis.fit is not None:
+            raise ValueError(
+                f"The basis of these features ({basis.name}) is fitted to training data. Build an "
+                "index, and pass fitted=index.fitted[checkpoint]."
+            )
+        fitted = NOTHING if fitted is None else fitted
+        ids, checkpoint = jnp.asarray(ids), jnp.asarray(checkpoint)
+        return self.with_residual(params, batch, ids, checkpoint, fitted).features
 
 
 def featurize_with(
@@ -149,11 +145,15 @@ def featurize_with(
     check_output(rule.output, params, example, key)
     if microbatch is not None and microbatch < 1:
         raise ValueError(f"microbatch must be at least 1, got {microbatch}.")
-    microbatch = microbatch or _default_microbatch(sum(layout.sizes))
-    dims = tuple(rule.projection.dim(size) for size in layout.sizes)
-
-    step = functools.partial(_compiled_step(rule, layout, microbatch), key)
-    return Featurizer(FeatureLayout(layout.names, layout.sizes, dims), layout, step)
+    found = None
+    if rule.projection.basis is not None:
+        found = linear_maps.find(rule.output, params, example, key)
+        if callable(groups):
+            layout = groups_lib.split_layers(layout, found.stacked)
+    plan = make_plan(layout, rule.projection, found)
+    microbatch = microbatch or _default_microbatch(rule, layout, plan)
+    step = functools.partial(_compiled_step(rule, plan, microbatch), key)
+    return Featurizer(plan.layout, layout, plan, rule, key, microbatch, step)
 
 
 def leading_size(batch: Batch) -> int:
@@ -208,60 +208,201 @@ def check_output(output: OutputFn, params: Params, example: Example, key: Key) -
 
 @functools.lru_cache(maxsize=16)
 def _compiled_step(
-    rule: FeatureRule, layout: GroupLayout, microbatch: int
-) -> Callable[[Key, Params, Batch, jax.Array, jax.Array], Featurized]:
+    rule: FeatureRule, plan: Plan, microbatch: int
+) -> Callable[[Key, Params, Batch, jax.Array, jax.Array, Fitted], Featurized]:
     """The jitted step; an index of other data by the same method compiles nothing anew."""
 
     def step(
-        key: Key, params: Params, batch: Batch, ids: jax.Array, checkpoint: jax.Array
+        key: Key,
+        params: Params,
+        batch: Batch,
+        ids: jax.Array,
+        checkpoint: jax.Array,
+        fitted: Fitted,
     ) -> Featurized:
-        def chunk(batch: Batch, ids: jax.Array) -> Featurized:
-            gradients = _gradients(rule.output, layout, params, batch, _example_keys(key, ids))
-            phi = _project(rule.projection, layout, jax.random.fold_in(key, checkpoint), gradients)
-            phi = _unit_norm(phi) if rule.normalize else phi
-            return Featurized(phi, _residual(rule.residual, params, batch, _example_keys(key, ids)))
+        drawing = jax.random.fold_in(key, checkpoint)
+        sides = sides_of(rule, plan, drawing, fitted)
 
-        return _in_microbatches(chunk, microbatch)(batch, ids)
+        def chunk(batch: Batch, ids: jax.Array) -> Featurized:
+            keys = example_keys(key, ids)
+            z, rest = _gradients(rule, plan, params, batch, keys, sides, fitted)
+            phi = plan.assemble(rule.projection, drawing, z, rest)
+            phi = unit_norm(phi) if rule.normalize else phi
+            return Featurized(phi, _residual(rule.residual, params, batch, keys))
+
+        return in_microbatches(chunk, microbatch)(batch, ids)
 
     return jax.jit(step)
 
 
-def _gradients(
-    output: OutputFn, layout: GroupLayout, params: Params, batch: Batch, keys: Key
-) -> dict[str, jax.Array]:
-    """Per-example gradients {leaf name: [b, *shape]} of the leaves that are in a group."""
-    names, structure = groups_lib.leaf_names(params), jax.tree.structure(params)
-    leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
-    grouped = {name: leaf for name, leaf in leaves.items() if name in layout.leaves}
+def sides_of(rule: FeatureRule, plan: Plan, key: Key, fitted: Fitted) -> dict[str, Sides]:
+    """Returns A and B of each factored linear map, as they were fitted or are drawn.
 
-    def of_grouped(grouped: dict[str, jax.Array], example: Example, key: Key) -> jax.Array:
-        merged = [grouped.get(name, leaves[name]) for name in names]
-        return output(jax.tree.unflatten(structure, merged), example, key)
+    Args:
+      rule: how one example becomes features.
+      plan: which parameter becomes which features.
+      key: key of the checkpoint's projections.
+      fitted: what was fitted.
 
-    return jax.vmap(jax.grad(of_grouped), in_axes=(None, 0, 0))(grouped, batch, keys)
+    Returns:
+      {leaf: (A, B)}.
+    """
+    basis = rule.projection.basis
+    if fitted.sides or basis is None or basis.draw is None:
+        return dict(fitted.sides)
+    return {factored.map.leaf: basis.draw(key, factored) for factored in plan.factored}
 
 
-def _project(
-    projection: Projection, layout: GroupLayout, key: Key, gradients: dict[str, jax.Array]
-) -> Features:
-    wide = {
-        name: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+def project_gradients(
+    plan: Plan,
+    sides: Mapping[str, Sides],
+    fitted: Fitted,
+    gradients: Mapping[str, jax.Array],
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Maps whole gradients of one example to what `Plan.assemble` takes; linear.
+
+    Args:
+      plan: which parameter becomes which features.
+      sides: A and B of the factored linear maps.
+      fitted: what the gradients are multiplied with, elementwise.
+      gradients: {leaf: of the leaf's shape}.
+
+    Returns:
+      {leaf of a linear map: [r, r'] or [stack, r, r']}, and {any other leaf: gradient}.
+    """
+    scaled = {
+        name: leaf * fitted.scales[name].astype(leaf.dtype) if name in fitted.scales else leaf
         for name, leaf in gradients.items()
     }
-    columns = [
-        projection.project(projections.group_key(key, name), members)
-        for name, members in zip(layout.names, groups_lib.split(layout, wide), strict=True)
-    ]
-    dtype = jnp.result_type(*columns)
-    return jnp.concatenate([column.astype(dtype) for column in columns], axis=1)  # [b, p]
+    z = {}
+    for factored in plan.factored:
+        found = factored.map
+        bias = scaled[str(found.bias)] if factored.bias else None
+        matrix = linear_maps.matrix(found, scaled[found.leaf], bias).astype(factored.dtype)
+        z[found.leaf] = apply_sides(matrix, sides[found.leaf])
+    return z, {name: scaled[name] for name in plan.rest}
 
 
-def _unit_norm(phi: Features) -> Features:
+def gradients_of(
+    output: OutputFn, names: Collection[str], params: Params, example: Example, key: Key
+) -> dict[str, jax.Array]:
+    """Returns the gradients {leaf name: of its shape} of one example, of some leaves.
+
+    Args:
+      output: the function.
+      names: names of leaves.
+      params: the parameters.
+      example: ONE example.
+      key: its key.
+    """
+    of_leaves, chosen = _as_function_of(output, names, params)
+    return jax.grad(of_leaves)(chosen, example, key)
+
+
+def unit_norm(phi: Features) -> Features:
+    """Scales rows to unit norm; rows of zeros stay.
+
+    Args:
+      phi: float [b, p].
+
+    Returns:
+      Float [b, p].
+    """
     # Dividing by the largest entry first keeps the squares from under- and overflowing.
     largest = jnp.max(jnp.abs(phi), axis=1, keepdims=True)
     phi = phi / jnp.where(largest == 0, 1, largest)
     norm = jnp.linalg.norm(phi, axis=1, keepdims=True)
     return phi / jnp.where(norm == 0, 1, norm)
+
+
+def in_microbatches(chunk: Callable[..., Any], size: int) -> Callable[..., Any]:
+    """Runs a function of batched arguments a microbatch at a time.
+
+    A last microbatch that is not full repeats the first examples; what belongs to those is cut off.
+
+    Args:
+      chunk: function of arguments with a leading batch axis.
+      size: largest number of examples at once.
+
+    Returns:
+      The same function, of any number of examples.
+    """
+
+    def run(*arguments: Any) -> Any:
+        b = jax.tree.leaves(arguments)[0].shape[0]
+        fitted = math.ceil(b / math.ceil(b / size))  # evens the microbatches out: least padding
+        padding = -b % fitted
+        rows = jnp.arange(b + padding) % b
+        padded = jax.tree.map(lambda x: x[rows] if padding else x, arguments)
+        mapped = optax.microbatching.microbatch(
+            chunk,
+            argnums=tuple(range(len(arguments))),
+            microbatch_size=fitted,
+            accumulator=optax.microbatching.AccumulationType.CONCAT,
+        )
+        return jax.tree.map(lambda x: x[:b], mapped(*padded))
+
+    return run
+
+
+def _gradients(
+    rule: FeatureRule,
+    plan: Plan,
+    params: Params,
+    batch: Batch,
+    keys: Key,
+    sides: Mapping[str, Sides],
+    fitted: Fitted,
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """What `Plan.assemble` takes, for a batch: the work of the backward pass."""
+    basis = rule.projection.basis
+    if basis is None or basis.materialize or not plan.factored:
+
+        def exact(example: Example, key: Key) -> tuple[dict, dict]:
+            names = plan.rest | plan.covered
+            gradients = gradients_of(rule.output, names, params, example, key)
+            return project_gradients(plan, sides, fitted, gradients)
+
+        return jax.vmap(exact)(batch, keys)
+
+    # Traced here, and not once for all, since shapes of examples may differ between batches.
+    example, key = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (batch, keys))
+    leaves = [factored.map.leaf for factored in plan.factored]
+    rewritten = linear_maps.bottleneck(rule.output, params, example, key, leaves=leaves)
+
+    def rewritten_output(params: Params, example: Example, key: Key) -> jax.Array:
+        z, example = example
+        return rewritten(params, sides, z, example, key)
+
+    of_rest, rest = _as_function_of(rewritten_output, plan.rest, params)
+
+    def factored(
+        z: dict[str, jax.Array], rest: dict[str, jax.Array], example: Example, key: Key
+    ) -> jax.Array:
+        return of_rest(rest, (z, example), key)
+
+    zeros = {f.map.leaf: jnp.zeros((*f.lead, f.left, f.right), f.dtype) for f in plan.factored}
+    gradients = jax.vmap(jax.grad(factored, argnums=(0, 1)), in_axes=(None, None, 0, 0))
+    z, exact_rest = gradients(zeros, rest, batch, keys)
+    scaled = {
+        name: leaf * fitted.scales[name].astype(leaf.dtype)[None] if name in fitted.scales else leaf
+        for name, leaf in exact_rest.items()
+    }
+    return z, scaled
+
+
+def _as_function_of(
+    output: OutputFn, chosen: Collection[str], params: Params
+) -> tuple[Callable[..., jax.Array], dict[str, jax.Array]]:
+    """The output as a function of some leaves alone, and those leaves."""
+    names, structure = groups_lib.leaf_names(params), jax.tree.structure(params)
+    leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
+
+    def of_leaves(chosen: dict[str, jax.Array], example: Example, key: Key) -> jax.Array:
+        merged = [chosen.get(name, leaves[name]) for name in names]
+        return output(jax.tree.unflatten(structure, merged), example, key)
+
+    return of_leaves, {name: leaves[name] for name in names if name in chosen}
 
 
 def _residual(residual: OutputFn | None, params: Params, batch: Batch, keys: Key) -> jax.Array:
@@ -270,32 +411,10 @@ def _residual(residual: OutputFn | None, params: Params, batch: Batch, keys: Key
     return jax.vmap(residual, in_axes=(None, 0, 0))(params, batch, keys)
 
 
-def _example_keys(key: Key, ids: jax.Array) -> Key:
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(projections.group_key(key, "loss"), ids)
-
-
-def _in_microbatches(
-    chunk: Callable[[Batch, jax.Array], Featurized], size: int
-) -> Callable[[Batch, jax.Array], Featurized]:
-    """Runs `chunk` over microbatches; a last one that is not full repeats the first examples."""
-
-    def run(batch: Batch, ids: jax.Array) -> Featurized:
-        b = ids.shape[0]
-        fitted = math.ceil(b / math.ceil(b / size))  # evens the microbatches out: least padding
-        padding = -b % fitted
-        rows = jnp.arange(b + padding) % b
-        batch, ids = jax.tree.map(lambda x: x[rows] if padding else x, (batch, ids))
-        mapped = optax.microbatching.microbatch(
-            chunk,
-            argnums=(0, 1),
-            microbatch_size=fitted,
-            accumulator=optax.microbatching.AccumulationType.CONCAT,
-        )
-        return jax.tree.map(lambda x: x[:b], mapped(batch, ids))
-
-    return run
-
-
-def _default_microbatch(parameters: int) -> int:
-    gradient_bytes = 4 * max(parameters, 1)
-    return max(1, min(256, (256 << 20) // gradient_bytes))
+def _default_microbatch(rule: FeatureRule, layout: GroupLayout, plan: Plan) -> int:
+    """As many examples as have 256 MiB of gradients."""
+    basis, numbers = rule.projection.basis, sum(layout.sizes)
+    if basis is not None and not basis.materialize:
+        rest = {member for group in plan.groups for member in group.rest}
+        numbers = sum(member.size for member in rest) + plan.layout.total
+    return max(1, min(256, (256 << 20) // (4 * max(numbers, 1))))

@@ -186,23 +186,29 @@ def resolve(groups: Groups, params: Params) -> GroupLayout:
     return layout
 
 
-def split(layout: GroupLayout, leaves: Mapping[str, jax.Array]) -> list[dict[str, jax.Array]]:
-    """Gathers per-example leaves into groups of flat vectors.
+def split_layers(layout: GroupLayout, stacked: Mapping[str, int]) -> GroupLayout:
+    """Makes a group for each layer out of a group whose leaves are all stacked over layers.
 
     Args:
       layout: the groups.
-      leaves: {leaf name: float [b, *leaf shape]}.
+      stacked: {leaf name: number of layers} of leaves whose first axis numbers layers.
 
     Returns:
-      For each group {member name: [b, member size]}.
+      The layout, in which group `name` has become `name[0]`, `name[1]`, ...
     """
-
-    def flat(member: Member) -> jax.Array:
-        leaf = leaves[member.leaf]
-        leaf = leaf if member.layer is None else leaf[:, member.layer]
-        return leaf.reshape(leaf.shape[0], -1)  # [b, size]
-
-    return [{member.name: flat(member) for member in group} for group in layout.members]
+    labelled: list[tuple[str, Member]] = []
+    for name, members in zip(layout.names, layout.members, strict=True):
+        counts = {stacked.get(m.leaf) if m.layer is None else None for m in members}
+        layers = counts.pop() if len(counts) == 1 else None
+        if layers is None:
+            labelled += [(name, member) for member in members]
+            continue
+        labelled += [
+            (f"{name}[{layer}]", Member(member.leaf, layer, member.size // layers))
+            for member in members
+            for layer in range(layers)
+        ]
+    return _collect(labelled, layout.excluded)
 
 
 def _leaf_name(path: tuple[Any, ...]) -> str:

@@ -7,7 +7,7 @@ the kernel. Queries go through the first pass alone, so weights multiply raw que
 import dataclasses
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,15 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr import groups as groups_lib
-from jaxattr.features import FeatureLayout, Featurizer
+from jaxattr.bases import NOTHING, Fitted
+from jaxattr.features import Featurizer
 from jaxattr.groups import Groups
+from jaxattr.hessians import hessian_products
+from jaxattr.kernels import Kernel, Surroundings
 from jaxattr.methods import Method, featurizer
-from jaxattr.sources import Block, Source, as_source, track
+from jaxattr.plans import FeatureLayout
+from jaxattr.sources import Block, as_source, track
+from jaxattr.training_passes import TrainingPass
 from jaxattr.typing import Features, Key, Params
 
 
 class NonFiniteWarning(UserWarning):
     """Examples were left out because their gradients, or scores, are not finite."""
+
+
+class ConvergenceWarning(UserWarning):
+    """An iterative solve ended before it reached its tolerance."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +49,11 @@ class Index:
       self_contributions: each example's contribution to its own score, per group, [n, m].
       non_finite: ids of training examples that have no finite gradient, and so no score.
       batch_size: examples per step.
+      fitted: what the method's basis was fitted to, one per checkpoint; `captured` in it is the
+        share of the trace that leading eigenvectors hold.
+      operators: what the kernel applies to queries, one per checkpoint; () if it leaves them alone.
+      solve_errors: relative residual of each training example's solve, the worst of all
+        checkpoints, [n]; None for kernels that do not iterate.
     """
 
     method: Method
@@ -50,6 +64,9 @@ class Index:
     self_contributions: jax.Array
     non_finite: np.ndarray
     batch_size: int
+    fitted: tuple[Fitted, ...]
+    operators: tuple[Any, ...]
+    solve_errors: np.ndarray | None
 
     @property
     def layout(self) -> FeatureLayout:
@@ -113,6 +130,8 @@ def build_index(
 
     Warns:
       NonFiniteWarning: with the ids of training examples that were left out.
+      ConvergenceWarning: with the ids of those whose solve did not converge.
+      TruncationWarning: if leading eigenvectors hold little of the curvature.
     """
     parameters = _checkpoints(checkpoints)
     source = as_source(train, "train")
@@ -123,7 +142,7 @@ def build_index(
         method, parameters[0], source.example, groups=groups, key=key, microbatch=microbatch
     )
     passes = [
-        _one_checkpoint(method, featurize, params, source, number, batch_size)
+        _one_checkpoint(method, TrainingPass(featurize, params, number, source, batch_size))
         for number, params in enumerate(parameters)
     ]
     finite = functools.reduce(np.logical_and, [result.finite for result in passes])
@@ -141,6 +160,9 @@ def build_index(
         self_contributions=jnp.where(kept, functools.reduce(jnp.add, selves), 0),
         non_finite=np.flatnonzero(~finite),
         batch_size=batch_size,
+        fitted=tuple(one.fitted for one in passes),
+        operators=tuple(one.operator for one in passes if method.kernel.of_queries is not None),
+        solve_errors=_solve_errors(method, passes),
     )
 
 
@@ -176,23 +198,44 @@ def query_features(index: Index, queries: Any) -> QueryFeatures:
     return QueryFeatures(features, np.flatnonzero(~finite))
 
 
+class State(NamedTuple):
+    """The arrays of an index that queries need, one of each per checkpoint.
+
+    Attributes:
+      checkpoints: the parameters.
+      fitted: what the basis was fitted to.
+      operators: what the kernel applies to queries; () if it leaves them alone.
+    """
+
+    checkpoints: tuple[Params, ...]
+    fitted: tuple[Fitted, ...]
+    operators: tuple[Any, ...]
+
+
+def state_of(index: Index) -> State:
+    """Returns the arrays of an index that queries need."""
+    return State(index.checkpoints, index.fitted, index.operators)
+
+
 def features_of_batch(
-    index: Index, checkpoints: Sequence[Params], batch: Any, ids: jax.Array
+    index: Index, state: State, batch: Any, ids: jax.Array
 ) -> tuple[Features, jax.Array]:
     """Features of one batch of queries for all checkpoints; pure and jittable.
 
     Args:
       index: the index.
-      checkpoints: its checkpoints, as an argument so that they are no constants of the program.
+      state: its arrays, as an argument so that they are no constants of the program.
       batch: a pytree of arrays [b, ...].
       ids: integers [b].
 
     Returns:
       Features [b, c * p], with rows of zeros where they are not finite; and which are, bool [b].
     """
-    columns = [
-        index.featurizer(params, batch, ids, number) for number, params in enumerate(checkpoints)
-    ]
+    of_queries = index.method.kernel.of_queries
+    columns = []
+    for number, params in enumerate(state.checkpoints):
+        phi = index.featurizer(params, batch, ids, number, state.fitted[number])
+        columns.append(phi if of_queries is None else of_queries(state.operators[number], phi))
     features = jnp.concatenate(columns, axis=1)
     finite = jnp.isfinite(features).all(axis=1)
     return jnp.where(finite[:, None], features, 0), finite
@@ -203,42 +246,68 @@ class _Pass(NamedTuple):
     residual: jax.Array
     self_contributions: jax.Array
     finite: np.ndarray
+    fitted: Fitted
+    operator: Any
+    solve_errors: np.ndarray | None
 
 
-def _one_checkpoint(
-    method: Method,
-    featurize: Featurizer,
-    params: Params,
-    source: Source,
-    number: int,
-    batch_size: int,
-) -> _Pass:
-    """Features, kernel and self-contributions of one checkpoint."""
-    total, count = featurize.layout.total, -(-source.size // batch_size)
+def _one_checkpoint(method: Method, over: TrainingPass) -> _Pass:
+    """Basis, features, kernel and self-contributions of one checkpoint."""
+    basis, layout = method.rule.projection.basis, over.featurizer.layout
+    fitted = NOTHING if basis is None or basis.fit is None else basis.fit(over)
     rows: Features | None = None
     statistics: Any = None
-    residuals, finite = [], []
-    for block in track(source.blocks(batch_size), f"features, checkpoint {number}", count):
-        ids = block.start + jnp.arange(_length(block))
-        got = featurize.with_residual(params, block.batch, ids, jnp.asarray(number))
-        phi, residual, is_finite = _clean(got.features, got.residual, block.real)
+    residuals, finite, kept, start = [], [], [], 0
+    for numbered, clean in over.features(fitted, "features"):
+        phi = clean.features
         if rows is None:
-            rows = jnp.zeros((source.size, total), phi.dtype)
-            statistics = method.kernel.init(featurize.layout, source.size, phi.dtype)
-        rows, statistics = _accumulate(method.kernel.update, rows, statistics, phi, block.start)
-        residuals.append(residual[: block.real])
-        finite.append(np.asarray(is_finite)[: block.real])
+            rows = jnp.zeros((over.source.size, layout.total), phi.dtype)
+            statistics = method.kernel.init(layout, over.source.size, phi.dtype)
+        rows, statistics = _accumulate(
+            method.kernel.update, rows, statistics, phi, start, clean.kept.sum()
+        )
+        start += phi.shape[0]
+        real = int(numbered.real.sum())
+        residuals.append(clean.residual[:real])
+        finite.append(np.asarray(clean.finite)[:real])
+        kept.append(clean.kept[:real])
     assert rows is not None
     if not np.concatenate(finite).any():
         raise ValueError(
-            f"No training example has a finite gradient at checkpoint {number}: the parameters or "
-            "the data are not finite, or the training diverged. Check the checkpoint."
+            f"No training example has a finite gradient at checkpoint {over.number}: the "
+            "parameters or the data are not finite, or the training diverged. Check the checkpoint."
         )
-    mapped, selves = rows, _self_contributions(featurize.layout, rows, rows)
-    if method.kernel.uses_statistics:
-        operator = method.kernel.finalize(statistics)
-        mapped, selves = _apply_in_blocks(method, featurize.layout, operator, rows, batch_size)
-    return _Pass(mapped, jnp.concatenate(residuals), selves, np.concatenate(finite))
+    mapped, operator, errors = rows, None, None
+    if not method.kernel.identity:
+        surroundings = _surroundings(over, fitted, jnp.concatenate(kept))
+        operator = method.kernel.finalize(statistics, surroundings)
+        mapped, errors = _apply_in_blocks(method.kernel, operator, rows, over.batch_size)
+    of_queries = method.kernel.of_queries
+    raw = rows if of_queries is None else jax.jit(of_queries)(operator, rows)
+    selves = _self_contributions(layout, raw, mapped)
+    return _Pass(
+        mapped,
+        jnp.concatenate(residuals),
+        selves,
+        np.concatenate(finite),
+        fitted,
+        operator,
+        errors,
+    )
+
+
+def _surroundings(over: TrainingPass, fitted: Fitted, kept: jax.Array) -> Surroundings:
+    def features_of(data: Any, description: str) -> Iterator[tuple[Features, int]]:
+        other = over.of(as_source(data, description))
+        for _, clean in other.features(fitted, description):
+            yield clean.features, int(clean.kept.sum())
+
+    return Surroundings(
+        layout=over.featurizer.layout,
+        curvature=None if fitted.curvature is None else np.asarray(fitted.curvature),
+        features_of=features_of,
+        hessian=lambda: hessian_products(over, fitted, kept),
+    )
 
 
 def _checkpoints(checkpoints: Params | Sequence[Params]) -> tuple[Params, ...]:
@@ -258,25 +327,13 @@ def _checkpoints(checkpoints: Params | Sequence[Params]) -> tuple[Params, ...]:
     return parameters
 
 
-def _length(block: Block) -> int:
-    return jax.tree.leaves(block.batch)[0].shape[0]
-
-
-@jax.jit
-def _clean(phi: Features, residual: jax.Array, count: int) -> tuple[Features, jax.Array, jax.Array]:
-    """Zeroes the rows that must not count: not finite, or padding."""
-    finite = jnp.isfinite(phi).all(axis=1) & jnp.isfinite(residual)
-    kept = finite & (jnp.arange(phi.shape[0]) < count)
-    return jnp.where(kept[:, None], phi, 0), jnp.where(finite, residual, 0), finite
-
-
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def _accumulate(
-    update: Any, rows: Features, statistics: Any, phi: Features, start: int
+    update: Any, rows: Features, statistics: Any, phi: Features, start: int, kept: jax.Array
 ) -> tuple[Features, Any]:
     # Rows past the end, the padding of the last block, are dropped.
     rows = rows.at[start + jnp.arange(phi.shape[0])].set(phi, mode="drop")
-    return rows, update(statistics, phi, jnp.asarray(start))
+    return rows, update(statistics, phi, jnp.asarray(start), kept)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -286,20 +343,43 @@ def _self_contributions(layout: FeatureLayout, phi: Features, mapped: Features) 
 
 
 def _apply_in_blocks(
-    method: Method, layout: FeatureLayout, operator: Any, rows: Features, batch_size: int
-) -> tuple[Features, jax.Array]:
-    apply = jax.jit(method.kernel.apply)
-    mapped = [
-        apply(operator, rows[start : start + batch_size])
-        for start in range(0, rows.shape[0], batch_size)
-    ]
-    features = jnp.concatenate(mapped)
-    return features, _self_contributions(layout, rows, features)
+    kernel: Kernel, operator: Any, rows: Features, batch_size: int
+) -> tuple[Features, np.ndarray | None]:
+    """K phi of all training examples, and the relative residual of each where K is solved with."""
+    apply = jax.jit(kernel.apply)
+    check = None if kernel.residual is None else jax.jit(kernel.residual)
+    starts = range(0, rows.shape[0], batch_size)
+    mapped, errors = [], []
+    for start in track(starts, kernel.name, len(starts)):
+        phi = rows[start : start + batch_size]
+        mapped.append(apply(operator, phi))
+        if check is not None:
+            errors.append(np.asarray(check(operator, phi, mapped[-1])))
+    return jnp.concatenate(mapped), np.concatenate(errors) if errors else None
+
+
+def _solve_errors(method: Method, passes: Sequence[_Pass]) -> np.ndarray | None:
+    """The worst residual per training example; warns of those that did not converge."""
+    found = [one.solve_errors for one in passes if one.solve_errors is not None]
+    if not found:
+        return None
+    errors = functools.reduce(np.maximum, found)
+    failed = np.flatnonzero(~(errors <= method.kernel.tolerance))
+    if len(failed):
+        shown = ", ".join(map(str, failed[:10])) + (", ..." if len(failed) > 10 else "")
+        warnings.warn(
+            f"{len(failed)} of {len(errors)} solves did not converge: relative residuals up to "
+            f"{errors[failed].max():.1e}, needed {method.kernel.tolerance:.1e}; ids {shown}. Allow "
+            "more iterations, or use more damping: the Hessian may have negative eigenvalues.",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
+    return errors
 
 
 def _block_features(index: Index, block: Block) -> tuple[Features, jax.Array]:
-    ids = -1 - block.start - jnp.arange(_length(block))
-    return features_of_batch(index, index.checkpoints, block.batch, ids)
+    rows = jnp.arange(jax.tree.leaves(block.batch)[0].shape[0])
+    return features_of_batch(index, state_of(index), block.batch, -1 - block.start - rows)
 
 
 def _report(positions: np.ndarray, total: int, what: str) -> None:

@@ -1,16 +1,17 @@
 """Scores: who taught the model this? Positive for proponents, negative for opponents."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.features import FeatureLayout, leading_size
-from jaxattr.index import Index, QueryFeatures, features_of_batch, query_features
-from jaxattr.typing import Batch, Features, Params, Weights
+from jaxattr.features import leading_size
+from jaxattr.index import Index, QueryFeatures, State, features_of_batch, query_features, state_of
+from jaxattr.plans import FeatureLayout
+from jaxattr.typing import Batch, Features, Weights
 
 
 class TopK(NamedTuple):
@@ -165,16 +166,14 @@ def attributor(
     sign = -1 if opponents else 1
 
     @jax.jit
-    def run(
-        checkpoints: Sequence[Params], train: tuple, w: jax.Array, batch: Batch, ids: jax.Array
-    ) -> TopK:
-        phi, finite = features_of_batch(index, checkpoints, batch, ids)
+    def run(state: State, train: tuple, w: jax.Array, batch: Batch, ids: jax.Array) -> TopK:
+        phi, finite = features_of_batch(index, state, batch, ids)
         top = _streaming_top_k(index.layout, k, block_size, sign, w, phi, *train)
         return _mark_top(top, finite)
 
     def attribute(batch: Batch, ids: jax.Array | None = None) -> TopK:
         ids = -1 - jnp.arange(leading_size(batch)) if ids is None else jnp.asarray(ids)
-        return run(index.checkpoints, _train_side(index), w, batch, ids)
+        return run(state_of(index), _train_side(index), w, batch, ids)
 
     return attribute
 

@@ -21,8 +21,8 @@ import numpy as np
 import optax
 
 from jaxattr import scoring
-from jaxattr.features import FeatureLayout
 from jaxattr.index import Index, query_features
+from jaxattr.plans import FeatureLayout
 from jaxattr.typing import Key
 from jaxattr.weight_fits import ContributionStatistics, Found, WeightFit, named, report
 

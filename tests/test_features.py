@@ -7,6 +7,7 @@ from flax import linen, nnx
 
 import jaxattr as ja
 from jaxattr import projections
+from jaxattr.bases import NOTHING
 from tests import models
 
 PARAMS = models.mlp_params()
@@ -92,7 +93,7 @@ def test_excluded_leaves_have_no_gradient():
 
 def test_residual_of_trak_is_one_minus_p():
     featurize = make(ja.trak(models.margin))
-    got = featurize.with_residual(PARAMS, DATA, jnp.arange(11), jnp.asarray(0)).residual
+    got = featurize.with_residual(PARAMS, DATA, jnp.arange(11), jnp.asarray(0), NOTHING).residual
     logits = jax.vmap(lambda x: models.mlp(PARAMS, x))(DATA["x"])
     p = jax.nn.softmax(logits)[jnp.arange(11), DATA["y"]]
     np.testing.assert_allclose(got, 1 - p, rtol=1e-12)

@@ -6,12 +6,15 @@ and the closed form of what it documents ("closed_form:...").
 
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import jaxattr as ja
+from jaxattr import kernels, projections
+from jaxattr.features import FeatureRule
 from jaxattr.projections import Projection
 from tests.models import margin_of, one, relative_error
 
@@ -132,3 +135,105 @@ def test_dattri_trak_with_its_projection():
     method = ja.trak(flat_margin, damping=ja.absolute(0.1), dense=True, projection=fixed(matrix))
     scores = ja.score(index(method, FLAT), QUERIES)
     assert_golden(scores, "dattri TRAK normal k=16 reg=0.1", orientation="nq")
+
+
+BY_LAYER = {"0.weight": "0", "0.bias": "0", "2.weight": "2", "2.bias": "2"}
+DAMPINGS = {"0.01": ja.absolute(0.01), "None": ja.relative(0.1)}
+
+
+@pytest.mark.parametrize("damping", DAMPINGS)
+@pytest.mark.parametrize("name", ["diagonal", "kfac", "ekfac"])
+def test_kronfluence(name, damping):
+    if name == "diagonal":
+        rule = FeatureRule(loss, EXACT)
+        method = ja.Method("diagonal", rule, kernels.second_moment(DAMPINGS[damping]))
+    else:
+        method = {"kfac": ja.kfac, "ekfac": ja.ekfac}[name](loss, damping=DAMPINGS[damping])
+    scores = ja.score(index(method, groups=BY_LAYER), QUERIES)
+    assert_golden(scores, f"kronfluence {name} damping={damping}")
+
+
+def masked_loss(params, example, key):
+    del key
+    each = jax.vmap(lambda x, y: loss(params, {"x": x, "y": y}, None))(example["x"], example["y"])
+    return jnp.sum(each * example["mask"])
+
+
+@pytest.mark.parametrize("method", [ja.kfac, ja.ekfac], ids=["kfac", "ekfac"])
+def test_kronfluence_with_masked_tokens(method):
+    train, queries = (
+        {"x": array(f"seq_X{part}"), "y": array(f"seq_y{part}"), "mask": array(f"seq_mask_{part}")}
+        for part in ("tr", "te")
+    )
+    chosen = method(masked_loss, damping=ja.absolute(0.01), mask=lambda example: example["mask"])
+    built = ja.build_index(chosen, PARAMS, train, groups=BY_LAYER, batch_size=7)
+    assert_golden(ja.score(built, queries), f"kronfluence seq {method.__name__} damping=0.01")
+
+
+def convolutional_loss(params, example, key):
+    del key
+    x = jax.lax.conv_general_dilated(
+        example["x"][None], params["c.weight"], (2, 2), ((1, 1), (1, 1))
+    )
+    x = jnp.tanh(x + params["c.bias"].reshape(1, -1, 1, 1)).reshape(-1)
+    logit = params["fc.weight"] @ x + params["fc.bias"]
+    return optax.softmax_cross_entropy_with_integer_labels(logit, example["y"])
+
+
+@pytest.mark.parametrize("method", [ja.kfac, ja.ekfac], ids=["kfac", "ekfac"])
+def test_kronfluence_with_a_convolution(method):
+    leaves = ("c.weight", "c.bias", "fc.weight", "fc.bias")
+    params = {name: array(f"param:conv:{name}") for name in leaves}
+    groups = {name: name.split(".")[0] for name in leaves}
+    train = {"x": array("conv_Xtr"), "y": array("ytr")}
+    queries = {"x": array("conv_Xte"), "y": array("yte")}
+    chosen = method(convolutional_loss, damping=ja.absolute(0.01))
+    built = ja.build_index(chosen, params, train, groups=groups, batch_size=7)
+    assert_golden(ja.score(built, queries), f"kronfluence conv {method.__name__} damping=0.01")
+
+
+def unbiased_loss(params, example, key):
+    zero = {name: jnp.zeros_like(PARAMS[name]) for name in ("0.bias", "2.bias")}
+    return loss(params | zero, example, key)
+
+
+def test_logix_raw():
+    params = {name: array(f"param:mlp_nobias:{name}") for name in ("0.weight", "2.weight")}
+    method = ja.logra(unbiased_loss, rank=64, damping=ja.absolute(0.01 * len(TRAIN["y"])))
+    scores = ja.score(index(method, params), QUERIES) * len(TRAIN["y"])
+    assert_golden(scores, "logix raw (LoGra w|o lora) damping=0.01")
+
+
+def test_dattri_block_projected():
+    # dattri's curvature is a mean over examples, ours carries no 1/n.
+    method = ja.logra(loss, rank=64, damping=ja.relative(0.2))
+    scores = ja.score(index(method, groups=BY_LAYER), QUERIES) * len(TRAIN["y"])
+    name = "dattri BlockProjectedIF(eFIM, identity proj) damping=0.2"
+    assert_golden(scores, name, orientation="nq")
+
+
+@pytest.mark.parametrize("projection", [EXACT, projections.two_sided(8)], ids=["exact", "factored"])
+def test_dattri_data_inf(projection):
+    method = ja.data_inf(loss, damping=ja.absolute(0.1), projection=projection)
+    scores = ja.score(index(method, groups=BY_LAYER), QUERIES)
+    assert_golden(scores, "dattri DataInf reg=0.1", orientation="nq")
+
+
+@pytest.mark.parametrize("solver", ["exact", "cg"])
+@pytest.mark.parametrize("projection", [EXACT, projections.two_sided(8)], ids=["exact", "factored"])
+def test_dattri_influence(solver, projection):
+    method = ja.influence(
+        loss, damping=ja.absolute(0.5), solver=solver, tolerance=1e-10, projection=projection
+    )
+    scores = ja.score(index(method), QUERIES)
+    golden = {"exact": "IF-explicit full-batch", "cg": "IF-CG full-batch max_iter=30"}[solver]
+    assert_golden(scores, f"dattri {golden}", orientation="nq")
+
+
+@pytest.mark.parametrize("name", ["NaiveInfluence reg=2.0", "Arnoldi full Krylov dim, reg=2.0"])
+def test_captum_influence(name):
+    # captum's Hessian is that of the summed loss, and it drops negative directions.
+    n = len(TRAIN["y"])
+    method = ja.influence(loss, damping=ja.absolute(2.0 / n), positive_only=True)
+    scores = ja.score(index(method), QUERIES) / n
+    assert_golden(scores, f"captum {name}")

@@ -39,13 +39,18 @@ def test_stacked_leaves_split_into_layers():
     assert layout.names == (
         "embed", "layers/dense[0]", "layers/dense[1]", "layers/dense[2]", "scale",
     )  # fmt: skip
-    per_example = {
-        name: jnp.arange(2 * leaf.size, dtype=float).reshape(2, *leaf.shape)
-        for name, leaf in zip(groups.leaf_names(PARAMS), jax.tree.leaves(PARAMS), strict=True)
-    }
-    second = groups.split(layout, per_example)[2]
-    expected = per_example["layers/dense/kernel"][:, 1].reshape(2, -1)
-    np.testing.assert_array_equal(second["layers/dense/kernel[1]"], expected)
+    assert [member.name for member in layout.members[2]] == [
+        "layers/dense/bias[1]", "layers/dense/kernel[1]",
+    ]  # fmt: skip
+
+
+def test_layers_found_by_tracing_split_as_those_named():
+    stacked = {"layers/dense/bias": 3, "layers/dense/kernel": 3}
+    found = groups.split_layers(ja.by_layer(PARAMS), stacked)
+    assert found == ja.by_layer(PARAMS, stacked="^layers/")
+    # A group that holds anything else stays whole, as does one that is split already.
+    assert groups.split_layers(ja.by_layer(PARAMS), {"layers/dense/bias": 3}) == ja.by_layer(PARAMS)
+    assert groups.split_layers(found, stacked) == found
 
 
 def test_labels_and_exclusion():

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from jaxattr import kernels
-from jaxattr.features import FeatureLayout
+from jaxattr.kernels import gram_matrix
+from jaxattr.plans import FeatureLayout
 
 LAYOUT = FeatureLayout(("a", "b", "c"), (9, 9, 9), (4, 3, 5))
 
@@ -13,13 +14,22 @@ def features(n, layout=LAYOUT):
     return jax.random.normal(jax.random.key(n), (n, layout.total), jnp.float64)
 
 
-def run(kernel, phi, batch=5, layout=LAYOUT):
+def surroundings(layout=LAYOUT, curvature=None, features_of=None, hessian=None):
+    return kernels.Surroundings(layout, curvature, features_of, hessian)
+
+
+def run(kernel, phi, batch=5, layout=LAYOUT, **given):
     """Streams the features through the kernel, the last batch padded with zeros."""
     statistics = kernel.init(layout, len(phi), phi.dtype)
     padded = jnp.pad(phi, ((0, -len(phi) % batch), (0, 0)))
     for start in range(0, len(phi), batch):
-        statistics = kernel.update(statistics, padded[start : start + batch], jnp.asarray(start))
-    return kernel.apply(kernel.finalize(statistics), phi)
+        statistics = kernel.update(
+            statistics,
+            padded[start : start + batch],
+            jnp.asarray(start),
+            jnp.asarray(min(batch, len(phi) - start)),
+        )
+    return kernel.apply(kernel.finalize(statistics, surroundings(layout, **given)), phi)
 
 
 def oracle(phi, damping, blocks):
@@ -47,9 +57,8 @@ def test_gram_is_the_damped_inverse(n, damping, dense):
 def test_primal_equals_dual(monkeypatch):
     phi = features(30)
     primal = run(kernels.gram(kernels.relative(0.1)), phi)
-    monkeypatch.setattr(
-        kernels, "_empty_block", lambda p, n, dtype: kernels.GramBlock(None, jnp.zeros((n, p)))
-    )
+    in_dual_form = lambda p, n, dtype: gram_matrix.GramBlock(None, jnp.zeros((n, p)))  # noqa: E731
+    monkeypatch.setattr(gram_matrix, "_empty_block", in_dual_form)
     dual = run(kernels.gram(kernels.relative(0.1)), phi)
     np.testing.assert_allclose(dual, primal, rtol=1e-9, atol=1e-12)
 

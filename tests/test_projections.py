@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxattr import projections
+from jaxattr.keys import named_key
 
 RANDOM = [
     projections.rademacher(64),
@@ -76,7 +77,7 @@ def test_dense_projection_is_the_matrix_drawn_in_blocks(monkeypatch):
     monkeypatch.setattr(projections, "_BLOCK_ENTRIES", 32 * 7)
     key, p = jax.random.key(5), 7
     found = projections.rademacher(p).project(key, {"w": x})
-    leaf_key = projections.group_key(key, "w")
+    leaf_key = named_key(key, "w")
     blocks = [projections._signs(jax.random.fold_in(leaf_key, i), 32, p) for i in range(4)]
     matrix = jnp.concatenate(blocks)[:100]
     assert set(np.unique(matrix)) == {-1, 1}
@@ -91,7 +92,7 @@ def test_hadamard_against_scipy():
 
 
 def test_group_keys_differ():
-    keys = [projections.group_key(jax.random.key(0), name) for name in ("a", "b", "ab", "")]
+    keys = [named_key(jax.random.key(0), name) for name in ("a", "b", "ab", "")]
     assert len({tuple(np.asarray(jax.random.key_data(key))) for key in keys}) == 4
 
 

@@ -68,10 +68,13 @@ class LinearMaps:
     Attributes:
       maps: {leaf name: linear map}.
       exact: {leaf name: why it is not covered}.
+      stacked: {leaf name: number of layers} of every leaf, covered or not, whose first axis numbers
+        layers: it is scanned over, or taken apart, before each use.
     """
 
     maps: dict[str, LinearMap]
     exact: dict[str, str]
+    stacked: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +150,7 @@ def trace(loss: OutputFn, params: Params, example: Example, key: Key | None) -> 
     if [leaf.shape for leaf in jax.tree.leaves(result)] != [()]:
         raise ValueError(f"The loss must return one scalar, got {result}.")
     names = tuple(groups_lib.leaf_names(params))
-    finder = _Finder({}, {}, {})
+    finder = _Finder({}, {}, {}, {})
     sources = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in program.in_avals]
 
     def walk(args: list[jax.Array]) -> None:
@@ -178,11 +181,13 @@ class _Finder:
     uses: dict[str, dict[Site, Use]]
     additions: dict[str, dict[Site, tuple[View, Output]]]
     reasons: dict[str, str]
+    layered: dict[str, bool]
 
     def product(
         self, view: View, product: Product, x: jax.Array, y: jax.Array, walk: Walk
     ) -> tuple[Any, Taps]:
         del x
+        self._note(view)
         known = dataclasses.replace(view, value=None)
         result = jax.ShapeDtypeStruct(y.shape, y.dtype)
         use = Use(site=walk.site, product=product, view=known, loops=walk.loops, result=result)
@@ -190,12 +195,21 @@ class _Finder:
         return Output(value=y, site=walk.site, leaf=view.leaf, dims=product.y), {}
 
     def added(self, view: View, output: Output) -> bool:
+        self._note(view)
         known = dataclasses.replace(view, value=None), dataclasses.replace(output, value=None)
         self.additions.setdefault(view.leaf, {})[output.site] = known
         return True
 
     def reject(self, view: View, reason: str) -> None:
+        self._note(view)
         self.reasons.setdefault(view.leaf, reason)
+
+    def _note(self, view: View) -> None:
+        """Notes whether one index of the leaf's first axis, one layer, is used here."""
+        first = view.ranges[:1]
+        picked = bool(first) and len(first[0]) == 1 < view.shape[0]
+        layered = picked or 0 in dict(view.scans)
+        self.layered[view.leaf] = self.layered.get(view.leaf, True) and layered
 
 
 def _judge(program: ClosedJaxpr, names: tuple[str, ...], finder: _Finder) -> Traced:
@@ -217,7 +231,15 @@ def _judge(program: ClosedJaxpr, names: tuple[str, ...], finder: _Finder) -> Tra
             del exact[name]
         else:
             exact[name] = f"added to products, but not to each product with {leaf} as its bias"
-    return Traced(program=program, names=names, found=LinearMaps(maps, exact), uses=uses)
+    sizes = dict(zip(names, program.in_avals, strict=False))
+    stacked = {name: sizes[name].shape[0] for name, layered in finder.layered.items() if layered}
+    stacked |= {
+        name: found.stack
+        for name, found in maps.items()
+        if found.stack is not None and found.stack_axes == (0,)
+    }
+    found = LinearMaps(maps, exact, dict(sorted(stacked.items())))
+    return Traced(program=program, names=names, found=found, uses=uses)
 
 
 def _linear_map(

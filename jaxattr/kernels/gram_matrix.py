@@ -1,12 +1,5 @@
-"""Kernels K of score(q, n) = phi(q)^T Diag(w) K phi(n): statistics, then a linear map.
+"""The inverse of the features' Gram matrix, dense or block-diagonal, primal or dual."""
 
-A kernel acts on the TRAINING side, once; weights multiply the query's raw features (Li et al. 2025,
-arXiv:2506.05647, Eq. 6). Statistics are sums over training examples, accumulated as the features
-stream by; they are inverted on the host in float64.
-"""
-
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,94 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from jaxattr.features import FeatureLayout
+from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping
+from jaxattr.plans import FeatureLayout
 from jaxattr.typing import Features
-
-
-class Damping(NamedTuple):
-    """A multiple of the identity added to a matrix before it is inverted.
-
-    Attributes:
-      value: how much, >= 0.
-      relative: whether `value` is in units of the mean eigenvalue of the block that it is added to.
-    """
-
-    value: float
-    relative: bool
-
-    def of(self, mean_eigenvalue: float) -> float:
-        """Returns what is added to each eigenvalue."""
-        return self.value * mean_eigenvalue if self.relative else self.value
-
-    def __str__(self) -> str:
-        return f"{self.value:g}" + (" x mean eigenvalue" if self.relative else "")
-
-
-def absolute(value: float) -> Damping:
-    """Damping in the units of the matrix itself.
-
-    Args:
-      value: added to each eigenvalue, >= 0.
-
-    Returns:
-      The damping.
-
-    Raises:
-      ValueError: if the value is negative or not finite.
-    """
-    return Damping(_checked(value), relative=False)
-
-
-def relative(value: float) -> Damping:
-    """Damping in units of the mean eigenvalue, of each block by itself.
-
-    Args:
-      value: times the mean eigenvalue, >= 0.
-
-    Returns:
-      The damping.
-
-    Raises:
-      ValueError: if the value is negative or not finite.
-    """
-    return Damping(_checked(value), relative=True)
-
-
-class Kernel(NamedTuple):
-    """Pure functions that accumulate statistics and apply the kernel.
-
-    Attributes:
-      name: what `describe` shows.
-      init: (feature layout, number of training examples, dtype) -> statistics.
-      update: (statistics, features [b, p], first row) -> statistics. Rows that must not count are
-        zero. Jittable.
-      finalize: (statistics) -> operator, a pytree of arrays. On the host.
-      apply: (operator, features [b, p]) -> K phi, [b, p]. Jittable.
-      uses_statistics: False if `apply` needs no operator, so that one pass over the data is enough.
-    """
-
-    name: str
-    init: Callable[[FeatureLayout, int, Any], Any]
-    update: Callable[[Any, Features, jax.Array], Any]
-    finalize: Callable[[Any], Any]
-    apply: Callable[[Any, Features], Features]
-    uses_statistics: bool = True
-
-
-def identity() -> Kernel:
-    """K = I: plain inner products, as in TracIn.
-
-    Returns:
-      The kernel.
-    """
-    return Kernel(
-        name="identity",
-        init=lambda layout, n, dtype: (),
-        update=lambda statistics, phi, row: statistics,
-        finalize=lambda statistics: (),
-        apply=lambda operator, phi: phi,
-        uses_statistics=False,
-    )
 
 
 class GramBlock(NamedTuple):
@@ -153,8 +61,7 @@ def gram(damping: Damping, *, dense: bool = False) -> Kernel:
     References:
       Park et al. (2023), TRAK, arXiv:2303.14186, Eq. 12-13.
     """
-    if not isinstance(damping, Damping):
-        raise ValueError(f"damping must be ja.absolute(x) or ja.relative(x), got {damping!r}.")
+    damping = check_damping(damping)
 
     def blocks(layout: FeatureLayout) -> tuple[int, ...]:
         return (layout.total,) if dense else layout.dims
@@ -162,11 +69,15 @@ def gram(damping: Damping, *, dense: bool = False) -> Kernel:
     def init(layout: FeatureLayout, n: int, dtype: Any) -> list[GramBlock]:
         return [_empty_block(p, n, dtype) for p in blocks(layout)]
 
-    def update(statistics: list[GramBlock], phi: Features, row: jax.Array) -> list[GramBlock]:
+    def update(
+        statistics: list[GramBlock], phi: Features, row: jax.Array, kept: jax.Array
+    ) -> list[GramBlock]:
+        del kept
         parts = _columns(phi, [_width(block) for block in statistics])
         return [_add(block, part, row) for block, part in zip(statistics, parts, strict=True)]
 
-    def finalize(statistics: list[GramBlock]) -> list[GramOperator]:
+    def finalize(statistics: list[GramBlock], surroundings: Surroundings) -> list[GramOperator]:
+        del surroundings
         return [_invert(block, damping) for block in statistics]
 
     def apply(operator: list[GramOperator], phi: Features) -> Features:
@@ -176,12 +87,6 @@ def gram(damping: Damping, *, dense: bool = False) -> Kernel:
 
     shape = "dense" if dense else "block-diagonal"
     return Kernel(f"{shape} gram, damping {damping}", init, update, finalize, apply)
-
-
-def _checked(value: float) -> float:
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"Damping must be finite and at least 0, got {value}.")
-    return float(value)
 
 
 def _empty_block(p: int, n: int, dtype: Any) -> GramBlock:

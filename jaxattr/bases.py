@@ -1,0 +1,145 @@
+"""Bases of the two sides of a linear map's gradient: random, or fitted to the training data.
+
+The features of a linear map y = x W are A^T (dL/dW) B. What A and B are makes the method: random
+signs (LoGRA), the leading eigenvectors of the covariances of x and dL/dy (its PCA variant), all of
+them (the eigenbasis of K-FAC and EK-FAC), or random signs scaled by an optimizer's second moments
+(TrackStar).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxattr.keys import named_key
+from jaxattr.linear_maps import LinearMap
+from jaxattr.typing import Key
+
+Sides = tuple[jax.Array | None, jax.Array | None]
+"""(A [in, r], B [out, r']), each [stack, ...] for a stacked leaf; None is the identity."""
+
+
+class Factored(NamedTuple):
+    """A linear map whose features are taken from both sides.
+
+    Attributes:
+      map: the linear map.
+      bias: whether its bias is one more input, that is always 1.
+      left: features of the input side.
+      right: features of the output side.
+    """
+
+    map: LinearMap
+    bias: bool
+    left: int
+    right: int
+
+    @property
+    def rows(self) -> int:
+        """Inputs of the matrix, with the bias."""
+        return self.map.size_in + self.bias
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """The leading axis of its arrays: the layers, if it is stacked."""
+        return () if self.map.stack is None else (self.map.stack,)
+
+    @property
+    def dtype(self) -> Any:
+        """What its features are computed in."""
+        return jnp.promote_types(self.map.dtype, jnp.float32)
+
+
+class Fitted(NamedTuple):
+    """What was fitted to one checkpoint; a pytree.
+
+    Attributes:
+      sides: {leaf: A and B}; empty where they are drawn at random.
+      scales: {leaf: what its gradient is multiplied with, elementwise}; empty for ones.
+      curvature: eigenvalue of each feature [p], NaN where it is not known; or None.
+      captured: {leaf: share of the trace of the covariances that A and B span, [2]}.
+    """
+
+    sides: dict[str, Sides]
+    scales: dict[str, jax.Array]
+    curvature: jax.Array | None
+    captured: dict[str, jax.Array]
+
+
+NOTHING = Fitted({}, {}, None, {})
+
+
+class Basis(NamedTuple):
+    """Where A and B come from.
+
+    Attributes:
+      name: what `describe` shows.
+      draw: (key, linear map) -> A and B, for a basis that needs no data; else None. Jittable.
+      fit: (a pass over the training data) -> what was fitted, for a basis that needs it; else None.
+      rank: largest number of features per side; None for no limit.
+      bands: into how many groups each side is split.
+      materialize: whether the gradient of a linear map must be formed, because it is scaled
+        elementwise.
+    """
+
+    name: str
+    draw: Callable[[Key, Factored], Sides] | None
+    fit: Callable[[Any], Fitted] | None = None
+    rank: int | None = None
+    bands: int = 1
+    materialize: bool = False
+
+    def side(self, size: int) -> int:
+        """Returns the number of features of a side with so many inputs or outputs."""
+        return size if self.rank is None else min(size, self.rank)
+
+
+def signs() -> Basis:
+    """Random signs, scaled so that inner products are unbiased; the identity on small sides.
+
+    Returns:
+      The basis.
+    """
+    return Basis("two-sided random signs", draw_signs)
+
+
+def draw_signs(key: Key, factored: Factored) -> Sides:
+    """Draws A and B, entries in {-1, 1} / sqrt(r), other ones for each leaf and layer.
+
+    Args:
+      key: the key of the checkpoint's projections.
+      factored: the linear map.
+
+    Returns:
+      A and B; None, the identity, for a side that is kept whole.
+    """
+    left, right = jax.random.split(named_key(key, factored.map.leaf))
+
+    def side(key: Key, size: int, rank: int) -> jax.Array | None:
+        if size == rank:
+            return None
+        drawn = jax.random.rademacher(key, (*factored.lead, size, rank), factored.dtype)
+        return drawn / math.sqrt(rank)
+
+    return (
+        side(left, factored.rows, factored.left),
+        side(right, factored.map.size_out, factored.right),
+    )
+
+
+def apply_sides(gradient: jax.Array, sides: Sides) -> jax.Array:
+    """Returns A^T G B.
+
+    Args:
+      gradient: G [..., in, out].
+      sides: A and B.
+
+    Returns:
+      [..., r, r'].
+    """
+    a, b = sides
+    if a is not None:
+        gradient = jnp.matmul(jnp.swapaxes(a, -1, -2), gradient, precision="highest")
+    return gradient if b is None else jnp.matmul(gradient, b, precision="highest")

@@ -1,0 +1,72 @@
+"""BibTeX of the methods."""
+
+BIBTEX = {
+    "weights": """@inproceedings{li2026learning,
+  title={Learning to Weight Parameters for Training Data Attribution},
+  author={Li, Shuangqi and Le, Hieu and Xu, Jingyi and Salzmann, Mathieu},
+  booktitle={International Conference on Learning Representations},
+  year={2026},
+  note={arXiv:2506.05647}
+}""",
+    "tracin": """@inproceedings{pruthi2020tracin,
+  title={Estimating Training Data Influence by Tracing Gradient Descent},
+  author={Pruthi, Garima and Liu, Frederick and Kale, Satyen and Sundararajan, Mukund},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2020}
+}""",
+    "grad_cos": """@inproceedings{charpiat2019input,
+  title={Input Similarity from the Neural Network Perspective},
+  author={Charpiat, Guillaume and Girard, Nicolas and Felardos, Loris and Tarabalka, Yuliya},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2019}
+}""",
+    "trak": """@inproceedings{park2023trak,
+  title={{TRAK}: Attributing Model Behavior at Scale},
+  author={Park, Sung Min and Georgiev, Kristian and Ilyas, Andrew and Leclerc, Guillaume and
+          Madry, Aleksander},
+  booktitle={International Conference on Machine Learning},
+  year={2023}
+}""",
+    "logra": """@article{choe2024logra,
+  title={What is Your Data Worth to {GPT}? {LLM}-Scale Data Valuation with Influence Functions},
+  author={Choe, Sang Keun and Ahn, Hwijeen and Bae, Juhan and Zhao, Kewen and Kang, Minsoo and
+          Chung, Youngseog and Pratapa, Adithya and Neiswanger, Willie and Strubell, Emma and
+          Mitamura, Teruko and Schneider, Jeff and Hovy, Eduard and Grosse, Roger and Xing, Eric},
+  journal={arXiv:2405.13954},
+  year={2024}
+}""",
+    "kfac": """@inproceedings{martens2015kfac,
+  title={Optimizing Neural Networks with Kronecker-factored Approximate Curvature},
+  author={Martens, James and Grosse, Roger},
+  booktitle={International Conference on Machine Learning},
+  year={2015}
+}""",
+    "ekfac": """@article{grosse2023studying,
+  title={Studying Large Language Model Generalization with Influence Functions},
+  author={Grosse, Roger and Bae, Juhan and Anil, Cem and Elhage, Nelson and Tamkin, Alex and
+          others},
+  journal={arXiv:2308.03296},
+  year={2023}
+}""",
+    "trackstar": """@inproceedings{chang2025trackstar,
+  title={Scalable Influence and Fact Tracing for Large Language Model Pretraining},
+  author={Chang, Tyler A. and Rajagopal, Dheeraj and Bolukbasi, Tolga and Dixon, Lucas and
+          Tenney, Ian},
+  booktitle={International Conference on Learning Representations},
+  year={2025},
+  note={arXiv:2410.17413}
+}""",
+    "influence": """@inproceedings{koh2017understanding,
+  title={Understanding Black-box Predictions via Influence Functions},
+  author={Koh, Pang Wei and Liang, Percy},
+  booktitle={International Conference on Machine Learning},
+  year={2017}
+}""",
+    "data_inf": """@inproceedings{kwon2024datainf,
+  title={{DataInf}: Efficiently Estimating Data Influence in {LoRA}-tuned {LLMs} and Diffusion
+         Models},
+  author={Kwon, Yongchan and Wu, Eric and Wu, Kevin and Zou, James},
+  booktitle={International Conference on Learning Representations},
+  year={2024}
+}""",
+}

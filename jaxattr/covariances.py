@@ -1,0 +1,336 @@
+"""K-FAC's eigenbasis: eigenvectors of the covariances of each linear map's inputs and cotangents.
+
+For y = x W, with gradient sum over t of x_t^T d_t, K-FAC takes A = E[x x^T] and S = E[d d^T] over
+positions t as the two factors of the Fisher matrix of W. Their eigenvectors are a basis in which it
+is nearly diagonal.
+"""
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattr import linear_maps
+from jaxattr.bases import Basis, Factored, Fitted, Sides
+from jaxattr.features import Featurizer
+from jaxattr.keys import example_keys, named_key
+from jaxattr.linear_maps import Captured
+from jaxattr.training_passes import NumberedBatch, TrainingPass
+from jaxattr.typing import Example, Key, Params
+
+SampleFn = Callable[[Params, Example, Key], Example]
+"""Draws the labels of ONE example from the model: returns the example with other labels."""
+
+MaskFn = Callable[[Example], jax.Array]
+"""Which positions of ONE example count, [t]."""
+
+# A side with more inputs or outputs than this, such as a vocabulary, is projected at random to
+# `_NARROW` dimensions before its covariance is taken.
+_WIDE, _NARROW = 4096, 1024
+# Examples whose activations are in memory at once, where the user does not say.
+_MICROBATCH = 32
+
+
+class Covariance(NamedTuple):
+    """Sums over positions, for one leaf.
+
+    Attributes:
+      inputs: of x^T x, [in, in], or [stack, in, in].
+      cotangents: of d^T d, [out, out], or [stack, out, out].
+      positions: how many.
+    """
+
+    inputs: jax.Array
+    cotangents: jax.Array
+    positions: jax.Array
+
+
+def eigenbasis(
+    *,
+    eigenvalues: bool,
+    sample: SampleFn | None = None,
+    mask: MaskFn | None = None,
+    bands: int = 1,
+    name: str = "K-FAC eigenbasis",
+) -> Basis:
+    """The leading eigenvectors of both covariances of each linear map, largest first.
+
+    Guarantees: exact covariances of the training set (of sampled labels with `sample`), whatever
+    the batch size; examples that are not finite are left out. A side with more than 4,096 inputs
+    or outputs is first projected by random signs to 1,024.
+    Cost: a pass over the data without weight gradients, b t (in^2 + out^2) operations each batch,
+    and an eigendecomposition in float64 on the host per side and layer. A second pass for
+    `eigenvalues=False` with `sample`.
+
+    Args:
+      eigenvalues: whether the products of the covariances' eigenvalues are the curvature of the
+        features (K-FAC); otherwise that is left to the kernel, or, with `sample`, measured in a
+        second pass (EK-FAC).
+      sample: draws labels from the model; or None for the labels of the data.
+      mask: which positions count. Applied to maps with as many positions as the mask.
+      bands: groups per side, from large eigenvalues to small.
+      name: what `describe` shows.
+
+    Returns:
+      The basis.
+
+    References:
+      Martens and Grosse (2015), arXiv:1503.05671; George et al. (2018), arXiv:1806.03884.
+    """
+    if bands < 1:
+        raise ValueError(f"bands must be at least 1, got {bands}.")
+
+    def fit(over: TrainingPass) -> Fitted:
+        sampler = None if sample is None else _sampler(sample, over)
+        covariances, projected = _covariances(over, sampler, mask)
+        sides: dict[str, Sides] = {}
+        captured, curvature = {}, {}
+        for factored in over.featurizer.plan.factored:
+            leaf = factored.map.leaf
+            found = [_eigen(matrix) for matrix in _means(covariances[leaf])]
+            ranks = (factored.left, factored.right)
+            kept = [
+                (values[..., :rank], vectors[..., :rank])
+                for (values, vectors), rank in zip(found, ranks, strict=True)
+            ]
+            a, b = (
+                _in_full(vectors, wide, factored.dtype)
+                for (_, vectors), wide in zip(kept, projected[leaf], strict=True)
+            )
+            sides[leaf] = (a, b)
+            captured[leaf] = jnp.asarray(
+                [_share(k[0], f[0]) for k, f in zip(kept, found, strict=True)]
+            )
+            curvature[leaf] = kept[0][0][..., :, None] * kept[1][0][..., None, :]
+        _warn_of_loss(captured)
+        fitted = Fitted(sides, {}, None, captured)
+        known = np.full(over.featurizer.layout.total, np.nan)
+        if sampler is not None:
+            known = _second_moments(over, fitted, sampler)
+        if eigenvalues:
+            values = over.featurizer.plan.scatter(curvature)
+            known = np.where(np.isnan(values), known, values)
+        return fitted._replace(curvature=jnp.asarray(known))
+
+    return Basis(name, None, fit, bands=bands)
+
+
+class TruncationWarning(UserWarning):
+    """The leading eigenvectors hold little of what they were to stand for."""
+
+
+def _warn_of_loss(captured: Mapping[str, jax.Array]) -> None:
+    poor = {leaf: float(share.min()) for leaf, share in captured.items() if share.min() < 0.5}
+    if poor:
+        shown = ", ".join(f"{leaf} {share:.0%}" for leaf, share in list(poor.items())[:5])
+        warnings.warn(
+            f"The leading eigenvectors capture less than half of the trace of {len(poor)} linear "
+            f"maps: {shown}. Use a higher rank=.",
+            TruncationWarning,
+            stacklevel=2,
+        )
+
+
+def _sampler(sample: SampleFn, over: TrainingPass) -> Callable[[NumberedBatch], NumberedBatch]:
+    example = over.source.example
+    drawn = jax.eval_shape(sample, over.params, example, over.featurizer.key)
+    describe = functools.partial(jax.tree.map, lambda x: f"{x.dtype}{list(x.shape)}")
+    if describe(drawn) != describe(example):
+        raise ValueError(
+            "sample(params, example, key) must return the example with other labels, of the same "
+            f"structure, shapes and dtypes: got {describe(drawn)}, needed {describe(example)}."
+        )
+
+    @jax.jit
+    def draw(params: Params, numbered: NumberedBatch) -> NumberedBatch:
+        keys = example_keys(over.featurizer.key, numbered.ids, "labels")
+        batch = jax.vmap(sample, in_axes=(None, 0, 0))(params, numbered.batch, keys)
+        return numbered._replace(batch=batch)
+
+    return functools.partial(draw, over.params)
+
+
+def _covariances(
+    over: TrainingPass,
+    sampler: Callable[[NumberedBatch], NumberedBatch] | None,
+    mask: MaskFn | None,
+) -> tuple[dict[str, Covariance], dict[str, tuple[jax.Array | None, jax.Array | None]]]:
+    """Sums over the data; and what wide sides were projected with."""
+    featurizer = over.featurizer
+    factored = {f.map.leaf: f for f in featurizer.plan.factored}
+    key = jax.random.fold_in(featurizer.key, over.number)
+    projected = {
+        leaf: (
+            _narrowing(named_key(key, f"{leaf} inputs"), f, f.rows),
+            _narrowing(named_key(key, f"{leaf} outputs"), f, f.map.size_out),
+        )
+        for leaf, f in factored.items()
+    }
+    if not factored:
+        return {}, {}
+    step = jax.jit(functools.partial(_add_batch, featurizer, factored, mask))
+    sums = None
+    for numbered in over.batches("covariances"):
+        given = numbered if sampler is None else sampler(numbered)
+        new = step(over.params, projected, given)
+        sums = new if sums is None else _sum(sums, new)
+    assert sums is not None
+    return sums, projected
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _sum(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.add, a, b)
+
+
+def _add_batch(
+    featurizer: Featurizer,
+    factored: Mapping[str, Factored],
+    mask: MaskFn | None,
+    params: Params,
+    projected: Mapping[str, tuple[jax.Array | None, jax.Array | None]],
+    numbered: NumberedBatch,
+) -> dict[str, Covariance]:
+    output, ids = featurizer.rule.output, numbered.ids
+    keys = example_keys(featurizer.key, ids)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (numbered.batch, keys)
+    )
+    captured = linear_maps.capture(output, params, *shapes, leaves=list(factored))
+
+    def chunk(batch: Any, keys: Key, real: jax.Array) -> dict[str, Covariance]:
+        uses = jax.vmap(captured, in_axes=(None, 0, 0))(params, batch, keys)
+        kept = real & _all_finite(uses)
+        counted = None if mask is None else jax.vmap(mask)(batch)
+        return {
+            leaf: _covariance(factored[leaf], each, kept, counted, *projected[leaf])
+            for leaf, each in uses.items()
+        }
+
+    # A microbatch that is not full repeats the first examples; those must not count twice.
+    b = ids.shape[0]
+    size = min(featurizer.microbatch, _MICROBATCH, b)
+    steps = -(-b // size)
+    rows = jnp.arange(steps * size).reshape(steps, size)
+    given = (numbered.batch, keys, numbered.real)
+
+    def taken(rows: jax.Array) -> tuple[Any, Key, jax.Array]:
+        batch, key, real = jax.tree.map(lambda x: x[rows % b], given)
+        return batch, key, real & (rows < b)
+
+    def add(sums: Any, rows: jax.Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, chunk(*taken(rows))), None
+
+    like = jax.eval_shape(lambda: chunk(*taken(rows[0])))
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    return jax.lax.scan(add, start, rows)[0]
+
+
+def _all_finite(uses: Mapping[str, tuple[Captured, ...]]) -> jax.Array:
+    """Which examples have finite inputs and cotangents everywhere, [b]."""
+    finite = [
+        jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+        for x in jax.tree.leaves(dict(uses))
+        if jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    return functools.reduce(jnp.logical_and, finite)
+
+
+def _covariance(
+    factored: Factored,
+    uses: tuple[Captured, ...],
+    kept: jax.Array,
+    counted: jax.Array | None,
+    narrow_inputs: jax.Array | None,
+    narrow_outputs: jax.Array | None,
+) -> Covariance:
+    """Sums of one leaf over the positions of all its uses, [*stack, ...] each."""
+    totals = []
+    for use in uses:
+        t = use.cotangents.shape[-2]
+        weights = jnp.broadcast_to(kept[:, None], (kept.shape[0], t)).astype(factored.dtype)
+        if counted is not None and counted.shape[1:] == (t,):
+            weights = weights * counted.astype(weights.dtype)
+        inputs = _inputs(factored, use.inputs, narrow_inputs)
+        totals.append(
+            Covariance(
+                _weighted_gram(inputs, weights, factored),
+                _weighted_gram(_project(use.cotangents, narrow_outputs), weights, factored),
+                jnp.sum(weights),
+            )
+        )
+    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), totals)
+
+
+def _inputs(factored: Factored, inputs: jax.Array, narrow: jax.Array | None) -> jax.Array:
+    """Inputs [b, *stack, t, in], with a one for the bias; ids become rows of the projection."""
+    if jnp.issubdtype(inputs.dtype, jnp.integer):
+        if narrow is not None:
+            return narrow.at[inputs].get(mode="fill", fill_value=0)
+        return jax.nn.one_hot(inputs, factored.map.size_in, dtype=factored.dtype)
+    inputs = inputs.astype(factored.dtype)
+    if factored.bias:
+        ones = jnp.ones((*inputs.shape[:-1], 1), inputs.dtype)
+        inputs = jnp.concatenate([inputs, ones], axis=-1)
+    return _project(inputs, narrow)
+
+
+def _project(x: jax.Array, narrow: jax.Array | None) -> jax.Array:
+    return x if narrow is None else x @ narrow.astype(x.dtype)
+
+
+def _weighted_gram(x: jax.Array, weights: jax.Array, factored: Factored) -> jax.Array:
+    """Sum over examples and positions of w x^T x, for x [b, *stack, t, f]; [*stack, f, f]."""
+    x = x.astype(factored.dtype)
+    weights = weights.reshape(weights.shape[0], *(1 for _ in factored.lead), -1, 1)
+    # Not finite times zero is not zero, so what does not count is taken out before.
+    x = jnp.where(weights > 0, x, 0)
+    x = jnp.moveaxis(x * jnp.sqrt(weights), 0, -3)  # [*stack, b, t, f]
+    rows = x.reshape(*factored.lead, -1, x.shape[-1])
+    return jnp.einsum("...ti,...tj->...ij", rows, rows, precision="highest")
+
+
+def _narrowing(key: Key, factored: Factored, size: int) -> jax.Array | None:
+    if size <= _WIDE:
+        return None
+    return jax.random.rademacher(key, (size, _NARROW), factored.dtype) / _NARROW**0.5
+
+
+def _means(covariance: Covariance) -> tuple[np.ndarray, np.ndarray]:
+    count = max(float(covariance.positions), 1.0)
+    return (
+        np.asarray(covariance.inputs, np.float64) / count,
+        np.asarray(covariance.cotangents, np.float64) / count,
+    )
+
+
+def _eigen(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues and eigenvectors, the largest first."""
+    values, vectors = np.linalg.eigh((matrix + np.swapaxes(matrix, -1, -2)) / 2)
+    return np.maximum(values[..., ::-1], 0), vectors[..., ::-1]
+
+
+def _in_full(vectors: np.ndarray, wide: jax.Array | None, dtype: Any) -> jax.Array:
+    """Eigenvectors of a projected side, as vectors of the side itself."""
+    found = jnp.asarray(np.ascontiguousarray(vectors), dtype)
+    return found if wide is None else wide @ found
+
+
+def _share(kept: np.ndarray, all_of_them: np.ndarray) -> float:
+    total = all_of_them.sum()
+    return float(kept.sum() / total) if total > 0 else 1.0
+
+
+def _second_moments(
+    over: TrainingPass, fitted: Fitted, sampler: Callable[[NumberedBatch], NumberedBatch]
+) -> np.ndarray:
+    """Mean square of each feature under sampled labels, [p]."""
+    total, count = np.zeros(over.featurizer.layout.total), 0
+    for _, clean in over.features(fitted, "eigenvalues", sampler):
+        total += np.asarray(jnp.sum(clean.features**2, axis=0), np.float64)
+        count += int(clean.kept.sum())
+    return total / max(count, 1)

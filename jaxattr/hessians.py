@@ -1,0 +1,107 @@
+"""Products with the Hessian of the mean training loss, in the coordinates of the features."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxattr import groups as groups_lib
+from jaxattr.bases import Fitted
+from jaxattr.features import gradients_of, project_gradients, sides_of
+from jaxattr.keys import example_keys
+from jaxattr.training_passes import TrainingPass
+
+# Examples whose second derivatives are in memory at once.
+_BLOCK = 64
+
+
+def hessian_products(
+    over: TrainingPass, fitted: Fitted, kept: jax.Array
+) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
+    r"""Makes the function that multiplies vectors by the Hessian.
+
+    The features are a linear map E^T of the gradient, so moving the parameters by E v changes the
+    mean features by E^T H E v, which is the product that is returned.
+
+    Args:
+      over: the checkpoint and the training data.
+      fitted: what was fitted to the checkpoint.
+      kept: which examples count, bool [n].
+
+    Returns:
+      (products, operands): `products(operands, vectors [k, p]) -> [k, p]`, pure and jittable.
+      Guarantees: exact. Cost: per vector, three gradients of the training set, read at once.
+    """
+    featurizer = over.featurizer
+    rule, plan, key = featurizer.rule, featurizer.plan, featurizer.key
+    numbered = over.whole()
+    number = over.number
+
+    def products(operands: Any, vectors: jax.Array) -> jax.Array:
+        params, batch, ids, weights, fitted = operands
+        drawing = jax.random.fold_in(key, number)
+        sides = sides_of(rule, plan, drawing, fitted)
+        names, structure = groups_lib.leaf_names(params), jax.tree.structure(params)
+        leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
+        grouped = {name: leaves[name] for name in plan.rest | plan.covered}
+
+        def to_features(gradients: dict[str, jax.Array]) -> jax.Array:
+            z, rest = project_gradients(plan, sides, fitted, gradients)
+            z, rest = jax.tree.map(lambda x: x[None], (z, rest))
+            return plan.assemble(rule.projection, drawing, z, rest)[0]
+
+        example, to_parameters = jax.vjp(to_features, grouped)
+
+        def mean_gradient(grouped: dict[str, jax.Array], block: Any) -> dict[str, jax.Array]:
+            merged = [grouped.get(name, leaves[name]) for name in names]
+            moved = jax.tree.unflatten(structure, merged)
+
+            def one(example: Any, key: jax.Array) -> dict[str, jax.Array]:
+                return gradients_of(rule.output, list(grouped), moved, example, key)
+
+            batch, keys, weights = block
+            each = jax.vmap(one)(batch, keys)
+            return jax.tree.map(
+                lambda g: jnp.tensordot(
+                    weights.astype(g.dtype),
+                    jnp.where((weights > 0).reshape(-1, *(1,) * (g.ndim - 1)), g, 0),
+                    1,
+                ),
+                each,
+            )
+
+        def of_block(tangent: dict[str, jax.Array], block: Any) -> dict[str, jax.Array]:
+            return jax.jvp(lambda x: mean_gradient(x, block), (grouped,), (tangent,))[1]
+
+        blocks = _in_blocks((batch, example_keys(key, ids), weights))
+
+        def product(vector: jax.Array) -> jax.Array:
+            (tangent,) = to_parameters(vector.astype(example.dtype))
+
+            def add(total: Any, block: Any) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, total, of_block(tangent, block)), None
+
+            start = jax.tree.map(jnp.zeros_like, grouped)
+            total, _ = jax.lax.scan(add, start, blocks)
+            return to_features(total)
+
+        return jax.vmap(product)(vectors)
+
+    weights = kept / jnp.maximum(kept.sum(), 1)
+    return products, (over.params, numbered.batch, numbered.ids, weights, fitted)
+
+
+def _in_blocks(arrays: Any) -> Any:
+    """Reshapes [n, ...] to [blocks, size, ...]; padding repeats the first rows with weight zero."""
+    batch, keys, weights = arrays
+    n = keys.shape[0]
+    blocks = -(-n // _BLOCK)
+    size = -(-n // blocks)
+    rows = jnp.arange(blocks * size)
+
+    def split(x: jax.Array) -> jax.Array:
+        return x[rows % n].reshape(blocks, size, *x.shape[1:])
+
+    weights = jnp.where(rows < n, weights[rows % n], 0).reshape(blocks, size)
+    return jax.tree.map(split, (batch, keys)) + (weights,)

@@ -1,0 +1,144 @@
+"""What a kernel is, and the unit of its damping."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxattr.plans import FeatureLayout
+from jaxattr.typing import Features
+
+
+class Damping(NamedTuple):
+    """A multiple of the identity added to a matrix before it is inverted.
+
+    Attributes:
+      value: how much, >= 0.
+      relative: whether `value` is in units of the mean eigenvalue of the block that it is added to.
+    """
+
+    value: float
+    relative: bool
+
+    def of(self, mean_eigenvalue: float) -> float:
+        """Returns what is added to each eigenvalue."""
+        return self.value * mean_eigenvalue if self.relative else self.value
+
+    def __str__(self) -> str:
+        return f"{self.value:g}" + (" x mean eigenvalue" if self.relative else "")
+
+
+def absolute(value: float) -> Damping:
+    """Damping in the units of the matrix itself.
+
+    Args:
+      value: added to each eigenvalue, >= 0.
+
+    Returns:
+      The damping.
+
+    Raises:
+      ValueError: if the value is negative or not finite.
+    """
+    return Damping(_checked(value), relative=False)
+
+
+def relative(value: float) -> Damping:
+    """Damping in units of the mean eigenvalue, of each block by itself.
+
+    Args:
+      value: times the mean eigenvalue, >= 0.
+
+    Returns:
+      The damping.
+
+    Raises:
+      ValueError: if the value is negative or not finite.
+    """
+    return Damping(_checked(value), relative=True)
+
+
+class Surroundings(NamedTuple):
+    """What a kernel may ask for when its statistics are complete, of one checkpoint.
+
+    Attributes:
+      layout: the columns of the features.
+      curvature: eigenvalue of each feature [p] as the basis of the features knows it, NaN where it
+        does not; or None.
+      features_of: (data, description) -> blocks of features [b, p] of other examples, with
+        rows of zeros for examples that do not count, and the number of those that do.
+      hessian: () -> (products, operands): `products(operands, vectors [k, p])` are the products
+        [k, p] with the Hessian of the mean training loss, in the coordinates of the features.
+    """
+
+    layout: FeatureLayout
+    curvature: np.ndarray | None
+    features_of: Callable[[Any, str], Iterator[tuple[Features, int]]]
+    hessian: Callable[[], tuple[Callable[[Any, jax.Array], jax.Array], Any]]
+
+
+class Kernel(NamedTuple):
+    """Pure functions that accumulate statistics and apply the kernel.
+
+    Attributes:
+      name: what `describe` shows.
+      init: (feature layout, number of training examples, dtype) -> statistics.
+      update: (statistics, features [b, p], first row, rows that count) -> statistics. Rows that
+        must not count are zero. Jittable.
+      finalize: (statistics, surroundings) -> operator, a pytree of arrays. On the host.
+      apply: (operator, features [b, p]) -> K phi, [b, p]. Jittable.
+      of_queries: (operator, features [q, p]) -> features of queries, where the method transforms
+        them too; None where it leaves them as they are. Jittable, and diagonal by group.
+      residual: (operator, phi [b, p], K phi [b, p]) -> relative error of each solve [b], for
+        kernels that solve by iteration; else None. Jittable.
+      tolerance: largest residual that counts as solved.
+      identity: whether K is the identity, so that one pass over the data is enough.
+    """
+
+    name: str
+    init: Callable[[FeatureLayout, int, Any], Any]
+    update: Callable[[Any, Features, jax.Array, jax.Array], Any]
+    finalize: Callable[[Any, Surroundings], Any]
+    apply: Callable[[Any, Features], Features]
+    of_queries: Callable[[Any, Features], Features] | None = None
+    residual: Callable[[Any, Features, Features], jax.Array] | None = None
+    tolerance: float = 0.0
+    identity: bool = False
+
+
+def identity() -> Kernel:
+    """K = I: plain inner products, as in TracIn.
+
+    Returns:
+      The kernel.
+    """
+    return Kernel(
+        name="identity",
+        init=lambda layout, n, dtype: (),
+        update=lambda statistics, phi, row, kept: statistics,
+        finalize=lambda statistics, surroundings: (),
+        apply=lambda operator, phi: phi,
+        identity=True,
+    )
+
+
+def check_damping(damping: Damping) -> Damping:
+    """Returns the damping, or raises if it is none.
+
+    Args:
+      damping: what a user passed.
+
+    Raises:
+      ValueError: if it is a bare number, whose unit nobody knows.
+    """
+    if not isinstance(damping, Damping):
+        raise ValueError(f"damping must be ja.absolute(x) or ja.relative(x), got {damping!r}.")
+    return damping
+
+
+def _checked(value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"Damping must be finite and at least 0, got {value}.")
+    return float(value)

@@ -1,0 +1,88 @@
+"""A diagonal kernel: each feature divided by its damped mean square, or by a known eigenvalue."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping
+from jaxattr.plans import FeatureLayout
+from jaxattr.typing import Features
+
+
+class Squares(NamedTuple):
+    """Sums over training examples.
+
+    Attributes:
+      total: of phi^2, [p].
+      examples: how many.
+    """
+
+    total: jax.Array
+    examples: jax.Array
+
+
+def second_moment(damping: Damping) -> Kernel:
+    r"""Divides by the damped second moments of the features.
+
+    .. math:: K = \mathrm{diag}(\Lambda + \lambda)^{-1}, \qquad
+              \Lambda_i = \tfrac1N \sum_n \phi_i(n)^2
+
+    In the eigenbasis of K-FAC this is EK-FAC; on plain gradients, the diagonal Fisher. Where the
+    basis knows eigenvalues of its own (K-FAC, sampled labels), those take the place of the means.
+
+    Guarantees: exact. A feature that is zero for all training examples maps to zero.
+    Cost: one multiplication per feature.
+
+    Args:
+      damping: `absolute(x)`, or `relative(x)` times the mean of Lambda over the linear map (or the
+        leftover parameters of the group) that the feature belongs to.
+
+    Returns:
+      The kernel.
+
+    References:
+      George et al. (2018), arXiv:1806.03884; Grosse et al. (2023), arXiv:2308.03296, section 2.4.
+    """
+    damping = check_damping(damping)
+
+    def init(layout: FeatureLayout, n: int, dtype: Any) -> Squares:
+        del n
+        return Squares(jnp.zeros(layout.total, dtype), jnp.zeros((), dtype))
+
+    def update(statistics: Squares, phi: Features, row: jax.Array, kept: jax.Array) -> Squares:
+        del row
+        total = statistics.total + jnp.sum(phi**2, axis=0)
+        return Squares(total, statistics.examples + kept)
+
+    def finalize(statistics: Squares, surroundings: Surroundings) -> jax.Array:
+        means = np.asarray(statistics.total, np.float64) / max(float(statistics.examples), 1.0)
+        curvature = means
+        if surroundings.curvature is not None:
+            known = np.asarray(surroundings.curvature, np.float64)
+            curvature = np.where(np.isnan(known), means, known)
+        blocks = surroundings.layout.column_blocks
+        added = np.array(
+            [damping.of(mean) for mean in np.bincount(blocks, curvature) / np.bincount(blocks)]
+        )
+        denominator = curvature + added[blocks]
+        _check(denominator, means, statistics.total.dtype, damping)
+        safe = np.where(denominator > 0, denominator, 1)
+        return jnp.asarray(np.where(means > 0, 1 / safe, 0), statistics.total.dtype)
+
+    def apply(operator: jax.Array, phi: Features) -> Features:
+        return phi * operator[None]
+
+    return Kernel(f"second moment, damping {damping}", init, update, finalize, apply)
+
+
+def _check(denominator: np.ndarray, means: np.ndarray, dtype: Any, damping: Damping) -> None:
+    resolved = denominator.max(initial=0) * float(jnp.finfo(dtype).eps)
+    unsafe = (denominator <= resolved) & (means > 0)
+    if unsafe.any():
+        raise ValueError(
+            f"The kernel with damping {damping} is singular: {unsafe.sum()} of {len(unsafe)} "
+            f"features have an eigenvalue at or below {resolved:.0e}, where {dtype} resolves "
+            "nothing. Use more damping, such as ja.relative(0.1)."
+        )

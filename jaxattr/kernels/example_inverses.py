@@ -1,0 +1,98 @@
+"""DataInf's kernel: the mean of the inverses of single-example Fisher matrices."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping
+from jaxattr.plans import FeatureLayout
+from jaxattr.typing import Features
+
+
+class Rows(NamedTuple):
+    """Features of the training examples.
+
+    Attributes:
+      phi: [n, p].
+      examples: how many of them count; the others are zero.
+    """
+
+    phi: jax.Array
+    examples: jax.Array
+
+
+class DataInfOperator(NamedTuple):
+    """What the kernel multiplies with.
+
+    Attributes:
+      phi: one [n, p] per group.
+      weights: one [n] per group, 1 / (count (lambda + |phi_n|^2)).
+      damping: lambda, one per group.
+    """
+
+    phi: list[jax.Array]
+    weights: list[jax.Array]
+    damping: list[jax.Array]
+
+
+def data_inf(damping: Damping) -> Kernel:
+    r"""Averages, instead of inverting the average.
+
+    .. math:: K = \frac1N \sum_n (\phi_n \phi_n^\top + \lambda I)^{-1}
+                = \frac1\lambda \Big(I - \frac1N \sum_n
+                  \frac{\phi_n \phi_n^\top}{\lambda + \|\phi_n\|^2}\Big)
+
+    block-diagonal by group.
+
+    Guarantees: that formula exactly; as an approximation of the inverse Fisher matrix it is a
+    heuristic whose error grows with the number of features.
+    Cost: the training features stay in memory; 4 n^2 p operations.
+
+    Args:
+      damping: of each example's matrix; relative to the mean eigenvalue of the Fisher matrix,
+        group by group.
+
+    Returns:
+      The kernel.
+
+    References:
+      Kwon et al. (2024), DataInf, arXiv:2310.00902, Eq. 5.
+    """
+    damping = check_damping(damping)
+    if damping.value == 0:
+        raise ValueError("DataInf divides by its damping, which must be above 0, got 0.")
+
+    def init(layout: FeatureLayout, n: int, dtype: Any) -> Rows:
+        return Rows(jnp.zeros((n, layout.total), dtype), jnp.zeros((), dtype))
+
+    def update(statistics: Rows, phi: Features, row: jax.Array, kept: jax.Array) -> Rows:
+        # Rows past the end (a padded last batch) are dropped by the scatter.
+        rows = statistics.phi.at[row + jnp.arange(phi.shape[0])].set(phi, mode="drop")
+        return Rows(rows, statistics.examples + kept)
+
+    def finalize(statistics: Rows, surroundings: Surroundings) -> DataInfOperator:
+        parts, weights, added = [], [], []
+        for columns in surroundings.layout.slices.values():
+            parts.append(statistics.phi[:, columns])
+            squares = jnp.sum(parts[-1] ** 2, axis=1)  # [n]
+            mean = jnp.sum(squares) / statistics.examples / (columns.stop - columns.start)
+            value = jnp.asarray(damping.of(float(mean)), squares.dtype)
+            # A group in which every gradient is zero maps to zero whatever it is divided by.
+            added.append(jnp.where(value > 0, value, 1))
+            weights.append(1 / (statistics.examples * (added[-1] + squares)))
+        return DataInfOperator(parts, weights, added)
+
+    def apply(operator: DataInfOperator, phi: Features) -> Features:
+        ends = np.cumsum([part.shape[1] for part in operator.phi])[:-1].tolist()
+        columns = jnp.split(phi, ends, axis=1)
+        mapped = [_map(*arrays) for arrays in zip(columns, *operator, strict=True)]
+        return jnp.concatenate(mapped, axis=1)  # [b, p]
+
+    return Kernel(f"DataInf, damping {damping}", init, update, finalize, apply)
+
+
+def _map(x: jax.Array, rows: jax.Array, weights: jax.Array, damping: jax.Array) -> jax.Array:
+    along = jnp.matmul(x, rows.T, precision="highest") * weights[None]  # [b, n]
+    return (x - jnp.matmul(along, rows, precision="highest")) / damping
