@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxattr import groups as groups_lib
+from jaxattr.features import Featurizer
 from jaxattr.groups import Groups
 from jaxattr.methods import Method, featurizer
+from jaxattr.projections import Projection
 from jaxattr.typing import Example, Params
 
 
@@ -20,7 +22,8 @@ class LeafDescription:
       name: the leaf's name.
       shape: its shape.
       groups: the groups that it belongs to; several if it is stacked over layers.
-      route: "exact", "projected ..." or "excluded: ...".
+      route: "factored: ..." for a linear map whose gradient is projected from both sides and not
+        formed, "exact: ..." or "projected: ..." for others, or "excluded: ...".
     """
 
     name: str
@@ -39,6 +42,7 @@ class Description:
       leaves: one entry per parameter leaf.
       features: number of features per example and checkpoint.
       covered: share of the parameters that is in a group.
+      factored: share of the parameters whose gradient is not formed.
     """
 
     method: str
@@ -46,6 +50,7 @@ class Description:
     leaves: tuple[LeafDescription, ...]
     features: int
     covered: float
+    factored: float
 
     def __str__(self) -> str:
         rows = [("leaf", "shape", "group", "route")]
@@ -61,7 +66,7 @@ class Description:
         ]
         head = (
             f"{self.method}: kernel {self.kernel}; {self.features} features per example; "
-            f"{self.covered:.1%} of the parameters covered"
+            f"{self.covered:.1%} of the parameters covered, factored {self.factored:.1%}"
         )
         return "\n".join([head, *table])
 
@@ -84,26 +89,69 @@ def describe(
       ValueError: as `featurizer`.
     """
     featurize = featurizer(method, params, example, groups=groups)
-    layout = featurize.groups
-    routes: dict[str, list[tuple[str, str]]] = {}
-    for group, members, size, dim in zip(
-        layout.names, layout.members, layout.sizes, featurize.layout.dims, strict=True
-    ):
-        kept = f"projected, {method.rule.projection.name}: group {size} -> {dim}"
-        route = "exact" if dim == size else kept
+    plan, sizes = featurize.plan, featurize.groups.sizes
+    places: dict[str, list[str]] = {}
+    for name, members in zip(featurize.groups.names, featurize.groups.members, strict=True):
         for member in members:
-            routes.setdefault(member.leaf, []).append((group, route))
-    excluded = dict(layout.excluded)
-    leaves = []
-    for name, leaf in zip(groups_lib.leaf_names(params), jax.tree.leaves(params), strict=True):
-        found = routes.get(name, [])
-        route = found[0][1] if found else f"excluded: {excluded[name]}"
-        leaves.append(LeafDescription(name, jnp.shape(leaf), tuple(g for g, _ in found), route))
+            places.setdefault(member.leaf, []).append(name)
+    routes = _routes(featurize)
+    leaves = tuple(
+        LeafDescription(name, jnp.shape(leaf), tuple(places.get(name, ())), routes[name])
+        for name, leaf in zip(groups_lib.leaf_names(params), jax.tree.leaves(params), strict=True)
+    )
     total = sum(math.prod(leaf.shape) for leaf in leaves)
+    formed_not = (
+        0
+        if _formed(featurize)
+        else sum(math.prod(leaf.shape) for leaf in leaves if leaf.name in plan.covered)
+    )
     return Description(
         method=method.name,
         kernel=method.kernel.name,
-        leaves=tuple(leaves),
+        leaves=leaves,
         features=featurize.layout.total,
-        covered=sum(layout.sizes) / total,
+        covered=sum(sizes) / total,
+        factored=formed_not / total,
     )
+
+
+def _routes(featurize: Featurizer) -> dict[str, str]:
+    """What becomes of each leaf, in words."""
+    plan, projection = featurize.plan, featurize.rule.projection
+    routes = {leaf: f"excluded: {why}" for leaf, why in featurize.groups.excluded}
+    reasons = dict(plan.reasons)
+    for group in plan.groups:
+        size = sum(member.size for member in group.rest)
+        kept = size == group.rest_dim
+        projected = f"projected, {_rest_name(projection)}: group {size} -> {group.rest_dim}"
+        route = "exact" if kept else projected
+        for member in group.rest:
+            why = reasons.get(member.leaf)
+            routes[member.leaf] = route if why is None else f"{route}: {why}"
+    for factored in plan.factored:
+        found = factored.map
+        stack = "" if found.stack is None else f"{found.stack} layers of "
+        route = (
+            f"{'formed, then' if _formed(featurize) else 'factored'}: {stack}{found.kind} "
+            f"{factored.rows}x{found.size_out} -> {factored.left}x{factored.right}"
+        )
+        rank = projection.basis.rank if projection.basis is not None else None
+        if rank is not None and min(factored.left, factored.right) < rank:
+            route += f" (rank {rank} clipped)"
+        if found.uses > 1:
+            route += f", used {found.uses} times"
+        routes[found.leaf] = route
+        if factored.bias:
+            routes[str(found.bias)] = f"bias of {found.leaf}"
+    return routes
+
+
+def _rest_name(projection: Projection) -> str:
+    if projection.basis is None:
+        return projection.name
+    return f"rademacher({projection.dim(1 << 62)})"
+
+
+def _formed(featurize: Featurizer) -> bool:
+    basis = featurize.rule.projection.basis
+    return basis is None or basis.materialize

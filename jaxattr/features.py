@@ -56,7 +56,7 @@ class Featurized(NamedTuple):
     residual: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Featurizer:
     """Maps a batch to its features; pure and jittable. Made by `featurizer`.
 
