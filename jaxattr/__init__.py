@@ -1,6 +1,7 @@
 """jaxattr: which training examples made the model do this?"""
 
 from jaxattr import evaluation as evaluation
+from jaxattr import linear_maps as linear_maps
 from jaxattr import projections as projections
 from jaxattr.describing import describe as describe
 from jaxattr.evaluation.lds import lds as lds

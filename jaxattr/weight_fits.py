@@ -159,7 +159,7 @@ def _suspicions(fit: WeightFit, statistics: ContributionStatistics, top_k: int) 
         yield "the loss was not finite at some steps: lower the optimizer's learning rate."
     name = fit.largest
     before, after = fit.start_shares[name], fit.shares[name]
-    if len(fit.weights) > 2 and after > max(0.5, before):
+    if len(fit.weights) > 2 and after > max(0.5, before + 0.1):
         yield (
             f"collapse: group {name!r} went from {before:.0%} to {after:.0%} of the scores. Its "
             f"largest contributions are {fit.tail_ratio[name]:.1f} times their root mean square "

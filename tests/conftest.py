@@ -1,6 +1,8 @@
 """Hostile settings for all tests: float64, no promotion of ranks, eight fake CPU devices."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -8,5 +10,15 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 
+# Many tests compile the same programs; the workers of one run share what was compiled.
+CACHE = os.environ.setdefault("JAXATTR_TEST_CACHE", tempfile.mkdtemp(prefix="jaxattr-tests-"))
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_sessionfinish(session):
+    if not hasattr(session.config, "workerinput"):  # the run itself, and none of its workers
+        shutil.rmtree(CACHE, ignore_errors=True)
