@@ -5,6 +5,7 @@ positions t as the two factors of the Fisher matrix of W. Their eigenvectors are
 is nearly diagonal.
 """
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping
@@ -32,7 +33,7 @@ MaskFn = Callable[[Example], jax.Array]
 # `_NARROW` dimensions before its covariance is taken.
 _WIDE, _NARROW = 4096, 1024
 # Examples whose activations are in memory at once, where the user does not say.
-_MICROBATCH = 32
+_MICROBATCH = 64
 
 
 class Covariance(NamedTuple):
@@ -174,7 +175,9 @@ def _covariances(
         return {}, {}
     step = jax.jit(functools.partial(_add_batch, featurizer, factored, mask))
     sums = None
-    for numbered in over.batches("covariances"):
+    # All activations of a batch are in memory at once, so batches are small.
+    size = min(over.batch_size, featurizer.microbatch, _MICROBATCH)
+    for numbered in dataclasses.replace(over, batch_size=size).batches("covariances"):
         given = numbered if sampler is None else sampler(numbered)
         new = step(over.params, projected, given)
         sums = new if sums is None else _sum(sums, new)
@@ -202,32 +205,13 @@ def _add_batch(
     )
     captured = linear_maps.capture(output, params, *shapes, leaves=list(factored))
 
-    def chunk(batch: Any, keys: Key, real: jax.Array) -> dict[str, Covariance]:
-        uses = jax.vmap(captured, in_axes=(None, 0, 0))(params, batch, keys)
-        kept = real & _all_finite(uses)
-        counted = None if mask is None else jax.vmap(mask)(batch)
-        return {
-            leaf: _covariance(factored[leaf], each, kept, counted, *projected[leaf])
-            for leaf, each in uses.items()
-        }
-
-    # A microbatch that is not full repeats the first examples; those must not count twice.
-    b = ids.shape[0]
-    size = min(featurizer.microbatch, _MICROBATCH, b)
-    steps = -(-b // size)
-    rows = jnp.arange(steps * size).reshape(steps, size)
-    given = (numbered.batch, keys, numbered.real)
-
-    def taken(rows: jax.Array) -> tuple[Any, Key, jax.Array]:
-        batch, key, real = jax.tree.map(lambda x: x[rows % b], given)
-        return batch, key, real & (rows < b)
-
-    def add(sums: Any, rows: jax.Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, chunk(*taken(rows))), None
-
-    like = jax.eval_shape(lambda: chunk(*taken(rows[0])))
-    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-    return jax.lax.scan(add, start, rows)[0]
+    uses = jax.vmap(captured, in_axes=(None, 0, 0))(params, numbered.batch, keys)
+    kept = numbered.real & _all_finite(uses)
+    counted = None if mask is None else jax.vmap(mask)(numbered.batch)
+    return {
+        leaf: _covariance(factored[leaf], each, kept, counted, *projected[leaf])
+        for leaf, each in uses.items()
+    }
 
 
 def _all_finite(uses: Mapping[str, tuple[Captured, ...]]) -> jax.Array:

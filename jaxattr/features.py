@@ -330,6 +330,9 @@ def in_microbatches(chunk: Callable[..., Any], size: int) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         b = jax.tree.leaves(arguments)[0].shape[0]
+        if b <= size:
+            # Not a loop of one step: XLA runs the convolutions of a loop on one CPU core.
+            return chunk(*arguments)
         fitted = math.ceil(b / math.ceil(b / size))  # evens the microbatches out: least padding
         padding = -b % fitted
         rows = jnp.arange(b + padding) % b
