@@ -51,7 +51,12 @@ class Source:
     def example(self) -> Example:
         """The shapes of one example, without a batch axis."""
         first = self.read(np.zeros(1, np.int64))
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], x.dtype), first)
+
+        def one(x: Any) -> jax.ShapeDtypeStruct:
+            # NumPy's int64 is what JAX takes for int32, unless told otherwise.
+            return jax.ShapeDtypeStruct(jnp.shape(x)[1:], jax.dtypes.canonicalize_dtype(x.dtype))
+
+        return jax.tree.map(one, first)
 
 
 def as_source(data: Any, role: str) -> Source:

@@ -37,8 +37,9 @@ def compiled(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[[]
       A function without arguments that runs it to its end, and its temporary memory in bytes.
     """
     program = jax.jit(function).lower(*arguments).compile()
-    memory = program.memory_analysis().temp_size_in_bytes
-    return lambda: jax.block_until_ready(program(*arguments)), memory
+    analysis = program.memory_analysis()
+    assert analysis is not None
+    return lambda: jax.block_until_ready(program(*arguments)), analysis.temp_size_in_bytes
 
 
 def take_turns(

@@ -1,7 +1,7 @@
 """Prints what learned weights do for attribution on real digits, and draws it.
 
 python -m experiments.digits            # a ViT and a ResNet, under two minutes on two cores
-python -m experiments.digits --full     # more of everything, and an MLP
+python -m experiments.digits --full     # more of everything, an MLP, and methods with curvature
 """
 
 import argparse
@@ -27,6 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", ja.WeightWarning)  # they stand in the file of results
     config = study.FULL if arguments.full else study.QUICK
+    methods = study.METHODS | (study.CURVATURE if arguments.full else {})
     console, started = Console(), time.monotonic()
     results: dict[str, dict[str, Result]] = {}
     for name in config.architectures:
@@ -35,9 +36,9 @@ def main() -> None:
         )
         subject = study.prepare(name, config, arguments.folder)
         results[name] = {}
-        for method, make in study.METHODS.items():
+        for method, choice in methods.items():
             console.print(f"{name}: {method}")
-            results[name][method] = study.measure(subject, make(subject.model))
+            results[name][method] = study.measure(subject, choice)
         if name == config.architectures[0]:
             figures.draw_proponents(
                 subject, results[name]["TracIn"], arguments.folder / "proponents.png"

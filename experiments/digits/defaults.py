@@ -30,13 +30,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/digits"), help="for all results")
     folder = parser.parse_args().folder
     warnings.simplefilter("ignore", ja.WeightWarning)
-    config = dataclasses.replace(study.QUICK, architectures=("vit", "resnet", "mlp"))
+    config = dataclasses.replace(study.QUICK, architectures=("vit", "resnet", "mlp"), subsets=64)
     changes: dict[str, dict[str, float]] = {}
     console = Console()
     for name in config.architectures:
         subject = study.prepare(name, config, folder)
-        for method, make in study.METHODS.items():
-            changes[f"{name} {method}"] = change_by_setting(subject, make(subject.model))
+        for method, choice in study.METHODS.items():
+            changes[f"{name} {method}"] = change_by_setting(subject, choice.make(subject))
             console.print(f"{name} {method}: done")
             path = folder / "defaults.json"
             path.write_text(json.dumps(changes, indent=1))

@@ -28,7 +28,7 @@ def draw_proponents(subject: Subject, result: Result, path: Path) -> None:
       path: of the PNG.
     """
     digits = subject.digits
-    method = study.METHODS["TracIn"](subject.model)
+    method = study.METHODS["TracIn"].make(subject)
     index = study.index_of(method, subject.checkpoints, digits.train)
     rows = _hard_queries(subject)
     queries = {name: values[rows] for name, values in digits.evaluation.items()}

@@ -40,17 +40,51 @@ class Config:
     checkpoints: int = 2
 
 
-QUICK = Config(("vit", "resnet"))
+QUICK = Config(("vit", "resnet"), subsets=48)
 FULL = Config(("vit", "resnet", "mlp"), queries=256, subsets=256, seeds=2, checkpoints=4)
 
 EXACT = ja.projections.identity()  # these networks are small enough
 
-METHODS: dict[str, Callable[[Model], ja.Method]] = {
-    "TracIn": lambda model: ja.tracin(training.loss(model), projection=EXACT),
-    "GradCos": lambda model: ja.grad_cos(training.loss(model), projection=EXACT),
-    "TRAK": lambda model: ja.trak(
-        training.margin(model), projection=ja.projections.rademacher(256)
+
+class Choice(NamedTuple):
+    """A method of the study.
+
+    Attributes:
+      make: a subject to the method.
+      groups: what gets a weight of its own.
+    """
+
+    make: Callable[["Subject"], ja.Method]
+    groups: Any = ja.by_leaf
+
+
+METHODS: dict[str, Choice] = {
+    "TracIn": Choice(lambda s: ja.tracin(training.loss(s.model), projection=EXACT)),
+    "GradCos": Choice(lambda s: ja.grad_cos(training.loss(s.model), projection=EXACT)),
+    "TRAK": Choice(
+        lambda s: ja.trak(training.margin(s.model), projection=ja.projections.rademacher(256))
     ),
+}
+# These take a kernel and its bias as one matrix, so weights are by layer.
+CURVATURE: dict[str, Choice] = {
+    "LoGRA": Choice(lambda s: ja.logra(training.loss(s.model), rank=16), ja.by_layer),
+    "LoGRA-PCA": Choice(
+        lambda s: ja.logra(training.loss(s.model), rank=16, basis="pca"), ja.by_layer
+    ),
+    "TrackStar": Choice(
+        lambda s: ja.trackstar(
+            training.loss(s.model), s.states, s.checkpoints[0], rank=16, queries=s.digits.learning
+        ),
+        ja.by_layer,
+    ),
+    "K-FAC": Choice(lambda s: ja.kfac(training.loss(s.model)), ja.by_layer),
+    "EK-FAC": Choice(lambda s: ja.ekfac(training.loss(s.model)), ja.by_layer),
+    "EK-FAC, true Fisher": Choice(
+        lambda s: ja.ekfac(training.loss(s.model), fisher="true", sample=training.sample(s.model)),
+        ja.by_layer,
+    ),
+    "EK-FAC, 2x2 bands": Choice(lambda s: ja.ekfac(training.loss(s.model), bands=2), ja.by_layer),
+    "DataInf": Choice(lambda s: ja.data_inf(training.loss(s.model), projection=EXACT), ja.by_layer),
 }
 
 
@@ -76,6 +110,7 @@ class Subject(NamedTuple):
       digits: the images.
       truth: outputs of models retrained on subsets.
       checkpoints: models trained on all training examples.
+      states: the optimizer's state at the end of each.
       misled: models trained with a tenth of the labels flipped.
       mislabelled: the training set with the flipped labels.
       flipped: which were flipped, bool [n].
@@ -85,6 +120,7 @@ class Subject(NamedTuple):
     digits: Digits
     truth: Truth
     checkpoints: list[Any]
+    states: list[Any]
     misled: list[Any]
     mislabelled: data.Images
     flipped: np.ndarray
@@ -135,18 +171,19 @@ def prepare(name: str, config: Config, folder: Path) -> Subject:
     )
 
 
-def measure(subject: Subject, method: ja.Method) -> Result:
+def measure(subject: Subject, choice: Choice) -> Result:
     """Runs one method, with and without weights.
 
     Args:
       subject: the architecture.
-      method: the attribution method.
+      choice: the attribution method.
 
     Returns:
       The figures.
     """
     digits, truth = subject.digits, subject.truth
-    index = index_of(method, subject.checkpoints, digits.train)
+    method = choice.make(subject)
+    index = index_of(method, subject.checkpoints, digits.train, choice.groups)
     learning = ja.query_features(index, digits.learning)
     queries = ja.query_features(index, digits.evaluation)
     fit = ja.learn_weights(index, learning)
@@ -165,17 +202,19 @@ def measure(subject: Subject, method: ja.Method) -> Result:
     return Result(
         lds=lds,
         difference=evaluation.paired_difference(lds["learned"], lds["uniform"]),
-        auc={} if method.rule.normalize else _mislabel_auc(subject, method, weights),
+        auc=_mislabel_auc(subject, method, choice.groups, weights),
         weights=weights,
         group_lds={name: found.mean for name, found in groups.items()},
         fit=fit,
     )
 
 
-def index_of(method: ja.Method, checkpoints: list[Any], train: data.Images) -> ja.Index:
-    """Builds an index with one group per parameter array."""
+def index_of(
+    method: ja.Method, checkpoints: list[Any], train: data.Images, groups: Any = ja.by_leaf
+) -> ja.Index:
+    """Builds an index."""
     # As many per step as there are queries: one compiled program serves both.
-    return ja.build_index(method, checkpoints, train, groups=ja.by_leaf, batch_size=128)
+    return ja.build_index(method, checkpoints, train, groups=groups, batch_size=128)
 
 
 def lds_of_weights(
@@ -199,9 +238,11 @@ def lds_of_weights(
 
 
 def _mislabel_auc(
-    subject: Subject, method: ja.Method, weights: dict[str, dict[str, float]]
+    subject: Subject, method: ja.Method, groups: Any, weights: dict[str, dict[str, float]]
 ) -> dict[str, float]:
-    misled = index_of(method, subject.misled, subject.mislabelled)
+    if method.rule.normalize or method.kernel.of_queries is not None:
+        return {}  # unit vectors: self-influence is one for all
+    misled = index_of(method, subject.misled, subject.mislabelled, groups)
     return {
         name: ja.mislabel_auc(ja.self_influence(misled, weights=weights[name]), subject.flipped)
         for name in ("uniform", "learned")
@@ -210,19 +251,23 @@ def _mislabel_auc(
 
 def _checkpoints(
     model: Model, train: data.Images, mislabelled: data.Images, config: Config
-) -> tuple[list[Any], list[Any]]:
-    """Trains on all examples with right and with flipped labels, both in one call."""
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Trains on all examples with right and with flipped labels, both in one call.
+
+    Returns:
+      Models and optimizer states with right labels, and models with flipped ones.
+    """
     n = len(train["label"])
     both = {name: np.concatenate([train[name], mislabelled[name]]) for name in train}
     masks = np.repeat(np.eye(2, dtype=bool), n, axis=1)
-    train_fn = training.trainer(model, both)
-    params = ja.retrain(train_fn, masks, jax.random.key(2), seeds=config.checkpoints)
+    train_fn = training.trainer(model, both, state=True)
+    params, states = ja.retrain(train_fn, masks, jax.random.key(2), seeds=config.checkpoints)
 
-    def models_of(row: int) -> list[Any]:
+    def seeds_of(tree: Any, row: int) -> list[Any]:
         seeds = range(config.checkpoints)
-        return [jax.tree.map(lambda leaf, i=seed: leaf[row, i], params) for seed in seeds]
+        return [jax.tree.map(lambda leaf, i=seed: leaf[row, i], tree) for seed in seeds]
 
-    return models_of(0), models_of(1)
+    return seeds_of(params, 0), seeds_of(states, 0), seeds_of(params, 1)
 
 
 def _truth(model: Model, digits: Digits, config: Config, folder: Path) -> Truth:
@@ -239,7 +284,7 @@ def _truth(model: Model, digits: Digits, config: Config, folder: Path) -> Truth:
         masks,
         jax.random.key(1),
         seeds=config.seeds,
-        at_once=32,
+        at_once=64,
     )
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), digits.learning, digits.evaluation)
     margins = np.asarray(evaluation.outputs(training.margin(model), params, both))

@@ -9,11 +9,12 @@ import optax
 
 from experiments.digits.data import Images
 from experiments.digits.models import Model
+from jaxattr.covariances import SampleFn
 from jaxattr.typing import OutputFn
 
 
 def trainer(
-    model: Model, train: Images, *, batch_size: int = 25
+    model: Model, train: Images, *, batch_size: int = 25, state: bool = False
 ) -> Callable[[jax.Array, jax.Array], Any]:
     """Makes the function that `jaxattr.retrain` maps over subsets.
 
@@ -21,9 +22,10 @@ def trainer(
       model: the network.
       train: the training set that ids refer to.
       batch_size: examples per step.
+      state: whether to return the optimizer's state too.
 
     Returns:
-      (key, ids int [s]) -> params.
+      (key, ids int [s]) -> params, or (params, optimizer state).
     """
     epochs = model.recipe.epochs
     images, labels = jnp.asarray(train["image"]), jnp.asarray(train["label"])
@@ -49,8 +51,8 @@ def trainer(
         )
         batches = order[:, : per_epoch * batch_size].reshape(-1, batch_size)
         params = model.init(init_key)
-        (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), batches)
-        return params
+        trained, _ = jax.lax.scan(step, (params, optimizer.init(params)), batches)
+        return trained if state else trained[0]
 
     return train_on
 
@@ -76,3 +78,14 @@ def margin(model: Model) -> OutputFn:
         return logits[example["label"]] - jax.nn.logsumexp(others)
 
     return margin
+
+
+def sample(model: Model) -> SampleFn:
+    """Draws the label of one example from the model."""
+
+    def sample(params: Any, example: Any, key: jax.Array) -> Any:
+        logits = model.apply(params, example["image"][None])[0]
+        drawn = jax.random.categorical(key, logits)
+        return example | {"label": drawn.astype(example["label"].dtype)}
+
+    return sample
