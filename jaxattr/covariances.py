@@ -17,11 +17,10 @@ import numpy as np
 
 from jaxattr import linear_maps
 from jaxattr.bases import Basis, Factored, Fitted, Sides
-from jaxattr.features import Featurizer
 from jaxattr.keys import example_keys, named_key
 from jaxattr.linear_maps import Captured
 from jaxattr.training_passes import NumberedBatch, TrainingPass
-from jaxattr.typing import Example, Key, Params
+from jaxattr.typing import Example, Key, OutputFn, Params
 
 SampleFn = Callable[[Params, Example, Key], Example]
 """Draws the labels of ONE example from the model: returns the example with other labels."""
@@ -146,13 +145,17 @@ def _sampler(sample: SampleFn, over: TrainingPass) -> Callable[[NumberedBatch], 
             f"structure, shapes and dtypes: got {describe(drawn)}, needed {describe(example)}."
         )
 
-    @jax.jit
-    def draw(params: Params, numbered: NumberedBatch) -> NumberedBatch:
-        keys = example_keys(over.featurizer.key, numbered.ids, "labels")
+    return functools.partial(_compiled_sampler(sample), over.featurizer.key, over.params)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_sampler(sample: SampleFn) -> Callable[[Key, Params, NumberedBatch], NumberedBatch]:
+    def draw(key: Key, params: Params, numbered: NumberedBatch) -> NumberedBatch:
+        keys = example_keys(key, numbered.ids, "labels")
         batch = jax.vmap(sample, in_axes=(None, 0, 0))(params, numbered.batch, keys)
         return numbered._replace(batch=batch)
 
-    return functools.partial(draw, over.params)
+    return jax.jit(draw)
 
 
 def _covariances(
@@ -173,13 +176,13 @@ def _covariances(
     }
     if not factored:
         return {}, {}
-    step = jax.jit(functools.partial(_add_batch, featurizer, factored, mask))
+    step = _compiled_sums(featurizer.rule.output, featurizer.plan.factored, mask)
     sums = None
     # All activations of a batch are in memory at once, so batches are small.
     size = min(over.batch_size, featurizer.microbatch, _MICROBATCH)
     for numbered in dataclasses.replace(over, batch_size=size).batches("covariances"):
         given = numbered if sampler is None else sampler(numbered)
-        new = step(over.params, projected, given)
+        new = step(featurizer.key, over.params, projected, given)
         sums = new if sums is None else _sum(sums, new)
     assert sums is not None
     return sums, projected
@@ -190,16 +193,25 @@ def _sum(a: Any, b: Any) -> Any:
     return jax.tree.map(jnp.add, a, b)
 
 
-def _add_batch(
-    featurizer: Featurizer,
+@functools.lru_cache(maxsize=16)
+def _compiled_sums(
+    output: OutputFn, factored: tuple[Factored, ...], mask: MaskFn | None
+) -> Callable[..., dict[str, Covariance]]:
+    """The jitted step, compiled once for all checkpoints."""
+    by_leaf = {each.map.leaf: each for each in factored}
+    return jax.jit(functools.partial(_sums_of_batch, output, by_leaf, mask))
+
+
+def _sums_of_batch(
+    output: OutputFn,
     factored: Mapping[str, Factored],
     mask: MaskFn | None,
+    key: Key,
     params: Params,
     projected: Mapping[str, tuple[jax.Array | None, jax.Array | None]],
     numbered: NumberedBatch,
 ) -> dict[str, Covariance]:
-    output, ids = featurizer.rule.output, numbered.ids
-    keys = example_keys(featurizer.key, ids)
+    keys = example_keys(key, numbered.ids)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (numbered.batch, keys)
     )
@@ -275,7 +287,11 @@ def _weighted_gram(x: jax.Array, weights: jax.Array, factored: Factored) -> jax.
     x = jnp.where(weights > 0, x, 0)
     x = jnp.moveaxis(x * jnp.sqrt(weights), 0, -3)  # [*stack, b, t, f]
     rows = x.reshape(*factored.lead, -1, x.shape[-1])
-    return jnp.einsum("...ti,...tj->...ij", rows, rows, precision="highest")
+    layers = tuple(range(len(factored.lead)))
+    positions = (len(layers),)
+    # Not einsum, which transposes first: 40 ms against 27 for [2048, 1024] on two cores.
+    dimensions = ((positions, positions), (layers, layers))
+    return jax.lax.dot_general(rows, rows, dimensions, precision="highest")  # [*stack, f, f]
 
 
 def _narrowing(key: Key, factored: Factored, size: int) -> jax.Array | None:

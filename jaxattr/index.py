@@ -148,14 +148,14 @@ def build_index(
     finite = functools.reduce(np.logical_and, [result.finite for result in passes])
     _report(np.flatnonzero(~finite), source.size, "training examples")
     kept = jnp.asarray(finite)[:, None]
-    columns = [one.features * scale for one, scale in zip(passes, eta, strict=True)]
+    features = _joined([one.features for one in passes], eta, None if finite.all() else kept)
     selves = [one.self_contributions * scale for one, scale in zip(passes, eta, strict=True)]
     residual = sum(result.residual for result in passes) / len(passes)
     return Index(
         method=method,
         featurizer=featurize,
         checkpoints=parameters,
-        features=jnp.where(kept, jnp.concatenate(columns, axis=1), 0),
+        features=features,
         residual=jnp.where(kept[:, 0], residual, 0),
         self_contributions=jnp.where(kept, functools.reduce(jnp.add, selves), 0),
         non_finite=np.flatnonzero(~finite),
@@ -259,15 +259,15 @@ def _one_checkpoint(method: Method, over: TrainingPass) -> _Pass:
     statistics: Any = None
     residuals, finite, kept, start = [], [], [], 0
     for numbered, clean in over.features(fitted, "features"):
-        phi = clean.features
+        real = int(numbered.real.sum())
+        phi = clean.features if real == len(clean.features) else clean.features[:real]
         if rows is None:
             rows = jnp.zeros((over.source.size, layout.total), phi.dtype)
             statistics = method.kernel.init(layout, over.source.size, phi.dtype)
         rows, statistics = _accumulate(
             method.kernel.update, rows, statistics, phi, start, clean.kept.sum()
         )
-        start += phi.shape[0]
-        real = int(numbered.real.sum())
+        start += real
         residuals.append(clean.residual[:real])
         finite.append(np.asarray(clean.finite)[:real])
         kept.append(clean.kept[:real])
@@ -277,16 +277,14 @@ def _one_checkpoint(method: Method, over: TrainingPass) -> _Pass:
             f"No training example has a finite gradient at checkpoint {over.number}: the "
             "parameters or the data are not finite, or the training diverged. Check the checkpoint."
         )
-    mapped, operator, errors = rows, None, None
+    operator = None
     if not method.kernel.identity:
         surroundings = _surroundings(over, fitted, jnp.concatenate(kept))
         operator = method.kernel.finalize(statistics, surroundings)
-        mapped, errors = _apply_in_blocks(method.kernel, operator, rows, over.batch_size)
-    of_queries = method.kernel.of_queries
-    raw = rows if of_queries is None else jax.jit(of_queries)(operator, rows)
-    selves = _self_contributions(layout, raw, mapped)
+    del statistics
+    rows, selves, errors = _apply(method.kernel, layout, operator, rows, over.batch_size)
     return _Pass(
-        mapped,
+        rows,
         jnp.concatenate(residuals),
         selves,
         np.concatenate(finite),
@@ -294,6 +292,14 @@ def _one_checkpoint(method: Method, over: TrainingPass) -> _Pass:
         operator,
         errors,
     )
+
+
+def _joined(parts: list[Features], eta: Sequence[float], kept: jax.Array | None) -> Features:
+    """Scales and joins the checkpoints' features, copying only what must be."""
+    if any(scale != 1 for scale in eta):
+        parts = [part * scale for part, scale in zip(parts, eta, strict=True)]
+    joined = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    return joined if kept is None else jnp.where(kept, joined, 0)
 
 
 def _surroundings(over: TrainingPass, fitted: Fitted, kept: jax.Array) -> Surroundings:
@@ -331,9 +337,41 @@ def _checkpoints(checkpoints: Params | Sequence[Params]) -> tuple[Params, ...]:
 def _accumulate(
     update: Any, rows: Features, statistics: Any, phi: Features, start: int, kept: jax.Array
 ) -> tuple[Features, Any]:
-    # Rows past the end, the padding of the last block, are dropped.
-    rows = rows.at[start + jnp.arange(phi.shape[0])].set(phi, mode="drop")
+    rows = jax.lax.dynamic_update_slice_in_dim(rows, phi, start, 0)
     return rows, update(statistics, phi, jnp.asarray(start), kept)
+
+
+def _apply(
+    kernel: Kernel, layout: FeatureLayout, operator: Any, rows: Features, batch_size: int
+) -> tuple[Features, jax.Array, np.ndarray | None]:
+    """Replaces rows by K phi, block by block and in place.
+
+    Returns:
+      K phi [n, p]; contributions of examples to their own scores [n, m]; and, where K is solved
+      with, the relative residual of each solve [n].
+    """
+    n = rows.shape[0]
+    starts = range(0, n, batch_size)
+    selves, errors = [], []
+    # Programs apart, since XLA fuses them into one that takes twice as long on a CPU.
+    apply, residual = _compiled_kernel(kernel)
+    for start in track(starts, kernel.name, len(starts)):
+        phi = rows[start : min(start + batch_size, n)]
+        mapped, of_queries = apply(operator, phi)
+        selves.append(_self_contributions(layout, of_queries, mapped))
+        if residual is not None:
+            errors.append(np.asarray(residual(operator, phi, mapped)))
+        rows = _write(rows, mapped, start)
+    return rows, jnp.concatenate(selves), np.concatenate(errors) if errors else None
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_kernel(kernel: Kernel) -> tuple[Any, Any]:
+    def apply(operator: Any, phi: Features) -> tuple[Features, Features]:
+        of_queries = phi if kernel.of_queries is None else kernel.of_queries(operator, phi)
+        return kernel.apply(operator, phi), of_queries
+
+    return jax.jit(apply), None if kernel.residual is None else jax.jit(kernel.residual)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -342,20 +380,9 @@ def _self_contributions(layout: FeatureLayout, phi: Features, mapped: Features) 
     return jnp.stack([products[:, part].sum(axis=1) for part in layout.slices.values()], axis=1)
 
 
-def _apply_in_blocks(
-    kernel: Kernel, operator: Any, rows: Features, batch_size: int
-) -> tuple[Features, np.ndarray | None]:
-    """K phi of all training examples, and the relative residual of each where K is solved with."""
-    apply = jax.jit(kernel.apply)
-    check = None if kernel.residual is None else jax.jit(kernel.residual)
-    starts = range(0, rows.shape[0], batch_size)
-    mapped, errors = [], []
-    for start in track(starts, kernel.name, len(starts)):
-        phi = rows[start : start + batch_size]
-        mapped.append(apply(operator, phi))
-        if check is not None:
-            errors.append(np.asarray(check(operator, phi, mapped[-1])))
-    return jnp.concatenate(mapped), np.concatenate(errors) if errors else None
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(rows: Features, block: Features, start: int) -> Features:
+    return jax.lax.dynamic_update_slice_in_dim(rows, block, start, 0)
 
 
 def _solve_errors(method: Method, passes: Sequence[_Pass]) -> np.ndarray | None:

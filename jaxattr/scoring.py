@@ -213,7 +213,8 @@ def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:
 
 def _expand(layout: FeatureLayout, w: jax.Array, phi: Features) -> Features:
     """Repeats each group's weight over its columns, and those over the checkpoints."""
-    columns = jnp.repeat(w, np.asarray(layout.dims), total_repeat_length=layout.total)
+    # Not jnp.repeat, which has the compiler fold a sum over all columns.
+    columns = w[np.repeat(np.arange(len(layout.dims)), layout.dims)]
     return jnp.tile(columns, phi.shape[1] // layout.total).astype(phi.dtype)  # [c * p]
 
 

@@ -179,9 +179,9 @@ def _classifier(module: nnx.Module, batch: int) -> Subject:
 
 
 def _split(module: Any) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
-    graph, params, rest = nnx.split(module, nnx.Param, nnx.filterlib.Everything())
+    graph, params, *rest = nnx.split(module, nnx.Param, ...)
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
-        return nnx.merge(graph, nnx.State(params), rest)(x)
+        return nnx.merge(graph, nnx.State(params), *rest)(x)
 
     return apply, nnx.to_pure_dict(params)
