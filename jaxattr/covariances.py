@@ -8,8 +8,8 @@ is nearly diagonal.
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -176,7 +176,8 @@ def _covariances(
     }
     if not factored:
         return {}, {}
-    step = _compiled_sums(featurizer.rule.output, featurizer.plan.factored, mask)
+    output = cast(Hashable, featurizer.rule.output)
+    step = _compiled_sums(output, featurizer.plan.factored, mask)
     sums = None
     # All activations of a batch are in memory at once, so batches are small.
     size = min(over.batch_size, featurizer.microbatch, _MICROBATCH)
@@ -195,11 +196,11 @@ def _sum(a: Any, b: Any) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _compiled_sums(
-    output: OutputFn, factored: tuple[Factored, ...], mask: MaskFn | None
+    output: Hashable, factored: tuple[Factored, ...], mask: MaskFn | None
 ) -> Callable[..., dict[str, Covariance]]:
     """The jitted step, compiled once for all checkpoints."""
     by_leaf = {each.map.leaf: each for each in factored}
-    return jax.jit(functools.partial(_sums_of_batch, output, by_leaf, mask))
+    return jax.jit(functools.partial(_sums_of_batch, cast(OutputFn, output), by_leaf, mask))
 
 
 def _sums_of_batch(
