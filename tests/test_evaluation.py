@@ -164,14 +164,14 @@ def test_shapes_that_do_not_match(scores, masks, outputs, message):
 def test_mislabel_auc_is_the_area_under_the_curve():
     rng = np.random.default_rng(0)
     values, wrong = np.round(rng.normal(size=50), 1), rng.random(50) < 0.3
-    assert ja.mislabel_auc(values, wrong) == pytest.approx(roc_auc_score(wrong, values))
-    assert ja.mislabel_auc(np.zeros(50), wrong) == 0.5
+    assert ja.evaluation.mislabel_auc(values, wrong) == pytest.approx(roc_auc_score(wrong, values))
+    assert ja.evaluation.mislabel_auc(np.zeros(50), wrong) == 0.5
     values[wrong] = np.nan
-    assert ja.mislabel_auc(values, wrong) == 0
+    assert ja.evaluation.mislabel_auc(values, wrong) == 0
     with pytest.raises(ValueError, match="some examples of each kind, got 0"):
-        ja.mislabel_auc(values, np.zeros(50, bool))
+        ja.evaluation.mislabel_auc(values, np.zeros(50, bool))
     with pytest.raises(ValueError, match="must be bool"):
-        ja.mislabel_auc(values, np.zeros(50))
+        ja.evaluation.mislabel_auc(values, np.zeros(50))
 
 
 def test_flipped_labels():

@@ -244,7 +244,9 @@ def _mislabel_auc(
         return {}  # unit vectors: self-influence is one for all
     misled = index_of(method, subject.misled, subject.mislabelled, groups)
     return {
-        name: ja.mislabel_auc(ja.self_influence(misled, weights=weights[name]), subject.flipped)
+        name: ja.evaluation.mislabel_auc(
+            ja.self_influence(misled, weights=weights[name]), subject.flipped
+        )
         for name in ("uniform", "learned")
     }
 

@@ -1,0 +1,305 @@
+"""Methods whose kernel is the curvature of the loss: LoGRA, K-FAC, EK-FAC, TrackStar and others.
+
+As in `methods`, each is a composition of an output function, a projection and a kernel.
+"""
+
+from typing import Any, Literal, TypeAlias
+
+from jaxattr import covariances, kernels, projections, second_moments
+from jaxattr.covariances import MaskFn, SampleFn
+from jaxattr.features import FeatureRule
+from jaxattr.kernels import Damping
+from jaxattr.methods import Method
+from jaxattr.projections import Projection
+from jaxattr.typing import OutputFn, Params
+
+Fisher: TypeAlias = Literal["empirical", "true"]
+
+
+def logra(
+    loss: OutputFn,
+    *,
+    rank: int = 16,
+    basis: Literal["random", "pca"] = "random",
+    damping: Damping | None = None,
+) -> Method:
+    r"""LoGRA: two-sided projections of each weight gradient, and their inverse Gram matrix.
+
+    .. math:: \tau = \sum_j \phi_j(q)^\top (\Phi_j^\top\Phi_j + \lambda I)^{-1} \phi_j(n),
+              \qquad \phi = \mathrm{vec}(A^\top \nabla_W\ell\, B)
+
+    with a Gram matrix per group j; group by layer to have LoGRA's.
+
+    Guarantees: no weight gradient of a linear map is formed. With a rank as large as every layer,
+    exact (block-diagonal empirical Fisher influence).
+    Cost: less than a training step per batch; rank^2 features per linear map.
+
+    Args:
+      loss: (params, example, key) -> scalar, summed over the example's tokens or pixels.
+      rank: largest number of features per side; a smaller side is kept whole.
+      basis: "random" signs, or "pca", the leading eigenvectors of the covariances of inputs and
+        cotangents, at the price of one more pass over the data.
+      damping: of the Gram matrix, which carries no 1/n. Default: `relative(0.1)`.
+
+    Returns:
+      The method.
+
+    References:
+      Choe et al. (2024), arXiv:2405.13954, sections 3.1 and 3.2. Deviations: A and B are scaled so
+      that inner products are unbiased; biases are included, and parameters of no linear map too.
+    """
+    if basis not in ("random", "pca"):
+        raise ValueError(f"basis must be 'random' or 'pca', got {basis!r}.")
+    chosen = None
+    if basis == "pca":
+        chosen = covariances.eigenbasis(eigenvalues=False, name="leading eigenvectors")
+    rule = FeatureRule(loss, projections.two_sided(rank, basis=chosen))
+    kernel = kernels.gram(_or_relative(damping))
+    return Method(
+        "LoGRA" if basis == "random" else "LoGRA-PCA", rule, kernel, references=("logra",)
+    )
+
+
+def kfac(
+    loss: OutputFn,
+    *,
+    damping: Damping | None = None,
+    rank: int = 128,
+    fisher: Fisher = "empirical",
+    sample: SampleFn | None = None,
+    mask: MaskFn | None = None,
+    bands: int = 1,
+) -> Method:
+    r"""K-FAC influence: the Fisher matrix of a layer as a product of two covariances.
+
+    .. math:: \tau = \sum_\ell \phi_\ell(q)^\top
+              \mathrm{diag}(\lambda_A \otimes \lambda_S + \lambda)^{-1} \phi_\ell(n),
+              \qquad \phi = \mathrm{vec}(Q_A^\top \nabla_{[W; b]}\ell\; Q_S)
+
+    The covariances are means over positions. Parameters of no linear map get a diagonal Fisher.
+
+    Guarantees and cost: as `ekfac`.
+
+    Args:
+      loss: see `ekfac`, as for all that follow.
+      damping: see there.
+      rank: see there.
+      fisher: see there.
+      sample: see there.
+      mask: see there.
+      bands: see there.
+
+    Returns:
+      The method.
+
+    References:
+      Martens and Grosse (2015), arXiv:1503.05671, section 3.
+    """
+    rule = _eigen_rule(loss, True, rank, fisher, sample, mask, bands)
+    kernel = kernels.second_moment(_or_relative(damping))
+    return Method("K-FAC", rule, kernel, references=("kfac",))
+
+
+def ekfac(
+    loss: OutputFn,
+    *,
+    damping: Damping | None = None,
+    rank: int = 128,
+    fisher: Fisher = "empirical",
+    sample: SampleFn | None = None,
+    mask: MaskFn | None = None,
+    bands: int = 1,
+) -> Method:
+    r"""EK-FAC influence: in K-FAC's eigenbasis, each feature divided by its own mean square.
+
+    .. math:: \tau = \sum_\ell \phi_\ell(q)^\top \mathrm{diag}(\Lambda + \lambda)^{-1}
+              \phi_\ell(n), \qquad \Lambda_i = \tfrac1N \sum_n \phi_i(n)^2
+
+    Scores carry no 1/n: the curvature is a mean over training examples. Parameters of no linear map
+    get a diagonal Fisher.
+
+    Guarantees: exact EK-FAC for layers with at most `rank` inputs (bias included) and outputs. Of
+    larger ones the leading eigenvectors of each side are kept, a heuristic;
+    `index.fitted[c].captured` is the share of the trace that they hold, and `build_index` warns
+    where it is below a half.
+    Cost: a pass for the covariances (see `covariances.eigenbasis`), one for the features, which are
+    in memory; one more for sampled labels.
+
+    Args:
+      loss: (params, example, key) -> scalar, summed over the example's tokens or pixels.
+      damping: added to Lambda; relative to its mean, layer by layer. Default: `relative(0.1)`.
+      rank: eigenvectors per side, at most.
+      fisher: "empirical", of the data's own labels; or "true", of labels drawn from the model.
+      sample: (params, example, key) -> the example with labels drawn from the model, for
+        `fisher="true"`. Default: the loss's attribute `sample`.
+      mask: (example) -> [t], which token positions count in the covariances. The loss must ignore
+        the others already. Applied to maps with t positions.
+      bands: splits each side of each layer's eigenbasis into so many groups, from large to small
+        eigenvalues: groups `layer[i,j]`, for weights by curvature.
+
+    Returns:
+      The method.
+
+    Raises:
+      ValueError: if `fisher="true"` without a way to sample.
+
+    References:
+      Grosse et al. (2023), arXiv:2308.03296, section 2; George et al. (2018), arXiv:1806.03884.
+    """
+    rule = _eigen_rule(loss, False, rank, fisher, sample, mask, bands)
+    kernel = kernels.second_moment(_or_relative(damping))
+    return Method("EK-FAC", rule, kernel, references=("ekfac", "kfac"))
+
+
+def trackstar(
+    loss: OutputFn,
+    optimizer_states: Any,
+    params: Params,
+    *,
+    rank: int = 16,
+    queries: Any = None,
+    mixing: float | None = None,
+    damping: Damping | None = None,
+    rank_one: bool = False,
+    epsilon: float = 1e-8,
+) -> Method:
+    r"""TrackStar: gradients over second moments, projected, whitened, and scaled to unit norm.
+
+    .. math:: u(x) = R^{-1/2} \, \mathrm{vec}\big(A^\top (\nabla\ell / \sqrt V) B\big), \qquad
+              \tau = \frac{u(q)^\top u(n)}{\|u(q)\| \|u(n)\|}
+
+    Guarantees: scores lie in [-1, 1]. Weight gradients are formed, a microbatch at a time, unless
+    `rank_one`.
+    Cost: as exact gradients; with `rank_one` as `logra`.
+
+    Args:
+      loss: (params, example, key) -> scalar, summed over the target's tokens.
+      optimizer_states: an Optax state that holds second moments (Adam, RMSProp, Adafactor), or a
+        list of them, one per checkpoint.
+      params: the parameters, or their shapes, that the states belong to.
+      rank: features per side of each linear map.
+      queries: examples whose common directions are downweighted too, such as the queries; or None.
+      mixing: share of the queries' autocorrelation in R; see `kernels.autocorrelation`.
+      damping: of R. Default: `relative(0.1)`.
+      rank_one: approximates V of a linear map by its row and column means, as Adafactor does, for
+        which it is exact. Then no weight gradient is formed.
+      epsilon: added to the root of V.
+
+    Returns:
+      The method.
+
+    Raises:
+      ValueError: if a state has no second moments.
+
+    References:
+      Chang et al. (2024), arXiv:2410.17413, section 3. Deviation: one block of R per group.
+    """
+    several = isinstance(optimizer_states, list)
+    states = optimizer_states if several else [optimizer_states]
+    moments = [second_moments.second_moments(state, params) for state in states]
+    basis = second_moments.scaled_signs(moments, rank_one=rank_one, epsilon=epsilon)
+    rule = FeatureRule(loss, projections.two_sided(rank, basis=basis))
+    kernel = kernels.autocorrelation(_or_relative(damping), queries=queries, mixing=mixing)
+    return Method("TrackStar", rule, kernel, references=("trackstar",))
+
+
+def influence(
+    loss: OutputFn,
+    *,
+    damping: Damping,
+    solver: Literal["exact", "cg"] = "exact",
+    tolerance: float = 1e-4,
+    iterations: int = 100,
+    positive_only: bool = False,
+    projection: Projection | None = None,
+) -> Method:
+    r"""Influence functions with the Hessian of the mean training loss.
+
+    .. math:: \tau = \nabla\ell(q)^\top (H + \lambda I)^{-1} \nabla\ell(n)
+
+    Positive where up-weighting n lowers the query's loss; no 1/n.
+
+    Guarantees: exact up to rounding, or up to `tolerance`.
+    Cost: exact, p Hessian products and p^3, for some thousands of parameters; by conjugate
+    gradients, a Hessian product with the training set per iteration and training example, since
+    the kernel acts on the training side.
+
+    Args:
+      loss: (params, example, key) -> scalar, summed over the example's tokens or pixels.
+      damping: added to the eigenvalues of H, which may be negative; `absolute(x)` for "cg".
+      solver: "exact", or "cg", whose convergence is in `index.solve_errors`.
+      tolerance: relative residual at which conjugate gradients end.
+      iterations: at most so many.
+      positive_only: maps directions whose damped eigenvalue is not positive to zero; "exact" only.
+      projection: influence within a random subspace, for larger models. Default: none.
+
+    Returns:
+      The method.
+
+    References:
+      Koh and Liang (2017), arXiv:1703.04730, Eq. 2.
+    """
+    if solver not in ("exact", "cg"):
+        raise ValueError(f"solver must be 'exact' or 'cg', got {solver!r}.")
+    if positive_only and solver == "cg":
+        raise ValueError("positive_only needs eigenvectors: use solver='exact'.")
+    kernel = (
+        kernels.inverse_hessian(damping, positive_only=positive_only)
+        if solver == "exact"
+        else kernels.conjugate_gradient(damping, tolerance=tolerance, iterations=iterations)
+    )
+    rule = FeatureRule(loss, projections.identity() if projection is None else projection)
+    return Method("Influence", rule, kernel, references=("influence",))
+
+
+def data_inf(
+    loss: OutputFn, *, damping: Damping | None = None, projection: Projection | None = None
+) -> Method:
+    """DataInf: averages the inverses of single-example Fisher matrices, group by group.
+
+    Guarantees and cost: see `kernels.data_inf`.
+
+    Args:
+      loss: (params, example, key) -> scalar, summed over the example's tokens or pixels.
+      damping: relative to the mean eigenvalue of the Fisher matrix. Default: `relative(0.1)`.
+      projection: of each group's gradient. Default: `rademacher(1024)`.
+
+    Returns:
+      The method.
+
+    References:
+      Kwon et al. (2024), arXiv:2310.00902, Eq. 5.
+    """
+    chosen = projections.rademacher(1024) if projection is None else projection
+    kernel = kernels.data_inf(_or_relative(damping))
+    return Method("DataInf", FeatureRule(loss, chosen), kernel, references=("data_inf",))
+
+
+def _or_relative(damping: Damping | None) -> Damping:
+    return kernels.relative(0.1) if damping is None else damping
+
+
+def _eigen_rule(
+    loss: OutputFn,
+    eigenvalues: bool,
+    rank: int,
+    fisher: Fisher,
+    sample: SampleFn | None,
+    mask: MaskFn | None,
+    bands: int,
+) -> FeatureRule:
+    if fisher not in ("empirical", "true"):
+        raise ValueError(f"fisher must be 'empirical' or 'true', got {fisher!r}.")
+    sample = getattr(loss, "sample", None) if sample is None else sample
+    if fisher == "true" and sample is None:
+        raise ValueError(
+            "The true Fisher needs labels drawn from the model: pass sample=, a function (params, "
+            "example, key) -> the example with other labels, or use fisher='empirical'."
+        )
+    basis = covariances.eigenbasis(
+        eigenvalues=eigenvalues,
+        sample=sample if fisher == "true" else None,
+        mask=mask,
+        bands=bands,
+    )
+    return FeatureRule(loss, projections.two_sided(rank, basis=basis))
