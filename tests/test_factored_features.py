@@ -207,6 +207,27 @@ def test_no_array_of_a_weight_gradient_per_example_is_in_the_program():
     assert largest(materialized(4)) >= b * i * o  # the search does find them
 
 
+def test_memory_grows_with_the_rank_and_not_with_the_parameters():
+    """Twice the examples need more by their activations and features, not by weight gradients."""
+    width, t, b = 256, 2, 16
+    params = {"w": jnp.ones((width, width)), "v": jnp.ones((width, width))}
+
+    def loss(params, example, key):
+        del key
+        return jnp.sum(jnp.tanh(example @ params["w"]) @ params["v"])
+
+    method = ja.tracin(loss, projection=projections.two_sided(4))
+    featurize = ja.featurizer(method, params, jnp.ones((t, width)))
+
+    def memory(b):
+        program = jax.jit(featurize).lower(params, jnp.ones((b, t, width))).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    per_example = (memory(2 * b) - memory(b)) / b
+    assert per_example < 8 * 10 * t * width  # ten activations in float64
+    assert per_example < 8 * width * width / 10  # a tenth of one weight gradient
+
+
 def _sizes(program):
     import math
     import re

@@ -62,18 +62,13 @@ def best_stages(subject: Subject, batch: int, repeats: int) -> dict[str, float]:
     return {stage: min(run[stage] for run in runs) for stage in runs[0]}
 
 
-def dense_layers(params: Any) -> Any:
-    """Groups of the layers in the blocks alone: no embeddings, no norms."""
-    return ja.by_layer(params, exclude=r"norm|^embed|^position|^patches|^head|^prepare/norm")
-
-
 def _stages(subject: Subject, method: ja.Method, batch: int) -> dict[str, float]:
     spent: dict[str, float] = {}
     names = {"_covariances": "covariances", "_eigen": "eigenvectors"}
     with _timed(covariances, names, spent):
         started = time.perf_counter()
         index = ja.build_index(
-            method, subject.params, subject.batch, groups=dense_layers, batch_size=batch
+            method, subject.params, subject.batch, groups=models.dense_layers, batch_size=batch
         )
         jax.block_until_ready(index.features)
         total = time.perf_counter() - started

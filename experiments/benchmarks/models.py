@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+import jaxattr as ja
 from jaxattr.typing import OutputFn
 
 
@@ -162,6 +163,11 @@ def vit(batch: int, *, width: int = 192, depth: int = 6) -> Subject:
 
 
 ALL: dict[str, Callable[[int], Subject]] = {"gpt": gpt, "resnet9": resnet9, "vit": vit}
+
+
+def dense_layers(params: Any) -> Any:
+    """Groups of the layers in the blocks alone: no embeddings, no norms."""
+    return ja.by_layer(params, exclude=r"norm|^embed|^position|^patches|^head")
 
 
 def _classifier(module: nnx.Module, batch: int) -> Subject:

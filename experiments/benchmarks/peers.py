@@ -133,7 +133,7 @@ def features_table(batch: int, repeats: int) -> Table:
     model = GPT()
     method = ja.tracin(subject.loss, projection=ja.projections.two_sided(RANK))
     featurize = ja.featurizer(
-        method, subject.params, subject.batch[0], groups=ekfac.dense_layers, microbatch=batch
+        method, subject.params, subject.batch[0], groups=models.dense_layers, microbatch=batch
     )
 
     def torch_gradient() -> None:
