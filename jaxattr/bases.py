@@ -59,7 +59,8 @@ class Fitted(NamedTuple):
       sides: {leaf: A and B}; empty where they are drawn at random.
       scales: {leaf: what its gradient is multiplied with, elementwise}; empty for ones.
       curvature: eigenvalue of each feature [p], NaN where it is not known; or None.
-      captured: {leaf: share of the trace of the covariances that A and B span, [2]}.
+      captured: {leaf: share of the trace of the covariances that A and B hold, [2]}; of a side
+        that was narrowed at random first, of the trace that was left.
     """
 
     sides: dict[str, Sides]
@@ -79,6 +80,7 @@ class Basis(NamedTuple):
       draw: (key, linear map) -> A and B, for a basis that needs no data; else None. Jittable.
       fit: (a pass over the training data) -> what was fitted, for a basis that needs it; else None.
       rank: largest number of features per side; None for no limit.
+      narrow: (a, b): a side of more than a has at most b features; None for no such limit.
       bands: into how many groups each side is split.
       materialize: whether the gradient of a linear map must be formed, because it is scaled
         elementwise.
@@ -88,12 +90,16 @@ class Basis(NamedTuple):
     draw: Callable[[Key, Factored], Sides] | None
     fit: Callable[[Any], Fitted] | None = None
     rank: int | None = None
+    narrow: tuple[int, int] | None = None
     bands: int = 1
     materialize: bool = False
 
     def side(self, size: int) -> int:
         """Returns the number of features of a side with so many inputs or outputs."""
-        return size if self.rank is None else min(size, self.rank)
+        kept = size if self.rank is None else min(size, self.rank)
+        if self.narrow is not None and size > self.narrow[0]:
+            kept = min(kept, self.narrow[1])
+        return kept
 
 
 def signs() -> Basis:

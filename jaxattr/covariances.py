@@ -8,8 +8,8 @@ is nearly diagonal.
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxattr import linear_maps
 from jaxattr.bases import Basis, Factored, Fitted, Sides
+from jaxattr.features import FeatureRule
 from jaxattr.keys import example_keys, named_key
 from jaxattr.linear_maps import Captured
 from jaxattr.training_passes import NumberedBatch, TrainingPass
@@ -41,7 +42,7 @@ class Covariance(NamedTuple):
     Attributes:
       inputs: of x^T x, [in, in], or [stack, in, in].
       cotangents: of d^T d, [out, out], or [stack, out, out].
-      positions: how many.
+      positions: how many, [], or [stack].
     """
 
     inputs: jax.Array
@@ -63,8 +64,8 @@ def eigenbasis(
     the batch size; examples that are not finite are left out. A side with more than 4,096 inputs
     or outputs is first projected by random signs to 1,024.
     Cost: a pass over the data without weight gradients, b t (in^2 + out^2) operations each batch,
-    and an eigendecomposition in float64 on the host per side and layer. A second pass for
-    `eigenvalues=False` with `sample`.
+    and an eigendecomposition in float64 on the host per side and layer. With `sample`, a second
+    pass, unless `eigenvalues` leave no feature without.
 
     Args:
       eigenvalues: whether the products of the covariances' eigenvalues are the curvature of the
@@ -91,7 +92,7 @@ def eigenbasis(
         captured, curvature = {}, {}
         for factored in over.featurizer.plan.factored:
             leaf = factored.map.leaf
-            found = [_eigen(matrix) for matrix in _means(covariances[leaf])]
+            found = [_eigen(matrix) for matrix in _means(covariances[leaf], factored.map.groups)]
             ranks = (factored.left, factored.right)
             kept = [
                 (values[..., :rank], vectors[..., :rank])
@@ -109,14 +110,12 @@ def eigenbasis(
         _warn_of_loss(captured)
         fitted = Fitted(sides, {}, None, captured)
         known = np.full(over.featurizer.layout.total, np.nan)
-        if sampler is not None:
+        values = over.featurizer.plan.scatter(curvature) if eigenvalues else known
+        if sampler is not None and np.isnan(values).any():
             known = _second_moments(over, fitted, sampler)
-        if eigenvalues:
-            values = over.featurizer.plan.scatter(curvature)
-            known = np.where(np.isnan(values), known, values)
-        return fitted._replace(curvature=jnp.asarray(known))
+        return fitted._replace(curvature=jnp.asarray(np.where(np.isnan(values), known, values)))
 
-    return Basis(name, None, fit, bands=bands)
+    return Basis(name, None, fit, bands=bands, narrow=(_WIDE, _NARROW))
 
 
 class TruncationWarning(UserWarning):
@@ -145,11 +144,16 @@ def _sampler(sample: SampleFn, over: TrainingPass) -> Callable[[NumberedBatch], 
             f"structure, shapes and dtypes: got {describe(drawn)}, needed {describe(example)}."
         )
 
-    return functools.partial(_compiled_sampler(sample), over.featurizer.key, over.params)
+    step = _compiled_sampler(sample, over.featurizer.rule)
+    return functools.partial(step, over.featurizer.key, over.params)
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_sampler(sample: SampleFn) -> Callable[[Key, Params, NumberedBatch], NumberedBatch]:
+def _compiled_sampler(
+    sample: SampleFn, rule: FeatureRule
+) -> Callable[[Key, Params, NumberedBatch], NumberedBatch]:
+    del rule  # another method is another program: what the function closes over may have changed
+
     def draw(key: Key, params: Params, numbered: NumberedBatch) -> NumberedBatch:
         keys = example_keys(key, numbered.ids, "labels")
         batch = jax.vmap(sample, in_axes=(None, 0, 0))(params, numbered.batch, keys)
@@ -176,8 +180,7 @@ def _covariances(
     }
     if not factored:
         return {}, {}
-    output = cast(Hashable, featurizer.rule.output)
-    step = _compiled_sums(output, featurizer.plan.factored, mask)
+    step = _compiled_sums(featurizer.rule, featurizer.plan.factored, mask)
     sums = None
     # All activations of a batch are in memory at once, so batches are small.
     size = min(over.batch_size, featurizer.microbatch, _MICROBATCH)
@@ -196,11 +199,11 @@ def _sum(a: Any, b: Any) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _compiled_sums(
-    output: Hashable, factored: tuple[Factored, ...], mask: MaskFn | None
+    rule: FeatureRule, factored: tuple[Factored, ...], mask: MaskFn | None
 ) -> Callable[..., dict[str, Covariance]]:
     """The jitted step, compiled once for all checkpoints."""
     by_leaf = {each.map.leaf: each for each in factored}
-    return jax.jit(functools.partial(_sums_of_batch, cast(OutputFn, output), by_leaf, mask))
+    return jax.jit(functools.partial(_sums_of_batch, rule.output, by_leaf, mask))
 
 
 def _sums_of_batch(
@@ -257,7 +260,7 @@ def _covariance(
             Covariance(
                 _weighted_gram(inputs, weights, factored),
                 _weighted_gram(_project(use.cotangents, narrow_outputs), weights, factored),
-                jnp.sum(weights),
+                jnp.sum(weights) * use.applied[0].astype(weights.dtype),
             )
         )
     return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), totals)
@@ -266,9 +269,11 @@ def _covariance(
 def _inputs(factored: Factored, inputs: jax.Array, narrow: jax.Array | None) -> jax.Array:
     """Inputs [b, *stack, t, in], with a one for the bias; ids become rows of the projection."""
     if jnp.issubdtype(inputs.dtype, jnp.integer):
+        size = factored.map.size_in
         if narrow is not None:
-            return narrow.at[inputs].get(mode="fill", fill_value=0)
-        return jax.nn.one_hot(inputs, factored.map.size_in, dtype=factored.dtype)
+            rows = narrow[:size].at[inputs].get(mode="fill", fill_value=0)
+            return rows + jnp.broadcast_to(narrow[size], rows.shape) if factored.bias else rows
+        inputs = jax.nn.one_hot(inputs, size, dtype=factored.dtype)
     inputs = inputs.astype(factored.dtype)
     if factored.bias:
         ones = jnp.ones((*inputs.shape[:-1], 1), inputs.dtype)
@@ -301,11 +306,12 @@ def _narrowing(key: Key, factored: Factored, size: int) -> jax.Array | None:
     return jax.random.rademacher(key, (size, _NARROW), factored.dtype) / _NARROW**0.5
 
 
-def _means(covariance: Covariance) -> tuple[np.ndarray, np.ndarray]:
-    count = max(float(covariance.positions), 1.0)
+def _means(covariance: Covariance, groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Means over positions; a convolution's feature groups share a position's cotangents."""
+    positions = np.maximum(np.asarray(covariance.positions, np.float64), 1.0)[..., None, None]
     return (
-        np.asarray(covariance.inputs, np.float64) / count,
-        np.asarray(covariance.cotangents, np.float64) / count,
+        np.asarray(covariance.inputs, np.float64) / positions,
+        np.asarray(covariance.cotangents, np.float64) / (positions / groups),
     )
 
 

@@ -76,7 +76,8 @@ def kfac(
               \mathrm{diag}(\lambda_A \otimes \lambda_S + \lambda)^{-1} \phi_\ell(n),
               \qquad \phi = \mathrm{vec}(Q_A^\top \nabla_{[W; b]}\ell\; Q_S)
 
-    The covariances are means over positions. Parameters of no linear map get a diagonal Fisher.
+    The covariances are means over positions. Parameters of no linear map get a diagonal Fisher, in
+    a random basis where a group has more than rank^2 of them.
 
     Guarantees and cost: as `ekfac`.
 
@@ -116,7 +117,7 @@ def ekfac(
               \phi_\ell(n), \qquad \Lambda_i = \tfrac1N \sum_n \phi_i(n)^2
 
     Scores carry no 1/n: the curvature is a mean over training examples. Parameters of no linear map
-    get a diagonal Fisher.
+    get a diagonal Fisher, in a random basis where a group has more than rank^2 of them.
 
     Guarantees: exact EK-FAC for layers with at most `rank` inputs (bias included) and outputs. Of
     larger ones the leading eigenvectors of each side are kept, a heuristic;
@@ -168,14 +169,14 @@ def trackstar(
     .. math:: u(x) = R^{-1/2} \, \mathrm{vec}\big(A^\top (\nabla\ell / \sqrt V) B\big), \qquad
               \tau = \frac{u(q)^\top u(n)}{\|u(q)\| \|u(n)\|}
 
-    Guarantees: scores lie in [-1, 1]. Weight gradients are formed, a microbatch at a time, unless
-    `rank_one`.
+    Guarantees: scores lie in [-1, 1]; checkpoints are averaged. Weight gradients are formed, a
+    microbatch at a time, unless `rank_one`.
     Cost: as exact gradients; with `rank_one` as `logra`.
 
     Args:
       loss: (params, example, key) -> scalar, summed over the target's tokens.
-      optimizer_states: an Optax state that holds second moments (Adam, RMSProp, Adafactor), or a
-        list of them, one per checkpoint.
+      optimizer_states: an Optax state that holds second moments (Adam, RMSProp, Adafactor), or the
+        moments themselves, a pytree like the parameters; or a list, one per checkpoint.
       params: the parameters, or their shapes, that the states belong to.
       rank: features per side of each linear map.
       queries: examples whose common directions are downweighted too, such as the queries; or None.
@@ -183,7 +184,7 @@ def trackstar(
       damping: of R. Default: `relative(0.1)`.
       rank_one: approximates V of a linear map by its row and column means, as Adafactor does, for
         which it is exact. Then no weight gradient is formed.
-      epsilon: added to the root of V.
+      epsilon: added to the root of V; with `rank_one`, its square is added to V.
 
     Returns:
       The method.
@@ -200,7 +201,7 @@ def trackstar(
     basis = second_moments.scaled_signs(moments, rank_one=rank_one, epsilon=epsilon)
     rule = FeatureRule(loss, projections.two_sided(rank, basis=basis))
     kernel = kernels.autocorrelation(_or_relative(damping), queries=queries, mixing=mixing)
-    return Method("TrackStar", rule, kernel, references=("trackstar",))
+    return Method("TrackStar", rule, kernel, average_checkpoints=True, references=("trackstar",))
 
 
 def influence(

@@ -143,6 +143,9 @@ def featurize_with(
     layout = groups_lib.resolve(groups, params)
     key = jax.random.key(0) if key is None else key
     check_output(rule.output, params, example, key)
+    if rule.residual is not None:
+        check_output(rule.residual, params, example, key)
+    rule = _hashable(rule)
     if microbatch is not None and microbatch < 1:
         raise ValueError(f"microbatch must be at least 1, got {microbatch}.")
     found = None
@@ -154,6 +157,20 @@ def featurize_with(
     microbatch = microbatch or _default_microbatch(rule, layout, plan)
     step = functools.partial(_compiled_step(rule, plan, microbatch), key)
     return Featurizer(plan.layout, layout, plan, rule, key, microbatch, step)
+
+
+def _hashable(rule: FeatureRule) -> FeatureRule:
+    """The rule, fit to be the key of a cache: callable objects may have no hash."""
+
+    def wrapped(function: OutputFn) -> OutputFn:
+        return lambda params, example, key: function(params, example, key)
+
+    try:
+        hash(rule)
+    except TypeError:
+        residual = None if rule.residual is None else wrapped(rule.residual)
+        return rule._replace(output=wrapped(rule.output), residual=residual)
+    return rule
 
 
 def leading_size(batch: Batch) -> int:

@@ -23,7 +23,7 @@ from jaxattr.kernels import Kernel, Surroundings
 from jaxattr.methods import Method, featurizer
 from jaxattr.plans import FeatureLayout
 from jaxattr.sources import Block, as_source, track
-from jaxattr.training_passes import TrainingPass
+from jaxattr.training_passes import NumberedBatch, TrainingPass
 from jaxattr.typing import Features, Key, Params
 
 
@@ -294,6 +294,11 @@ def _one_checkpoint(method: Method, over: TrainingPass) -> _Pass:
     )
 
 
+def _as_queries(numbered: NumberedBatch) -> NumberedBatch:
+    """Queries draw their randomness from -1, -2, ..."""
+    return numbered._replace(ids=-1 - numbered.ids)
+
+
 def _joined(parts: list[Features], eta: Sequence[float], kept: jax.Array | None) -> Features:
     """Scales and joins the checkpoints' features, copying only what must be."""
     if any(scale != 1 for scale in eta):
@@ -305,7 +310,7 @@ def _joined(parts: list[Features], eta: Sequence[float], kept: jax.Array | None)
 def _surroundings(over: TrainingPass, fitted: Fitted, kept: jax.Array) -> Surroundings:
     def features_of(data: Any, description: str) -> Iterator[tuple[Features, int]]:
         other = over.of(as_source(data, description))
-        for _, clean in other.features(fitted, description):
+        for _, clean in other.features(fitted, description, _as_queries):
             yield clean.features, int(clean.kept.sum())
 
     return Surroundings(

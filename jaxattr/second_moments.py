@@ -1,6 +1,5 @@
 """An optimizer's second moments, and the basis that scales gradients by them (TrackStar)."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,18 +17,21 @@ from jaxattr.typing import Params
 def second_moments(optimizer_state: Any, params: Params) -> Params:
     """Finds the running mean of squared gradients in an Optax state.
 
-    Knows Adam and its kin (`nu`), RMSProp (`nu`) and Adafactor (`v_row`, `v_col`, `v`), wherever
-    they stand in a chain. Adam's bias correction, one factor for all parameters, is left out.
+    Knows Adam and its kin (`nu`), AMSGrad (`nu_max`), RMSProp (`nu`) and Adafactor (`v_row`,
+    `v_col`, `v`), wherever they stand in a chain, each for all parameters or, under `masked` and
+    `multi_transform`, for some. Adam's bias correction, one factor for all parameters, is left out;
+    AdaBelief's variance is taken as it is.
 
     Args:
-      optimizer_state: what `optimizer.init` or `optimizer.update` returned.
+      optimizer_state: what `optimizer.init` or `optimizer.update` returned; or second moments, a
+        pytree like the parameters, which are returned.
       params: the parameters that it belongs to.
 
     Returns:
       A pytree like the parameters.
 
     Raises:
-      ValueError: if the state holds no second moments, those of other parameters, or several.
+      ValueError: if a parameter has no second moment in the state, or two; the error names it.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -39,30 +41,53 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
       >>> print(second_moments(state, params)["w"].round(4))
       [0.001 0.001]
     """
-    found = [
-        node
-        for node in jax.tree.leaves(optimizer_state, is_leaf=_has_second_moments)
-        if _has_second_moments(node)
-    ]
-    if len(found) != 1:
-        kinds = sorted(_kinds(optimizer_state))
+    if _shapes(optimizer_state) == _shapes(params):
+        return optimizer_state
+    found: dict[str, jax.Array] = {}
+    repeated: set[str] = set()
+    for node in jax.tree.leaves(optimizer_state, is_leaf=_has_second_moments):
+        for name, moment in _moments(node, params).items():
+            repeated |= {name} & found.keys()
+            found[name] = moment
+    shapes = {name: jnp.shape(x) for name, x in _named(params).items()}
+    missing = sorted(name for name, shape in shapes.items() if name not in found)
+    wrong = sorted(n for n, x in found.items() if shapes.get(n) != jnp.shape(x))
+    if missing or wrong or repeated:
         raise ValueError(
-            f"Needed one second moment in the optimizer's state, found {len(found)}. It holds "
-            f"{kinds}; of those that ship with Optax, Adam, AdamW, NAdam, AMSGrad, RMSProp and "
-            "Adafactor have one, SGD, Lion and momentum have none. Pass second_moments=, a pytree "
-            "like the parameters, instead."
+            f"Needed one second moment for each of {len(shapes)} parameters. Missing: "
+            f"{missing[:5]}; of other names or shapes: {wrong[:5]}; found twice: "
+            f"{sorted(repeated)[:5]}. The state holds {sorted(_kinds(optimizer_state))}: Adam, "
+            "AdamW, NAdam, AMSGrad, RMSProp and Adafactor have second moments; SGD, Lion and "
+            "momentum have none. You may pass a pytree of second moments like the parameters "
+            "instead; several checkpoints go in as a list."
         )
-    (node,) = found
+    return jax.tree.unflatten(jax.tree.structure(params), [found[name] for name in shapes])
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    return dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+
+
+def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
+    return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def _moments(node: Any, params: Params) -> dict[str, jax.Array]:
+    """Second moments in one node of a state, by the name of the parameter.
+
+    Parameters that `optax.masked` or `multi_transform` keeps from the node are not in it.
+    """
+    if not _has_second_moments(node):
+        return {}
     if hasattr(node, "v_row"):
-        restore = functools.partial(_restored, params)
-        return restore(node)
-    moments = node.nu
-    if jax.tree.map(jnp.shape, moments) != jax.tree.map(jnp.shape, params):
-        raise ValueError(
-            "The optimizer's second moments do not fit the parameters: got "
-            f"{jax.tree.map(jnp.shape, moments)}, needed {jax.tree.map(jnp.shape, params)}."
-        )
-    return moments
+        shapes = {name: jnp.shape(leaf) for name, leaf in _named(params).items()}
+        rows, columns, wholes = (_named(tree) for tree in (node.v_row, node.v_col, node.v))
+        return {
+            name: _restored(shapes[name], rows[name], columns[name], wholes[name])
+            for name in wholes
+            if name in shapes
+        }
+    return _named(getattr(node, "nu_max", node.nu))
 
 
 def scaled_signs(moments: Sequence[Params], *, rank_one: bool, epsilon: float) -> Basis:
@@ -115,11 +140,11 @@ def _scaled(factored: Factored, sides: Sides, named: dict[str, Any], epsilon: fl
     found = factored.map
     bias = named[str(found.bias)] if factored.bias else None
     v = linear_maps.matrix(found, named[found.leaf], bias).astype(factored.dtype)
+    v = v + epsilon**2
     rows, columns = v.mean(axis=-1), v.mean(axis=-2)
-    mean = rows.mean(axis=-1, keepdims=True)
-    # V is about rows * columns / mean; a half of epsilon's effect goes to each side.
-    left = 1 / (jnp.sqrt(rows / jnp.sqrt(jnp.maximum(mean, 1e-30))) + epsilon**0.5)
-    right = 1 / (jnp.sqrt(columns / jnp.sqrt(jnp.maximum(mean, 1e-30))) + epsilon**0.5)
+    # V is about rows * columns / mean. A root of the mean for each side keeps numbers moderate.
+    root = jnp.sqrt(jnp.where(v.mean(axis=(-1, -2)) > 0, v.mean(axis=(-1, -2)), 1))[..., None]
+    left, right = (1 / jnp.sqrt(jnp.where(side > 0, side / root, 1)) for side in (rows, columns))
 
     def side(matrix: jax.Array | None, scale: jax.Array) -> jax.Array:
         if matrix is None:
@@ -146,29 +171,24 @@ def _kinds(state: Any) -> set[str]:
     return names
 
 
-def _restored(params: Params, state: Any) -> Params:
-    """V of Adafactor, from its row and column means."""
-
-    def leaf(param: Any, row: Any, column: Any, whole: Any) -> jax.Array:
-        shape = jnp.shape(param)
-        if jnp.shape(whole) == shape:
-            return jnp.asarray(whole)
-        rows = [axis for axis in range(len(shape)) if _without(shape, axis) == jnp.shape(row)]
-        columns = [axis for axis in range(len(shape)) if _without(shape, axis) == jnp.shape(column)]
-        # Optax factors along the two largest axes: the row's mean is over the largest.
-        order = np.argsort(shape)
-        over_rows, over_columns = int(order[-1]), int(order[-2])
-        if over_rows not in rows or over_columns not in columns:
-            raise ValueError(
-                f"Adafactor's moments of shapes {jnp.shape(row)} and {jnp.shape(column)} do not "
-                f"fit a parameter of shape {shape}."
-            )
-        wide_row = jnp.expand_dims(row, over_rows)
-        wide_column = jnp.expand_dims(column, over_columns)
-        mean = jnp.mean(wide_row, axis=over_columns, keepdims=True)
-        return wide_row * wide_column / jnp.where(mean == 0, 1, mean)
-
-    return jax.tree.map(leaf, params, state.v_row, state.v_col, state.v)
+def _restored(shape: tuple[int, ...], row: Any, column: Any, whole: Any) -> jax.Array:
+    """V of one parameter of Adafactor, from its row and column means."""
+    if jnp.shape(whole) == shape:
+        return jnp.asarray(whole)
+    # Optax factors along the two largest axes: the row's mean is over the largest.
+    order = np.argsort(shape)
+    over_rows, over_columns = int(order[-1]), int(order[-2])
+    if (jnp.shape(row), jnp.shape(column)) != (
+        _without(shape, over_rows),
+        _without(shape, over_columns),
+    ):
+        raise ValueError(
+            f"Adafactor's moments of shapes {jnp.shape(row)} and {jnp.shape(column)} do not fit a "
+            f"parameter of shape {shape}."
+        )
+    wide_row = jnp.expand_dims(row, over_rows)
+    mean = jnp.mean(wide_row, axis=over_columns, keepdims=True)
+    return wide_row * jnp.expand_dims(column, over_columns) / jnp.where(mean == 0, 1, mean)
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Data sets as the user has them, read in blocks of one static size."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -64,7 +64,7 @@ def as_source(data: Any, role: str) -> Source:
 
     Args:
       data: a pytree of arrays with a common leading axis; or an object with `__len__` and
-        `__getitem__` that is no dict, list, tuple or array.
+        `__getitem__` that is no mapping, list, tuple or array.
       role: what the data are, for messages: "train" or "queries".
 
     Returns:
@@ -73,7 +73,7 @@ def as_source(data: Any, role: str) -> Source:
     Raises:
       ValueError: if there are no examples, or arrays differ in their leading axis.
     """
-    containers = (dict, list, tuple, np.ndarray, jax.Array)
+    containers = (Mapping, list, tuple, np.ndarray, jax.Array)
     if isinstance(data, RandomAccess) and not isinstance(data, containers):
         source = Source(len(data), lambda rows: _stack([data[int(row)] for row in rows]))
     else:

@@ -1,7 +1,9 @@
 """LoGRA, K-FAC, EK-FAC, TrackStar and influence functions against what they are defined to be."""
 
+import dataclasses
 import functools
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import optax
 import pytest
 
 import jaxattr as ja
-from jaxattr import covariances, kernels, projections, second_moments
+from jaxattr import covariances, kernels, linear_maps, projections, second_moments
 from jaxattr.features import FeatureRule
 from tests import models
 
@@ -425,14 +427,34 @@ def test_bad_arguments():
 
 def test_optimizer_states_without_second_moments():
     state = optax.sgd(0.1, momentum=0.9).init(PARAMS)
-    with pytest.raises(ValueError, match=r"found 0. It holds \['.*TraceState'\]"):
+    with pytest.raises(ValueError, match=r"Missing: \['layer0/bias'.*'TraceState'"):
         ja.trackstar(models.loss, state, PARAMS)
     other = optax.adam(0.1).init({"w": jnp.ones(3)})
-    with pytest.raises(ValueError, match="do not fit the parameters"):
+    with pytest.raises(ValueError, match=r"of other names or shapes: \['w'\]"):
         ja.trackstar(models.loss, other, PARAMS)
+    with pytest.raises(ValueError, match=r"found twice: \['layer0/bias'"):
+        ja.trackstar(models.loss, (adam_state(), adam_state()), PARAMS)
     method = ja.trackstar(models.loss, [adam_state()], PARAMS)
     with pytest.raises(ValueError, match="there is none for checkpoint 1"):
         FEW(method, [PARAMS, PARAMS], TRAIN)
+
+
+def test_second_moments_in_parts_and_those_that_the_optimizer_divides_by():
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    gradient = {"a": jnp.arange(1.0, 3.0), "b": jnp.arange(1.0, 4.0)}
+    optimizers = {"fast": optax.adam(0.1), "slow": optax.rmsprop(0.1, decay=0.999)}
+    parts = optax.multi_transform(optimizers, {"a": "fast", "b": "slow"})
+    found = [
+        second_moments.second_moments(opt.update(gradient, opt.init(params), params)[1], params)
+        for opt in (parts, optax.adam(0.1))
+    ]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), *found)
+    assert second_moments.second_moments(gradient, params) is gradient
+    amsgrad = optax.amsgrad(0.1)
+    _, state = amsgrad.update(gradient, amsgrad.init(params), params)
+    _, state = amsgrad.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    largest = second_moments.second_moments(state, params)
+    np.testing.assert_allclose(largest["a"], gradient["a"] ** 2, rtol=1e-6)
 
 
 def test_labels_that_cannot_be_sampled():
@@ -463,3 +485,140 @@ def test_singular_kernels(make):
     few = jax.tree.map(lambda x: x[:2], TRAIN)
     with pytest.raises(ValueError, match="singular"):
         FEW(make(), PARAMS, few)
+
+
+def looked_up(params, example, key):
+    del key
+    hidden = jnp.tanh(params["m"]["table"][example["id"]] + params["m"]["bias"])
+    return optax.softmax_cross_entropy_with_integer_labels(hidden @ params["o"], example["y"])
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_bias_of_a_looked_up_row_counts(narrow, monkeypatch):
+    if narrow:
+        monkeypatch.setattr(covariances, "_WIDE", 4)
+        monkeypatch.setattr(covariances, "_NARROW", 4)
+    keys = jax.random.split(jax.random.key(0), 3)
+    table, bias = jax.random.normal(keys[0], (7, 3)), jax.random.normal(keys[1], (3,))
+    params = {"m": {"table": table, "bias": bias}, "o": jax.random.normal(keys[2], (3, 3))}
+    data = {"id": jnp.arange(9) % 7, "y": jnp.arange(9) % 3}
+    method = ja.Method("rotated", ja.ekfac(looked_up, rank=8).rule, kernels.identity())
+    index = FEW(method, params, data)
+    gradient = jax.vmap(lambda x: jax.grad(looked_up)(params, x, None)["m"])(data)
+    rows = jnp.concatenate([gradient["table"], gradient["bias"][:, None]], axis=1)
+    a, b = index.fitted[0].sides["m/table"]
+    assert a.shape == (8, 4 if narrow else 8)
+    expected = jnp.einsum("ir,bio,os->brs", a, rows, b).reshape(9, -1)
+    np.testing.assert_allclose(index.features[:, index.layout.slices["m"]], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [ja.kfac, ja.ekfac])
+def test_layers_of_very_different_scale_are_not_singular(method):
+    params = PARAMS | {"layer2": jax.tree.map(lambda x: 1e-7 * x, PARAMS["layer2"])}
+    params, train, queries = jax.tree.map(
+        lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, (params, TRAIN, QUERIES)
+    )
+    scores = ja.score(FEW(method(models.loss), params, train), queries)
+    assert np.isfinite(scores).all() and np.abs(scores).min() > 0
+    tiny = FEW(method(models.loss, damping=ja.absolute(1e-8)), params, train)
+    assert np.isfinite(ja.score(tiny, queries)).all()
+
+
+class Tempered:
+    scale = 1.0
+
+    def loss(self, params, example, key):
+        return models.loss(params, example | {"x": self.scale * example["x"]}, key)
+
+
+def test_what_a_loss_closes_over_may_change_between_methods():
+    trainer, fresh = Tempered(), Tempered()
+    FEW(ja.ekfac(trainer.loss), PARAMS, TRAIN)
+    trainer.scale = fresh.scale = 0.1
+    got, expected = (
+        ja.score(FEW(ja.ekfac(each.loss), PARAMS, TRAIN), QUERIES) for each in (trainer, fresh)
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+def test_layers_that_are_used_unequally_often():
+    def apply(layers, head, example):
+        x = example["x"]
+        for layer in (0, 0, 1):
+            x = jnp.tanh(x @ layers[layer])
+        return optax.softmax_cross_entropy_with_integer_labels(x @ head, example["y"])
+
+    keys = jax.random.split(jax.random.key(0))
+    stack = jax.random.normal(keys[0], (2, 6, 6), jnp.float64)
+    head = jax.random.normal(keys[1], (6, 3), jnp.float64)
+    stacked = FEW(
+        ja.kfac(lambda p, x, key: apply(p["s"], p["t"], x)), {"s": stack, "t": head}, TRAIN
+    )
+    apart = FEW(
+        ja.kfac(lambda p, x, key: apply((p["s[0]"], p["s[1]"]), p["t"], x)),
+        {"s[0]": stack[0], "s[1]": stack[1], "t": head},
+        TRAIN,
+    )
+    assert stacked.layout.names == apart.layout.names
+    got, expected = (ja.contributions(index, QUERIES) for index in (stacked, apart))
+    np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+def test_feature_groups_of_a_convolution_do_not_dilute_its_curvature():
+    """S is the covariance of the cotangents at a position, whatever the number of groups."""
+
+    def loss(params, example, key):
+        del key
+        y = jax.lax.conv_general_dilated(
+            jnp.tile(example["x"].reshape(1, 6, 1), (1, 1, 2)),
+            params["w"],
+            (1,),
+            "VALID",
+            dimension_numbers=("NWC", "WIO", "NWC"),
+            feature_group_count=2,
+        )
+        logits = jnp.tanh(y).mean((0, 1))[:3]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, example["y"])
+
+    params = {"w": jax.random.normal(jax.random.key(0), (3, 1, 4), jnp.float64)}
+    index = FEW(ja.kfac(loss), params, TRAIN)
+    captured = linear_maps.capture(loss, params, models.one(TRAIN))
+    (use,) = jax.vmap(captured, in_axes=(None, 0))(params, TRAIN)["w"]
+    t = use.cotangents.shape[1] // 2
+    inputs, cotangents = (x.reshape(-1, x.shape[-1]) for x in (use.inputs, use.cotangents))
+    a = np.linalg.eigvalsh(inputs.T @ inputs / (20 * 2 * t))
+    s = np.linalg.eigvalsh(cotangents.T @ cotangents / (20 * t))
+    expected = np.sort(np.outer(a, s).ravel())
+    np.testing.assert_allclose(np.sort(index.fitted[0].curvature), expected, atol=1e-12)
+
+
+def test_a_rank_above_what_a_wide_side_is_narrowed_to(monkeypatch):
+    monkeypatch.setattr(covariances, "_WIDE", 4)
+    monkeypatch.setattr(covariances, "_NARROW", 3)
+    index = FEW(ja.ekfac(models.loss, rank=6), PARAMS, TRAIN)
+    a, b = index.fitted[0].sides["layer0/kernel"]
+    assert a.shape == (7, 3) and b.shape == (7, 3)
+
+
+def test_a_loss_without_a_hash():
+    @dataclasses.dataclass
+    class Weighted:
+        weight: float
+
+        def __call__(self, params, example, key):
+            return self.weight * models.loss(params, example, key)
+
+    got = FEW(ja.ekfac(Weighted(1.0)), PARAMS, TRAIN)
+    np.testing.assert_allclose(
+        ja.score(got, QUERIES), ja.score(index_of("EK-FAC"), QUERIES), rtol=1e-9
+    )
+
+
+def test_a_residual_must_be_a_scalar():
+    with pytest.raises(ValueError, match=r"one float scalar; it returned float64\[1\]"):
+        FEW(ja.trak(models.margin, residual=lambda p, x, key: jnp.ones(1)), PARAMS, TRAIN)
+
+
+def test_a_frozen_dict_is_data_and_no_source():
+    index = FEW(ja.tracin(models.loss), PARAMS, flax.core.freeze(TRAIN))
+    assert index.size == 20

@@ -69,10 +69,13 @@ def second_moment(damping: Damping) -> Kernel:
         added = np.array(
             [damping.of(mean) for mean in np.bincount(blocks, curvature) / np.bincount(blocks)]
         )
+        if not np.all(added[blocks][means > 0] > 0):
+            largest = np.zeros(len(added))
+            np.maximum.at(largest, blocks, curvature)
+            _check(curvature, means, largest[blocks], statistics.total.dtype)
         denominator = curvature + added[blocks]
-        _check(denominator, means, statistics.total.dtype, damping)
         safe = np.where(denominator > 0, denominator, 1)
-        return jnp.asarray(np.where(means > 0, 1 / safe, 0), statistics.total.dtype)
+        return jnp.asarray(np.where(denominator > 0, 1 / safe, 0), statistics.total.dtype)
 
     def apply(operator: jax.Array, phi: Features) -> Features:
         return phi * operator[None]
@@ -80,12 +83,12 @@ def second_moment(damping: Damping) -> Kernel:
     return Kernel(f"second moment, damping {damping}", init, update, finalize, apply)
 
 
-def _check(denominator: np.ndarray, means: np.ndarray, dtype: Any, damping: Damping) -> None:
-    resolved = denominator.max(initial=0) * float(jnp.finfo(dtype).eps)
-    unsafe = (denominator <= resolved) & (means > 0)
+def _check(curvature: np.ndarray, means: np.ndarray, largest: np.ndarray, dtype: Any) -> None:
+    """Raises where, without damping, a feature is divided by an eigenvalue that is only noise."""
+    unsafe = (means > 0) & (curvature <= largest * float(jnp.finfo(dtype).eps))
     if unsafe.any():
         raise ValueError(
-            f"The kernel with damping {damping} is singular: {unsafe.sum()} of {len(unsafe)} "
-            f"features have an eigenvalue at or below {resolved:.0e}, where {dtype} resolves "
-            "nothing. Use more damping, such as ja.relative(0.1)."
+            f"The kernel without damping is singular: {unsafe.sum()} of {len(unsafe)} features "
+            f"have an eigenvalue that {dtype} does not tell from zero. Use damping, such as "
+            "ja.relative(0.1)."
         )

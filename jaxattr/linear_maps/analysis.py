@@ -146,7 +146,12 @@ class Traced:
 
 def trace(loss: OutputFn, params: Params, example: Example, key: Key | None) -> Traced:
     """Traces a loss once and finds the linear maps in it."""
-    program, result = jax.make_jaxpr(loss, return_shape=True)(params, example, key)
+
+    # A function of its own, since JAX remembers traces: what the loss closes over may have changed.
+    def fresh(params: Params, example: Example, key: Key) -> jax.Array:
+        return loss(params, example, key)
+
+    program, result = jax.make_jaxpr(fresh, return_shape=True)(params, example, key)
     if [leaf.shape for leaf in jax.tree.leaves(result)] != [()]:
         raise ValueError(f"The loss must return one scalar, got {result}.")
     names = tuple(groups_lib.leaf_names(params))

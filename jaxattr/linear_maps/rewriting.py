@@ -33,13 +33,16 @@ class Captured(NamedTuple):
       inputs: what the matrix is applied to, float [t, in]; of an embedding the ids, int [t], where
         the id `size_in` stands for no row.
       cotangents: gradient of the loss with respect to the map's result, float [t, out].
+      applied: whether this use applies the map, bool [], or [stack] for the layers; the others'
+        inputs and cotangents are zero.
 
-    Both are [stack, t, ...] for a stacked leaf. Where the map is used transposed, the gradient is
-    transposed too, so the two change places: `inputs` holds the cotangents and vice versa.
+    The first two are [stack, t, ...] for a stacked leaf. Where the map is used transposed, the
+    gradient is transposed too, so they change places: `inputs` holds the cotangents and vice versa.
     """
 
     inputs: jax.Array
     cotangents: jax.Array
+    applied: jax.Array
 
 
 def find(loss: OutputFn, params: Params, example: Example, key: Key | None = None) -> LinearMaps:
@@ -441,7 +444,11 @@ def _gather_layers(
     lefts, rights = zip(*pairs, strict=True)
     left = _by_layer(linear_map, together, lefts, linear_map.size_in if lookup else 0)
     right = _by_layer(linear_map, together, rights, 0)
-    return Captured(left[..., 0] if lookup else left, right)
+    applied = np.ones(_lead(linear_map), bool)
+    if linear_map.stack is not None:
+        numbers = np.concatenate([use.layers(linear_map.stack_axes) for use in together])
+        applied = np.isin(np.arange(linear_map.stack), numbers)
+    return Captured(left[..., 0] if lookup else left, right, jnp.asarray(applied))
 
 
 def _rows(use: Use, stack: tuple[int, ...], block: jax.Array) -> jax.Array:
