@@ -219,7 +219,7 @@ def check_output(output: OutputFn, params: Params, example: Example, key: Key) -
         f"The function {getattr(output, '__name__', output)!r} must map ONE example, without a "
         f"batch axis, to one float scalar; it returned {', '.join(got) or 'nothing'}. If the model "
         "wants a batch, add the axis inside (x[None]) and sum or index the result; return no "
-        "auxiliary values."
+        "auxiliary values, and let layers with batch statistics use their running averages."
     )
 
 

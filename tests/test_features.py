@@ -172,3 +172,21 @@ def test_bad_arguments():
         make(microbatch=0)
     with pytest.raises(ValueError, match="same leading axis"):
         make()(PARAMS, {"x": DATA["x"], "y": DATA["y"][:4]})
+
+
+def test_a_loss_that_updates_batch_statistics():
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.BatchNorm(use_running_average=False)(linen.Dense(3)(x)).sum()
+
+    net = Net()
+    variables = net.init(jax.random.key(0), DATA["x"][:1])
+
+    def loss(params, example, key):
+        del key
+        given = {"params": params, "batch_stats": variables["batch_stats"]}
+        return net.apply(given, example["x"][None], mutable=["batch_stats"])
+
+    with pytest.raises(ValueError, match="let layers with batch statistics use their running"):
+        ja.featurizer(ja.tracin(loss), variables["params"], models.one(DATA))
