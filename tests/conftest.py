@@ -10,9 +10,11 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 
-# Many tests compile the same programs; the workers of one run share what was compiled.
+# Many tests compile the same programs. Each worker keeps its own: older releases of JAX may read
+# an entry that another process is still writing.
 CACHE = os.environ.setdefault("JAXATTR_TEST_CACHE", tempfile.mkdtemp(prefix="jaxattr-tests-"))
-jax.config.update("jax_compilation_cache_dir", CACHE)
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+jax.config.update("jax_compilation_cache_dir", f"{CACHE}/{WORKER}")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_enable_x64", True)
