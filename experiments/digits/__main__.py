@@ -43,14 +43,23 @@ def main() -> None:
             figures.draw_proponents(
                 subject, results[name]["TracIn"], arguments.folder / "proponents.png"
             )
-    figures.draw_groups(results, arguments.folder / "groups.png")
+    figures.draw_groups(by_array(results), arguments.folder / "groups.png")
+    figures.draw_lds(results, arguments.folder / "lds.png")
     console.print(table(results))
     path = arguments.folder / ("full.json" if arguments.full else "quick.json")
     path.write_text(json.dumps({name: as_json(found) for name, found in results.items()}, indent=1))
     console.print(
-        f"{time.monotonic() - started:.0f} s. Figures in {arguments.folder}/proponents.png and "
-        f"groups.png, numbers in {path}."
+        f"{time.monotonic() - started:.0f} s. Figures in {arguments.folder}/: proponents.png, "
+        f"groups.png, lds.png. Numbers in {path}."
     )
+
+
+def by_array(results: dict[str, dict[str, Result]]) -> dict[str, dict[str, Result]]:
+    """The methods that have a group per parameter array, which one picture can compare."""
+    return {
+        name: {method: result for method, result in found.items() if method in study.METHODS}
+        for name, found in results.items()
+    }
 
 
 def table(results: dict[str, dict[str, Result]]) -> Table:

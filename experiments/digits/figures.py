@@ -92,6 +92,49 @@ def draw_groups(results: dict[str, dict[str, Result]], path: Path) -> None:
     _save(figure, path)
 
 
+def draw_lds(results: dict[str, dict[str, Result]], path: Path) -> None:
+    """Draws the LDS of every method before and after learning, with intervals and upper bound.
+
+    Args:
+      results: {architecture: {method: result}}.
+      path: of the PNG.
+    """
+    methods = list(next(iter(results.values())))[::-1]
+    places = np.arange(len(methods))
+    figure, axes = plt.subplots(
+        1,
+        len(results),
+        figsize=(2.2 + 3.6 * len(results), 1.6 + 0.42 * len(methods)),
+        sharey=True,
+        squeeze=False,
+    )
+    styles = {"uniform": (0.16, UNIFORM), "learned": (-0.16, LEARNED)}
+    for axis, (name, found) in zip(axes[0], results.items(), strict=True):
+        for weights, (offset, color) in styles.items():
+            lds = [found[method].lds[weights] for method in methods]
+            means = np.array([100 * each.mean for each in lds])
+            spread = np.array([[100 * each.low, 100 * each.high] for each in lds]).T
+            axis.errorbar(
+                means,
+                places + offset,
+                xerr=np.abs(spread - means[None]),
+                fmt="o",
+                color=color,
+                capsize=2,
+                label=f"{weights} weights",
+            )
+        bounds = [100 * found[method].lds["upper bound"].mean for method in methods]
+        axis.plot(bounds, places, "|", color="#57606a", markersize=14, label="upper bound")
+        axis.set_title(name)
+        axis.set_xlabel("LDS, %")
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0, 0].set_yticks(places, methods)
+    axes[0, -1].legend(fontsize=8, loc="lower right")
+    figure.suptitle("How well scores predict models retrained on half of the data")
+    _save(figure, path)
+
+
 def _draw_group_bars(axes: Any, result: Result, title: str, *, named: bool) -> None:
     names = sorted(result.group_lds, key=_natural, reverse=True)
     places = np.arange(len(names))
