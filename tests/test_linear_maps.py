@@ -67,7 +67,7 @@ def exact_matrices(found, grads):
 def summed(linear_map, captured):
     """The gradients that captured factors stand for, the bias's as last row."""
     total = 0.0
-    for inputs, cotangents in captured:
+    for inputs, cotangents, _ in captured:
         inputs, cotangents = np.asarray(inputs), np.asarray(cotangents)
         if np.issubdtype(inputs.dtype, np.integer):
             inputs = np.eye(linear_map.size_in + 1)[inputs][..., :-1]
