@@ -44,6 +44,17 @@ def logra(
     Returns:
       The method.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxattr import absolute, build_index, score
+      >>> def loss(params, example, key):
+      ...     return 0.5 * jnp.sum((example["x"] @ params["w"] - example["y"]) ** 2)
+      >>> data = {"x": jnp.eye(3), "y": jnp.ones((3, 1))}
+      >>> params = {"w": jnp.zeros((3, 1))}
+      >>> method = logra(loss, damping=absolute(1.0))
+      >>> [round(x, 3) + 0.0 for x in score(build_index(method, params, data), data)[0].tolist()]
+      [0.5, 0.0, 0.0]
+
     References:
       Choe et al. (2024), arXiv:2405.13954, sections 3.1 and 3.2. Deviations: A and B are scaled so
       that inner products are unbiased; biases are included, and parameters of no linear map too.
@@ -92,6 +103,17 @@ def kfac(
 
     Returns:
       The method.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxattr import absolute, build_index, score
+      >>> def loss(params, example, key):
+      ...     return 0.5 * jnp.sum((example["x"] @ params["w"] - example["y"]) ** 2)
+      >>> data = {"x": jnp.eye(3), "y": jnp.ones((3, 1))}
+      >>> params = {"w": jnp.zeros((3, 1))}
+      >>> method = kfac(loss, damping=absolute(2 / 3))
+      >>> [round(x, 3) + 0.0 for x in score(build_index(method, params, data), data)[0].tolist()]
+      [1.0, 0.0, 0.0]
 
     References:
       Martens and Grosse (2015), arXiv:1503.05671, section 3.
@@ -144,6 +166,17 @@ def ekfac(
     Raises:
       ValueError: if `fisher="true"` without a way to sample.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxattr import absolute, build_index, score
+      >>> def loss(params, example, key):
+      ...     return 0.5 * jnp.sum((example["x"] @ params["w"] - example["y"]) ** 2)
+      >>> data = {"x": jnp.eye(3), "y": jnp.ones((3, 1))}
+      >>> params = {"w": jnp.zeros((3, 1))}
+      >>> method = ekfac(loss, damping=absolute(2 / 3))
+      >>> [round(x, 3) + 0.0 for x in score(build_index(method, params, data), data)[0].tolist()]
+      [1.0, 0.0, 0.0]
+
     References:
       Grosse et al. (2023), arXiv:2308.03296, section 2; George et al. (2018), arXiv:1806.03884.
     """
@@ -192,6 +225,18 @@ def trackstar(
     Raises:
       ValueError: if a state has no second moments.
 
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from jaxattr import absolute, build_index, score
+      >>> def loss(params, example, key):
+      ...     return 0.5 * jnp.sum((example["x"] @ params["w"] - example["y"]) ** 2)
+      >>> data = {"x": jnp.eye(3), "y": jnp.ones((3, 1))}
+      >>> params = {"w": jnp.zeros((3, 1))}
+      >>> optimizer = optax.adam(0.1)
+      >>> method = trackstar(loss, optimizer.init(params), params, epsilon=1.0)
+      >>> [round(x, 3) + 0.0 for x in score(build_index(method, params, data), data)[0].tolist()]
+      [1.0, 0.0, 0.0]
+
     References:
       Chang et al. (2024), arXiv:2410.17413, section 3. Deviation: one block of R per group.
     """
@@ -237,6 +282,17 @@ def influence(
     Returns:
       The method.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxattr import absolute, build_index, score
+      >>> def loss(params, example, key):
+      ...     return 0.5 * jnp.sum((example["x"] @ params["w"] - example["y"]) ** 2)
+      >>> data = {"x": jnp.eye(3), "y": jnp.ones((3, 1))}
+      >>> params = {"w": jnp.zeros((3, 1))}
+      >>> method = influence(loss, damping=absolute(2 / 3))
+      >>> [round(x, 3) + 0.0 for x in score(build_index(method, params, data), data)[0].tolist()]
+      [1.0, 0.0, 0.0]
+
     References:
       Koh and Liang (2017), arXiv:1703.04730, Eq. 2.
     """
@@ -267,6 +323,17 @@ def data_inf(
 
     Returns:
       The method.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxattr import absolute, build_index, score
+      >>> def loss(params, example, key):
+      ...     return 0.5 * jnp.sum((example["x"] @ params["w"] - example["y"]) ** 2)
+      >>> data = {"x": jnp.eye(3), "y": jnp.ones((3, 1))}
+      >>> params = {"w": jnp.zeros((3, 1))}
+      >>> method = data_inf(loss, damping=absolute(1.0))
+      >>> [round(x, 3) + 0.0 for x in score(build_index(method, params, data), data)[0].tolist()]
+      [0.833, 0.0, 0.0]
 
     References:
       Kwon et al. (2024), arXiv:2310.00902, Eq. 5.
