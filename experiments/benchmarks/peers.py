@@ -231,6 +231,7 @@ def _dattri(model: GPT, ids: torch.Tensor) -> Callable[[], None]:
             hessian="Identity",
             proj_dim=RANK**2,
             offload="none",
+            cache_dir=tempfile.mkdtemp(),  # else it writes where it stands
         )
         attributor._setup_compressors(DataLoader([{"ids": row[:-1]} for row in ids], len(ids)))
         attributor.cache(loader)
