@@ -30,7 +30,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/digits"), help="for all results")
     folder = parser.parse_args().folder
     warnings.simplefilter("ignore", ja.WeightWarning)
-    config = dataclasses.replace(study.QUICK, architectures=("vit", "resnet", "mlp"), subsets=64)
+    config = dataclasses.replace(
+        study.QUICK, architectures=("vit", "resnet", "mlp"), queries=128, subsets=64
+    )
     changes: dict[str, dict[str, float]] = {}
     console = Console()
     for name in config.architectures:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 
 import jaxattr as ja
 from experiments.digits import data, training
@@ -40,7 +41,7 @@ class Config:
     checkpoints: int = 2
 
 
-QUICK = Config(("vit", "resnet"), subsets=48)
+QUICK = Config(("vit", "resnet"), queries=100, subsets=32)
 FULL = Config(("vit", "resnet", "mlp"), queries=256, subsets=256, seeds=2, checkpoints=4)
 
 EXACT = ja.projections.identity()  # these networks are small enough
@@ -214,7 +215,7 @@ def index_of(
 ) -> ja.Index:
     """Builds an index."""
     # As many per step as there are queries: one compiled program serves both.
-    return ja.build_index(method, checkpoints, train, groups=groups, batch_size=128)
+    return ja.build_index(method, checkpoints, train, groups=groups, batch_size=100)
 
 
 def lds_of_weights(
@@ -287,6 +288,7 @@ def _truth(model: Model, digits: Digits, config: Config, folder: Path) -> Truth:
         jax.random.key(1),
         seeds=config.seeds,
         at_once=64,
+        mesh=jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)),
     )
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), digits.learning, digits.evaluation)
     margins = np.asarray(evaluation.outputs(training.margin(model), params, both))
