@@ -17,7 +17,8 @@ import numpy as np
 
 from jaxattr import linear_maps
 from jaxattr.bases import Basis, Factored, Fitted, Sides
-from jaxattr.features import FeatureRule
+from jaxattr.features import FeatureRule, shapes_of_one
+from jaxattr.kernels.diagonal import sum_of_squares
 from jaxattr.keys import example_keys, named_key
 from jaxattr.linear_maps import Captured
 from jaxattr.training_passes import NumberedBatch, TrainingPass
@@ -216,11 +217,8 @@ def _sums_of_batch(
     numbered: NumberedBatch,
 ) -> dict[str, Covariance]:
     keys = example_keys(key, numbered.ids)
-    shapes = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (numbered.batch, keys)
-    )
+    shapes = shapes_of_one((numbered.batch, keys))
     captured = linear_maps.capture(output, params, *shapes, leaves=list(factored))
-
     uses = jax.vmap(captured, in_axes=(None, 0, 0))(params, numbered.batch, keys)
     kept = numbered.real & _all_finite(uses)
     counted = None if mask is None else jax.vmap(mask)(numbered.batch)
@@ -338,6 +336,6 @@ def _second_moments(
     """Mean square of each feature under sampled labels, [p]."""
     total, count = np.zeros(over.featurizer.layout.total), 0
     for _, clean in over.features(fitted, "eigenvalues", sampler):
-        total += np.asarray(jnp.sum(clean.features**2, axis=0), np.float64)
+        total += np.asarray(sum_of_squares(clean.features), np.float64)
         count += int(clean.kept.sum())
     return total / max(count, 1)

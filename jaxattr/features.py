@@ -185,10 +185,7 @@ def leading_size(batch: Batch) -> int:
     Raises:
       ValueError: if there is no array, a scalar, or two arrays differ.
     """
-    shapes = {
-        name: jnp.shape(leaf)
-        for name, leaf in zip(groups_lib.leaf_names(batch), jax.tree.leaves(batch), strict=True)
-    }
+    shapes = {name: jnp.shape(leaf) for name, leaf in groups_lib.named_leaves(batch).items()}
     scalars = [name for name, shape in shapes.items() if not shape]
     if scalars or len({shape[0] for shape in shapes.values() if shape}) != 1:
         raise ValueError(
@@ -287,10 +284,7 @@ def project_gradients(
     Returns:
       {leaf of a linear map: [r, r'] or [stack, r, r']}, and {any other leaf: gradient}.
     """
-    scaled = {
-        name: leaf * fitted.scales[name].astype(leaf.dtype) if name in fitted.scales else leaf
-        for name, leaf in gradients.items()
-    }
+    scaled = _scaled(fitted, gradients)
     z = {}
     for factored in plan.factored:
         found = factored.map
@@ -300,20 +294,38 @@ def project_gradients(
     return z, {name: scaled[name] for name in plan.rest}
 
 
-def gradients_of(
-    output: OutputFn, names: Collection[str], params: Params, example: Example, key: Key
-) -> dict[str, jax.Array]:
-    """Returns the gradients {leaf name: of its shape} of one example, of some leaves.
+def as_function_of(
+    output: OutputFn, chosen: Collection[str], params: Params
+) -> tuple[Callable[..., jax.Array], dict[str, jax.Array]]:
+    """Makes the output a function of some leaves alone.
 
     Args:
       output: the function.
-      names: names of leaves.
-      params: the parameters.
-      example: ONE example.
-      key: its key.
+      chosen: names of leaves.
+      params: the parameters; the other leaves stay as they are here.
+
+    Returns:
+      (leaves, example, key) -> output, and those leaves {name: leaf}.
     """
-    of_leaves, chosen = _as_function_of(output, names, params)
-    return jax.grad(of_leaves)(chosen, example, key)
+    leaves, structure = groups_lib.named_leaves(params), jax.tree.structure(params)
+
+    def of_leaves(chosen: dict[str, jax.Array], example: Example, key: Key) -> jax.Array:
+        merged = [chosen.get(name, leaf) for name, leaf in leaves.items()]
+        return output(jax.tree.unflatten(structure, merged), example, key)
+
+    return of_leaves, {name: leaf for name, leaf in leaves.items() if name in chosen}
+
+
+def shapes_of_one(batch: Batch) -> Example:
+    """Returns the shapes of one example of a batch.
+
+    Args:
+      batch: a pytree of arrays or keys [b, ...].
+
+    Returns:
+      The pytree without its batch axis, as shapes.
+    """
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
 
 
 def unit_norm(phi: Features) -> Features:
@@ -377,52 +389,42 @@ def _gradients(
     """What `Plan.assemble` takes, for a batch: the work of the backward pass."""
     basis = rule.projection.basis
     if basis is None or basis.materialize or not plan.factored:
+        of_leaves, leaves = as_function_of(rule.output, plan.rest | plan.covered, params)
 
         def exact(example: Example, key: Key) -> tuple[dict, dict]:
-            names = plan.rest | plan.covered
-            gradients = gradients_of(rule.output, names, params, example, key)
-            return project_gradients(plan, sides, fitted, gradients)
+            return project_gradients(plan, sides, fitted, jax.grad(of_leaves)(leaves, example, key))
 
         return jax.vmap(exact)(batch, keys)
 
     # Traced here, and not once for all, since shapes of examples may differ between batches.
-    example, key = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (batch, keys))
-    leaves = [factored.map.leaf for factored in plan.factored]
-    rewritten = linear_maps.bottleneck(rule.output, params, example, key, leaves=leaves)
+    maps = [factored.map.leaf for factored in plan.factored]
+    shapes = shapes_of_one((batch, keys))
+    rewritten = linear_maps.bottleneck(rule.output, params, *shapes, leaves=maps)
 
     def rewritten_output(params: Params, example: Example, key: Key) -> jax.Array:
         z, example = example
         return rewritten(params, sides, z, example, key)
 
-    of_rest, rest = _as_function_of(rewritten_output, plan.rest, params)
-
-    def factored(
-        z: dict[str, jax.Array], rest: dict[str, jax.Array], example: Example, key: Key
-    ) -> jax.Array:
-        return of_rest(rest, (z, example), key)
+    of_rest, rest = as_function_of(rewritten_output, plan.rest, params)
 
     zeros = {f.map.leaf: jnp.zeros((*f.lead, f.left, f.right), f.dtype) for f in plan.factored}
-    gradients = jax.vmap(jax.grad(factored, argnums=(0, 1)), in_axes=(None, None, 0, 0))
-    z, exact_rest = gradients(zeros, rest, batch, keys)
-    scaled = {
-        name: leaf * fitted.scales[name].astype(leaf.dtype)[None] if name in fitted.scales else leaf
-        for name, leaf in exact_rest.items()
+
+    def factored(example: Example, key: Key) -> tuple[dict, dict]:
+        def of_both(z: dict[str, jax.Array], rest: dict[str, jax.Array]) -> jax.Array:
+            return of_rest(rest, (z, example), key)
+
+        z, exact_rest = jax.grad(of_both, argnums=(0, 1))(zeros, rest)
+        return z, _scaled(fitted, exact_rest)
+
+    return jax.vmap(factored)(batch, keys)
+
+
+def _scaled(fitted: Fitted, gradients: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Gradients of one example, multiplied elementwise where that was fitted."""
+    return {
+        name: leaf * fitted.scales[name].astype(leaf.dtype) if name in fitted.scales else leaf
+        for name, leaf in gradients.items()
     }
-    return z, scaled
-
-
-def _as_function_of(
-    output: OutputFn, chosen: Collection[str], params: Params
-) -> tuple[Callable[..., jax.Array], dict[str, jax.Array]]:
-    """The output as a function of some leaves alone, and those leaves."""
-    names, structure = groups_lib.leaf_names(params), jax.tree.structure(params)
-    leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
-
-    def of_leaves(chosen: dict[str, jax.Array], example: Example, key: Key) -> jax.Array:
-        merged = [chosen.get(name, leaves[name]) for name in names]
-        return output(jax.tree.unflatten(structure, merged), example, key)
-
-    return of_leaves, {name: leaves[name] for name in names if name in chosen}
 
 
 def _residual(residual: OutputFn | None, params: Params, batch: Batch, keys: Key) -> jax.Array:

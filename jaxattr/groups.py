@@ -58,11 +58,6 @@ class GroupLayout:
         """Number of parameters per group."""
         return tuple(sum(member.size for member in group) for group in self.members)
 
-    @property
-    def leaves(self) -> frozenset[str]:
-        """Names of the leaves that belong to a group."""
-        return frozenset(member.leaf for group in self.members for member in group)
-
 
 Groups: TypeAlias = GroupLayout | Callable[[Params], Any] | Any
 """What `groups=` takes: a layout, a function of the parameters that returns a layout or labels, or
@@ -82,6 +77,18 @@ def leaf_names(tree: Any) -> list[str]:
       One name per leaf, in the order of `jax.tree.leaves`.
     """
     return [_leaf_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a pytree by their names.
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      {leaf name: leaf}, in the order of `jax.tree.leaves`.
+    """
+    return dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
 
 
 def by_leaf(
@@ -242,7 +249,7 @@ def _layers(name: str, shape: tuple[int, ...]) -> list[Member]:
 def _by_labels(params: Params, labels: Any) -> GroupLayout:
     flat, _ = jax.tree_util.tree_flatten_with_path(labels, is_leaf=lambda node: node is None)
     found = {_leaf_name(path): label for path, label in flat}
-    leaves = dict(zip(leaf_names(params), jax.tree.leaves(params), strict=True))
+    leaves = named_leaves(params)
     if found.keys() != leaves.keys():
         raise ValueError(
             "The labels must have the tree structure of the parameters, one string per leaf (None "
@@ -288,10 +295,7 @@ def _check_parameters(params: Params) -> None:
 def _check_partition(layout: GroupLayout, params: Params) -> None:
     if not layout.names:
         raise ValueError("No parameter is in a group: every leaf is excluded.")
-    shapes = {
-        name: jnp.shape(leaf)
-        for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True)
-    }
+    shapes = {name: jnp.shape(leaf) for name, leaf in named_leaves(params).items()}
     seen: dict[str, int] = {}
     for member in (member for group in layout.members for member in group):
         if member.leaf not in shapes:

@@ -1,14 +1,14 @@
 """Products with the Hessian of the mean training loss, in the coordinates of the features."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxattr import groups as groups_lib
 from jaxattr.bases import Fitted
-from jaxattr.features import gradients_of, project_gradients, sides_of
+from jaxattr.features import as_function_of, project_gradients, sides_of
 from jaxattr.keys import example_keys
 from jaxattr.training_passes import TrainingPass
 
@@ -42,37 +42,22 @@ def hessian_products(
         params, batch, ids, weights, fitted = operands
         drawing = jax.random.fold_in(key, number)
         sides = sides_of(rule, plan, drawing, fitted)
-        names, structure = groups_lib.leaf_names(params), jax.tree.structure(params)
-        leaves = dict(zip(names, jax.tree.leaves(params), strict=True))
-        grouped = {name: leaves[name] for name in plan.rest | plan.covered}
+        of_leaves, leaves = as_function_of(rule.output, plan.rest | plan.covered, params)
 
         def to_features(gradients: dict[str, jax.Array]) -> jax.Array:
             z, rest = project_gradients(plan, sides, fitted, gradients)
             z, rest = jax.tree.map(lambda x: x[None], (z, rest))
             return plan.assemble(rule.projection, drawing, z, rest)[0]
 
-        example, to_parameters = jax.vjp(to_features, grouped)
+        example, to_parameters = jax.vjp(to_features, leaves)
 
-        def mean_gradient(grouped: dict[str, jax.Array], block: Any) -> dict[str, jax.Array]:
-            merged = [grouped.get(name, leaves[name]) for name in names]
-            moved = jax.tree.unflatten(structure, merged)
-
-            def one(example: Any, key: jax.Array) -> dict[str, jax.Array]:
-                return gradients_of(rule.output, list(grouped), moved, example, key)
-
+        def mean_gradient(leaves: dict[str, jax.Array], block: Any) -> dict[str, jax.Array]:
             batch, keys, weights = block
-            each = jax.vmap(one)(batch, keys)
-            return jax.tree.map(
-                lambda g: jnp.tensordot(
-                    weights.astype(g.dtype),
-                    jnp.where((weights > 0).reshape(-1, *(1,) * (g.ndim - 1)), g, 0),
-                    1,
-                ),
-                each,
-            )
+            each = jax.vmap(jax.grad(of_leaves), in_axes=(None, 0, 0))(leaves, batch, keys)
+            return jax.tree.map(functools.partial(_weighted_sum, weights), each)
 
         def of_block(tangent: dict[str, jax.Array], block: Any) -> dict[str, jax.Array]:
-            return jax.jvp(lambda x: mean_gradient(x, block), (grouped,), (tangent,))[1]
+            return jax.jvp(lambda x: mean_gradient(x, block), (leaves,), (tangent,))[1]
 
         blocks = _in_blocks((batch, example_keys(key, ids), weights))
 
@@ -82,7 +67,7 @@ def hessian_products(
             def add(total: Any, block: Any) -> tuple[Any, None]:
                 return jax.tree.map(jnp.add, total, of_block(tangent, block)), None
 
-            start = jax.tree.map(jnp.zeros_like, grouped)
+            start = jax.tree.map(jnp.zeros_like, leaves)
             total, _ = jax.lax.scan(add, start, blocks)
             return to_features(total)
 
@@ -90,6 +75,12 @@ def hessian_products(
 
     weights = kept / jnp.maximum(kept.sum(), 1)
     return products, (over.params, numbered.batch, numbered.ids, weights, fitted)
+
+
+def _weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """Sum over examples [b, ...]; one of no weight need not be finite."""
+    counts = (weights > 0).reshape(-1, *(1,) * (x.ndim - 1))
+    return jnp.tensordot(weights.astype(x.dtype), jnp.where(counts, x, 0), 1)
 
 
 def _in_blocks(arrays: Any) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxattr import groups as groups_lib
 from jaxattr.bases import NOTHING, Fitted
-from jaxattr.features import Featurizer
+from jaxattr.features import Featurizer, leading_size
 from jaxattr.groups import Groups
 from jaxattr.hessians import hessian_products
 from jaxattr.kernels import Kernel, Surroundings
@@ -398,11 +398,11 @@ def _solve_errors(method: Method, passes: Sequence[_Pass]) -> np.ndarray | None:
     errors = functools.reduce(np.maximum, found)
     failed = np.flatnonzero(~(errors <= method.kernel.tolerance))
     if len(failed):
-        shown = ", ".join(map(str, failed[:10])) + (", ..." if len(failed) > 10 else "")
         warnings.warn(
             f"{len(failed)} of {len(errors)} solves did not converge: relative residuals up to "
-            f"{errors[failed].max():.1e}, needed {method.kernel.tolerance:.1e}; ids {shown}. Allow "
-            "more iterations, or use more damping: the Hessian may have negative eigenvalues.",
+            f"{errors[failed].max():.1e}, needed {method.kernel.tolerance:.1e}; ids "
+            f"{_first(failed)}. Allow more iterations, or use more damping: the Hessian may have "
+            "negative eigenvalues.",
             ConvergenceWarning,
             stacklevel=3,
         )
@@ -410,16 +410,19 @@ def _solve_errors(method: Method, passes: Sequence[_Pass]) -> np.ndarray | None:
 
 
 def _block_features(index: Index, block: Block) -> tuple[Features, jax.Array]:
-    rows = jnp.arange(jax.tree.leaves(block.batch)[0].shape[0])
+    rows = jnp.arange(leading_size(block.batch))
     return features_of_batch(index, state_of(index), block.batch, -1 - block.start - rows)
+
+
+def _first(ids: np.ndarray) -> str:
+    return ", ".join(map(str, ids[:10])) + (", ..." if len(ids) > 10 else "")
 
 
 def _report(positions: np.ndarray, total: int, what: str) -> None:
     if len(positions):
-        shown = ", ".join(map(str, positions[:10])) + (", ..." if len(positions) > 10 else "")
         warnings.warn(
             f"{len(positions)} of {total} {what} have gradients that are not finite and were left "
-            f"out: ids {shown}.",
+            f"out: ids {_first(positions)}.",
             NonFiniteWarning,
             stacklevel=3,
         )

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxattr import linear_maps
 from jaxattr.bases import Basis, Factored, Fitted, Sides, draw_signs
-from jaxattr.groups import leaf_names
+from jaxattr.groups import named_leaves
 from jaxattr.training_passes import TrainingPass
 from jaxattr.typing import Params
 
@@ -49,7 +49,7 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
         for name, moment in _moments(node, params).items():
             repeated |= {name} & found.keys()
             found[name] = moment
-    shapes = {name: jnp.shape(x) for name, x in _named(params).items()}
+    shapes = {name: jnp.shape(x) for name, x in named_leaves(params).items()}
     missing = sorted(name for name, shape in shapes.items() if name not in found)
     wrong = sorted(n for n, x in found.items() if shapes.get(n) != jnp.shape(x))
     if missing or wrong or repeated:
@@ -64,10 +64,6 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
     return jax.tree.unflatten(jax.tree.structure(params), [found[name] for name in shapes])
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    return dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
-
-
 def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
     return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
@@ -80,14 +76,14 @@ def _moments(node: Any, params: Params) -> dict[str, jax.Array]:
     if not _has_second_moments(node):
         return {}
     if hasattr(node, "v_row"):
-        shapes = {name: jnp.shape(leaf) for name, leaf in _named(params).items()}
-        rows, columns, wholes = (_named(tree) for tree in (node.v_row, node.v_col, node.v))
+        shapes = {name: jnp.shape(leaf) for name, leaf in named_leaves(params).items()}
+        rows, columns, wholes = (named_leaves(tree) for tree in (node.v_row, node.v_col, node.v))
         return {
             name: _restored(shapes[name], rows[name], columns[name], wholes[name])
             for name in wholes
             if name in shapes
         }
-    return _named(getattr(node, "nu_max", node.nu))
+    return named_leaves(getattr(node, "nu_max", node.nu))
 
 
 def scaled_signs(moments: Sequence[Params], *, rank_one: bool, epsilon: float) -> Basis:
@@ -119,7 +115,7 @@ def scaled_signs(moments: Sequence[Params], *, rank_one: bool, epsilon: float) -
                 f"{jax.tree.map(jnp.shape, given)}, needed "
                 f"{jax.tree.map(jnp.shape, over.params)}."
             )
-        named = dict(zip(leaf_names(given), jax.tree.leaves(given), strict=True))
+        named = named_leaves(given)
         plan = over.featurizer.plan
         scales = {name: 1 / (jnp.sqrt(v) + epsilon) for name, v in named.items()}
         if not rank_one:

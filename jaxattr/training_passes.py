@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.bases import Fitted
-from jaxattr.features import Featurizer
+from jaxattr.features import Featurizer, leading_size
 from jaxattr.sources import Source, track
 from jaxattr.typing import Batch, Features, Params
 
@@ -67,7 +67,7 @@ class TrainingPass:
         count = -(-self.source.size // self.batch_size)
         described = f"{description}, checkpoint {self.number}"
         for block in track(self.source.blocks(self.batch_size), described, count):
-            rows = jnp.arange(jax.tree.leaves(block.batch)[0].shape[0])
+            rows = jnp.arange(leading_size(block.batch))
             yield NumberedBatch(block.batch, block.start + rows, rows < block.real)
 
     def features(

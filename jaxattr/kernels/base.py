@@ -1,10 +1,11 @@
 """What a kernel is, and the unit of its damping."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.plans import FeatureLayout
@@ -122,6 +123,19 @@ def identity() -> Kernel:
         apply=lambda operator, phi: phi,
         identity=True,
     )
+
+
+def split_columns(phi: Features, widths: Sequence[int]) -> list[Features]:
+    """Cuts features into blocks of columns.
+
+    Args:
+      phi: float [b, p].
+      widths: columns of each block, p together.
+
+    Returns:
+      One [b, width] per block.
+    """
+    return jnp.split(phi, np.cumsum(widths)[:-1].tolist(), axis=1)
 
 
 def check_damping(damping: Damping) -> Damping:

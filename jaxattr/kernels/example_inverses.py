@@ -4,9 +4,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping
+from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping, split_columns
 from jaxattr.plans import FeatureLayout
 from jaxattr.typing import Features
 
@@ -85,8 +84,7 @@ def data_inf(damping: Damping) -> Kernel:
         return DataInfOperator(parts, weights, added)
 
     def apply(operator: DataInfOperator, phi: Features) -> Features:
-        ends = np.cumsum([part.shape[1] for part in operator.phi])[:-1].tolist()
-        columns = jnp.split(phi, ends, axis=1)
+        columns = split_columns(phi, [part.shape[1] for part in operator.phi])
         mapped = [_map(*arrays) for arrays in zip(columns, *operator, strict=True)]
         return jnp.concatenate(mapped, axis=1)  # [b, p]
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping
+from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping, split_columns
 from jaxattr.plans import FeatureLayout
 from jaxattr.typing import Features
 
@@ -73,7 +73,7 @@ def gram(damping: Damping, *, dense: bool = False) -> Kernel:
         statistics: list[GramBlock], phi: Features, row: jax.Array, kept: jax.Array
     ) -> list[GramBlock]:
         del kept
-        parts = _columns(phi, [_width(block) for block in statistics])
+        parts = split_columns(phi, [_width(block) for block in statistics])
         return [_add(block, part, row) for block, part in zip(statistics, parts, strict=True)]
 
     def finalize(statistics: list[GramBlock], surroundings: Surroundings) -> list[GramOperator]:
@@ -81,7 +81,7 @@ def gram(damping: Damping, *, dense: bool = False) -> Kernel:
         return [_invert(block, damping) for block in statistics]
 
     def apply(operator: list[GramOperator], phi: Features) -> Features:
-        parts = _columns(phi, [block.vectors.shape[0] for block in operator])
+        parts = split_columns(phi, [block.vectors.shape[0] for block in operator])
         mapped = [_multiply(block, part) for block, part in zip(operator, parts, strict=True)]
         return jnp.concatenate(mapped, axis=1)  # [b, p]
 
@@ -99,10 +99,6 @@ def _width(block: GramBlock) -> int:
     statistic = block.gram if block.gram is not None else block.rows
     assert statistic is not None
     return statistic.shape[1]
-
-
-def _columns(phi: Features, widths: list[int]) -> list[Features]:
-    return jnp.split(phi, np.cumsum(widths)[:-1].tolist(), axis=1)
 
 
 def _add(block: GramBlock, phi: Features, row: jax.Array) -> GramBlock:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.features import unit_norm
-from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping
+from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping, split_columns
 from jaxattr.plans import FeatureLayout
 from jaxattr.typing import Features
 
@@ -72,7 +72,7 @@ def autocorrelation(
         statistics: Autocorrelation, phi: Features, row: jax.Array, kept: jax.Array
     ) -> Autocorrelation:
         del row
-        parts = _columns(phi, [len(block) for block in statistics.blocks])
+        parts = split_columns(phi, [len(block) for block in statistics.blocks])
         blocks = [
             block + jnp.matmul(part.T, part, precision="highest")
             for block, part in zip(statistics.blocks, parts, strict=True)
@@ -93,7 +93,7 @@ def autocorrelation(
         return [jnp.asarray(_inverse_root(matrix, damping), dtype) for matrix in matrices]
 
     def apply(operator: list[jax.Array], phi: Features) -> Features:
-        parts = _columns(phi, [len(block) for block in operator])
+        parts = split_columns(phi, [len(block) for block in operator])
         white = jnp.concatenate(
             [
                 jnp.matmul(part, block, precision="highest")
@@ -105,10 +105,6 @@ def autocorrelation(
 
     name = f"autocorrelation{' of queries too' if queries is not None else ''}, damping {damping}"
     return Kernel(name, init, update, finalize, apply, of_queries=apply)
-
-
-def _columns(phi: Features, widths: list[int]) -> list[Features]:
-    return jnp.split(phi, np.cumsum(widths)[:-1].tolist(), axis=1)
 
 
 def _means(statistics: Autocorrelation) -> list[np.ndarray]:
