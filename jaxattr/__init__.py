@@ -1,8 +1,9 @@
 """jaxattr: which training examples made the model do this?"""
 
 from jaxattr import evaluation as evaluation
-from jaxattr import linear_maps as linear_maps
 from jaxattr import projections as projections
+from jaxattr.budgets import plan as plan
+from jaxattr.building import build_index as build_index
 from jaxattr.curvature_methods import data_inf as data_inf
 from jaxattr.curvature_methods import ekfac as ekfac
 from jaxattr.curvature_methods import influence as influence
@@ -19,7 +20,6 @@ from jaxattr.groups import by_regex as by_regex
 from jaxattr.index import ConvergenceWarning as ConvergenceWarning
 from jaxattr.index import Index as Index
 from jaxattr.index import NonFiniteWarning as NonFiniteWarning
-from jaxattr.index import build_index as build_index
 from jaxattr.index import query_features as query_features
 from jaxattr.kernels import absolute as absolute
 from jaxattr.kernels import relative as relative
@@ -29,14 +29,14 @@ from jaxattr.methods import featurizer as featurizer
 from jaxattr.methods import grad_cos as grad_cos
 from jaxattr.methods import tracin as tracin
 from jaxattr.methods import trak as trak
+from jaxattr.opening import open_index as open_index
 from jaxattr.scoring import attributor as attributor
 from jaxattr.scoring import contributions as contributions
 from jaxattr.scoring import score as score
 from jaxattr.scoring import self_influence as self_influence
 from jaxattr.scoring import top_k as top_k
-from jaxattr.scoring import uniform_weights as uniform_weights
+from jaxattr.store import StoreError as StoreError
 from jaxattr.weight_fits import WeightFit as WeightFit
 from jaxattr.weight_fits import WeightWarning as WeightWarning
 from jaxattr.weighting import learn_weights as learn_weights
 from jaxattr.weighting import self_supervised_loss as self_supervised_loss
-from jaxattr.weighting import unit_rms_weights as unit_rms_weights

@@ -181,41 +181,35 @@ def _covariances(
     }
     if not factored:
         return {}, {}
-    step = _compiled_sums(featurizer.rule, featurizer.plan.factored, mask)
-    sums = None
     # All activations of a batch are in memory at once, so batches are small.
-    size = min(over.batch_size, featurizer.microbatch, _MICROBATCH)
-    for numbered in dataclasses.replace(over, batch_size=size).batches("covariances"):
-        given = numbered if sampler is None else sampler(numbered)
-        new = step(featurizer.key, over.params, projected, given)
-        sums = new if sums is None else _sum(sums, new)
-    assert sums is not None
-    return sums, projected
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _sum(a: Any, b: Any) -> Any:
-    return jax.tree.map(jnp.add, a, b)
+    size = min(over.block, featurizer.microbatch, _MICROBATCH * over.place.shards)
+    smaller = dataclasses.replace(over, block=over.source.block_size(size, over.place))
+    given = (
+        (numbered if sampler is None else sampler(numbered),)
+        for numbered in smaller.batches("covariances")
+    )
+    function = _covariance_sums(featurizer.rule, featurizer.plan.factored, mask)
+    shared = over.place.whole((featurizer.key, over.params, projected))
+    return over.sums(function, shared, given), projected
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_sums(
+def _covariance_sums(
     rule: FeatureRule, factored: tuple[Factored, ...], mask: MaskFn | None
 ) -> Callable[..., dict[str, Covariance]]:
-    """The jitted step, compiled once for all checkpoints."""
+    """One function for all checkpoints, so that it is compiled once."""
     by_leaf = {each.map.leaf: each for each in factored}
-    return jax.jit(functools.partial(_sums_of_batch, rule.output, by_leaf, mask))
+    return functools.partial(_sums_of_batch, rule.output, by_leaf, mask)
 
 
 def _sums_of_batch(
     output: OutputFn,
     factored: Mapping[str, Factored],
     mask: MaskFn | None,
-    key: Key,
-    params: Params,
-    projected: Mapping[str, tuple[jax.Array | None, jax.Array | None]],
+    shared: tuple[Key, Params, Mapping[str, tuple[jax.Array | None, jax.Array | None]]],
     numbered: NumberedBatch,
 ) -> dict[str, Covariance]:
+    key, params, projected = shared
     keys = example_keys(key, numbered.ids)
     shapes = shapes_of_one((numbered.batch, keys))
     captured = linear_maps.capture(output, params, *shapes, leaves=list(factored))
@@ -334,8 +328,14 @@ def _second_moments(
     over: TrainingPass, fitted: Fitted, sampler: Callable[[NumberedBatch], NumberedBatch]
 ) -> np.ndarray:
     """Mean square of each feature under sampled labels, [p]."""
-    total, count = np.zeros(over.featurizer.layout.total), 0
-    for _, clean in over.features(fitted, "eigenvalues", sampler):
-        total += np.asarray(sum_of_squares(clean.features), np.float64)
-        count += int(clean.kept.sum())
-    return total / max(count, 1)
+    clean = over.features(over.place.whole(fitted), "eigenvalues", sampler)
+    blocks = ((each.features, each.kept) for each in clean)
+    total, count = over.sums(_squares_and_count, (), blocks)
+    return np.asarray(total, np.float64) / max(float(count), 1.0)
+
+
+def _squares_and_count(
+    shared: tuple[()], phi: jax.Array, kept: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    del shared
+    return sum_of_squares(phi), kept.sum()

@@ -1,30 +1,26 @@
 """Scores: who taught the model this? Positive for proponents, negative for opponents."""
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattr import ranking
 from jaxattr.features import leading_size
 from jaxattr.index import Index, QueryFeatures, State, features_of_batch, query_features, state_of
 from jaxattr.plans import FeatureLayout
+from jaxattr.ranking import TopK
+from jaxattr.rows import EXAMPLES, FEATURES, SELF, MemoryRows, Slab, blocks_at_once
+from jaxattr.sharding import DATA, Placement, barrier, process
+from jaxattr.store import Folder, on_first_process, score_array
 from jaxattr.typing import Batch, Features, Weights
 
-
-class TopK(NamedTuple):
-    """The strongest training examples per query, strongest first.
-
-    Attributes:
-      ids: integers [q, k]; -1 where there is none (a query, or too many training examples, are
-        not finite).
-      scores: float [q, k]; NaN where there is none.
-    """
-
-    ids: jax.Array
-    scores: jax.Array
+# Training examples that are read from disk at once.
+SLAB = 8192
 
 
 def uniform_weights(index: Index) -> dict[str, float]:
@@ -39,7 +35,13 @@ def uniform_weights(index: Index) -> dict[str, float]:
     return dict.fromkeys(index.layout.names, 1.0)
 
 
-def score(index: Index, queries: Any, *, weights: Weights | None = None) -> jax.Array:
+def score(
+    index: Index,
+    queries: Any,
+    *,
+    weights: Weights | None = None,
+    path: str | os.PathLike[str] | None = None,
+) -> Any:
     r"""Scores every training example for every query.
 
     .. math:: \tau(q, n) = r_n \sum_c \eta_c \phi_c(q)^\top \mathrm{Diag}(w) K_c \phi_c(n)
@@ -48,13 +50,17 @@ def score(index: Index, queries: Any, *, weights: Weights | None = None) -> jax.
       index: the index.
       queries: a pytree of arrays, a random-access source, or `query_features(index, ...)`.
       weights: {group name: weight >= 0}. Default: one each, the base method.
+      path: a new folder, local or a URL, to write the scores to as a zarr array, block by block;
+        for more than fit memory.
 
     Returns:
       Float [q, n], larger = stronger proponent; no hidden 1/n. Training examples that are not
-      finite score 0; queries that are not finite have rows of NaN.
+      finite score 0; queries that are not finite have rows of NaN. On a mesh every device gets all.
+      With `path`, the array on disk, a `tensorstore.TensorStore`: `scores[:, :10].read().result()`.
 
     Raises:
       ValueError: if a weight is missing, unknown, negative or not finite.
+      StoreError: if the path is not empty or cannot be written.
 
     Cost: 2 q n c p operations beside the queries' features.
 
@@ -63,8 +69,17 @@ def score(index: Index, queries: Any, *, weights: Weights | None = None) -> jax.
     """
     w = weight_array(index.layout, weights)
     prepared = query_features(index, queries)
-    scores = scores_of_features(index.layout, w, prepared.features, index.features, index.residual)
-    return _mark_queries(scores, prepared)
+    step = ranking.score_step(index.place, index.layout)
+    w, phi = index.place.whole((w, prepared.features))
+    blocks = (
+        (slab, index.place.gathered(step(w, phi, slab.arrays)))  # [q, g, b]
+        for slab in _slabs(index)
+    )
+    if path is not None:
+        return _write_scores(index, prepared, blocks, Folder(path))
+    parts = [scores[:, slab.fresh :].reshape(len(phi), -1) for slab, scores in blocks]
+    scores = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    return _mark_queries(scores[:, : index.size], prepared)
 
 
 def contributions(index: Index, queries: Any) -> jax.Array:
@@ -81,10 +96,15 @@ def contributions(index: Index, queries: Any) -> jax.Array:
     Cost: q n m numbers. `score` and `learn_weights` do not need them.
     """
     prepared = query_features(index, queries)
-    parts = contributions_of_features(
-        index.layout, prepared.features, index.features, index.residual
-    )
-    return _mark_queries(parts, prepared)
+    step = _compiled_contributions(index.place, index.layout)
+    phi = index.place.whole(prepared.features)
+    parts = [
+        index.place.gathered(step(phi, slab.arrays))[:, slab.fresh :]  # [q, g, b, m]
+        for slab in _slabs(index)
+    ]
+    flat = [part.reshape(part.shape[0], -1, part.shape[-1]) for part in parts]
+    joined = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
+    return _mark_queries(joined[:, : index.size], prepared)
 
 
 def top_k(
@@ -97,6 +117,9 @@ def top_k(
     block_size: int = 8192,
 ) -> TopK:
     """Finds the training examples with the largest scores; forms no [q, n] array.
+
+    From disk, blocks are read while others are scored. On a mesh every device keeps its own best,
+    which are merged at the end.
 
     Args:
       index: the index.
@@ -116,10 +139,19 @@ def top_k(
     w = weight_array(index.layout, weights)
     prepared = query_features(index, queries)
     sign = -1 if opponents else 1
-    top = _streaming_top_k(
-        index.layout, k, block_size, sign, w, prepared.features, *_train_side(index)
-    )
-    return _mark_top(top, jnp.asarray(_finite_rows(prepared)))
+    place, layout = index.place, index.layout
+    w, phi = place.whole((w, prepared.features))
+    if isinstance(index.rows, MemoryRows):
+        count = blocks_at_once(index.rows.layout, block_size)
+        top = _compiled_top_k(place, layout, k, count, sign)(w, phi, _arrays(index.rows))
+    else:
+        weighing, absorbing, merging = ranking.absorb_step(place, layout, sign)
+        weighted = weighing(w, phi)
+        best = ranking.empty(place, len(phi), k, jnp.promote_types(phi.dtype, jnp.float32))
+        for slab in _slabs(index, block_size):
+            best = absorbing(best, weighted, slab.arrays, slab.first, slab.fresh)
+        top = merging(best)
+    return _mark_top(top, place.whole(_finite_rows(prepared)))
 
 
 def self_influence(index: Index, *, weights: Weights | None = None) -> jax.Array:
@@ -132,9 +164,16 @@ def self_influence(index: Index, *, weights: Weights | None = None) -> jax.Array
     Returns:
       Float [n]: r_n sum_c eta_c phi_c(n)^T Diag(w) K_c phi_c(n). NaN where not finite.
     """
-    w = weight_array(index.layout, weights).astype(index.self_contributions.dtype)
-    values = index.residual * jnp.matmul(index.self_contributions, w, precision="highest")
-    return values.at[index.non_finite].set(jnp.nan)
+    w = np.asarray(weight_array(index.layout, weights))
+    parts = []
+    for slab in index.rows.slabs([SELF, EXAMPLES], SLAB):
+        arrays = {name: index.place.host(x)[slab.fresh :] for name, x in slab.arrays.items()}
+        selves = arrays[SELF].sum(axis=2)  # [g, b, m]
+        residual = arrays[EXAMPLES][..., 0].mean(axis=-1)
+        parts.append((residual * (selves @ w.astype(selves.dtype))).reshape(-1))
+    values = np.concatenate(parts)[: index.size]
+    values[index.non_finite] = np.nan
+    return jnp.asarray(values)
 
 
 def attributor(
@@ -148,7 +187,7 @@ def attributor(
     """Makes one jitted function from a batch to its strongest training examples.
 
     For use inside a training or serving loop: compiled once per batch shape, nothing goes through
-    the host.
+    the host. On a mesh the batch may be sharded as the loop has it.
 
     Args:
       index: the index.
@@ -160,20 +199,35 @@ def attributor(
     Returns:
       `attribute(batch, ids=None) -> TopK`, where ids are integers [b] that a stochastic output
       draws its randomness from (default -1, -2, ..., as in `score`).
+
+    Raises:
+      ValueError: if the index is on disk: open it with `in_memory=True`.
     """
     _check_k(k, index)
+    rows = index.rows
+    if not isinstance(rows, MemoryRows):
+        raise ValueError(
+            "An attributor needs the index in memory, and this one is on disk: open it with "
+            "ja.open_index(path, ..., in_memory=True), or use ja.top_k, which reads it in blocks."
+        )
     w = weight_array(index.layout, weights)
     sign = -1 if opponents else 1
 
+    place = index.place
+    search = ranking.top_k_of_arrays(
+        place, index.layout, k, blocks_at_once(rows.layout, block_size), sign
+    )
+    w = place.whole(w)
+
     @jax.jit
-    def run(state: State, train: tuple, w: jax.Array, batch: Batch, ids: jax.Array) -> TopK:
+    def run(state: State, train: dict, w: jax.Array, batch: Batch, ids: jax.Array) -> TopK:
         phi, finite = features_of_batch(index, state, batch, ids)
-        top = _streaming_top_k(index.layout, k, block_size, sign, w, phi, *train)
+        top = search(w, phi, train)
         return _mark_top(top, finite)
 
     def attribute(batch: Batch, ids: jax.Array | None = None) -> TopK:
         ids = -1 - jnp.arange(leading_size(batch)) if ids is None else jnp.asarray(ids)
-        return run(state_of(index), _train_side(index), w, batch, ids)
+        return run(state_of(index), _arrays(rows), w, batch, ids)
 
     return attribute
 
@@ -211,100 +265,49 @@ def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:
     return values
 
 
-def _expand(layout: FeatureLayout, w: jax.Array, phi: Features) -> Features:
-    """Repeats each group's weight over its columns, and those over the checkpoints."""
-    # Not jnp.repeat, which has the compiler fold a sum over all columns.
-    columns = w[np.repeat(np.arange(len(layout.dims)), layout.dims)]
-    return jnp.tile(columns, phi.shape[1] // layout.total).astype(phi.dtype)  # [c * p]
+@functools.lru_cache(maxsize=32)
+def _compiled_contributions(place: Placement, layout: FeatureLayout) -> Any:
+    def of_shard(phi: Features, arrays: dict[str, jax.Array]) -> jax.Array:
+        g, b = arrays[EXAMPLES].shape[:2]
+        parts = ranking.local_contributions(place, layout, phi, arrays)
+        return parts.reshape(parts.shape[0], g, b, -1)
+
+    spread = place.over_shards(of_shard, ((None, None), ranking.SIDE), (None, None, DATA, None))
+    return jax.jit(spread)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def scores_of_features(
-    layout: FeatureLayout, w: jax.Array, phi: Features, train: Features, residual: jax.Array
-) -> jax.Array:
-    """Scores [q, n] of query features against the training side; pure.
-
-    Args:
-      layout: the groups.
-      w: weights [m], unchecked.
-      phi: query features [q, c * p].
-      train: K phi of the training examples [n, c * p].
-      residual: [n].
-
-    Returns:
-      Float [q, n].
-    """
-    weighted = phi * _expand(layout, w, phi)[None]
-    return jnp.matmul(weighted, train.T, precision="highest") * residual[None]  # [q, n]
+@functools.lru_cache(maxsize=32)
+def _compiled_top_k(place: Placement, layout: FeatureLayout, k: int, count: int, sign: int) -> Any:
+    return jax.jit(ranking.top_k_of_arrays(place, layout, k, count, sign))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def contributions_of_features(
-    layout: FeatureLayout, phi: Features, train: Features, residual: jax.Array
-) -> jax.Array:
-    """Contributions [q, n, m] of query features against the training side; pure.
-
-    Args:
-      layout: the groups.
-      phi: query features [q, c * p].
-      train: K phi of the training examples [n, c * p].
-      residual: [n].
-
-    Returns:
-      Float [q, n, m].
-    """
-
-    def split(x: Features) -> Features:
-        return x.reshape(x.shape[0], -1, layout.total)  # [b, c, p]
-
-    phi, train = split(phi), split(train)
-    parts = [
-        jnp.einsum("qcp,ncp->qn", phi[:, :, columns], train[:, :, columns], precision="highest")
-        for columns in layout.slices.values()
-    ]
-    return jnp.stack(parts, axis=-1) * residual[None, :, None]  # [q, n, m]
+def _arrays(rows: MemoryRows) -> dict[str, jax.Array]:
+    return {name: rows.arrays[name] for name in (FEATURES, EXAMPLES)}
 
 
-def _train_side(index: Index) -> tuple[Features, jax.Array, jax.Array]:
-    finite = jnp.ones(index.size, bool).at[index.non_finite].set(False)
-    return index.features, index.residual, finite
+def _slabs(index: Index, rows: int = SLAB) -> Iterator[Slab]:
+    """All of an index in memory at once, or one on disk in parts."""
+    at_once = index.size if isinstance(index.rows, MemoryRows) else rows
+    return index.rows.slabs([FEATURES, EXAMPLES], max(at_once, index.batch_size))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _streaming_top_k(
-    layout: FeatureLayout,
-    k: int,
-    block_size: int,
-    sign: int,
-    w: jax.Array,
-    phi: Features,
-    train: Features,
-    residual: jax.Array,
-    finite: jax.Array,
-) -> TopK:
-    """Keeps the k best of the blocks seen so far; missing ones are -1 with score -inf."""
-    n, q = train.shape[0], phi.shape[0]
-    block_size = min(block_size, n)
-
-    def merge(i: jax.Array, best: TopK) -> TopK:
-        # The last block is moved back to be full; what was seen before is masked out.
-        start = jnp.minimum(i * block_size, n - block_size)
-        rows, r, kept = (
-            jax.lax.dynamic_slice_in_dim(x, start, block_size) for x in (train, residual, finite)
-        )
-        ids = start + jnp.arange(block_size)
-        scores = sign * scores_of_features(layout, w, phi, rows, r)  # [q, block]
-        usable = (kept & (ids >= i * block_size))[None] & jnp.isfinite(scores)
-        scores = jnp.concatenate([best.scores, jnp.where(usable, scores, -jnp.inf)], axis=1)
-        ids = jnp.broadcast_to(ids[None].astype(best.ids.dtype), (q, block_size))
-        ids = jnp.concatenate([best.ids, jnp.where(usable, ids, -1)], axis=1)
-        values, places = jax.lax.top_k(scores, k)
-        return TopK(jnp.take_along_axis(ids, places, axis=1), values)
-
-    dtype = jnp.result_type(phi, train, residual)
-    start = TopK(jnp.full((q, k), -1), jnp.full((q, k), -jnp.inf, dtype))
-    best = jax.lax.fori_loop(0, -(-n // block_size), merge, start)
-    return TopK(best.ids, sign * best.scores)
+def _write_scores(
+    index: Index, prepared: QueryFeatures, blocks: Iterator[tuple[Slab, jax.Array]], folder: Folder
+) -> Any:
+    q, dtype = len(prepared.features), prepared.features.dtype
+    first = process()[0] == 0
+    columns = blocks_at_once(index.rows.layout, SLAB) * index.batch_size
+    make = functools.partial(score_array, folder, q, index.size, columns, dtype)
+    array = on_first_process(functools.partial(make, create=True))
+    array = make(create=False) if array is None else array
+    for slab, scores in blocks:
+        start = slab.first + slab.fresh * index.batch_size
+        part = np.array(scores[:, slab.fresh :]).reshape(q, -1)[:, : index.size - start]
+        part[prepared.non_finite] = np.nan
+        if first:
+            array[:, start : start + part.shape[1]].write(part).result()
+    barrier("scores written")
+    return array
 
 
 def _mark_top(top: TopK, finite: jax.Array) -> TopK:

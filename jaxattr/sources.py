@@ -11,6 +11,7 @@ from rich import console as rich_console
 from rich import progress as rich_progress
 
 from jaxattr.features import leading_size
+from jaxattr.sharding import Placement, split_rows
 from jaxattr.typing import Batch, Example, RandomAccess
 
 
@@ -40,12 +41,21 @@ class Source:
     size: int
     read: Callable[[np.ndarray], Batch]
 
-    def blocks(self, size: int) -> Iterator[Block]:
-        """Yields blocks of `size` examples (or of all, if they are fewer)."""
-        size = min(size, self.size)
-        for start in range(0, self.size, size):
+    def blocks(self, size: int, place: Placement, first: int = 0) -> Iterator[Block]:
+        """Yields blocks of `size` examples.
+
+        Args:
+          size: examples per block, a multiple of the shards.
+          place: where they go; each host reads its own part.
+          first: number of the first block that is wanted.
+        """
+        for start in range(first * size, self.size, size):
             rows = np.minimum(np.arange(start, start + size), self.size - 1)
-            yield Block(self.read(rows), start, min(size, self.size - start))
+            yield Block(place.batch(self.read, rows), start, min(size, self.size - start))
+
+    def block_size(self, wanted: int, place: Placement) -> int:
+        """Returns the examples per block: as wanted or fewer, rounded up to divide over shards."""
+        return split_rows(min(wanted, self.size), place)
 
     @property
     def example(self) -> Example:
@@ -87,13 +97,16 @@ def as_source(data: Any, role: str) -> Source:
     return source
 
 
-def track(blocks: Sequence[Any] | Iterator[Any], description: str, total: int) -> Iterator[Any]:
+def track(
+    blocks: Sequence[Any] | Iterator[Any], description: str, total: int, done: int = 0
+) -> Iterator[Any]:
     """Passes an iterator through, with a progress bar on a terminal's standard error.
 
     Args:
       blocks: what to iterate over.
       description: what is being done.
       total: how many there are.
+      done: how many of them were done before.
 
     Yields:
       The items.
@@ -103,7 +116,7 @@ def track(blocks: Sequence[Any] | Iterator[Any], description: str, total: int) -
         yield from blocks
         return
     yield from rich_progress.track(
-        blocks, description, total=total, console=console, transient=True
+        blocks, description, total=total, completed=done, console=console, transient=True
     )
 
 

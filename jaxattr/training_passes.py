@@ -1,15 +1,17 @@
 """One checkpoint and the data to go over: what fitting a basis or a kernel works with."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.bases import Fitted
-from jaxattr.features import Featurizer, leading_size
+from jaxattr.features import Featurizer
+from jaxattr.sharding import DATA, Placement
 from jaxattr.sources import Source, track
 from jaxattr.typing import Batch, Features, Params
 
@@ -34,13 +36,11 @@ class CleanFeatures(NamedTuple):
     Attributes:
       features: float [b, p].
       residual: float [b].
-      finite: which examples have finite features, bool [b].
       kept: which rows count, bool [b]: finite, and no padding.
     """
 
     features: Features
     residual: jax.Array
-    finite: jax.Array
     kept: jax.Array
 
 
@@ -53,57 +53,113 @@ class TrainingPass:
       params: the checkpoint.
       number: of the checkpoint.
       source: the data.
-      batch_size: examples per step.
+      block: examples per step.
+      place: where examples go.
     """
 
     featurizer: Featurizer
     params: Params
     number: int
     source: Source
-    batch_size: int
+    block: int
+    place: Placement = Placement()
 
-    def batches(self, description: str) -> Iterator[NumberedBatch]:
-        """Yields all examples in order, with a progress bar."""
-        count = -(-self.source.size // self.batch_size)
+    def batches(self, description: str, first: int = 0) -> Iterator[NumberedBatch]:
+        """Yields all examples in order, with a progress bar.
+
+        Args:
+          description: for the progress bar.
+          first: number of the first block that is wanted.
+        """
+        count = -(-self.source.size // self.block)
         described = f"{description}, checkpoint {self.number}"
-        for block in track(self.source.blocks(self.batch_size), described, count):
-            rows = jnp.arange(leading_size(block.batch))
-            yield NumberedBatch(block.batch, block.start + rows, rows < block.real)
+        blocks = self.source.blocks(self.block, self.place, first)
+        for block in track(blocks, described, count, first):
+            positions = block.start + np.arange(self.block)
+            ids, real = self.place.batch(self._numbers, positions)
+            yield NumberedBatch(block.batch, jnp.asarray(ids), jnp.asarray(real))
 
     def features(
         self,
         fitted: Fitted,
         description: str,
         transform: Callable[[NumberedBatch], NumberedBatch] | None = None,
-    ) -> Iterator[tuple[NumberedBatch, CleanFeatures]]:
-        """Yields all examples in order, with their features.
+        first: int = 0,
+    ) -> Iterator[CleanFeatures]:
+        """Yields the features of all examples, in order.
 
         Args:
           fitted: what was fitted to the checkpoint.
           description: for the progress bar.
           transform: applied to each batch first.
+          first: number of the first block that is wanted.
         """
-        number = jnp.asarray(self.number)
-        for numbered in self.batches(description):
+        number = self.place.whole(np.asarray(self.number))
+        step = _compiled_features(self.place, self.featurizer)
+        for numbered in self.batches(description, first):
             given = numbered if transform is None else transform(numbered)
-            got = self.featurizer.with_residual(self.params, given.batch, given.ids, number, fitted)
-            yield numbered, _clean(got.features, got.residual, given.real)
+            got = step(self.params, given.batch, given.ids, number, fitted)
+            yield _clean(self.place)(got.features, got.residual, given.real)
+
+    def sums(self, function: Callable[..., Any], shared: Any, blocks: Iterable[tuple]) -> Any:
+        """Adds up what a function makes of blocks of examples.
+
+        Each shard sums for itself; what they found is added once, at the end.
+
+        Args:
+          function: (shared, arrays [b, ...], ...) -> a pytree of sums over the examples; jittable,
+            and compiled once for all calls with the same function.
+          shared: a pytree.
+          blocks: the other arguments, block by block; at least one.
+
+        Returns:
+          The sums, the same on every device.
+        """
+        add = _compiled_sums(self.place, function)
+        total = None
+        for arguments in blocks:
+            if total is None:
+                shapes = jax.eval_shape(self.place.per_shard(function), shared, *arguments)
+                total = jax.tree.map(
+                    lambda shape: self.place.zeros(shape.shape, shape.dtype, DATA), shapes
+                )
+            total = add(total, shared, *arguments)
+        return self.place.sum_of_shards(total)
+
+    def _numbers(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return positions, positions < self.source.size
 
     def of(self, source: Source) -> "TrainingPass":
         """The same checkpoint with other data."""
-        return dataclasses.replace(self, source=source)
+        block = source.block_size(self.block, self.place)
+        return dataclasses.replace(self, source=source, block=block)
 
     def whole(self) -> NumberedBatch:
-        """All examples at once."""
+        """All examples at once, on every device."""
         rows = np.arange(self.source.size)
-        ids = jnp.asarray(rows)
-        return NumberedBatch(self.source.read(rows), ids, jnp.ones(len(rows), bool))
+        real = jnp.ones(len(rows), bool)
+        return self.place.whole(NumberedBatch(self.source.read(rows), jnp.asarray(rows), real))
 
 
-@jax.jit
-def _clean(phi: Features, residual: jax.Array, real: jax.Array) -> CleanFeatures:
-    finite = jnp.isfinite(phi).all(axis=1) & jnp.isfinite(residual)
-    kept = finite & real
-    return CleanFeatures(
-        jnp.where(kept[:, None], phi, 0), jnp.where(finite, residual, 0), finite, kept
-    )
+@functools.lru_cache(maxsize=16)
+def _compiled_features(place: Placement, featurizer: Featurizer) -> Any:
+    if place.mesh is None:
+        return featurizer.with_residual
+    return place.jit(featurizer.with_residual, DATA)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_sums(place: Placement, function: Callable) -> Any:
+    def add(total: Any, shared: Any, *arguments: Any) -> Any:
+        return jax.tree.map(jnp.add, total, place.per_shard(function)(shared, *arguments))
+
+    return place.jit(add, DATA, donate_argnums=0)
+
+
+@functools.lru_cache(maxsize=16)
+def _clean(place: Placement) -> Any:
+    def clean(phi: Features, residual: jax.Array, real: jax.Array) -> CleanFeatures:
+        kept = jnp.isfinite(phi).all(axis=1) & jnp.isfinite(residual) & real
+        return CleanFeatures(jnp.where(kept[:, None], phi, 0), jnp.where(kept, residual, 0), kept)
+
+    return place.jit(clean, DATA)

@@ -30,6 +30,7 @@ class WeightFit:
         queries}. Near sqrt(n) means that single training examples are all there is.
       hub: id of the training example that is in the top k of the most queries.
       hub_share: in how many, as a share.
+      passes: how often the training set was gone over.
       warnings: what a user should look at, in words.
     """
 
@@ -43,6 +44,7 @@ class WeightFit:
     tail_ratio: dict[str, float]
     hub: int
     hub_share: float
+    passes: int
     warnings: tuple[str, ...]
 
     @property
@@ -99,6 +101,7 @@ class Found(NamedTuple):
       hub: see `WeightFit`.
       hub_share: see `WeightFit`.
       top_k: number of training examples taken for the signal.
+      passes: see `WeightFit`.
     """
 
     start: np.ndarray
@@ -109,6 +112,7 @@ class Found(NamedTuple):
     hub: int
     hub_share: float
     top_k: int
+    passes: int
 
 
 def named(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
@@ -141,6 +145,7 @@ def report(names: Sequence[str], found: Found, statistics: ContributionStatistic
         tail_ratio=named(names, statistics.tail_ratios()),
         hub=found.hub,
         hub_share=found.hub_share,
+        passes=found.passes,
         warnings=(),
     )
     suspicions = tuple(_suspicions(fit, statistics, found.top_k))

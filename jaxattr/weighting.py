@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxattr import scoring
-from jaxattr.index import Index, query_features
-from jaxattr.plans import FeatureLayout
+from jaxattr import scoring, shortlists
+from jaxattr.index import Index, QueryFeatures, query_features
+from jaxattr.rows import EXAMPLES, FEATURES
+from jaxattr.shortlists import Shortlist
 from jaxattr.typing import Key
 from jaxattr.weight_fits import ContributionStatistics, Found, WeightFit, named, report
 
@@ -84,8 +85,10 @@ def unit_rms_weights(index: Index, queries: Any) -> dict[str, float]:
     Returns:
       {group name: weight}, mean one; zero for a group without any contribution.
     """
-    problem = _from_index(index, queries, materialize=None)
-    return named(index.layout.names, _unit_rms(_statistics(problem)))
+    problem = _from_index(index, queries, None, 1, "top_k")
+    return named(
+        index.layout.names, _unit_rms(_statistics(problem, problem.listed(_ones(problem))))
+    )
 
 
 def learn_weights(
@@ -125,8 +128,9 @@ def learn_weights(
       batch_size: queries per step. Default: all.
       held_out: share of the queries that is not learned from, but reported on.
       key: key of the split into held-out queries and of the minibatches.
-      materialize: whether to keep the contributions [q, n, m], or to recompute scores from
-        features at each step. Same result; default: what is cheaper.
+      materialize: whether to keep the contributions [q, n, m], or to go over the training set
+        again whenever the strongest examples may have changed (see `jaxattr.shortlists`), from
+        memory or from disk. Same result; default: to keep them if they fit 512 MiB.
 
     Returns:
       The weights with diagnostics.
@@ -141,7 +145,7 @@ def learn_weights(
       Li et al. (2025), arXiv:2506.05647, section 3. Deviation: the unit of l2. The defaults are
       from a study of three models by three methods, see BUILD_NOTES.md.
     """
-    problem = _from_index(index, queries, materialize)
+    problem = _from_index(index, queries, materialize, top_k, signal)
     options = _Options(top_k, l2, signal, start, optimizer, steps, batch_size, held_out)
     return _fit(problem, index.layout.names, options, key)
 
@@ -183,7 +187,10 @@ def fit_weights(
     names = tuple(map(str, range(contributions.shape[2]))) if names is None else tuple(names)
     if len(names) != contributions.shape[2]:
         raise ValueError(f"Got {len(names)} names for {contributions.shape[2]} groups.")
-    problem = _Problem(_by_contributions, _identity, jnp.asarray(contributions), ())
+    contributions = jnp.asarray(contributions)
+    problem = _Problem(
+        functools.partial(shortlists.everything, contributions), *contributions.shape
+    )
     options = _Options(top_k, l2, signal, start, optimizer, steps, batch_size, held_out)
     return _fit(problem, names, options, key)
 
@@ -200,89 +207,81 @@ class _Options(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """Scores as a linear function of the weights, in one of two representations.
+    """Scores as a linear function of the weights.
 
     Attributes:
-      scores: (w [m], rows of per_query, shared) -> [b, n].
-      contributions: (rows of per_query, shared) -> [b, n, m].
-      per_query: array with a leading query axis.
-      shared: arrays of the training side.
+      listed: weights [m] -> the shortlist of all queries under them.
+      queries: q.
+      examples: n.
+      groups: m.
     """
 
-    scores: Callable[[jax.Array, jax.Array, Any], jax.Array]
-    contributions: Callable[[jax.Array, Any], jax.Array]
-    per_query: jax.Array
-    shared: Any
-
-    def rows(self, positions: jax.Array | np.ndarray) -> "_Problem":
-        return self._replace(per_query=self.per_query[jnp.asarray(positions)])
+    listed: Callable[[jax.Array], Shortlist]
+    queries: int
+    examples: int
+    groups: int
 
 
+# Contributions of up to so many bytes are kept whole; of slabs, and of shortlists, half as many.
 _MATERIALIZE_BYTES = 1 << 29
 
+# Examples on a shortlist, at least, and relative to the top k.
+_SHORTEST, _PER_TOP = 512, 16
 
-def _from_index(index: Index, queries: Any, materialize: bool | None) -> _Problem:
+
+def _from_index(
+    index: Index, queries: Any, materialize: bool | None, top_k: int, signal: Signal
+) -> _Problem:
     prepared = query_features(index, queries)
     kept = np.setdiff1d(np.arange(prepared.features.shape[0]), prepared.non_finite)
     if not len(kept):
         raise ValueError("No query has a finite gradient: there is nothing to learn from.")
-    phi = prepared.features[kept]
-    layout, shared = index.layout, (index.features, index.residual)
+    phi, groups = prepared.features[kept], len(index.layout.names)
     if materialize is None:
-        numbers = len(kept) * index.size * len(layout.names)
-        smaller = len(layout.names) < phi.shape[1]
-        materialize = smaller and numbers * phi.dtype.itemsize <= _MATERIALIZE_BYTES
-    problem = _Problem(
-        functools.partial(_by_features, layout),
-        functools.partial(_split_features, layout),
-        phi,
-        shared,
-    )
-    if not materialize:
-        return problem
-    return _Problem(_by_contributions, _identity, problem.contributions(phi, shared), ())
+        numbers = len(kept) * index.size * groups
+        materialize = numbers * phi.dtype.itemsize <= _MATERIALIZE_BYTES
+    if materialize:
+        parts = scoring.contributions(index, QueryFeatures(phi, np.zeros(0, np.int64)))
+        return _Problem(
+            functools.partial(shortlists.everything, parts), len(kept), index.size, groups
+        )
+    phi = index.place.whole(phi)
+    listed = functools.partial(_pass_over, index, phi, top_k, signs_of(signal))
+    return _Problem(listed, len(kept), index.size, groups)
 
 
-def _by_contributions(w: jax.Array, rows: jax.Array, shared: Any) -> jax.Array:
-    del shared
-    return jnp.matmul(rows, w.astype(rows.dtype), precision="highest")  # [b, n]
+def _pass_over(
+    index: Index, phi: jax.Array, top_k: int, signs: tuple[int, ...], w: jax.Array
+) -> Shortlist:
+    """Makes the shortlist of all queries: one pass over the training set."""
+    layout, place = index.layout, index.place
+    numbers = len(phi) * len(layout.names) * phi.dtype.itemsize
+    affordable = _MATERIALIZE_BYTES // 2 // numbers
+    length = max(top_k, min(affordable, max(_SHORTEST, _PER_TOP * top_k)) // place.shards)
+    start, absorb, merge = shortlists.compiled_pass(place, layout, length, signs)
+    listed = start(place.whole(jnp.asarray(w)), phi)
+    rows = max(index.batch_size, min(affordable, scoring.SLAB))
+    for slab in index.rows.slabs([FEATURES, EXAMPLES], rows):
+        listed = absorb(listed, phi, slab.arrays, slab.first, slab.fresh)
+    return merge(listed)
 
 
-def _identity(rows: jax.Array, shared: Any) -> jax.Array:
-    del shared
-    return rows
+def signs_of(signal: Signal) -> tuple[int, ...]:
+    """Which ends of the scores a signal looks at: the largest, or the smallest too."""
+    return (1,) if signal == "top_k" else (1, -1)
 
 
-def _by_features(layout: FeatureLayout, w: jax.Array, rows: jax.Array, shared: Any) -> jax.Array:
-    return scoring.scores_of_features(layout, w, rows, *shared)
+def _ones(problem: _Problem) -> jax.Array:
+    return jnp.ones(problem.groups)
 
 
-def _split_features(layout: FeatureLayout, rows: jax.Array, shared: Any) -> jax.Array:
-    return scoring.contributions_of_features(layout, rows, *shared)
-
-
-def _statistics(problem: _Problem) -> ContributionStatistics:
-    """Runs over the contributions a few queries at a time."""
-
-    @jax.jit
-    def of(rows: jax.Array, shared: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        parts = problem.contributions(rows, shared)
-        return (parts**2).sum(axis=1), jnp.abs(parts).max(axis=1), parts[:, :, 0].sum()
-
-    size = jax.eval_shape(problem.contributions, problem.per_query[:1], problem.shared)
-    at_once = max(1, _MATERIALIZE_BYTES // (size.size * size.dtype.itemsize))
-    found = [
-        of(problem.per_query[start : start + at_once], problem.shared)
-        for start in range(0, len(problem.per_query), at_once)
-    ]
-    squares, largest = (
-        np.concatenate([np.asarray(f[i], np.float64) for f in found]) for i in (0, 1)
-    )
+def _statistics(problem: _Problem, listed: Shortlist) -> ContributionStatistics:
+    squares, largest = np.asarray(listed.squares, np.float64), np.asarray(listed.largest)
     if not np.isfinite(squares).all():
         raise ValueError("The contributions are not all finite: leave the bad rows out first.")
     if not squares.any():
         raise ValueError("Every contribution is zero: there is nothing to weight.")
-    return ContributionStatistics(squares, largest, size.shape[1])
+    return ContributionStatistics(squares, largest.astype(np.float64), problem.examples)
 
 
 def _unit_rms(statistics: ContributionStatistics) -> np.ndarray:
@@ -294,63 +293,134 @@ def _unit_rms(statistics: ContributionStatistics) -> np.ndarray:
 def _fit(
     problem: _Problem, names: tuple[str, ...], options: _Options, key: Key | None
 ) -> WeightFit:
-    q = len(problem.per_query)
-    statistics = _statistics(problem)
-    _check_options(options, statistics.n, q)
+    q = problem.queries
+    _check_options(options, problem.examples)
     split_key, batch_key = jax.random.split(jax.random.key(0) if key is None else key)
     order = np.asarray(jax.random.permutation(split_key, q))
     held = int(q * options.held_out)
-    learned_from, held_from = problem.rows(order[held:]), problem.rows(order[:held])
-    gauge = np.ones(len(names)) if options.start == "uniform" else _unit_rms(statistics)
-    theta, losses = _optimise(learned_from, gauge, options, batch_key)
-    w = gauge * np.asarray(jax.nn.softmax(theta), np.float64)
-    w = w / w.mean()
+    learned_from, held_from = jnp.asarray(order[held:]), jnp.asarray(order[:held])
 
-    def ends(part: _Problem) -> tuple[float, float]:
-        return _loss(part, gauge, options), _loss(part, w, options)
+    listed, passes = problem.listed(_ones(problem)), 1
+    statistics = _statistics(problem, listed)
+    gauge = np.ones(len(names))
+    if options.start == "unit_rms":
+        gauge = _unit_rms(statistics)
+        listed, passes = _listed_at(problem, listed, gauge, options, passes)
+    begin = [_loss(listed.rows(rows), gauge, options) for rows in (learned_from, held_from)]
 
-    held_out_loss = ends(held_from) if held else None
-    hub, hub_share = _hub(problem, w, options.top_k)
+    run, carry = _optimiser(len(names), gauge, begin[0], options, len(learned_from), batch_key)
+    while True:
+        carry = run(listed.rows(learned_from), carry)
+        w = gauge * np.asarray(jax.nn.softmax(carry.theta), np.float64)
+        w = w / w.mean()
+        if int(carry.step) == options.steps:
+            break
+        listed, passes = problem.listed(jnp.asarray(w)), passes + 1
+
+    listed, passes = _listed_at(problem, listed, w, options, passes)
+    end = [_loss(listed.rows(rows), w, options) for rows in (learned_from, held_from)]
+    hub, hub_share = _hub(listed, w, options.top_k)
     found = Found(
-        gauge, w, np.asarray(losses), ends(learned_from), held_out_loss, hub, hub_share,
-        options.top_k,
+        gauge, w, np.asarray(carry.losses), (begin[0], end[0]),
+        (begin[1], end[1]) if held else None, hub, hub_share, options.top_k, passes,
     )  # fmt: skip
     return report(names, found, statistics)
 
 
-def _optimise(
-    problem: _Problem, gauge: np.ndarray, options: _Options, key: Key
-) -> tuple[jax.Array, jax.Array]:
-    q, m = len(problem.per_query), len(gauge)
+def _listed_at(
+    problem: _Problem, listed: Shortlist, w: np.ndarray, options: _Options, passes: int
+) -> tuple[Shortlist, int]:
+    """A shortlist that is certain at some weights; and how many passes there were."""
+    if bool(_certain(listed, jnp.asarray(w), options.top_k, options.signal)):
+        return listed, passes
+    return problem.listed(jnp.asarray(w)), passes + 1
+
+
+class _Carry(NamedTuple):
+    """The state of the optimisation.
+
+    Attributes:
+      theta: logits [m].
+      optimizer: the optimizer's state.
+      step: number of updates made.
+      losses: the objective before each update, [steps].
+      certain: whether the shortlist still holds the strongest examples.
+    """
+
+    theta: jax.Array
+    optimizer: Any
+    step: jax.Array
+    losses: jax.Array
+    certain: jax.Array
+
+
+def _optimiser(
+    m: int, gauge: np.ndarray, start: float, options: _Options, q: int, key: Key
+) -> tuple[Callable[[Shortlist, _Carry], _Carry], _Carry]:
+    """Makes the jitted loop, that stops when it is done or another pass is due; and its start."""
     optimizer = options.optimizer
     if optimizer is None:
         optimizer = optax.adam(optax.cosine_decay_schedule(0.05, options.steps))
-    scale = abs(_loss(problem, gauge, options)) or 1.0
+    scale = abs(start) or 1.0
+    keys = jax.random.split(key, options.steps)
 
-    def objective(theta: jax.Array, rows: jax.Array, shared: Any) -> jax.Array:
-        shares = m * jax.nn.softmax(theta)  # mean one
-        scores = problem.scores(jnp.asarray(gauge) * shares, rows, shared)
-        spread = jnp.mean(shares**2) - 1  # squared coefficient of variation
-        return _loss_of_scores(scores, options.top_k, options.signal) / scale + options.l2 * spread
+    def weights(theta: jax.Array) -> jax.Array:
+        return jnp.asarray(gauge) * m * jax.nn.softmax(theta)
+
+    def objective(theta: jax.Array, listed: Shortlist) -> jax.Array:
+        loss = _loss_of_list(listed, weights(theta), options.top_k, options.signal)
+        spread = jnp.mean((m * jax.nn.softmax(theta)) ** 2) - 1  # squared coefficient of variation
+        return loss / scale + options.l2 * spread
+
+    def update(listed: Shortlist, carry: _Carry) -> _Carry:
+        chosen = listed
+        if options.batch_size is not None and options.batch_size < q:
+            drawn = jax.random.choice(keys[carry.step], q, (options.batch_size,), replace=False)
+            chosen = listed.rows(drawn)
+        loss, gradient = jax.value_and_grad(objective)(carry.theta, chosen)
+        updates, state = optimizer.update(gradient, carry.optimizer, carry.theta)
+        theta = optax.apply_updates(carry.theta, updates)
+        certain = _certain(listed, weights(theta), options.top_k, options.signal)
+        losses = carry.losses.at[carry.step].set(loss.astype(carry.losses.dtype))
+        return _Carry(theta, state, carry.step + 1, losses, certain)
 
     @jax.jit
-    def run(per_query: jax.Array, shared: Any) -> tuple[jax.Array, jax.Array]:
-        def step(state: tuple, step_key: Key) -> tuple[tuple, jax.Array]:
-            theta, optimizer_state = state
-            rows = per_query
-            if options.batch_size is not None and options.batch_size < q:
-                drawn = jax.random.choice(step_key, q, (options.batch_size,), replace=False)
-                rows = per_query[drawn]
-            loss, gradient = jax.value_and_grad(objective)(theta, rows, shared)
-            updates, optimizer_state = optimizer.update(gradient, optimizer_state, theta)
-            return (optax.apply_updates(theta, updates), optimizer_state), loss
+    def run(listed: Shortlist, carry: _Carry) -> _Carry:
+        return jax.lax.while_loop(
+            lambda carry: (carry.step < options.steps) & carry.certain,
+            functools.partial(update, listed),
+            # The pass was made with these very weights.
+            carry._replace(certain=jnp.asarray(True)),
+        )
 
-        theta = jnp.zeros(m)
-        keys = jax.random.split(key, options.steps)
-        (theta, _), losses = jax.lax.scan(step, (theta, optimizer.init(theta)), keys)
-        return theta, losses
+    theta = jnp.zeros(m)
+    losses = jnp.full(options.steps, jnp.nan, theta.dtype)
+    carry = _Carry(theta, optimizer.init(theta), jnp.asarray(0), losses, jnp.asarray(True))
+    return run, carry
 
-    return run(problem.per_query, problem.shared)
+
+def _certain(listed: Shortlist, w: jax.Array, top_k: int, signal: Signal) -> jax.Array:
+    """Whether the strongest examples of every query are certainly on its list."""
+    if listed.dropped is None:
+        return jnp.asarray(True)
+    signs = signs_of(signal)
+    limits = shortlists.bounds(listed, w, signs)  # [l, q]
+    scores = shortlists.signed_scores(listed, w, signs)  # [l, q, s]
+    if signal == "top_k_abs":
+        kth = jax.lax.top_k(jnp.concatenate(list(scores), axis=-1), top_k)[0][None, :, -1]
+    else:
+        kth = jax.lax.top_k(scores, top_k)[0][..., -1]
+    return jnp.all(kth >= limits)
+
+
+def _loss_of_list(listed: Shortlist, w: jax.Array, top_k: int, signal: Signal) -> jax.Array:
+    """The loss without its penalty, as `_loss_of_scores` has it from all scores."""
+    scores = shortlists.signed_scores(listed, w, signs_of(signal))
+    if signal == "top_k_abs":
+        found = jax.lax.top_k(jnp.concatenate(list(scores), axis=-1), top_k)[0].mean(axis=-1)
+    else:
+        found = jax.lax.top_k(scores, top_k)[0].mean(axis=(0, 2))
+    return _relative(found, shortlists.sum_of_squares(listed, w))
 
 
 def _loss_of_scores(scores: jax.Array, top_k: int, signal: Signal) -> jax.Array:
@@ -363,21 +433,26 @@ def _loss_of_scores(scores: jax.Array, top_k: int, signal: Signal) -> jax.Array:
         found = strongest(jnp.abs(scores))
     else:
         found = (strongest(scores) + strongest(-scores)) / 2
-    squares = jnp.sum(scores**2, axis=-1)
+    return _relative(found, jnp.sum(scores**2, axis=-1))
+
+
+def _relative(found: jax.Array, squares: jax.Array) -> jax.Array:
     # A query whose scores are all zero has no signal; the inner `where` keeps its gradient finite.
     norm = jnp.sqrt(jnp.where(squares > 0, squares, 1))
     return -jnp.mean(jnp.where(squares > 0, found / norm, 0))
 
 
-def _loss(problem: _Problem, w: np.ndarray, options: _Options) -> float:
-    scores = problem.scores(jnp.asarray(w), problem.per_query, problem.shared)
-    return float(_loss_of_scores(scores, options.top_k, options.signal))
+def _loss(listed: Shortlist, w: np.ndarray, options: _Options) -> float:
+    if not listed.ids.shape[1]:
+        return 0.0
+    return float(_loss_of_list(listed, jnp.asarray(w), options.top_k, options.signal))
 
 
-def _hub(problem: _Problem, w: np.ndarray, top_k: int) -> tuple[int, float]:
-    scores = problem.scores(jnp.asarray(w), problem.per_query, problem.shared)
-    ids = np.asarray(jax.lax.top_k(scores, top_k)[1])
-    found, counts = np.unique(ids, return_counts=True)
+def _hub(listed: Shortlist, w: np.ndarray, top_k: int) -> tuple[int, float]:
+    scores = shortlists.signed_scores(listed, jnp.asarray(w), (1, -1)[: len(listed.ids)])[0]
+    places = jax.lax.top_k(scores, top_k)[1]
+    ids = np.asarray(jnp.take_along_axis(listed.ids[0], places, axis=1))
+    found, counts = np.unique(ids[ids >= 0], return_counts=True)
     return int(found[counts.argmax()]), float(counts.max() / len(ids))
 
 
@@ -390,7 +465,7 @@ def _check_signal(signal: str, top_k: int, n: int) -> None:
         raise ValueError(f"top_k must be between 1 and the {n} training examples, got {top_k}.")
 
 
-def _check_options(options: _Options, n: int, q: int) -> None:
+def _check_options(options: _Options, n: int) -> None:
     _check_signal(options.signal, options.top_k, n)
     if options.start not in ("unit_rms", "uniform"):
         raise ValueError(f'start must be "unit_rms" or "uniform", got {options.start!r}.')

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxattr as ja
-from jaxattr import projections
+from jaxattr import projections, scoring
 from tests import models
 
 CHECKPOINTS = [models.mlp_params(jax.random.key(i)) for i in range(2)]
@@ -39,15 +39,16 @@ def test_contributions_sum_to_scores(name):
 
 @BY_METHOD
 def test_uniform_weights_are_the_base_method_bit_for_bit(name):
-    uniform = ja.uniform_weights(index(name))
+    uniform = scoring.uniform_weights(index(name))
     np.testing.assert_array_equal(
         ja.score(index(name), QUERIES), ja.score(index(name), QUERIES, weights=uniform)
     )
     # The base method without any notion of weights: one product of features.
     phi = ja.query_features(index(name), QUERIES).features
+    residual = index(name).residual
     base = jnp.matmul(phi, index(name).features.T, precision="highest")
     np.testing.assert_array_equal(
-        jax.jit(lambda: base * index(name).residual[None])(), ja.score(index(name), QUERIES)
+        jax.jit(lambda: base * residual[None])(), ja.score(index(name), QUERIES)
     )
 
 

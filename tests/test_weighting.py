@@ -225,7 +225,7 @@ def test_bad_contributions():
 
 def test_unit_rms_weights(index):
     parts = np.asarray(ja.contributions(index, QUERIES))
-    weights = np.array(list(ja.unit_rms_weights(index, QUERIES).values()))
+    weights = np.array(list(weighting.unit_rms_weights(index, QUERIES).values()))
     rms = np.sqrt(((parts * weights) ** 2).mean(axis=(0, 1)))
     np.testing.assert_allclose(rms, rms[0], rtol=1e-9)
     assert weights.mean() == pytest.approx(1)

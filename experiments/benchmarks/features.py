@@ -16,6 +16,7 @@ from rich.table import Table
 import jaxattr as ja
 from experiments.benchmarks import models, timing
 from experiments.benchmarks.models import Subject
+from jaxattr import linear_maps
 
 RANKS = {"gpt": (8, 16, 32), "resnet9": (8, 16, 21, 32), "vit": (8, 16, 32)}
 # (model, rank, what): largest ratio of time that was set as a goal.
@@ -95,7 +96,7 @@ def gradient(subject: Subject) -> Callable[[Any, Any], Any]:
 def maps_only(subject: Subject) -> Callable[[Any], Any]:
     """Returns groups that leave out every parameter that belongs to no linear map."""
     example = jax.tree.map(lambda x: x[0], subject.batch)
-    found = ja.linear_maps.find(subject.loss, subject.params, example, jax.random.key(0))
+    found = linear_maps.find(subject.loss, subject.params, example, jax.random.key(0))
     pattern = "|".join(f"^{re.escape(leaf)}$" for leaf in found.exact)
     return lambda params: ja.by_layer(params, exclude=pattern or None)
 

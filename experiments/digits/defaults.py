@@ -18,6 +18,7 @@ from rich.table import Table
 import jaxattr as ja
 from experiments.digits import study
 from experiments.digits.study import Subject
+from jaxattr import scoring, weighting
 
 STARTS = ("uniform", "unit_rms")
 TOP_KS = (5, 10, 20, 50)
@@ -59,8 +60,8 @@ def change_by_setting(subject: Subject, method: ja.Method) -> dict[str, float]:
     index = study.index_of(method, subject.checkpoints, subject.digits.train)
     learning = ja.query_features(index, subject.digits.learning)
     weights = {
-        "uniform": ja.uniform_weights(index),
-        "unit RMS": ja.unit_rms_weights(index, learning),
+        "uniform": scoring.uniform_weights(index),
+        "unit RMS": weighting.unit_rms_weights(index, learning),
     }
     for start, top_k, l2 in itertools.product(STARTS, TOP_KS, L2S):
         options: dict[str, Any] = {"start": start, "top_k": top_k, "l2": l2}

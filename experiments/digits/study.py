@@ -16,7 +16,7 @@ import jaxattr as ja
 from experiments.digits import data, training
 from experiments.digits.data import Digits
 from experiments.digits.models import Model, make_model
-from jaxattr import evaluation
+from jaxattr import evaluation, scoring, weighting
 from jaxattr.evaluation import LDS
 
 
@@ -190,10 +190,10 @@ def measure(subject: Subject, choice: Choice) -> Result:
     fit = ja.learn_weights(index, learning)
     alone = evaluation.group_lds(index, learning, truth.masks, truth.learning)
     best = max(alone, key=lambda name: alone[name].mean)
-    uniform = ja.uniform_weights(index)
+    uniform = scoring.uniform_weights(index)
     weights = {
         "uniform": uniform,
-        "unit RMS": ja.unit_rms_weights(index, learning),
+        "unit RMS": weighting.unit_rms_weights(index, learning),
         "learned": fit.weights,
         "best group": dict.fromkeys(uniform, 0.0) | {best: 1.0},
         "upper bound": evaluation.upper_bound_weights(index, learning, truth.masks, truth.learning),

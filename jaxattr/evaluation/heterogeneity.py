@@ -12,9 +12,11 @@ import numpy as np
 import optax
 from scipy import stats
 
-from jaxattr import scoring
+from jaxattr import ranking, scoring
 from jaxattr.evaluation.lds import LDS, lds_of_predictions
 from jaxattr.index import Index, query_features
+from jaxattr.rows import EXAMPLES, FEATURES
+from jaxattr.sharding import Placement
 
 
 def subset_contributions(index: Index, queries: Any, masks: Any) -> np.ndarray:
@@ -32,11 +34,23 @@ def subset_contributions(index: Index, queries: Any, masks: Any) -> np.ndarray:
     if masks.ndim != 2 or masks.shape[1] != index.size:
         raise ValueError(f"masks must be bool [subsets, {index.size}], got shape {masks.shape}.")
     prepared = query_features(index, queries)
-    rows = index.features * index.residual[:, None]
-    chosen = jnp.asarray(masks, rows.dtype)
-    sums = jnp.matmul(chosen, rows, precision="highest")  # [s, c * p]
-    ones = jnp.ones(len(masks), rows.dtype)
-    parts = scoring.contributions_of_features(index.layout, prepared.features, sums, ones)
+    layout = index.rows.layout
+    chosen = np.zeros((len(masks), layout.blocks * layout.block), bool)
+    chosen[:, : index.size] = masks
+    sums: jax.Array | float = 0.0
+    for slab in index.rows.slabs([FEATURES, EXAMPLES], scoring.SLAB):
+        skipped = slab.fresh * layout.block
+        side = ranking.train_side(slab.arrays)
+        rows = (side.features * side.residual[:, None])[skipped:]  # [r, c * p]
+        start = slab.first + skipped
+        picked = jnp.asarray(chosen[:, start : start + len(rows)], rows.dtype)
+        sums = sums + jnp.matmul(picked, rows, precision="highest")  # [s, c * p]
+    examples = jnp.ones((1, len(masks), layout.checkpoints, layout.widths[EXAMPLES]))
+    subsets = jnp.asarray(sums).reshape(1, len(masks), layout.checkpoints, -1)
+    arrays = {FEATURES: subsets, EXAMPLES: examples.astype(subsets.dtype)}
+    parts = ranking.local_contributions(
+        Placement(), index.layout, index.place.gathered(prepared.features), arrays
+    )
     found = np.array(parts, np.float64)
     found[prepared.non_finite] = np.nan
     return found

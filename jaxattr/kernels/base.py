@@ -1,7 +1,7 @@
 """What a kernel is, and the unit of its damping."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -66,29 +66,32 @@ class Surroundings(NamedTuple):
 
     Attributes:
       layout: the columns of the features.
+      rows: columns -> those of the features of all training examples [n, width], on the host; rows
+        of zeros for examples that do not count.
       curvature: eigenvalue of each feature [p] as the basis of the features knows it, NaN where it
         does not; or None.
-      features_of: (data, description) -> blocks of features [b, p] of other examples, with
-        rows of zeros for examples that do not count, and the number of those that do.
+      sums_of: (sums, data, description) -> the sums over the features of other examples, for
+        `sums` as in `Kernel`.
       hessian: () -> (products, operands): `products(operands, vectors [k, p])` are the products
         [k, p] with the Hessian of the mean training loss, in the coordinates of the features.
     """
 
     layout: FeatureLayout
+    rows: Callable[[slice], np.ndarray]
     curvature: np.ndarray | None
-    features_of: Callable[[Any, str], Iterator[tuple[Features, int]]]
+    sums_of: Callable[[Callable, Any, str], Any]
     hessian: Callable[[], tuple[Callable[[Any, jax.Array], jax.Array], Any]]
 
 
 class Kernel(NamedTuple):
-    """Pure functions that accumulate statistics and apply the kernel.
+    """Pure functions that sum statistics and apply the kernel.
 
     Attributes:
       name: what `describe` shows.
-      init: (feature layout, number of training examples, dtype) -> statistics.
-      update: (statistics, features [b, p], first row, rows that count) -> statistics. Rows that
-        must not count are zero. Jittable.
-      finalize: (statistics, surroundings) -> operator, a pytree of arrays. On the host.
+      sums: (feature layout, number of training examples, features [b, p], kept bool [b]) ->
+        statistics of a batch, a pytree of arrays; those of several batches, or of parts of one on
+        several devices, are added. Rows that must not count are zero. Jittable.
+      finalize: (statistics of all, surroundings) -> operator, a pytree of arrays. On the host.
       apply: (operator, features [b, p]) -> K phi, [b, p]. Jittable.
       of_queries: (operator, features [q, p]) -> features of queries, where the method transforms
         them too; None where it leaves them as they are. Jittable, and diagonal by group.
@@ -99,8 +102,7 @@ class Kernel(NamedTuple):
     """
 
     name: str
-    init: Callable[[FeatureLayout, int, Any], Any]
-    update: Callable[[Any, Features, jax.Array, jax.Array], Any]
+    sums: Callable[[FeatureLayout, int, Features, jax.Array], Any]
     finalize: Callable[[Any, Surroundings], Any]
     apply: Callable[[Any, Features], Features]
     of_queries: Callable[[Any, Features], Features] | None = None
@@ -117,12 +119,27 @@ def identity() -> Kernel:
     """
     return Kernel(
         name="identity",
-        init=lambda layout, n, dtype: (),
-        update=lambda statistics, phi, row, kept: statistics,
+        sums=no_sums,
         finalize=lambda statistics, surroundings: (),
         apply=lambda operator, phi: phi,
         identity=True,
     )
+
+
+def no_sums(layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> tuple[()]:
+    """The statistics of kernels that need none.
+
+    Args:
+      layout: as in `Kernel.sums`.
+      n: as there.
+      phi: as there.
+      kept: as there.
+
+    Returns:
+      Nothing.
+    """
+    del layout, n, phi, kept
+    return ()
 
 
 def split_columns(phi: Features, widths: Sequence[int]) -> list[Features]:

@@ -47,13 +47,9 @@ def second_moment(damping: Damping) -> Kernel:
     """
     damping = check_damping(damping)
 
-    def init(layout: FeatureLayout, n: int, dtype: Any) -> Squares:
-        del n
-        return Squares(jnp.zeros(layout.total, dtype), jnp.zeros((), dtype))
-
-    def update(statistics: Squares, phi: Features, row: jax.Array, kept: jax.Array) -> Squares:
-        del row
-        return Squares(statistics.total + sum_of_squares(phi), statistics.examples + kept)
+    def sums(layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> Squares:
+        del layout, n
+        return Squares(sum_of_squares(phi), kept.sum(dtype=phi.dtype))
 
     def finalize(statistics: Squares, surroundings: Surroundings) -> jax.Array:
         means = np.asarray(statistics.total, np.float64) / max(float(statistics.examples), 1.0)
@@ -76,7 +72,7 @@ def second_moment(damping: Damping) -> Kernel:
     def apply(operator: jax.Array, phi: Features) -> Features:
         return phi * operator[None]
 
-    return Kernel(f"second moment, damping {damping}", init, update, finalize, apply)
+    return Kernel(f"second moment, damping {damping}", sums, finalize, apply)
 
 
 def sum_of_squares(phi: Features) -> jax.Array:

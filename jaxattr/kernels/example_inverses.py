@@ -1,6 +1,6 @@
 """DataInf's kernel: the mean of the inverses of single-example Fisher matrices."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,18 +8,6 @@ import jax.numpy as jnp
 from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping, split_columns
 from jaxattr.plans import FeatureLayout
 from jaxattr.typing import Features
-
-
-class Rows(NamedTuple):
-    """Features of the training examples.
-
-    Attributes:
-      phi: [n, p].
-      examples: how many of them count; the others are zero.
-    """
-
-    phi: jax.Array
-    examples: jax.Array
 
 
 class DataInfOperator(NamedTuple):
@@ -47,7 +35,7 @@ def data_inf(damping: Damping) -> Kernel:
 
     Guarantees: that formula exactly; as an approximation of the inverse Fisher matrix it is a
     heuristic whose error grows with the number of features.
-    Cost: the training features stay in memory; 4 n^2 p operations.
+    Cost: a copy of the training features in memory, on every device; 4 n^2 p operations.
 
     Args:
       damping: of each example's matrix; relative to the mean eigenvalue of the Fisher matrix,
@@ -63,24 +51,21 @@ def data_inf(damping: Damping) -> Kernel:
     if damping.value == 0:
         raise ValueError("DataInf divides by its damping, which must be above 0, got 0.")
 
-    def init(layout: FeatureLayout, n: int, dtype: Any) -> Rows:
-        return Rows(jnp.zeros((n, layout.total), dtype), jnp.zeros((), dtype))
+    def sums(layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> jax.Array:
+        del layout, n
+        return kept.sum(dtype=phi.dtype)
 
-    def update(statistics: Rows, phi: Features, row: jax.Array, kept: jax.Array) -> Rows:
-        # Rows past the end (a padded last batch) are dropped by the scatter.
-        rows = statistics.phi.at[row + jnp.arange(phi.shape[0])].set(phi, mode="drop")
-        return Rows(rows, statistics.examples + kept)
-
-    def finalize(statistics: Rows, surroundings: Surroundings) -> DataInfOperator:
+    def finalize(statistics: jax.Array, surroundings: Surroundings) -> DataInfOperator:
+        examples = statistics
         parts, weights, added = [], [], []
         for columns in surroundings.layout.slices.values():
-            parts.append(statistics.phi[:, columns])
+            parts.append(jnp.asarray(surroundings.rows(columns), examples.dtype))
             squares = jnp.sum(parts[-1] ** 2, axis=1)  # [n]
-            mean = jnp.sum(squares) / statistics.examples / (columns.stop - columns.start)
+            mean = jnp.sum(squares) / examples / (columns.stop - columns.start)
             value = jnp.asarray(damping.of(float(mean)), squares.dtype)
             # A group in which every gradient is zero maps to zero whatever it is divided by.
             added.append(jnp.where(value > 0, value, 1))
-            weights.append(1 / (statistics.examples * (added[-1] + squares)))
+            weights.append(1 / (examples * (added[-1] + squares)))
         return DataInfOperator(parts, weights, added)
 
     def apply(operator: DataInfOperator, phi: Features) -> Features:
@@ -88,7 +73,7 @@ def data_inf(damping: Damping) -> Kernel:
         mapped = [_map(*arrays) for arrays in zip(columns, *operator, strict=True)]
         return jnp.concatenate(mapped, axis=1)  # [b, p]
 
-    return Kernel(f"DataInf, damping {damping}", init, update, finalize, apply)
+    return Kernel(f"DataInf, damping {damping}", sums, finalize, apply)
 
 
 def _map(x: jax.Array, rows: jax.Array, weights: jax.Array, damping: jax.Array) -> jax.Array:

@@ -12,18 +12,6 @@ from jaxattr.plans import FeatureLayout
 from jaxattr.typing import Features
 
 
-class GramBlock(NamedTuple):
-    """Statistics of one block of features.
-
-    Attributes:
-      gram: primal, sum of phi^T phi [p, p]; or None.
-      rows: dual, the features themselves [n, p], when there are fewer examples than features.
-    """
-
-    gram: jax.Array | None
-    rows: jax.Array | None
-
-
 class GramOperator(NamedTuple):
     r"""The inverse of one block, :math:`K = V \mathrm{diag}(s) V^T`, or K itself.
 
@@ -66,19 +54,25 @@ def gram(damping: Damping, *, dense: bool = False) -> Kernel:
     def blocks(layout: FeatureLayout) -> tuple[int, ...]:
         return (layout.total,) if dense else layout.dims
 
-    def init(layout: FeatureLayout, n: int, dtype: Any) -> list[GramBlock]:
-        return [_empty_block(p, n, dtype) for p in blocks(layout)]
-
-    def update(
-        statistics: list[GramBlock], phi: Features, row: jax.Array, kept: jax.Array
-    ) -> list[GramBlock]:
+    def sums(layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> list[jax.Array]:
         del kept
-        parts = split_columns(phi, [_width(block) for block in statistics])
-        return [_add(block, part, row) for block, part in zip(statistics, parts, strict=True)]
+        parts = split_columns(phi, blocks(layout))
+        # A block with more features than examples is inverted from its rows, when they are there.
+        return [
+            jnp.matmul(part.T, part, precision="highest") if part.shape[1] <= n else part[0, :0]
+            for part in parts
+        ]
 
-    def finalize(statistics: list[GramBlock], surroundings: Surroundings) -> list[GramOperator]:
-        del surroundings
-        return [_invert(block, damping) for block in statistics]
+    def finalize(statistics: list[jax.Array], surroundings: Surroundings) -> list[GramOperator]:
+        edges = np.cumsum([0, *blocks(surroundings.layout)]).tolist()
+        operators = []
+        for gram, start, stop in zip(statistics, edges, edges[1:], strict=False):
+            if gram.size:
+                operators.append(_primal(np.asarray(gram, np.float64), damping, gram.dtype))
+            else:
+                rows = np.asarray(surroundings.rows(slice(start, stop)), np.float64)
+                operators.append(_dual(rows, damping, gram.dtype))
+        return operators
 
     def apply(operator: list[GramOperator], phi: Features) -> Features:
         parts = split_columns(phi, [block.vectors.shape[0] for block in operator])
@@ -86,28 +80,7 @@ def gram(damping: Damping, *, dense: bool = False) -> Kernel:
         return jnp.concatenate(mapped, axis=1)  # [b, p]
 
     shape = "dense" if dense else "block-diagonal"
-    return Kernel(f"{shape} gram, damping {damping}", init, update, finalize, apply)
-
-
-def _empty_block(p: int, n: int, dtype: Any) -> GramBlock:
-    if p > n:
-        return GramBlock(None, jnp.zeros((n, p), dtype))
-    return GramBlock(jnp.zeros((p, p), dtype), None)
-
-
-def _width(block: GramBlock) -> int:
-    statistic = block.gram if block.gram is not None else block.rows
-    assert statistic is not None
-    return statistic.shape[1]
-
-
-def _add(block: GramBlock, phi: Features, row: jax.Array) -> GramBlock:
-    if block.gram is not None:
-        return block._replace(gram=block.gram + jnp.matmul(phi.T, phi, precision="highest"))
-    assert block.rows is not None
-    # Rows past the end (a padded last batch) are dropped by the scatter.
-    rows = block.rows.at[row + jnp.arange(phi.shape[0])].set(phi, mode="drop")
-    return block._replace(rows=rows)
+    return Kernel(f"{shape} gram, damping {damping}", sums, finalize, apply)
 
 
 def _multiply(block: GramOperator, phi: Features) -> Features:
@@ -117,24 +90,20 @@ def _multiply(block: GramOperator, phi: Features) -> Features:
     return jnp.matmul(product * block.scales[None], block.vectors.T, precision="highest")
 
 
-def _invert(block: GramBlock, damping: Damping) -> GramOperator:
-    dual = block.gram is None
-    statistic = block.rows if dual else block.gram
-    assert statistic is not None
-    dtype = statistic.dtype
-    matrix = np.asarray(statistic, np.float64)
-    matrix = matrix @ matrix.T if dual else matrix
-    width = _width(block)
-    added = damping.of(np.trace(matrix) / width)
+def _primal(matrix: np.ndarray, damping: Damping, dtype: Any) -> GramOperator:
     if not matrix.any():  # no training gradient reaches this block: K phi is zero, whatever K is
-        return GramOperator(jnp.zeros((width, width if not dual else 1), dtype), _zero_scale(dual))
-    if dual:
-        return _dual_operator(np.asarray(statistic, np.float64), matrix, added, damping, dtype)
+        return GramOperator(jnp.zeros(matrix.shape, dtype), None)
+    added = damping.of(np.trace(matrix) / len(matrix))
     return GramOperator(jnp.asarray(_inverse(matrix, added, damping, dtype), dtype), None)
 
 
-def _zero_scale(dual: bool) -> jax.Array | None:
-    return jnp.zeros(1) if dual else None
+def _dual(rows: np.ndarray, damping: Damping, dtype: Any) -> GramOperator:
+    width = rows.shape[1]
+    if not rows.any():
+        return GramOperator(jnp.zeros((width, 1), dtype), jnp.zeros(1, dtype))
+    outer = rows @ rows.T
+    added = damping.of(np.trace(outer) / width)
+    return _dual_operator(rows, outer, added, damping, dtype)
 
 
 def _inverse(matrix: np.ndarray, added: float, damping: Damping, dtype: Any) -> np.ndarray:

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping
-from jaxattr.plans import FeatureLayout
+from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping, no_sums
 from jaxattr.typing import Features
 
 # Columns of the Hessian that are computed at once.
@@ -56,7 +55,7 @@ def inverse_hessian(damping: Damping, *, positive_only: bool = False) -> Kernel:
     def apply(operator: jax.Array, phi: Features) -> Features:
         return jnp.matmul(phi, operator.astype(phi.dtype), precision="highest")
 
-    return _without_statistics(f"inverse Hessian, damping {damping}", finalize, apply)
+    return Kernel(f"inverse Hessian, damping {damping}", no_sums, finalize, apply)
 
 
 class Solver(NamedTuple):
@@ -155,20 +154,8 @@ def conjugate_gradient(damping: Damping, *, tolerance: float, iterations: int) -
         return error / jnp.where(size == 0, 1, size)
 
     name = f"conjugate gradients with the Hessian, damping {damping}"
-    kernel = _without_statistics(name, finalize, apply)
+    kernel = Kernel(name, no_sums, finalize, apply)
     return kernel._replace(residual=residual, tolerance=2 * tolerance)
-
-
-def _without_statistics(name: str, finalize: Any, apply: Any) -> Kernel:
-    def init(layout: FeatureLayout, n: int, dtype: Any) -> tuple:
-        del layout, n, dtype
-        return ()
-
-    def update(statistics: tuple, phi: Features, row: jax.Array, kept: jax.Array) -> tuple:
-        del phi, row, kept
-        return statistics
-
-    return Kernel(name, init, update, finalize, apply)
 
 
 def _inverse(matrix: np.ndarray, damping: Damping, dtype: Any, positive_only: bool) -> np.ndarray:

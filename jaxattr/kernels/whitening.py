@@ -62,32 +62,17 @@ def autocorrelation(
     if queries is None and mixing:
         raise ValueError(f"mixing={mixing} needs queries= to mix with, got None.")
 
-    def init(layout: FeatureLayout, n: int, dtype: Any) -> Autocorrelation:
+    def sums(layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> Autocorrelation:
         del n
-        return Autocorrelation(
-            [jnp.zeros((p, p), dtype) for p in layout.dims], jnp.zeros((), dtype)
-        )
-
-    def update(
-        statistics: Autocorrelation, phi: Features, row: jax.Array, kept: jax.Array
-    ) -> Autocorrelation:
-        del row
-        parts = split_columns(phi, [len(block) for block in statistics.blocks])
-        blocks = [
-            block + jnp.matmul(part.T, part, precision="highest")
-            for block, part in zip(statistics.blocks, parts, strict=True)
-        ]
-        return Autocorrelation(blocks, statistics.examples + kept)
+        parts = split_columns(phi, layout.dims)
+        blocks = [jnp.matmul(part.T, part, precision="highest") for part in parts]
+        return Autocorrelation(blocks, kept.sum(dtype=phi.dtype))
 
     def finalize(statistics: Autocorrelation, surroundings: Surroundings) -> list[jax.Array]:
         dtype = statistics.examples.dtype
         matrices = _means(statistics)
         if queries is not None:
-            other = init(surroundings.layout, 0, dtype)
-            step = jax.jit(update)
-            for phi, kept in surroundings.features_of(queries, "autocorrelation of queries"):
-                other = step(other, phi, jnp.asarray(0), jnp.asarray(kept))
-            theirs = _means(other)
+            theirs = _means(surroundings.sums_of(sums, queries, "autocorrelation of queries"))
             mu = _meeting_point(matrices, theirs, component) if mixing is None else mixing
             matrices = [mu * b + (1 - mu) * a for a, b in zip(matrices, theirs, strict=True)]
         return [jnp.asarray(_inverse_root(matrix, damping), dtype) for matrix in matrices]
@@ -104,7 +89,7 @@ def autocorrelation(
         return unit_norm(white)
 
     name = f"autocorrelation{' of queries too' if queries is not None else ''}, damping {damping}"
-    return Kernel(name, init, update, finalize, apply, of_queries=apply)
+    return Kernel(name, sums, finalize, apply, of_queries=apply)
 
 
 def _means(statistics: Autocorrelation) -> list[np.ndarray]:

@@ -1,0 +1,375 @@
+"""What building an index will take, before it is done: memory, disk, arithmetic."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxattr import groups as groups_lib
+from jaxattr.bases import Fitted
+from jaxattr.features import Featurizer
+from jaxattr.groups import Groups, named_leaves
+from jaxattr.kernels import Kernel
+from jaxattr.methods import Method, featurizer
+from jaxattr.plans import FeatureLayout
+from jaxattr.rows import ERRORS, EXAMPLES, FEATURES, RAW, SELF, RowLayout
+from jaxattr.sharding import DATA, Placement, placement
+from jaxattr.sources import Source, as_source
+from jaxattr.typing import Example, Key, Params
+
+# More examples than this at once do not make a step faster.
+_LARGEST_MICROBATCH = 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BuildPlan:
+    """What `build_index` will take. Print it.
+
+    Attributes:
+      examples: training examples n.
+      checkpoints: number of them.
+      blocks: steps over the data, per checkpoint.
+      block: examples per step.
+      microbatch: examples whose gradients are in memory at once, per device.
+      shards: devices that examples are spread over.
+      features: per example and checkpoint.
+      params_bytes: the parameters of all checkpoints, per device.
+      step_bytes: temporary memory of the compiled feature step, per device.
+      statistics_bytes: the kernel's sums, per device.
+      index_bytes: all rows, in memory per device, or on disk.
+      on_disk: whether the rows are on disk.
+      flops: of all feature steps of all devices together, as XLA counts them: loops count as one
+        turn, so this is scaled by the microbatches.
+    """
+
+    examples: int
+    checkpoints: int
+    blocks: int
+    block: int
+    microbatch: int
+    shards: int
+    features: int
+    params_bytes: int
+    step_bytes: int
+    statistics_bytes: int
+    index_bytes: int
+    on_disk: bool
+    flops: float
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory per device, all together."""
+        rows = 0 if self.on_disk else self.index_bytes
+        return self.params_bytes + self.step_bytes + self.statistics_bytes + rows
+
+    def __str__(self) -> str:
+        where = "on disk" if self.on_disk else "per device"
+        return "\n".join(
+            [
+                f"{self.examples:,} examples x {self.checkpoints} checkpoints x {self.features:,} "
+                f"features, over {self.shards} devices",
+                f"  {self.blocks:,} blocks of {self.block} examples, {self.microbatch} at once per "
+                "device",
+                f"  index       {_size(self.index_bytes)} {where}",
+                f"  per device  {_size(self.device_bytes)}: parameters {_size(self.params_bytes)}, "
+                f"feature step {_size(self.step_bytes)}, "
+                f"statistics {_size(self.statistics_bytes)}"
+                + ("" if self.on_disk else f", index {_size(self.index_bytes)}"),
+                f"  arithmetic  {self.flops:.2g} floating-point operations",
+            ]
+        )
+
+
+def plan(
+    method: Method,
+    checkpoints: Params | Sequence[Params],
+    train: Any,
+    *,
+    groups: Groups = groups_lib.by_layer,
+    key: Key | None = None,
+    batch_size: int = 256,
+    microbatch: int | None = None,
+    memory: int | None = None,
+    mesh: Mesh | None = None,
+    on_disk: bool = False,
+    dtype: Any = None,
+) -> BuildPlan:
+    """Says what `build_index` will take, from one compilation of its step; computes nothing.
+
+    Args:
+      method: as in `build_index`.
+      checkpoints: as there, or their shapes.
+      train: as there.
+      groups: as there.
+      key: as there.
+      batch_size: as there.
+      microbatch: as there.
+      memory: as there.
+      mesh: as there.
+      on_disk: whether the index will be.
+      dtype: as there.
+
+    Returns:
+      The plan. Bytes are those of XLA's memory analysis and of the arrays; a program around them,
+      the data's own prefetching, and fitting a basis (EK-FAC) come on top.
+
+    Raises:
+      ValueError: as `build_index`, and if `memory` does not suffice.
+    """
+    place = placement(mesh)
+    several = isinstance(checkpoints, list | tuple)
+    parameters = tuple(checkpoints) if several else (checkpoints,)
+    source = as_source(train, "train")
+    request = Request(method, parameters, source, groups, key, place, on_disk, dtype)
+    return request.settle(batch_size, microbatch, memory)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What an index is asked to be made of, before it is known how many examples go at once.
+
+    Attributes:
+      method: the attribution method.
+      checkpoints: the parameters.
+      source: the data.
+      groups: the parameter groups.
+      key: of projections and stochastic outputs.
+      place: the devices.
+      on_disk: whether rows are on disk.
+      dtype: of the stored features; None for the default.
+    """
+
+    method: Method
+    checkpoints: tuple[Params, ...]
+    source: Source
+    groups: Groups
+    key: Key | None
+    place: Placement
+    on_disk: bool
+    dtype: Any
+
+    def settle(
+        self, batch_size: int, microbatch: int | None, memory: int | None
+    ) -> tuple[Featurizer, BuildPlan]:
+        """Decides the microbatch, and plans.
+
+        Args:
+          batch_size: wanted.
+          microbatch: wanted, or None.
+          memory: bytes per device, or None.
+
+        Returns:
+          The featurizer, and the plan.
+
+        Raises:
+          ValueError: if the memory does not suffice for a microbatch of one.
+        """
+        featurize = self.settle_without_plan(batch_size, microbatch, memory)
+        return featurize, self._plan(featurize, self.block(featurize, batch_size))
+
+    def settle_without_plan(
+        self, batch_size: int, microbatch: int | None, memory: int | None
+    ) -> Featurizer:
+        """As `settle`, and compiles nothing unless a memory is given."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if memory is None:
+            return self._featurizer(batch_size, microbatch)
+        if microbatch is not None:
+            raise ValueError("Give microbatch or memory, not both.")
+        return self._fitting(batch_size, memory)
+
+    def block(self, featurize: Featurizer, batch_size: int) -> int:
+        """Examples per block: every device has as many, in whole microbatches."""
+        block = self.source.block_size(batch_size, self.place)
+        if self.place.mesh is None:
+            return block
+        return -(-block // featurize.microbatch) * featurize.microbatch
+
+    def rows(self, featurize: Featurizer, block: int) -> RowLayout:
+        """The shapes of the rows."""
+        computed = feature_dtype(featurize, self.checkpoints[0])
+        stored = np.dtype(computed if self.dtype is None else self.dtype)
+        if stored not in (np.dtype(computed), np.dtype(jnp.float32), np.dtype(jnp.bfloat16)):
+            raise ValueError(
+                f"dtype must be float32 or bfloat16, got {stored.name}: float16 overflows at "
+                "65,504, which gradients reach, and other types are no floats."
+            )
+        layout = featurize.layout
+        widths = {FEATURES: layout.total, EXAMPLES: 2, SELF: len(layout.names)}
+        if not self.method.kernel.identity:
+            widths[RAW] = layout.total
+        if self.method.kernel.residual is not None:
+            widths[ERRORS] = 1
+        dtypes = {
+            name: stored if name in (FEATURES, RAW) else np.dtype(computed) for name in widths
+        }
+        return RowLayout(self.source.size, block, len(self.checkpoints), widths, dtypes)
+
+    def _featurizer(self, batch_size: int, microbatch: int | None) -> Featurizer:
+        make = functools.partial(
+            featurizer, self.method, self.checkpoints[0], self.source.example, groups=self.groups
+        )
+        made = make(key=self.key, microbatch=microbatch)
+        if self.place.mesh is None:
+            return made
+        local = self.source.block_size(batch_size, self.place) // self.place.shards
+        shared = min(made.microbatch, local) * self.place.shards
+        return make(key=self.key, microbatch=shared)
+
+    def _fitting(self, batch_size: int, memory: int) -> Featurizer:
+        """The featurizer with the largest microbatch that fits; memory grows near linearly."""
+        smallest = self._planned(batch_size, 1)
+        spare = memory - smallest[1].device_bytes
+        if spare < 0:
+            raise ValueError(
+                f"The index does not fit {_size(memory)} per device, even one example at a time. "
+                f"Needed:\n{smallest[1]}\nMake room with path= (the index on disk), "
+                "dtype=jnp.bfloat16, a projection with a smaller dim or rank, fewer checkpoints, "
+                "or a mesh over more devices."
+            )
+        local = -(-min(batch_size, self.source.size) // self.place.shards)
+        largest = min(local, _LARGEST_MICROBATCH)
+        second = self._planned(batch_size, min(2, largest))
+        slope = max(second[1].step_bytes - smallest[1].step_bytes, 1)
+        wanted = max(1, min(largest, 1 + spare // slope))
+        while wanted > 1:
+            featurize, planned = self._planned(batch_size, wanted)
+            if planned.device_bytes <= memory:
+                return featurize
+            wanted //= 2
+        return smallest[0]
+
+    def _planned(self, batch_size: int, microbatch: int) -> tuple[Featurizer, BuildPlan]:
+        featurize = self._featurizer(batch_size, microbatch)
+        return featurize, self._plan(featurize, self.block(featurize, batch_size))
+
+    def _plan(self, featurize: Featurizer, block: int) -> BuildPlan:
+        rows, shards = self.rows(featurize, block), self.place.shards
+        compiled = _compile(featurize, self.checkpoints[0], self.source.example, block, self.place)
+        analysis, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
+        turns = math.ceil(block / featurize.microbatch)
+        padded = rows.blocks * block
+        in_memory = {name: width for name, width in rows.widths.items() if name != RAW}
+        per_example = sum(width * rows.dtypes[name].itemsize for name, width in in_memory.items())
+        held = padded * rows.checkpoints * per_example // shards // self.place.columns
+        sums = _kernel_shapes(self.method.kernel, featurize.layout, rows)
+        return BuildPlan(
+            examples=rows.size,
+            checkpoints=rows.checkpoints,
+            blocks=rows.blocks,
+            block=block,
+            microbatch=min(featurize.microbatch, block) // shards,
+            shards=shards,
+            features=featurize.layout.total,
+            params_bytes=sum(_local_bytes(params) for params in self.checkpoints),
+            step_bytes=int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes),
+            statistics_bytes=_bytes(sums),
+            index_bytes=rows.bytes_on_disk() if self.on_disk else held,
+            on_disk=self.on_disk,
+            flops=float(cost.get("flops", 0.0)) * turns * rows.blocks * rows.checkpoints * shards,
+        )
+
+
+def feature_dtype(featurize: Featurizer, params: Params) -> Any:
+    """Returns the dtype of features, float32 or wider.
+
+    Args:
+      featurize: the featurizer.
+      params: the parameters, or their shapes.
+    """
+    plan, leaves = featurize.plan, named_leaves(params)
+    dtypes = [factored.dtype for factored in plan.factored]
+    dtypes += [leaves[name].dtype for name in plan.rest]
+    return np.dtype(jnp.result_type(jnp.float32, *dtypes))
+
+
+def check_device(planned_bytes: int, place: Placement, what: str) -> None:
+    """Raises if rows do not fit the memory that the device says it has.
+
+    Args:
+      planned_bytes: per device.
+      place: the devices.
+      what: needs them.
+    """
+    device = jax.local_devices()[0] if place.mesh is None else place.mesh.local_devices[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is not None and planned_bytes > limit:
+        raise ValueError(
+            f"{what} needs {_size(planned_bytes)} per device, and {device.device_kind} has "
+            f"{_size(limit)}. Give a path= to keep the index on disk, dtype=jnp.bfloat16, a "
+            "projection with a smaller dim or rank, or a mesh over more devices."
+        )
+
+
+def _compile(
+    featurize: Featurizer, params: Params, example: Example, block: int, place: Placement
+) -> Any:
+    def shape(x: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place.sharding(*axes))
+
+    def batched(x: Any) -> jax.ShapeDtypeStruct:
+        return shape(jax.ShapeDtypeStruct((block, *x.shape), x.dtype), DATA)
+
+    kept = jax.tree.map(lambda x: x if _is_spread(x) else shape(x), params)
+    batch = jax.tree.map(batched, example)
+    ids = batched(jax.ShapeDtypeStruct((), np.dtype(np.int32)))
+    step = place.jit(lambda *arguments: featurize.with_residual(*arguments), DATA)
+    return step.lower(kept, batch, ids, jnp.asarray(0), _fitted_shapes(featurize, place)).compile()
+
+
+def _fitted_shapes(featurize: Featurizer, place: Placement) -> Fitted:
+    basis = featurize.rule.projection.basis
+    if basis is None or basis.fit is None:
+        return Fitted({}, {}, None, {})
+    sharding = place.sharding()
+
+    def side(lead: tuple[int, ...], size: int, rank: int, dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct((*lead, size, rank), dtype, sharding=sharding)
+
+    sides = {
+        f.map.leaf: (
+            side(f.lead, f.rows, f.left, f.dtype),
+            side(f.lead, f.map.size_out, f.right, f.dtype),
+        )
+        for f in featurize.plan.factored
+    }
+    return Fitted(sides, {}, None, {})
+
+
+def _is_spread(x: Any) -> bool:
+    return isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
+
+
+def _kernel_shapes(kernel: Kernel, layout: FeatureLayout, rows: RowLayout) -> Any:
+    dtype = jnp.promote_types(rows.dtypes[FEATURES], jnp.float32)
+    phi = jax.ShapeDtypeStruct((1, layout.total), dtype)
+    kept = jax.ShapeDtypeStruct((1,), bool)
+    return jax.eval_shape(lambda *x: kernel.sums(layout, rows.size, *x), phi, kept)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _local_bytes(tree: Any) -> int:
+    """Bytes of a pytree on one device, as it is sharded."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape) if _is_spread(leaf) else leaf.shape
+        total += math.prod(shape) * np.dtype(leaf.dtype).itemsize
+    return total
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:,.4g} TiB"

@@ -1,0 +1,347 @@
+"""Building an index: features of the training set, the kernel's statistics, the kernel applied.
+
+Per checkpoint two stages, each a stream of blocks: the first computes features and sums the
+kernel's statistics, the second applies the kernel (the identity needs the first alone). On disk a
+ledger counts the finished blocks of each stage. What a run that was killed had finished is read
+back, as it was stored, so that the statistics and all that follows are bit for bit the same.
+"""
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxattr import groups as groups_lib
+from jaxattr import provenance
+from jaxattr.budgets import Request, check_device
+from jaxattr.checkpoint_builds import BuiltCheckpoint, Job, Session, build_checkpoint
+from jaxattr.groups import Groups
+from jaxattr.index import ConvergenceWarning, Index, first_ids, report_non_finite
+from jaxattr.methods import Method
+from jaxattr.rows import (
+    COLUMNS,
+    ERRORS,
+    EXAMPLES,
+    RAW,
+    MemoryRows,
+    RowLayout,
+    Rows,
+    all_rows,
+)
+from jaxattr.saving import (
+    COMPLETE,
+    MANIFEST,
+    load_fitted,
+    load_operator,
+)
+from jaxattr.sharding import barrier, placement, process
+from jaxattr.sources import as_source
+from jaxattr.store import DiskRows, Folder, Lease, Ledger, StoreError, on_first_process
+from jaxattr.typing import Key, Params
+
+
+def build_index(
+    method: Method,
+    checkpoints: Params | Sequence[Params],
+    train: Any,
+    *,
+    groups: Groups = groups_lib.by_layer,
+    key: Key | None = None,
+    batch_size: int = 256,
+    microbatch: int | None = None,
+    memory: int | None = None,
+    mesh: Mesh | None = None,
+    path: str | os.PathLike[str] | None = None,
+    dtype: Any = None,
+    extend: bool = False,
+) -> Index:
+    """Featurises a training set and applies the method's kernel to it, in memory or on disk.
+
+    On disk, the same call again goes on where a run was killed, repeating at most the block that
+    was in flight, and ends with bit for bit the same index; when it is finished, it only opens it.
+
+    Args:
+      method: `ja.tracin(loss)`, `ja.trak(margin)`, ...
+      checkpoints: one params pytree, or a list or tuple of them. Params that are themselves a list
+        or tuple go in as `[params]`. On a mesh they may be sharded, and stay so.
+      train: a pytree of arrays with a common leading axis, or a random-access source
+        (`__len__`, `__getitem__`). Position n is the example's id. With several hosts each reads
+        only its own examples.
+      groups: `by_layer`, `by_leaf`, a layout, or a pytree of labels.
+      key: key of projections and of stochastic outputs. Default: `jax.random.key(0)`.
+      batch_size: examples per step, and per chunk on disk.
+      microbatch: examples whose gradients are in memory at once, per device. Default: as many as
+        fit 256 MiB.
+      memory: instead of `microbatch`: bytes per device for parameters, feature step, statistics
+        and, unless it is on disk, the index. The largest microbatch that fits is found by
+        compiling the step; see `ja.plan`.
+      mesh: devices to use, with an axis "data" for examples and optionally an axis "model" for the
+        columns of features in memory. Default: the default device.
+      path: a new folder, or one that an earlier run began; local, or a URL such as gs://...
+        Default: in memory.
+      dtype: of the stored features: float32 (the default; float64 where they are), or bfloat16.
+      extend: `train` has grown since the index was finished: adds the new examples, for methods
+        whose kernel is the identity.
+
+    Returns:
+      The index; n * c * p numbers.
+
+    Raises:
+      ValueError: if checkpoints differ in structure, the data are empty or ragged, the output is
+        no scalar, the groups are no partition, a kernel is singular, no gradient is finite, a mesh
+        or a dtype does not fit, or the memory does not suffice.
+      StoreError: if the folder cannot be written, is in use by another job, is damaged, or was
+        made from other arguments, parameters or data, all of which are named.
+
+    Warns:
+      NonFiniteWarning: with the ids of training examples that were left out.
+      ConvergenceWarning: with the ids of those whose solve did not converge.
+      TruncationWarning: if leading eigenvectors hold little of the curvature.
+    """
+    place = placement(mesh)
+    if extend and path is None:
+        raise ValueError("extend=True adds to an index on disk: give its path.")
+    parameters = tuple(place.whole(each) for each in as_checkpoints(checkpoints))
+    source = as_source(train, "train")
+    method.weights_of(len(parameters))
+    key = place.whole(jax.random.key(0) if key is None else key)
+    on_disk = path is not None
+    request = Request(method, parameters, source, groups, key, place, on_disk, dtype)
+    featurize = request.settle_without_plan(batch_size, microbatch, memory)
+    block = request.block(featurize, batch_size)
+    layout = request.rows(featurize, block)
+    job = Job(method, featurize, parameters, source, block, place)
+    if path is None:
+        held = layout.bytes_on_disk() // place.shards // place.columns
+        check_device(held, place, "The index in memory")
+        return _build(job, MemoryRows(layout, place), None)
+    folder = Folder(path)
+    with _writing(folder):
+        return _build_on_disk(job, folder, layout, extend)
+
+
+def _build(job: Job, rows: Rows, session: Session | None) -> Index:
+    found = [
+        build_checkpoint(job, job.pass_over(number), rows, session)
+        for number in range(len(job.checkpoints))
+    ]
+    finite, errors = _finite(rows), None
+    if job.method.kernel.residual is not None:
+        each = [all_rows(rows, ERRORS, c)[:, 0] for c in range(len(found))]
+        errors = functools.reduce(np.maximum, each)
+    return _index(job, rows, found, np.flatnonzero(~finite), errors, session)
+
+
+def _index(
+    job: Job,
+    rows: Rows,
+    found: list[BuiltCheckpoint],
+    non_finite: np.ndarray,
+    errors: np.ndarray | None,
+    session: Session | None,
+) -> Index:
+    report_non_finite(non_finite, job.source.size, "training examples")
+    _report_errors(job.method, errors)
+    kernel = job.method.kernel
+    return Index(
+        method=job.method,
+        featurizer=job.featurizer,
+        checkpoints=job.checkpoints,
+        layout=job.featurizer.layout,
+        rows=rows,
+        non_finite=non_finite,
+        fitted=tuple(one.fitted for one in found),
+        operators=tuple(one.operator for one in found if kernel.of_queries is not None),
+        solve_errors=errors,
+        path=None if session is None else session.folder.path,
+    )
+
+
+def _build_on_disk(job: Job, folder: Folder, layout: RowLayout, extend: bool) -> Index:
+    here = provenance.manifest(job.method, job.featurizer, job.checkpoints, job.source, layout)
+    there = folder.read(MANIFEST)
+    limit = _check_manifest(folder, there, here, job, extend)
+    ledger = Ledger(folder, *process())
+    rows = DiskRows(folder, layout, job.place, ledger)
+    session = Session(folder, ledger)
+    complete = None if limit is not None else folder.read(COMPLETE)
+    if complete is not None and complete["examples"] == job.source.size:
+        return _reopened(job, rows, session, complete)
+    ledger.open(barrier, limit)
+
+    def begin() -> None:
+        if there != here:
+            _check_space(folder, layout)
+            folder.write(MANIFEST, here)
+        folder.delete(COMPLETE)
+        for name in layout.widths:
+            if name != RAW:
+                rows.create(name)
+
+    on_first_process(begin)
+    rows.check_chunks()
+    index = _build(job, rows, session)
+    barrier("rows written")
+    if process()[0] == 0:
+        errors = None if index.solve_errors is None else index.solve_errors.astype(float).tolist()
+        folder.write(
+            COMPLETE,
+            {
+                "examples": job.source.size,
+                "non_finite": index.non_finite.tolist(),
+                "solve_errors": errors,
+            },
+        )
+    barrier("index finished")
+    return index
+
+
+def _reopened(job: Job, rows: DiskRows, session: Session, complete: dict) -> Index:
+    """The index that an earlier run finished."""
+    found = []
+    for number in range(len(job.checkpoints)):
+        fitted = load_fitted(session.folder, number, job.place)
+        operator = load_operator(session.folder, number, job.place)
+        if fitted is None:
+            raise StoreError(
+                f"{session.folder.path}/fitted-{number} is missing or damaged: delete the index "
+                "and build it again."
+            )
+        found.append(BuiltCheckpoint(fitted, operator))
+    errors = complete["solve_errors"]
+    non_finite = np.asarray(complete["non_finite"], np.int64)
+    return _index(
+        job, rows, found, non_finite, None if errors is None else np.asarray(errors), session
+    )
+
+
+def _finite(rows: Rows) -> np.ndarray:
+    """Which examples are finite at all checkpoints, [n]."""
+    each = [
+        all_rows(rows, EXAMPLES, c)[:, COLUMNS.finite] > 0 for c in range(rows.layout.checkpoints)
+    ]
+    return functools.reduce(np.logical_and, each)
+
+
+@contextlib.contextmanager
+def _writing(folder: Folder) -> Iterator[None]:
+    """Holds the right to write, on the first process for all."""
+    with contextlib.ExitStack() as stack:
+        on_first_process(lambda: stack.enter_context(Lease(folder)))
+        yield
+
+
+def _check_manifest(
+    folder: Folder, there: dict | None, here: dict, job: Job, extend: bool
+) -> int | None:
+    """Refuses what does not belong together.
+
+    Returns:
+      How many blocks stay when the index is extended; None if it is not.
+    """
+    if there is None:
+        others = [name for name in folder.names() if name != "lease.json"]
+        if others:
+            raise StoreError(
+                f"{folder.path} is not empty and holds no index (found {', '.join(others[:3])}): "
+                "give another path."
+            )
+        if extend:
+            raise StoreError(f"{folder.path} holds no index to extend.")
+        return None
+    if there.get("format") != provenance.FORMAT:
+        raise StoreError(
+            f"{folder.path} has format {there.get('format')}, and this version of jaxattr reads "
+            f"format {provenance.FORMAT}: build the index again."
+        )
+    before = there["data"]["examples"]
+    if not extend or before == job.source.size:
+        _refuse(folder, provenance.differences(there, here))
+        return None
+    if not job.method.kernel.identity:
+        raise StoreError(
+            f"{folder.path} cannot be extended: {job.method.name} has a kernel that depends on all "
+            f"training examples ({job.method.kernel.name}), so new ones change every row. Build a "
+            "new index."
+        )
+    if before > job.source.size:
+        raise StoreError(
+            f"{folder.path} cannot be extended: it has {before} examples, and train has only "
+            f"{job.source.size}."
+        )
+    prefix = provenance.fingerprint_data(job.source, before)
+    old = here | {"data": {"examples": before, "fingerprint": prefix}}
+    _refuse(folder, provenance.differences(there, old))
+    complete = folder.read(COMPLETE)
+    if complete is None or complete["examples"] != before:
+        raise StoreError(
+            f"{folder.path} is not finished: finish it with its first {before} examples (the same "
+            "call without extend=True), then extend it."
+        )
+    return before // job.block
+
+
+def _refuse(folder: Folder, differences: list[str]) -> None:
+    if differences:
+        listed = "\n  ".join(differences)
+        raise StoreError(
+            f"{folder.path} was made from something else:\n  {listed}\nPass what it was made from, "
+            "or give another path."
+        )
+
+
+def _check_space(folder: Folder, layout: RowLayout) -> None:
+    free, needed = folder.free_bytes(), layout.bytes_on_disk()
+    if free is not None and needed > free:
+        raise StoreError(
+            f"The index needs {needed / 1e9:.3g} GB at {folder.path}, and {free / 1e9:.3g} GB are "
+            "free. Use dtype=jnp.bfloat16, a projection with a smaller dim, or another place."
+        )
+
+
+def as_checkpoints(checkpoints: Params | Sequence[Params]) -> tuple[Params, ...]:
+    """Returns one or several params pytrees as a tuple.
+
+    Args:
+      checkpoints: as in `build_index`.
+
+    Raises:
+      ValueError: if there are none, or they differ in structure or shapes.
+    """
+    several = isinstance(checkpoints, list | tuple)
+    parameters = tuple(checkpoints) if several else (checkpoints,)
+    if not parameters:
+        raise ValueError("checkpoints is empty: pass one params pytree, or a list of them.")
+    expected = jax.tree.map(jnp.shape, parameters[0])
+    for number, params in enumerate(parameters):
+        found = jax.tree.map(jnp.shape, params)
+        if found != expected:
+            raise ValueError(
+                f"Checkpoint {number} differs from checkpoint 0 in its tree or shapes: got "
+                f"{found}, needed {expected}. If your params are themselves a list or tuple, pass "
+                "[params]."
+            )
+    return parameters
+
+
+def _report_errors(method: Method, errors: np.ndarray | None) -> None:
+    """Warns of training examples whose solve did not converge."""
+    if errors is None:
+        return
+    failed = np.flatnonzero(~(errors <= method.kernel.tolerance))
+    if len(failed):
+        warnings.warn(
+            f"{len(failed)} of {len(errors)} solves did not converge: relative residuals up to "
+            f"{errors[failed].max():.1e}, needed {method.kernel.tolerance:.1e}; ids "
+            f"{first_ids(failed)}. Allow more iterations, or use more damping: the Hessian may "
+            "have negative eigenvalues.",
+            ConvergenceWarning,
+            stacklevel=3,
+        )

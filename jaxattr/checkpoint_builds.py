@@ -1,0 +1,292 @@
+"""One checkpoint of an index, in two stages, each a stream of blocks.
+
+The first computes features and sums the kernel's statistics, the second applies the kernel (the
+identity needs the first alone). What an earlier run had finished is read back, as it was stored, so
+that the statistics and all that follows are bit for bit the same.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattr.bases import NOTHING, Fitted
+from jaxattr.features import Featurizer
+from jaxattr.hessians import hessian_products
+from jaxattr.kernels import Kernel, Surroundings
+from jaxattr.methods import Method
+from jaxattr.plans import FeatureLayout
+from jaxattr.rows import COLUMNS, ERRORS, EXAMPLES, FEATURES, RAW, SELF, Rows, all_rows
+from jaxattr.saving import load_fitted, load_operator, save_fitted, save_operator
+from jaxattr.sharding import DATA, Placement, barrier, process
+from jaxattr.sources import Source, as_source, track
+from jaxattr.store import DiskRows, Folder, Ledger
+from jaxattr.training_passes import CleanFeatures, NumberedBatch, TrainingPass
+from jaxattr.typing import Features, Params
+
+
+class Job(NamedTuple):
+    """What an index is made from.
+
+    Attributes:
+      method: the attribution method.
+      featurizer: its featurizer.
+      checkpoints: the parameters, placed.
+      source: the data.
+      block: examples per step.
+      place: the devices.
+    """
+
+    method: Method
+    featurizer: Featurizer
+    checkpoints: tuple[Params, ...]
+    source: Source
+    block: int
+    place: Placement
+
+    def pass_over(self, number: int) -> TrainingPass:
+        """The pass of one checkpoint over the data."""
+        return TrainingPass(
+            self.featurizer, self.checkpoints[number], number, self.source, self.block, self.place
+        )
+
+
+class Session(NamedTuple):
+    """An index on disk that is being built.
+
+    Attributes:
+      folder: where it is.
+      ledger: of finished blocks.
+    """
+
+    folder: Folder
+    ledger: Ledger
+
+
+class BuiltCheckpoint(NamedTuple):
+    """What is left of a checkpoint beside its rows.
+
+    Attributes:
+      fitted: what the basis was fitted to.
+      operator: of the kernel; None where it is no longer needed.
+    """
+
+    fitted: Fitted
+    operator: Any
+
+
+def build_checkpoint(
+    job: Job, over: TrainingPass, rows: Rows, session: Session | None
+) -> BuiltCheckpoint:
+    """Fits the basis, computes features, applies the kernel.
+
+    Args:
+      job: what the index is made from.
+      over: the pass of this checkpoint.
+      rows: where they are kept.
+      session: on disk; else None.
+
+    Returns:
+      What is left beside the rows, which are written when this returns.
+    """
+    fitted = _fit(job, over, session)
+    kernel, layout, number = job.method.kernel, job.featurizer.layout, over.number
+    eta = job.method.weights_of(len(job.checkpoints))[number]
+    blocks, first = rows.layout.blocks, _done(session, FEATURES, number)
+    if kernel.identity:
+        prepare = _compiled_identity(job.place, layout, eta)
+        for block, clean in enumerate(over.features(fitted, "features", first=first), first):
+            rows.write(block, number, prepare(clean))
+        _flush(rows)
+        _check_any_finite(rows, number)
+        return BuiltCheckpoint(fitted, ())
+    if session is not None and first == blocks and kernel.of_queries is None:
+        return BuiltCheckpoint(fitted, None)
+    if session is not None and first == blocks:
+        operator = load_operator(session.folder, number, job.place)
+        if operator is not None:
+            return BuiltCheckpoint(fitted, operator)
+    operator = _operator(job, over, fitted, rows, session)
+    apply, residual = _compiled_kernel(job.place, kernel, layout, eta)
+    starts = range(first, blocks)
+    for block in track(iter(starts), f"{kernel.name}, checkpoint {number}", blocks, first):
+        phi = rows.read(RAW, block, number).astype(_wide_dtype(rows))
+        mapped, values = apply(operator, phi)
+        if residual is not None:
+            values[ERRORS] = residual(operator, phi, mapped)
+        rows.write(block, number, values)
+    _flush(rows)
+    if isinstance(rows, DiskRows):
+        barrier("kernel applied")
+        if process()[0] == 0:
+            rows.remove(RAW, number)
+    return BuiltCheckpoint(fitted, operator)
+
+
+def _operator(
+    job: Job, over: TrainingPass, fitted: Fitted, rows: Rows, session: Session | None
+) -> Any:
+    """Computes what is missing of the features, and the kernel from all of them."""
+    kernel, number = job.method.kernel, over.number
+    first = _done(session, RAW, number)
+    if isinstance(rows, DiskRows):
+        if process()[0] == 0:
+            rows.create(RAW, number)
+        barrier("raw features")
+
+    def blocks() -> Iterator[tuple[Features, jax.Array]]:
+        for block in range(first):
+            examples = rows.read(EXAMPLES, block, number)
+            yield rows.read(RAW, block, number), examples[:, COLUMNS.finite] > 0
+        store = _compiled_raw(job.place, rows.layout.dtypes[RAW])
+        for block, clean in enumerate(over.features(fitted, "features", first=first), first):
+            values = store(clean)
+            rows.write(block, number, values)
+            yield values[RAW], clean.kept
+
+    function = _kernel_sums(kernel, job.featurizer.layout, rows.layout.size, _wide_dtype(rows))
+    statistics = over.sums(function, (), blocks())
+    _flush(rows)
+    barrier("features written")
+    finite = _check_any_finite(rows, number)
+    operator = kernel.finalize(statistics, _surroundings(job, over, fitted, rows, finite))
+    if kernel.of_queries is not None:
+        operator = job.place.whole(operator)
+        if session is not None:
+            save_operator(session.folder, number, operator, job.place)
+    return operator if kernel.residual is not None else job.place.whole(operator)
+
+
+def _fit(job: Job, over: TrainingPass, session: Session | None) -> Fitted:
+    """Fits the method's basis to the checkpoint, or loads what an earlier run fitted."""
+    if session is not None:
+        loaded = load_fitted(session.folder, over.number, job.place)
+        if loaded is not None:
+            return loaded
+    basis = job.method.rule.projection.basis
+    fitted = NOTHING if basis is None or basis.fit is None else basis.fit(over)
+    fitted = job.place.whole(fitted)
+    if session is not None:
+        save_fitted(session.folder, over.number, fitted, job.place)
+    return fitted
+
+
+def _surroundings(
+    job: Job, over: TrainingPass, fitted: Fitted, rows: Rows, finite: np.ndarray
+) -> Surroundings:
+    layout, dtype = job.featurizer.layout, _wide_dtype(rows)
+
+    def sums_of(sums: Any, data: Any, description: str) -> Any:
+        other = over.of(as_source(data, description))
+        clean = other.features(fitted, description, _as_queries)
+        function = _sums_function(sums, layout, other.source.size, dtype)
+        return over.sums(function, (), ((each.features, each.kept) for each in clean))
+
+    return Surroundings(
+        layout=layout,
+        rows=lambda columns: all_rows(rows, RAW, over.number, columns).astype(dtype),
+        curvature=None if fitted.curvature is None else np.asarray(fitted.curvature),
+        sums_of=sums_of,
+        hessian=lambda: hessian_products(over, fitted, jnp.asarray(finite)),
+    )
+
+
+def _as_queries(numbered: NumberedBatch) -> NumberedBatch:
+    """Queries draw their randomness from -1, -2, ..."""
+    return numbered._replace(ids=-1 - numbered.ids)
+
+
+def _wide_dtype(rows: Rows) -> Any:
+    """The dtype that features are computed with, however they are stored."""
+    return jnp.promote_types(rows.layout.dtypes[FEATURES], jnp.float32)
+
+
+def _done(session: Session | None, name: str, checkpoint: int) -> int:
+    return 0 if session is None else session.ledger.done(f"{name}/{checkpoint}")
+
+
+def _flush(rows: Rows) -> None:
+    if isinstance(rows, DiskRows):
+        rows.flush()
+
+
+def _check_any_finite(rows: Rows, number: int) -> np.ndarray:
+    finite = all_rows(rows, EXAMPLES, number)[:, COLUMNS.finite] > 0
+    if not finite.any():
+        raise ValueError(
+            f"No training example has a finite gradient at checkpoint {number}: the parameters or "
+            "the data are not finite, or the training diverged. Check the checkpoint."
+        )
+    return finite
+
+
+@functools.lru_cache(maxsize=16)
+def _kernel_sums(kernel: Kernel, layout: FeatureLayout, n: int, dtype: Any) -> Any:
+    return _sums_function(kernel.sums, layout, n, dtype)
+
+
+def _sums_function(sums: Any, layout: FeatureLayout, n: int, dtype: Any) -> Any:
+    def of_block(shared: tuple[()], phi: Features, kept: jax.Array) -> Any:
+        del shared
+        return sums(layout, n, phi.astype(dtype), kept)
+
+    return of_block
+
+
+def _examples(clean: CleanFeatures) -> jax.Array:
+    residual = clean.residual
+    return jnp.stack([residual, clean.kept.astype(residual.dtype)], axis=1)  # [b, 2]
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_identity(place: Placement, layout: FeatureLayout, eta: float) -> Any:
+    def prepare(clean: CleanFeatures) -> dict[str, jax.Array]:
+        phi = clean.features
+        scaled = phi if eta == 1 else phi * eta
+        selves = _self_contributions(layout, phi, scaled)
+        return {FEATURES: scaled, SELF: selves, EXAMPLES: _examples(clean)}
+
+    return place.jit(prepare, DATA)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_raw(place: Placement, dtype: Any) -> Any:
+    def prepare(clean: CleanFeatures) -> dict[str, jax.Array]:
+        return {RAW: clean.features.astype(dtype), EXAMPLES: _examples(clean)}
+
+    return place.jit(prepare, DATA)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_kernel(
+    place: Placement, kernel: Kernel, layout: FeatureLayout, eta: float
+) -> tuple[Any, Any]:
+    """Programs apart, since XLA fuses them into one that takes twice as long on a CPU."""
+
+    def apply(operator: Any, phi: Features) -> tuple[Features, Features]:
+        of_queries = phi if kernel.of_queries is None else kernel.of_queries(operator, phi)
+        return kernel.apply(operator, phi), of_queries
+
+    def values(mapped: Features, of_queries: Features) -> dict[str, jax.Array]:
+        scaled = mapped if eta == 1 else mapped * eta
+        return {FEATURES: scaled, SELF: _self_contributions(layout, of_queries, scaled)}
+
+    first, second = place.jit(apply, DATA), place.jit(values, DATA)
+
+    def both(operator: Any, phi: Features) -> tuple[Features, dict[str, jax.Array]]:
+        mapped, of_queries = first(operator, phi)
+        return mapped, second(mapped, of_queries)
+
+    if kernel.residual is None:
+        return both, None
+    measure = kernel.residual
+    residual = place.jit(lambda *args: measure(*args)[:, None], DATA)
+    return both, residual
+
+
+def _self_contributions(layout: FeatureLayout, phi: Features, mapped: Features) -> jax.Array:
+    products = phi * mapped
+    return jnp.stack([products[:, part].sum(axis=1) for part in layout.slices.values()], axis=1)

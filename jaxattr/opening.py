@@ -1,0 +1,166 @@
+"""Opening an index that is on disk."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxattr import provenance
+from jaxattr.building import as_checkpoints
+from jaxattr.features import Featurizer
+from jaxattr.index import Index
+from jaxattr.methods import Method, featurizer
+from jaxattr.rows import EXAMPLES, FEATURES, SELF, MemoryRows, RowLayout, Rows
+from jaxattr.saving import COMPLETE, MANIFEST, load_fitted, load_operator
+from jaxattr.sharding import Placement, placement
+from jaxattr.store import DiskRows, Folder, StoreError, finished
+from jaxattr.typing import Example, Params
+
+
+def open_index(
+    path: str | os.PathLike[str],
+    method: Method | None = None,
+    checkpoints: Params | Sequence[Params] | None = None,
+    *,
+    example: Example | None = None,
+    mesh: Mesh | None = None,
+    in_memory: bool = False,
+) -> Index:
+    """Opens an index that `build_index` wrote; reads its rows when they are needed.
+
+    Args:
+      path: of the index, local or a URL.
+      method: that it was built with; needed for queries that are not features yet.
+      checkpoints: likewise.
+      example: ONE example, or its shapes; needed where training examples are no arrays or nested
+        dicts of arrays.
+      mesh: as in `build_index`; may be another than it was built on.
+      in_memory: reads all rows now, onto the mesh.
+
+    Returns:
+      The index.
+
+    Raises:
+      StoreError: if there is no index, it is not finished or damaged, or the method or the
+        checkpoints are not those that it was built with; says which differ.
+    """
+    folder, place = Folder(path), placement(mesh)
+    described = _manifest(folder)
+    complete = folder.read(COMPLETE)
+    layout = _row_layout(described)
+    if complete is None or complete["examples"] != layout.size:
+        done = finished(folder)
+        raise StoreError(
+            f"{folder.path} is not finished: of {layout.blocks} blocks per stage, done are "
+            f"{done or 'none'}. Call ja.build_index with its arguments to go on."
+        )
+    if layout.block % place.shards:
+        raise ValueError(
+            f"{folder.path} has blocks of {layout.block} examples, which do not divide over the "
+            f'{place.shards} devices of the mesh axis "data". Use a mesh that divides them.'
+        )
+    count = layout.checkpoints
+    fitted = [load_fitted(folder, c, place) for c in range(count)]
+    if any(each is None for each in fitted):
+        raise StoreError(f"{folder.path} is damaged: what was fitted to its checkpoints is gone.")
+    operators = [load_operator(folder, c, place) for c in range(count)]
+    parameters: tuple[Params, ...] = ()
+    featurize = None
+    if method is not None and checkpoints is not None:
+        parameters = tuple(place.whole(params) for params in as_checkpoints(checkpoints))
+        featurize = _featurizer(folder, described, method, parameters, example, place)
+    elif method is not None or checkpoints is not None:
+        raise ValueError("Give both method and checkpoints, or neither.")
+    rows: Rows = DiskRows(folder, layout, place)
+    errors = complete["solve_errors"]
+    return Index(
+        method=method,
+        featurizer=featurize,
+        checkpoints=parameters,
+        layout=provenance.layout_from(described["layout"]),
+        rows=in_device_memory(rows) if in_memory else rows,
+        non_finite=np.asarray(complete["non_finite"], np.int64),
+        fitted=tuple(each for each in fitted if each is not None),
+        operators=tuple(each for each in operators if each is not None),
+        solve_errors=None if errors is None else np.asarray(errors),
+        path=folder.path,
+    )
+
+
+def in_device_memory(rows: Rows) -> MemoryRows:
+    """Reads all rows that scores need.
+
+    Args:
+      rows: anywhere.
+
+    Returns:
+      The same rows in memory, on the same devices.
+    """
+    kept = (FEATURES, EXAMPLES, SELF)
+    layout = rows.layout
+    smaller = RowLayout(
+        layout.size,
+        layout.block,
+        layout.checkpoints,
+        {name: layout.widths[name] for name in kept},
+        {name: layout.dtypes[name] for name in kept},
+    )
+    copy = MemoryRows(smaller, rows.place)
+    for block in range(layout.blocks):
+        for c in range(layout.checkpoints):
+            copy.write(block, c, {name: rows.read(name, block, c) for name in kept})
+    return copy
+
+
+def _manifest(folder: Folder) -> dict[str, Any]:
+    described = folder.read(MANIFEST)
+    if described is None:
+        raise StoreError(f"There is no index at {folder.path}: it has no {MANIFEST}.")
+    if described.get("format") != provenance.FORMAT:
+        raise StoreError(
+            f"{folder.path} has format {described.get('format')}, and this version of jaxattr "
+            f"reads format {provenance.FORMAT}: build the index again."
+        )
+    return described
+
+
+def _row_layout(described: dict[str, Any]) -> RowLayout:
+    rows = described["rows"]
+    return RowLayout(
+        described["data"]["examples"],
+        rows["block"],
+        rows["checkpoints"],
+        rows["widths"],
+        {name: jax.numpy.dtype(dtype) for name, dtype in rows["dtypes"].items()},
+    )
+
+
+def _featurizer(
+    folder: Folder,
+    described: dict[str, Any],
+    method: Method,
+    parameters: tuple[Params, ...],
+    example: Example | None,
+    place: Placement,
+) -> Featurizer:
+    example = provenance.example_from(described["example"]) if example is None else example
+    if example is None:
+        raise ValueError(
+            "The training examples are no arrays or nested dicts of arrays, so their shapes are "
+            "not on record: pass example=, ONE example or its shapes."
+        )
+    here = {
+        "method": provenance.describe_method(method, parameters[0], example),
+        "params": [provenance.fingerprint(params) for params in parameters],
+    }
+    there = {name: described[name] for name in here}
+    different = provenance.differences(there, here)
+    if different:
+        listed = "\n  ".join(different)
+        raise StoreError(f"{folder.path} was made from something else:\n  {listed}")
+    groups = provenance.groups_from(described["groups"])
+    key = place.whole(provenance.key_from(described["key"]))
+    return featurizer(method, parameters[0], example, groups=groups, key=key)

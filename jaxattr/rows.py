@@ -1,0 +1,233 @@
+"""The training side of an index: named arrays with a row per training example, kept in blocks.
+
+Rows are written a block at a time, in the order of the data, and read in slabs of several blocks.
+Within a block they are spread over the mesh axis `data`, so that the block that a set of devices
+computed is stored where it was made, in memory or on disk.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattr.sharding import DATA, MODEL, Placement
+
+FEATURES, RAW, EXAMPLES, SELF, ERRORS = "features", "raw", "examples", "self", "errors"
+"""Names of the arrays: K phi; phi, while K is not known; `ExampleColumns`; contributions of an
+example to its own score, per group; relative residuals of solves."""
+
+
+class ExampleColumns(NamedTuple):
+    """Columns of the array `examples`, per training example and checkpoint.
+
+    Attributes:
+      residual: r.
+      finite: 1 if its features are finite, else 0; 0 for padding.
+    """
+
+    residual: int = 0
+    finite: int = 1
+
+
+COLUMNS = ExampleColumns()
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLayout:
+    """Shapes of the training side.
+
+    Attributes:
+      size: number of training examples n.
+      block: examples per block.
+      checkpoints: number of checkpoints c.
+      widths: {array name: numbers per example and checkpoint}.
+      dtypes: {array name: dtype}.
+    """
+
+    size: int
+    block: int
+    checkpoints: int
+    widths: Mapping[str, int]
+    dtypes: Mapping[str, Any]
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks; the last may be padded."""
+        return -(-self.size // self.block)
+
+    def bytes_on_disk(self) -> int:
+        """Bytes of all arrays, while the index is built."""
+        each = sum(
+            width * np.dtype(self.dtypes[name]).itemsize for name, width in self.widths.items()
+        )
+        return self.size * self.checkpoints * each
+
+
+class Slab(NamedTuple):
+    """Consecutive blocks.
+
+    Attributes:
+      arrays: {name: [g, b, c, width]}; rows past the end are zero. On a mesh, b is over `data` and
+        the columns of features, padded with zeros, are over `model`.
+      first: id of the first example.
+      fresh: blocks of the slab before this one were in the slab before; a slab is never short.
+    """
+
+    arrays: dict[str, jax.Array]
+    first: int
+    fresh: int
+
+
+class Rows(Protocol):
+    """What an index and its building need of the place where rows are kept."""
+
+    @property
+    def layout(self) -> RowLayout:
+        """The shapes."""
+        ...
+
+    @property
+    def place(self) -> Placement:
+        """Where blocks go when they are read."""
+        ...
+
+    def write(self, block: int, checkpoint: int, values: Mapping[str, jax.Array]) -> None:
+        """Keeps rows [b, width] of some arrays, of one block and checkpoint."""
+        ...
+
+    def read(self, name: str, block: int, checkpoint: int) -> jax.Array:
+        """Returns rows [b, width] of one array, one block and checkpoint."""
+        ...
+
+    def slabs(self, names: Sequence[str], rows: int) -> Iterator[Slab]:
+        """Yields all blocks in order, about so many rows at a time."""
+        ...
+
+
+class MemoryRows:
+    """Rows in device memory.
+
+    Attributes:
+      layout: the shapes.
+      place: over which devices.
+      arrays: {name: [blocks, b, c, width]}.
+    """
+
+    def __init__(self, layout: RowLayout, place: Placement) -> None:
+        self.layout = layout
+        self.place = place
+        self.arrays = {
+            name: place.zeros(
+                (layout.blocks, layout.block, layout.checkpoints, padded(name, layout, place)),
+                layout.dtypes[name],
+                *axes_of(name),
+            )
+            for name in layout.widths
+            if name != RAW
+        }
+
+    def write(self, block: int, checkpoint: int, values: Mapping[str, jax.Array]) -> None:
+        """See `Rows`; rows of `raw` are kept as `features`, until those replace them."""
+        for name, value in values.items():
+            kept = _kept(name)
+            step = _compiled_write(self.place, kept)
+            self.arrays[kept] = step(self.arrays[kept], value, block, checkpoint)
+
+    def read(self, name: str, block: int, checkpoint: int) -> jax.Array:
+        """See `Rows`."""
+        width = self.layout.widths[name]
+        return _compiled_read(self.place, width)(self.arrays[_kept(name)], block, checkpoint)
+
+    def slabs(self, names: Sequence[str], rows: int) -> Iterator[Slab]:
+        """See `Rows`."""
+        chosen = {name: self.arrays[name] for name in names}
+        count = blocks_at_once(self.layout, rows)
+        for start, fresh in slab_starts(self.layout.blocks, count):
+            arrays = chosen if count == self.layout.blocks else _slab(chosen, start, count)
+            yield Slab(arrays, start * self.layout.block, fresh)
+
+
+def _kept(name: str) -> str:
+    """Raw features lie where the features go that will replace them."""
+    return FEATURES if name == RAW else name
+
+
+def axes_of(name: str) -> tuple[str | None, ...]:
+    """The mesh axes of an array [blocks, b, c, width]."""
+    return (None, DATA, None, MODEL if name == FEATURES else None)
+
+
+def padded(name: str, layout: RowLayout, place: Placement) -> int:
+    """Returns the width of an array in memory: features are padded to divide over `model`."""
+    width = layout.widths[name]
+    return -(-width // place.columns) * place.columns if name == FEATURES else width
+
+
+def blocks_at_once(layout: RowLayout, rows: int) -> int:
+    """Returns how many blocks make a slab of about so many rows."""
+    return max(1, min(layout.blocks, rows // layout.block))
+
+
+def slab_starts(blocks: int, count: int) -> list[tuple[int, int]]:
+    """First block of each slab, and how many blocks of it came before; all slabs have `count`."""
+    return [(min(start, blocks - count), start - min(start, blocks - count))
+            for start in range(0, blocks, count)]  # fmt: skip
+
+
+def pad_columns(x: jax.Array, width: int) -> jax.Array:
+    """Appends columns of zeros to [..., p]."""
+    missing = width - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+
+
+def all_rows(rows: Rows, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
+    """Reads columns of one array for all examples, to the host.
+
+    Args:
+      rows: the training side.
+      name: of the array.
+      checkpoint: its number.
+      columns: which.
+
+    Returns:
+      [n, width], on every host.
+    """
+    layout = rows.layout
+    if isinstance(rows, MemoryRows):
+        array = rows.arrays[_kept(name)][:, :, checkpoint, : layout.widths[name]]
+        return rows.place.host(array[..., columns]).reshape(-1, array[..., columns].shape[-1])[
+            : layout.size
+        ]
+    parts = [
+        rows.place.host(rows.read(name, block, checkpoint)[:, columns])
+        for block in range(layout.blocks)
+    ]
+    return np.concatenate(parts)[: layout.size]
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled_write(place: Placement, name: str) -> Any:
+    def write(array: jax.Array, value: jax.Array, block: jax.Array, c: jax.Array) -> jax.Array:
+        value = pad_columns(value.astype(array.dtype), array.shape[-1])
+        return jax.lax.dynamic_update_slice(array, value[None, :, None], (block, 0, c, 0))
+
+    return place.jit(write, *axes_of(name), donate_argnums=0)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled_read(place: Placement, width: int) -> Any:
+    def read(array: jax.Array, block: jax.Array, checkpoint: jax.Array) -> jax.Array:
+        sizes = (1, array.shape[1], 1, array.shape[3])
+        rows = jax.lax.dynamic_slice(array, (block, 0, checkpoint, 0), sizes)
+        return rows[0, :, 0, :width]
+
+    return place.jit(read, DATA)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _slab(arrays: dict[str, jax.Array], start: int, count: int) -> dict[str, jax.Array]:
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, count), arrays)

@@ -1,0 +1,369 @@
+"""Where arrays live: on one device, or over a mesh of many, on one host or on several.
+
+Training examples go over the mesh axis `data`; columns of stored features over `model`, if the mesh
+has such an axis. Parameters keep whatever sharding the training job gave them. Without a mesh every
+function here does nothing, so that the rest of the library is written once.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxattr.typing import Batch
+
+DATA, MODEL = "data", "model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh, or the default device. Made by `placement`.
+
+    Attributes:
+      mesh: the mesh, with axes that the compiler may use as it likes; or None.
+    """
+
+    mesh: Mesh | None = None
+
+    @property
+    def shards(self) -> int:
+        """Over how many devices examples are spread."""
+        return 1 if self.mesh is None else self.mesh.shape[DATA]
+
+    @property
+    def columns(self) -> int:
+        """Over how many devices the columns of stored features are spread."""
+        return 1 if self.mesh is None else self.mesh.shape.get(MODEL, 1)
+
+    def sharding(self, *axes: str | None) -> NamedSharding | None:
+        """How an array is spread: one name of a mesh axis, or None, per array axis."""
+        if self.mesh is None:
+            return None
+        names = self.mesh.axis_names
+        return NamedSharding(self.mesh, self._spec(*(a if a in names else None for a in axes)))
+
+    def jit(self, function: Callable, *axes: str | None, **options: Any) -> Any:
+        """`jax.jit`, with all outputs spread as `sharding(*axes)`."""
+        sharding = self.sharding(*axes)
+        return jax.jit(function, **options, **({} if sharding is None else _out(sharding)))
+
+    def over_shards(
+        self, function: Callable, inputs: Sequence[Any], outputs: Any
+    ) -> Callable[..., Any]:
+        """Runs a function on each device's own part; what it sums or gathers is all that moves.
+
+        Args:
+          function: of local arrays; may call `sum_columns`, `sum_shards`, `gather_shards` and
+            `shard`.
+          inputs: per argument, the axes as in `sharding`, as a tuple; a pytree prefix.
+          outputs: the same of the result.
+
+        Returns:
+          The function of global arrays; the function itself without a mesh.
+        """
+        if self.mesh is None:
+            return function
+        names = self.mesh.axis_names
+
+        def spec(axes: tuple) -> PartitionSpec:
+            return self._spec(*(a if a in names else None for a in axes))
+
+        def specs(tree: Any) -> Any:
+            return jax.tree.map(spec, tree, is_leaf=_is_axes)
+
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=tuple(specs(each) for each in inputs),
+            out_specs=specs(outputs),
+            check_vma=False,
+        )
+
+    def shard(self) -> jax.Array | int:
+        """Inside `over_shards`: the number of this part of the examples."""
+        return 0 if self.mesh is None else jax.lax.axis_index(DATA)
+
+    def column(self) -> jax.Array | int:
+        """Inside `over_shards`: the number of this part of the columns."""
+        return 0 if self.columns == 1 else jax.lax.axis_index(MODEL)
+
+    def sum_columns(self, x: Any) -> Any:
+        """Inside `over_shards`: sums what was computed from each device's own columns."""
+        return x if self.columns == 1 else jax.lax.psum(x, MODEL)
+
+    def sum_shards(self, x: Any) -> Any:
+        """Inside `over_shards`: sums over the parts of all examples."""
+        return x if self.mesh is None else jax.lax.psum(x, DATA)
+
+    def largest_of_shards(self, x: jax.Array) -> jax.Array:
+        """Inside `over_shards`: the elementwise maximum over the parts of all examples."""
+        return x if self.mesh is None else jax.lax.pmax(x, DATA)
+
+    def gather_shards(self, x: Any) -> Any:
+        """Inside `over_shards`: stacks the parts of all examples, in a new leading axis."""
+        if self.mesh is None:
+            return jax.tree.map(lambda leaf: leaf[None], x)
+        return jax.lax.all_gather(x, DATA)
+
+    def per_shard(self, function: Callable) -> Callable:
+        """Makes a function of examples one that works on each shard's own.
+
+        The results get a leading axis of shards, so that sums over examples stay where they are
+        until `sum_of_shards`.
+
+        Args:
+          function: (shared, arrays [b, ...], ...) -> a pytree of arrays.
+
+        Returns:
+          (shared, arrays [b, ...], ...) -> arrays [shards, ...].
+        """
+        shards = self.shards
+        if shards == 1:
+            return lambda *args: jax.tree.map(lambda x: x[None], function(*args))
+
+        def split(x: jax.Array) -> jax.Array:
+            return x.reshape(shards, x.shape[0] // shards, *x.shape[1:])
+
+        def run(shared: Any, *args: Any) -> Any:
+            parts = jax.tree.map(split, args)
+            parts = jax.lax.with_sharding_constraint(parts, self.sharding(DATA))
+            of_one = functools.partial(function, shared)
+            return jax.vmap(of_one, spmd_axis_name=DATA)(*parts)
+
+        return run
+
+    def sum_of_shards(self, tree: Any) -> Any:
+        """Sums over the leading axis of shards; every device gets the result."""
+        return _summed(self)(tree)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.Array:
+        """Zeros, spread as `sharding(*axes)`."""
+        return jnp.zeros(shape, dtype, device=self.sharding(*axes))
+
+    def batch(self, read: Callable[[np.ndarray], Batch], rows: np.ndarray) -> Batch:
+        """Reads examples; each host reads its own alone.
+
+        Args:
+          read: positions -> a batch.
+          rows: positions [b]; b is a multiple of `shards`.
+
+        Returns:
+          A pytree of arrays [b, ...] over `data`.
+        """
+        sharding = self.sharding(DATA)
+        if sharding is None:
+            return read(rows)
+        spans = _spans(sharding, len(rows))
+        offsets = dict(zip(spans, np.cumsum([0, *(b - a for a, b in spans)]), strict=False))
+        mine = read(np.concatenate([rows[a:b] for a, b in spans]))
+
+        def spread(leaf: Any) -> jax.Array:
+            def part(index: tuple[slice, ...]) -> Any:
+                span = _span(index[0], len(rows))
+                return leaf[offsets[span] : offsets[span] + span[1] - span[0]]
+
+            return _from_parts((len(rows), *leaf.shape[1:]), sharding, part)
+
+        return jax.tree.map(spread, mine)
+
+    def blocks(self, rows: np.ndarray, block: int, axes: Sequence[str | None]) -> jax.Array:
+        """Puts this host's rows of some blocks on its devices.
+
+        Args:
+          rows: [g, local rows, ...], those of `local_spans(block)` of each of g blocks.
+          block: rows of a whole block.
+          axes: as in `sharding`, of [g, block, ...].
+
+        Returns:
+          The array [g, block, ...].
+        """
+        sharding = self.sharding(*axes)
+        if sharding is None:
+            return jnp.asarray(rows)
+        offsets, total = {}, 0
+        for start, stop in self.local_spans(block):
+            offsets.update({row: row - start + total for row in range(start, stop)})
+            total += stop - start
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop = _span(index[1], block)
+            first = offsets[start]
+            return rows[:, first : first + stop - start, :, index[3]]
+
+        return _from_parts((rows.shape[0], block, *rows.shape[2:]), sharding, part)
+
+    def whole(self, tree: Any) -> Any:
+        """Puts arrays that every host has on every device; those that are spread stay so."""
+        if self.mesh is None:
+            return tree
+        return jax.tree.map(functools.partial(_place, self.mesh), tree)
+
+    def host(self, x: Any) -> np.ndarray:
+        """Returns the whole array on every host."""
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+        return np.asarray(x)
+
+    def gathered(self, x: jax.Array) -> jax.Array:
+        """Returns the array, the same on every device."""
+        return x if self.mesh is None else _identity(self)(x)
+
+    def local_spans(self, rows: int) -> list[tuple[int, int]]:
+        """Returns the runs of consecutive rows of a block that this host holds."""
+        sharding = self.sharding(DATA)
+        return [(0, rows)] if sharding is None else _joined(_spans(sharding, rows))
+
+    def boundaries(self, rows: int) -> list[int]:
+        """Returns where rows of one host end and those of another begin, of all hosts."""
+        if self.mesh is None:
+            return [0, rows]
+        by_process: dict[int, set[tuple[int, int]]] = {}
+        sharding = self.sharding(DATA)
+        assert sharding is not None
+        places: dict[Any, Any] = dict(sharding.devices_indices_map((rows,)))
+        for device, index in places.items():
+            by_process.setdefault(device.process_index, set()).add(_span(index[0], rows))
+        joined = [_joined(sorted(spans)) for spans in by_process.values()]
+        return sorted({edge for spans in joined for span in spans for edge in span})
+
+    @staticmethod
+    def _spec(*axes: str | None) -> PartitionSpec:
+        return PartitionSpec(*axes)
+
+
+def placement(mesh: Mesh | Placement | None) -> Placement:
+    """Makes a placement of a user's mesh.
+
+    Args:
+      mesh: a mesh with an axis "data", and optionally "model" and others; or None.
+
+    Returns:
+      The placement.
+
+    Raises:
+      ValueError: if the mesh has no axis "data".
+    """
+    if mesh is None or isinstance(mesh, Placement):
+        return mesh or Placement()
+    if DATA not in mesh.axis_names:
+        raise ValueError(
+            f'The mesh has axes {mesh.axis_names}; training examples go over an axis named "data". '
+            "Make one over the same devices, such as jax.make_mesh((jax.device_count(),), "
+            '("data",)); parameters keep the sharding that they have.'
+        )
+    return Placement(_auto(mesh))
+
+
+def process() -> tuple[int, int]:
+    """Returns the number of this process, and how many there are."""
+    return jax.process_index(), jax.process_count()
+
+
+def agree(problem: str | None) -> str | None:
+    """Tells every process of the first one that has a problem, so that none waits for it.
+
+    Args:
+      problem: this process's problem, or None.
+
+    Returns:
+      The problem of some process, or None if there is none.
+    """
+    if jax.process_count() == 1:
+        return problem
+    encoded = np.zeros(2048, np.uint8)
+    found = np.frombuffer((problem or "").encode()[:2048], np.uint8)
+    encoded[: len(found)] = found
+    everywhere = np.asarray(multihost_utils.process_allgather(encoded))
+    for each in everywhere:
+        if each.any():
+            return bytes(each[each > 0]).decode(errors="replace")
+    return None
+
+
+def barrier(name: str) -> None:
+    """Waits until every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _auto(mesh: Mesh) -> Mesh:
+    """The mesh, with axes that the compiler handles: `jax.make_mesh` makes explicit ones."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+
+
+def _is_axes(x: Any) -> bool:
+    return type(x) is tuple and all(axis is None or isinstance(axis, str) for axis in x)
+
+
+def _out(sharding: NamedSharding) -> dict[str, Any]:
+    return {"out_shardings": sharding}
+
+
+def _span(index: slice, size: int) -> tuple[int, int]:
+    return index.start or 0, size if index.stop is None else index.stop
+
+
+def _spans(sharding: NamedSharding, rows: int) -> list[tuple[int, int]]:
+    places = sharding.addressable_devices_indices_map((rows,)).values()
+    return sorted({_span(index[0], rows) for index in places if index is not None})
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    joined: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def _from_parts(
+    shape: tuple[int, ...], sharding: NamedSharding, part: Callable[[tuple[slice, ...]], Any]
+) -> jax.Array:
+    places = sharding.addressable_devices_indices_map(shape)
+    parts = [jax.device_put(part(index or ()), device) for device, index in places.items()]
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+def _place(mesh: Mesh, leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+        if leaf.sharding.device_set == set(mesh.devices.flat):
+            theirs: Any = leaf.sharding.mesh
+            return jax.device_put(leaf, NamedSharding(_auto(theirs), leaf.sharding.spec))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _place(mesh, jax.random.key_data(leaf))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    value = np.asarray(leaf)
+    value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype))
+    return jax.make_array_from_callback(value.shape, replicated, lambda index: value[index])
+
+
+@functools.lru_cache(maxsize=16)
+def _summed(place: Placement) -> Callable[[Any], Any]:
+    return place.jit(lambda tree: jax.tree.map(lambda x: x.sum(axis=0), tree))
+
+
+@functools.lru_cache(maxsize=16)
+def _identity(place: Placement) -> Callable[[Any], Any]:
+    return place.jit(lambda x: x)
+
+
+def split_rows(rows: int, place: Placement) -> int:
+    """Returns the smallest number of rows, at least as many, that all shards can share.
+
+    Args:
+      rows: wanted.
+      place: the placement.
+
+    Returns:
+      A multiple of the number of shards.
+    """
+    return -(-rows // place.shards) * place.shards

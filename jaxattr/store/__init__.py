@@ -1,0 +1,18 @@
+"""Indexes on disk or in a bucket: the only package that touches either.
+
+arrays    TensorStore zarr3, one chunk per block of examples and host
+folder    manifests and ledgers, each written whole or not at all
+lease     one writer at a time
+state     what was fitted, through Orbax
+"""
+
+from jaxattr.store.arrays import DiskRows as DiskRows
+from jaxattr.store.arrays import score_array as score_array
+from jaxattr.store.folder import Folder as Folder
+from jaxattr.store.folder import StoreError as StoreError
+from jaxattr.store.folder import on_first_process as on_first_process
+from jaxattr.store.lease import Lease as Lease
+from jaxattr.store.ledger import Ledger as Ledger
+from jaxattr.store.ledger import finished as finished
+from jaxattr.store.state import load_state as load_state
+from jaxattr.store.state import save_state as save_state

@@ -1,0 +1,161 @@
+"""A folder on local disk or in a bucket, in which small files are written whole or not at all."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import tensorstore as ts
+
+from jaxattr.sharding import agree, process
+
+
+class StoreError(Exception):
+    """An index on disk is missing, damaged, foreign, in use, or cannot be written."""
+
+
+class Folder:
+    """Small JSON files and the places of arrays under one path.
+
+    Attributes:
+      path: what the user gave, made absolute; may be a URL such as gs://bucket/index.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        text = os.fspath(path)
+        self.remote = re.match(r"^[a-z][a-z0-9+.-]*://", text) is not None
+        self.path = text.rstrip("/") if self.remote else os.path.abspath(text)
+        url = self.path if self.remote else f"file://{self.path}"
+        try:
+            self._files = ts.KvStore.open(f"{url}/").result()
+        except ValueError as error:
+            raise StoreError(f"{self.path} is no place for an index: {first_line(error)}") from None
+
+    def spec(self, name: str) -> dict[str, Any]:
+        """Returns the TensorStore description of a place under the folder."""
+        return (self._files / f"{name}/").spec().to_json()
+
+    def read(self, name: str) -> Any | None:
+        """Reads a JSON file.
+
+        Args:
+          name: of the file.
+
+        Returns:
+          Its contents, or None if there is no such file.
+
+        Raises:
+          StoreError: if it cannot be read, or is no JSON.
+        """
+        try:
+            found = self._files.read(name).result()
+        except ValueError as error:
+            raise StoreError(f"Cannot read {self.path}/{name}: {first_line(error)}") from None
+        if found.state != "value":
+            return None
+        try:
+            return json.loads(found.value)
+        except ValueError as error:
+            raise StoreError(
+                f"{self.path}/{name} is damaged: it is no JSON ({error}). If the index was made by "
+                "this program, delete it and build it again."
+            ) from None
+
+    def write(self, name: str, contents: Any) -> None:
+        """Writes a JSON file, whole or not at all.
+
+        Args:
+          name: of the file.
+          contents: anything that JSON can hold.
+
+        Raises:
+          StoreError: if it cannot be written.
+        """
+        text = json.dumps(contents, indent=1) + "\n"
+        try:
+            self._files.write(name, text.encode()).result()
+        except ValueError as error:
+            raise cannot_write(f"{self.path}/{name}", error) from None
+
+    def create(self, name: str, contents: Any) -> bool:
+        """Writes a JSON file unless there is one.
+
+        Args:
+          name: of the file.
+          contents: anything that JSON can hold.
+
+        Returns:
+          Whether it was written.
+        """
+        absent = self._files.read(name).result()
+        if absent.state == "value":
+            return False
+        try:
+            written = self._files.write(
+                name, json.dumps(contents).encode(), if_equal=absent.stamp.generation
+            ).result()
+        except ValueError as error:
+            raise cannot_write(f"{self.path}/{name}", error) from None
+        return bool(written.generation)
+
+    def delete(self, name: str) -> None:
+        """Deletes a file, if it is there."""
+        self._files.write(name, None).result()
+
+    def delete_under(self, prefix: str) -> None:
+        """Deletes all files whose names begin so; on local disk also what folders that leaves."""
+        self._files.delete_range(ts.KvStore.KeyRange(prefix, prefix + "\U0010ffff")).result()
+        if not self.remote and prefix.endswith("/"):
+            shutil.rmtree(os.path.join(self.path, prefix), ignore_errors=True)
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Returns the names of all files that begin so."""
+        found = self._files.list(
+            ts.KvStore.KeyRange(prefix, prefix + "\U0010ffff") if prefix else None
+        ).result()
+        return sorted(name.decode() for name in found)
+
+    def free_bytes(self) -> int | None:
+        """Returns the free space, or None where that is not known."""
+        if self.remote:
+            return None
+        place = self.path
+        while not os.path.exists(place):
+            place = os.path.dirname(place)
+        return shutil.disk_usage(place).free
+
+
+def on_first_process(function: Callable[[], Any]) -> Any:
+    """Runs a function on the first process; what fails there fails on all.
+
+    Args:
+      function: without arguments; may raise `StoreError`.
+
+    Returns:
+      Its result, on the first process; None on others.
+    """
+    problem = result = None
+    if process()[0] == 0:
+        try:
+            result = function()
+        except StoreError as error:
+            problem = str(error)
+    problem = agree(problem)
+    if problem is not None:
+        raise StoreError(problem)
+    return result
+
+
+def first_line(error: Exception) -> str:
+    """What TensorStore says, without the long description of the array after it."""
+    return re.sub(r" \[(source locations|tensorstore_spec|os_error_code)=.*", "", str(error))[:400]
+
+
+def cannot_write(where: str, error: Exception) -> StoreError:
+    """Returns the error to raise where a write failed."""
+    return StoreError(
+        f"Cannot write {where}: {first_line(error)}. Check that the place exists, may be written "
+        "to and has space left; then run the same again: finished blocks are kept."
+    )
