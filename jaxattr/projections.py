@@ -207,7 +207,8 @@ def _dense(draw: Callable[[Key, int, int], jax.Array]) -> LeafProjectFn:
     """Multiplies by a dense random matrix, a block of its rows at a time."""
 
     def project(key: Key, x: jax.Array, p: int) -> jax.Array:
-        rows = max(_BLOCK_ENTRIES // p // 32, 1) * 32
+        # A bias needs no block of 4 MiB; 32 rows share a word.
+        rows = min(max(_BLOCK_ENTRIES // p // 32, 1), -(-x.shape[1] // 32)) * 32
         blocks = -(-x.shape[1] // rows)
         x = jnp.pad(x, ((0, 0), (0, blocks * rows - x.shape[1])))
         x = x.reshape(x.shape[0], blocks, rows).swapaxes(0, 1)  # [blocks, b, rows]

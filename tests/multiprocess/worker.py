@@ -1,0 +1,99 @@
+"""One process of a job: python -m tests.multiprocess.worker PROCESS PROCESSES PORT TASK FOLDER."""
+
+import os
+import sys
+
+if __name__ == "__main__":  # and not where a test imports what it compares with
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+
+import jax
+import numpy as np
+
+import jaxattr as ja
+from jaxattr import projections
+from tests import models
+
+SIZE, BATCH = 61, 8
+
+
+def checkpoints():
+    return [models.mlp_params(jax.random.key(i)) for i in range(2)]
+
+
+def methods():
+    return {
+        "tracin": ja.tracin(models.loss, checkpoint_weights=[0.5, 2.0]),
+        "trak": ja.trak(models.margin, projection=projections.rademacher(10)),
+        "ekfac": ja.ekfac(models.loss),
+    }
+
+
+class Examples:
+    """Says which examples were read."""
+
+    def __init__(self, size=SIZE):
+        self.arrays = jax.tree.map(np.asarray, models.data(size))
+        self.read = set()
+
+    def __len__(self):
+        return len(self.arrays["y"])
+
+    def __getitem__(self, index):
+        self.read.add(index)
+        return jax.tree.map(lambda x: x[index], self.arrays)
+
+
+def mesh():
+    return jax.make_mesh((jax.device_count(),), ("data",))
+
+
+def results(index):
+    """What must not depend on how many processes there are."""
+    queries = models.data(6, seed=1)
+    top = ja.top_k(index, queries, k=5)
+    fit = ja.learn_weights(index, queries, steps=5, top_k=5, materialize=False)
+    found = {"scores": ja.score(index, queries), "ids": top.ids, "top": top.scores}
+    found["weights"] = np.array([fit.weights[name] for name in index.layout.names])
+    found["self"] = ja.self_influence(index)
+    return {name: np.asarray(value) for name, value in found.items()}
+
+
+def attribute(folder):
+    """Builds and scores with every method, in memory and on disk."""
+    for name, method in methods().items():
+        source = Examples()
+        index = ja.build_index(method, checkpoints(), source, batch_size=BATCH, mesh=mesh())
+        found = results(index)
+        if jax.process_count() > 1:  # each process reads its own part; the fingerprint is for disk
+            assert len(source.read) < 0.75 * SIZE, len(source.read)
+        path = f"{folder}/{name}"
+        on_disk = ja.build_index(
+            method, checkpoints(), Examples(), batch_size=BATCH, mesh=mesh(), path=path
+        )
+        found |= {f"disk {key}": value for key, value in results(on_disk).items()}
+        opened = ja.open_index(path, method, checkpoints(), mesh=mesh(), in_memory=True)
+        found["attributor"] = np.asarray(ja.attributor(opened, k=5)(models.data(6, seed=1)).ids)
+        if jax.process_index() == 0:
+            np.savez(f"{folder}/{name}.npz", **found)
+
+
+def build(folder):
+    """Builds one index, that the test kills and begins anew."""
+    method = methods()[os.environ["METHOD"]]
+    train = models.data(SIZE * 5)
+    ja.build_index(
+        method, checkpoints(), train, batch_size=BATCH, mesh=mesh(), path=f"{folder}/index"
+    )
+
+
+if __name__ == "__main__":
+    process, processes, port, task, folder = sys.argv[1:]
+    cache = f"{os.environ['JAXATTR_TEST_CACHE']}/process-{process}-of-{processes}"
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if int(processes) > 1:
+        jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
+    {"attribute": attribute, "build": build}[task](folder)

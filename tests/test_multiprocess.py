@@ -1,0 +1,156 @@
+"""Real processes that talk through gloo, and processes that are killed."""
+
+import os
+import pathlib
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+import jaxattr as ja
+from jaxattr.store import Folder, finished
+from tests import models
+from tests.multiprocess import worker
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def start(task, folder, processes, **environment):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.multiprocess.worker", str(i), str(processes), port]
+            + [task, str(folder)],
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+
+
+def finish(jobs, seconds=300):
+    outputs = [job.communicate(timeout=seconds)[0] for job in jobs]
+    for job, output in zip(jobs, outputs, strict=True):
+        assert job.returncode == 0, output
+    return outputs
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    jobs = start("attribute", tmp_path, 2)
+    train, checkpoints = models.data(worker.SIZE), worker.checkpoints()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ja.WeightWarning)
+        expected = {
+            name: worker.results(
+                ja.build_index(method, checkpoints, train, batch_size=worker.BATCH)
+            )
+            for name, method in worker.methods().items()
+        }
+    finish(jobs)
+    for name, values in expected.items():
+        got = np.load(tmp_path / f"{name}.npz")
+        for key, value in values.items():
+            for found in (got[key], got[f"disk {key}"]):
+                if key == "ids":
+                    np.testing.assert_array_equal(found, value)
+                else:
+                    assert models.relative_error(found, value) <= 1e-9, (name, key)
+        np.testing.assert_array_equal(got["attributor"], values["ids"])
+
+
+def contents(path):
+    """All rows of an index, as they are stored."""
+    rows = ja.open_index(path).rows
+    return {
+        name: np.stack(
+            [np.asarray(rows.read(name, b, c)) for b in range(rows.layout.blocks) for c in (0, 1)]
+        )
+        for name in ("features", "examples", "self")
+    }
+
+
+def kill_and_go_on(folder, method, kills, seed):
+    """Kills both processes of a build again and again; returns how often it had got further."""
+    generator, progress = random.Random(seed), []
+    uninterrupted = folder / "whole"
+    uninterrupted.mkdir()
+    finish(start("build", uninterrupted, 2, METHOD=method))
+    expected = contents(uninterrupted / "index")
+    killed = folder / "killed"
+    killed.mkdir()
+    for _ in range(kills):
+        jobs = start("build", killed, 2, METHOD=method)
+        wait_for_progress(killed / "index", jobs)
+        time.sleep(generator.uniform(0, 0.5))
+        for job in generator.sample(jobs, 2):
+            job.send_signal(signal.SIGKILL)
+            time.sleep(generator.choice([0, 0, 0.05]))
+        for job in jobs:
+            job.communicate()
+        progress.append(sum(finished(Folder(killed / "index")).values()))
+        if (killed / "index" / "complete.json").exists():
+            shutil.rmtree(killed / "index")  # it was quicker than the signal
+    assert progress == sorted(progress) or kills > 3
+    finish(start("build", killed, 2, METHOD=method))
+    check_eight_devices(killed / "index", method)
+    found = contents(killed / "index")
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
+    return progress
+
+
+def check_eight_devices(path, name):
+    """One process with eight devices reads what two with two each wrote."""
+    queries, checkpoints = models.data(6, seed=1), worker.checkpoints()
+    method = worker.methods()[name]
+    expected = ja.build_index(method, checkpoints, models.data(worker.SIZE * 5), batch_size=8)
+    opened = ja.open_index(path, method, checkpoints, mesh=jax.make_mesh((8,), ("data",)))
+    got = ja.score(opened, queries)
+    assert models.relative_error(got, ja.score(expected, queries)) <= 1e-9
+
+
+def wait_for_progress(index, jobs):
+    """Returns when this run has finished a block on both processes."""
+    began = time.time()
+    ledgers = [index / "ledger" / f"process-{i}.json" for i in range(2)]
+    while all(job.poll() is None for job in jobs):
+        if all(each.exists() and each.stat().st_mtime > began for each in ledgers):
+            return
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("method", ["tracin", "trak"])
+def test_a_killed_build_goes_on_bit_for_bit(tmp_path, method):
+    progress = kill_and_go_on(tmp_path, method, kills=2, seed=0)
+    assert progress[-1] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tracin", "trak"])
+def test_a_build_that_is_killed_ten_times(tmp_path, method):
+    progress = kill_and_go_on(tmp_path, method, kills=10, seed=1)
+    assert len(set(progress)) > 3
+
+
+def test_importing_the_package_starts_no_backend():
+    """So that jax.distributed.initialize may come after the imports."""
+    program = (
+        "import jaxattr, socket, jax\n"
+        "probe = socket.socket(); probe.bind(('127.0.0.1', 0)); port = probe.getsockname()[1]\n"
+        "probe.close()\n"
+        "jax.distributed.initialize(f'127.0.0.1:{port}', 1, 0)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
