@@ -9,9 +9,11 @@ longer does, another pass is due. Results are those of the whole array, up to ro
 The certificate (heuristics decide only how often a pass is due, not what is found): with weights w
 now, v at the pass, any a >= 0, and c_n the contributions of a dropped example,
 
-.. math:: s_n(w) = a\, s_n(v) + c_n^\top (w - a v) \le a \max_{dropped} s(v) + \min\Big(
-          \sum_j \max_{dropped} c_{nj} (w - a v)_j, \;
-          \max_{dropped} \|c_n v\|_2 \, \|(w - a v) / v\|_2 \Big)
+.. math:: s_n(w) = a\, s_n(v) + c_n^\top (w - a v)
+          \le a \max_\mathrm{dropped} s(v) + \max_\mathrm{dropped} \|c_n v\|_2 \,
+          \|(w - a v) / v\|_2
+
+(Bounding each group by itself never came to fewer passes; see BUILD_NOTES.md.)
 """
 
 import functools
@@ -27,22 +29,6 @@ from jaxattr.sharding import DATA, Placement
 from jaxattr.typing import Features
 
 
-class Dropped(NamedTuple):
-    """Bounds on the examples that are not on a list.
-
-    Attributes:
-      best: their largest signed score, [l, q]; -inf if there are none.
-      upper: their largest contribution per group, [l, q, m].
-      lower: their smallest, [l, q, m].
-      radius: their largest norm of weighted contributions, [l, q].
-    """
-
-    best: jax.Array
-    upper: jax.Array
-    lower: jax.Array
-    radius: jax.Array
-
-
 class Shortlist(NamedTuple):
     """What one pass over the training set leaves of the contributions of some queries.
 
@@ -51,38 +37,41 @@ class Shortlist(NamedTuple):
         scores; a second, where it is wanted, the smallest.
       parts: their contributions, [l, q, s, m].
       scores: their signed scores under the weights of the pass, [l, q, s].
+      lengths: the norms of their weighted contributions, [l, q, s].
+      dropped: the largest signed score of the others, or a bound on it, [l, q]; -inf if there are
+        no others.
+      radius: the largest norm of the others' weighted contributions, [l, q].
       gram: sum of c_n c_n^T over all examples, [q, m, m]; None if every example is listed.
       squares: sum of squared contributions over all examples, [q, m].
       largest: largest absolute contribution, [q, m].
-      dropped: bounds on the others; None if every example is listed.
       weights: w of the pass, [m].
     """
 
     ids: jax.Array
     parts: jax.Array
     scores: jax.Array
+    lengths: jax.Array
+    dropped: jax.Array
+    radius: jax.Array
     gram: jax.Array | None
     squares: jax.Array
     largest: jax.Array
-    dropped: Dropped | None
     weights: jax.Array
+
+    @property
+    def complete(self) -> bool:
+        """Whether every example is listed."""
+        return self.gram is None
 
     def rows(self, positions: jax.Array) -> "Shortlist":
         """Those of some queries."""
-
-        def of_lists(x: jax.Array) -> jax.Array:
-            return x[:, positions]
-
-        return Shortlist(
-            ids=of_lists(self.ids),
-            parts=of_lists(self.parts),
-            scores=of_lists(self.scores),
-            gram=None if self.gram is None else self.gram[positions],
-            squares=self.squares[positions],
-            largest=self.largest[positions],
-            dropped=None if self.dropped is None else Dropped(*map(of_lists, self.dropped)),
-            weights=self.weights,
-        )
+        lists = {
+            name: getattr(self, name)[:, positions]
+            for name in ("ids", "parts", "scores", "lengths", "dropped", "radius")
+        }
+        gram = None if self.gram is None else self.gram[positions]
+        squares, largest = self.squares[positions], self.largest[positions]
+        return self._replace(**lists, gram=gram, squares=squares, largest=largest)
 
 
 def everything(contributions: jax.Array, w: jax.Array) -> Shortlist:
@@ -97,15 +86,18 @@ def everything(contributions: jax.Array, w: jax.Array) -> Shortlist:
     """
     q, n, _ = contributions.shape
     scores = jnp.matmul(contributions, w.astype(contributions.dtype), precision="highest")
+    nothing = jnp.zeros((1, q), scores.dtype)
     return Shortlist(
-        jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None, None], (1, q, n)),
-        contributions[None],
-        scores[None],
-        None,
-        jnp.sum(contributions**2, axis=1),
-        jnp.abs(contributions).max(axis=1),
-        None,
-        w,
+        ids=jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None, None], (1, q, n)),
+        parts=contributions[None],
+        scores=scores[None],
+        lengths=jnp.zeros((1, q, 0), scores.dtype),
+        dropped=nothing - jnp.inf,
+        radius=nothing,
+        gram=None,
+        squares=jnp.sum(contributions**2, axis=1),
+        largest=jnp.abs(contributions).max(axis=1),
+        weights=w,
     )
 
 
@@ -121,7 +113,7 @@ def signed_scores(listed: Shortlist, w: jax.Array, signs: tuple[int, ...]) -> ja
       [l, q, s], -inf where there is no example.
     """
     scores = jnp.matmul(listed.parts, w.astype(listed.parts.dtype), precision="highest")
-    if listed.dropped is None:  # one list, which serves for both ends
+    if listed.complete:  # one list, which serves for both ends
         return jnp.stack([sign * scores[0] for sign in signs])
     scores = scores * jnp.asarray(signs, scores.dtype)[:, None, None]
     return jnp.where(listed.ids >= 0, scores, -jnp.inf)
@@ -142,26 +134,21 @@ def sum_of_squares(listed: Shortlist, w: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.matmul(product, w, precision="highest"), 0)
 
 
-def bounds(listed: Shortlist, w: jax.Array, signs: tuple[int, ...]) -> jax.Array:
+def bounds(listed: Shortlist, w: jax.Array) -> jax.Array:
     """What no dropped example's signed score exceeds under other weights, [l, q].
 
     Args:
       listed: the shortlist.
       w: weights [m], not negative.
-      signs: as in `signed_scores`.
     """
-    assert listed.dropped is not None
-    v, dropped = listed.weights, listed.dropped
+    v = listed.weights
     ratio = jnp.where(v > 0, w / jnp.where(v > 0, v, 1), 1)
     a = ratio.mean()
-    moved = (w - a * v).astype(dropped.upper.dtype)
-    along = jnp.asarray(signs, moved.dtype)[:, None, None] * moved[None, None]  # [l, 1, m]
-    each = jnp.maximum(along * dropped.upper, along * dropped.lower).sum(axis=-1)  # [l, q]
-    together = dropped.radius * jnp.linalg.norm(ratio - a).astype(dropped.radius.dtype)
-    # A group without weight then and with weight now is in no radius.
-    together = jnp.where(jnp.any((v == 0) & (w > 0)), jnp.inf, together)
-    bound = a.astype(each.dtype) * dropped.best + jnp.minimum(each, together)
-    return jnp.where(dropped.best == -jnp.inf, -jnp.inf, bound)
+    moved = jnp.linalg.norm(ratio - a)
+    # A group that had no weight then and has some now is in no radius.
+    moved = jnp.where(jnp.any((v == 0) & (w > 0)), jnp.inf, moved).astype(listed.radius.dtype)
+    bound = a.astype(moved.dtype) * listed.dropped + listed.radius * moved
+    return jnp.where(listed.dropped == -jnp.inf, -jnp.inf, bound)
 
 
 @functools.lru_cache(maxsize=16)
@@ -192,21 +179,17 @@ def compiled_pass(
         dtype = jnp.promote_types(phi.dtype, jnp.float32)
         zeros = functools.partial(jnp.zeros, dtype=dtype)
         low = functools.partial(jnp.full, fill_value=-jnp.inf, dtype=dtype)
-        dropped = Dropped(
-            low((shards, lists, q)),
-            low((shards, lists, q, m)),
-            -low((shards, lists, q, m)),
-            zeros((shards, lists, q)),
-        )
         return Shortlist(
-            jnp.full((shards, lists, q, length), -1, jnp.int32),
-            zeros((shards, lists, q, length, m)),
-            low((shards, lists, q, length)),
-            zeros((shards, q, m, m)),
-            zeros((shards, q, m)),
-            zeros((shards, q, m)),
-            dropped,
-            jnp.broadcast_to(w.astype(dtype)[None], (shards, m)),
+            ids=jnp.full((shards, lists, q, length), -1, jnp.int32),
+            parts=zeros((shards, lists, q, length, m)),
+            scores=low((shards, lists, q, length)),
+            lengths=zeros((shards, lists, q, length)),
+            dropped=low((shards, lists, q)),
+            radius=zeros((shards, lists, q)),
+            gram=zeros((shards, q, m, m)),
+            squares=zeros((shards, q, m)),
+            largest=zeros((shards, q, m)),
+            weights=jnp.broadcast_to(w.astype(dtype)[None], (shards, m)),
         )
 
     return jax.jit(start), jax.jit(absorbing, donate_argnums=0), jax.jit(merging)
@@ -224,97 +207,78 @@ def _absorb(
 ) -> Shortlist:
     """Takes a slab in; every array of the list has a leading axis of one device."""
     listed = jax.tree.map(lambda x: x[0], listed)
-    assert listed.gram is not None and listed.dropped is not None
     g, b = arrays[EXAMPLES].shape[:2]
     fresh = jnp.repeat(jnp.arange(g) >= skip, b)
     counted = train_side(arrays).counted & fresh
     parts = local_contributions(place, layout, phi, arrays)  # [q, r, m]
     parts = jnp.where(counted[None, :, None], parts, 0).astype(listed.parts.dtype)
-    scores = jnp.matmul(parts, listed.weights, precision="highest")  # [q, r]
-    ids = slab_ids(place, (g, b), first).astype(listed.ids.dtype)
-    found = [
-        _absorb_list(listed, number, sign, parts, scores, ids, counted)
-        for number, sign in enumerate(signs)
-    ]
-    kept = jax.tree.map(lambda *lists: jnp.stack(lists), *found)
+    weighted = parts * listed.weights[None, None]
+    scores, lengths = weighted.sum(axis=-1), jnp.linalg.norm(weighted, axis=-1)  # [q, r]
+    ids = jnp.where(counted, slab_ids(place, (g, b), first), -1).astype(listed.ids.dtype)
+    ids = jnp.broadcast_to(ids[None], scores.shape)
+    lists = []
+    for number, sign in enumerate(signs):
+        signed = jnp.where(counted[None], sign * scores, -jnp.inf)
+        before = _Rows(*(getattr(listed, name)[number] for name in _Rows._fields))
+        candidates, left = _strongest(_Rows(ids, parts, signed, lengths), before.ids.shape[1])
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), before, candidates)
+        kept, evicted = _strongest(both, before.ids.shape[1])
+        lists.append((kept, functools.reduce(jnp.maximum, (listed.radius[number], left, evicted))))
+    kept, radius = jax.tree.map(lambda *each: jnp.stack(each), *lists)
     gram = jnp.einsum("qrm,qrk->qmk", parts, parts, precision="highest")
-    new = Shortlist(
-        ids=kept.ids,
-        parts=kept.parts,
-        scores=kept.scores,
+    assert listed.gram is not None
+    new = listed._replace(
+        **kept._asdict(),
+        radius=radius,
         gram=listed.gram + gram,
         squares=listed.squares + jnp.einsum("qmm->qm", gram),
         largest=jnp.maximum(listed.largest, jnp.abs(parts).max(axis=1)),
-        dropped=kept.dropped,
-        weights=listed.weights,
     )
     return jax.tree.map(lambda x: x[None], new)
 
 
-class _OneList(NamedTuple):
+class _Rows(NamedTuple):
+    """Examples per query, [q, r] and [q, r, m]."""
+
     ids: jax.Array
     parts: jax.Array
     scores: jax.Array
-    dropped: Dropped
+    lengths: jax.Array
 
 
-def _absorb_list(
-    listed: Shortlist,
-    number: int,
-    sign: int,
-    parts: jax.Array,
-    scores: jax.Array,
-    ids: jax.Array,
-    counted: jax.Array,
-) -> _OneList:
-    """One list, and the bounds on what is not on it."""
-    assert listed.dropped is not None
-    length = listed.ids.shape[-1]
-    signed = jnp.where(counted[None], sign * scores, -jnp.inf)
-    all_scores = jnp.concatenate([listed.scores[number], signed], axis=1)  # [q, s + r]
-    new_ids = jnp.broadcast_to(jnp.where(counted, ids, -1)[None], signed.shape)
-    all_ids = jnp.concatenate([listed.ids[number], new_ids], axis=1)
-    all_parts = jnp.concatenate([listed.parts[number], parts], axis=1)
-    values, places = jax.lax.top_k(all_scores, length)
-    kept_ids = jnp.take_along_axis(all_ids, places, axis=1)
-    kept_parts = jnp.take_along_axis(all_parts, places[..., None], axis=1)
-    on_list = (
-        jnp.zeros(all_scores.shape, bool).at[jnp.arange(len(places))[:, None], places].set(True)
+def _strongest(rows: _Rows, length: int) -> tuple[_Rows, jax.Array]:
+    """Those with the largest scores, at most so many; and the largest norm of the others, [q]."""
+    if rows.ids.shape[1] <= length:
+        return rows, jnp.zeros(len(rows.ids), rows.lengths.dtype)
+    _, places = jax.lax.top_k(rows.scores, length)
+    chosen = jax.tree.map(
+        lambda x: jnp.take_along_axis(
+            x, places.reshape(*places.shape, *(1,) * (x.ndim - 2)), axis=1
+        ),
+        rows,
     )
-    off = ~on_list & (all_ids >= 0)
-    before = Dropped(*(x[number] for x in listed.dropped))
-    lengths = jnp.linalg.norm(all_parts * listed.weights[None, None], axis=-1)
-    dropped = Dropped(
-        jnp.maximum(before.best, jnp.where(off, all_scores, -jnp.inf).max(axis=1)),
-        jnp.maximum(before.upper, jnp.where(off[..., None], all_parts, -jnp.inf).max(axis=1)),
-        jnp.minimum(before.lower, jnp.where(off[..., None], all_parts, jnp.inf).min(axis=1)),
-        jnp.maximum(before.radius, jnp.where(off, lengths, 0).max(axis=1)),
-    )
-    return _OneList(kept_ids, kept_parts, values, dropped)
+    others = rows.lengths.at[jnp.arange(len(places))[:, None], places].set(0)
+    return chosen, others.max(axis=1)
 
 
 def _merge(place: Placement, listed: Shortlist) -> Shortlist:
     """Joins the lists of all devices; sums and extremes over them."""
     listed = jax.tree.map(lambda x: x[0], listed)
-    assert listed.dropped is not None
 
     def joined(x: jax.Array) -> jax.Array:  # [shards, l, q, s, ...] -> [l, q, shards * s, ...]
         x = jnp.moveaxis(place.gather_shards(x), 0, 2)
         return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
-    dropped = listed.dropped
+    # A full list's weakest example bounds what was dropped; a list with room dropped nothing.
     return Shortlist(
-        joined(listed.ids),
-        joined(listed.parts),
-        joined(listed.scores),
-        place.sum_shards(listed.gram),
-        place.sum_shards(listed.squares),
-        place.largest_of_shards(listed.largest),
-        Dropped(
-            place.largest_of_shards(dropped.best),
-            place.largest_of_shards(dropped.upper),
-            -place.largest_of_shards(-dropped.lower),
-            place.largest_of_shards(dropped.radius),
-        ),
-        listed.weights,
+        ids=joined(listed.ids),
+        parts=joined(listed.parts),
+        scores=joined(listed.scores),
+        lengths=joined(listed.lengths),
+        dropped=place.largest_of_shards(listed.scores.min(axis=-1)),
+        radius=place.largest_of_shards(listed.radius),
+        gram=place.sum_shards(listed.gram),
+        squares=place.sum_shards(listed.squares),
+        largest=place.largest_of_shards(listed.largest),
+        weights=listed.weights,
     )

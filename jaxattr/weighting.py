@@ -401,11 +401,10 @@ def _optimiser(
 
 def _certain(listed: Shortlist, w: jax.Array, top_k: int, signal: Signal) -> jax.Array:
     """Whether the strongest examples of every query are certainly on its list."""
-    if listed.dropped is None:
+    if listed.complete:
         return jnp.asarray(True)
-    signs = signs_of(signal)
-    limits = shortlists.bounds(listed, w, signs)  # [l, q]
-    scores = shortlists.signed_scores(listed, w, signs)  # [l, q, s]
+    limits = shortlists.bounds(listed, w)  # [l, q]
+    scores = shortlists.signed_scores(listed, w, signs_of(signal))  # [l, q, s]
     if signal == "top_k_abs":
         kth = jax.lax.top_k(jnp.concatenate(list(scores), axis=-1), top_k)[0][None, :, -1]
     else:
