@@ -174,12 +174,13 @@ def _build_on_disk(job: Job, folder: Folder, layout: RowLayout, extend: bool) ->
     complete = None if limit is not None else folder.read(COMPLETE)
     if complete is not None and complete["examples"] == job.source.size:
         return _reopened(job, rows, session, complete)
+    if there is None:  # first of all, so that whatever is left behind is known for what it is
+        on_first_process(functools.partial(_write_manifest, folder, layout, here))
     ledger.open(barrier, limit)
 
     def begin() -> None:
-        if there != here:
-            _check_space(folder, layout)
-            folder.write(MANIFEST, here)
+        if there not in (None, here):
+            _write_manifest(folder, layout, here)
         folder.delete(COMPLETE)
         for name in layout.widths:
             if name != RAW:
@@ -297,13 +298,14 @@ def _refuse(folder: Folder, differences: list[str]) -> None:
         )
 
 
-def _check_space(folder: Folder, layout: RowLayout) -> None:
+def _write_manifest(folder: Folder, layout: RowLayout, manifest: dict) -> None:
     free, needed = folder.free_bytes(), layout.bytes_on_disk()
     if free is not None and needed > free:
         raise StoreError(
             f"The index needs {needed / 1e9:.3g} GB at {folder.path}, and {free / 1e9:.3g} GB are "
             "free. Use dtype=jnp.bfloat16, a projection with a smaller dim, or another place."
         )
+    folder.write(MANIFEST, manifest)
 
 
 def as_checkpoints(checkpoints: Params | Sequence[Params]) -> tuple[Params, ...]:

@@ -35,7 +35,8 @@ class Folder:
 
     def spec(self, name: str) -> dict[str, Any]:
         """Returns the TensorStore description of a place under the folder."""
-        return (self._files / f"{name}/").spec().to_json()
+        place = self._files / f"{name}/" if name else self._files
+        return place.spec().to_json()
 
     def read(self, name: str) -> Any | None:
         """Reads a JSON file.

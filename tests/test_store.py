@@ -1,0 +1,376 @@
+"""Indexes on disk: the same numbers, and what does not belong together is refused."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxattr as ja
+from jaxattr import projections, rows
+from jaxattr.store import Folder, Lease, Ledger, StoreError, finished
+from tests import models
+
+SIZE, BATCH = 53, 8
+TRAIN, QUERIES = models.data(SIZE), models.data(6, seed=1)
+CHECKPOINTS = [models.mlp_params(jax.random.key(i)) for i in range(2)]
+IDENTITY = ja.tracin(models.loss, projection=projections.identity())
+TRAK = ja.trak(models.margin, projection=projections.rademacher(10))
+
+
+def build(path, method=IDENTITY, checkpoints=CHECKPOINTS, train=TRAIN, **options):
+    return ja.build_index(
+        method, checkpoints, train, **{"batch_size": BATCH, "path": path} | options
+    )
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "index"
+
+
+@pytest.fixture(scope="module")
+def finished_index(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("shared") / "index").path
+
+
+METHODS = {
+    "TracIn": lambda: IDENTITY,
+    "TRAK": lambda: TRAK,
+    "EK-FAC": lambda: ja.ekfac(models.loss),
+    "CG": lambda: ja.influence(models.loss, damping=ja.absolute(1.0), solver="cg"),
+    "TrackStar": lambda: ja.trackstar(
+        models.loss, [jax.tree.map(jnp.ones_like, params) for params in CHECKPOINTS],
+        CHECKPOINTS[0], rank=3,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_on_disk_is_in_memory(path, name):
+    method = METHODS[name]()
+    memory = ja.build_index(method, CHECKPOINTS, TRAIN, batch_size=BATCH)
+    build(path, method)
+    for index in (build(path, method), ja.open_index(path, method, CHECKPOINTS)):
+        np.testing.assert_array_equal(ja.score(index, QUERIES), ja.score(memory, QUERIES))
+        np.testing.assert_array_equal(ja.self_influence(index), ja.self_influence(memory))
+        np.testing.assert_array_equal(index.features, memory.features)
+        top = ja.top_k(index, QUERIES, k=9, block_size=16)
+        np.testing.assert_array_equal(top.ids, ja.top_k(memory, QUERIES, k=9).ids)
+        if memory.solve_errors is not None:
+            np.testing.assert_allclose(index.solve_errors, memory.solve_errors)
+    assert not any(name.startswith("raw") for name in os.listdir(path))
+
+
+def test_an_index_opened_without_its_method_takes_query_features(finished_index):
+    index = ja.open_index(finished_index)
+    with pytest.raises(ValueError, match="opened without its method"):
+        ja.score(index, QUERIES)
+    whole = ja.open_index(finished_index, IDENTITY, CHECKPOINTS)
+    features = ja.query_features(whole, QUERIES)
+    np.testing.assert_array_equal(ja.score(index, features), ja.score(whole, QUERIES))
+    assert "opened without its method" in repr(index) and finished_index in repr(index)
+    with pytest.raises(ValueError, match="belong to another index"):
+        ja.score(index, features._replace(features=features.features[:, 1:]))
+    with pytest.raises(ValueError, match="Give both method and checkpoints"):
+        ja.open_index(finished_index, IDENTITY)
+
+
+def test_bfloat16(path):
+    exact = ja.score(ja.build_index(TRAK, CHECKPOINTS, TRAIN, batch_size=BATCH), QUERIES)
+    on_disk = build(path, TRAK, dtype=jnp.bfloat16)
+    memory = ja.build_index(TRAK, CHECKPOINTS, TRAIN, batch_size=BATCH, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(ja.score(on_disk, QUERIES), ja.score(memory, QUERIES))
+    assert 1e-5 < models.relative_error(ja.score(memory, QUERIES), exact) < 0.02
+    for wrong in (jnp.float16, np.int32):
+        with pytest.raises(ValueError, match=f"got {np.dtype(wrong).name}"):
+            build(path, dtype=wrong)
+
+
+def test_scores_into_a_zarr(finished_index, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxattr.scoring.SLAB", 16)
+    index = ja.open_index(finished_index, IDENTITY, CHECKPOINTS)
+    scores = ja.score(index, QUERIES, path=tmp_path / "scores")
+    np.testing.assert_array_equal(scores.read().result(), ja.score(index, QUERIES))
+    assert scores[:, 3:5].read().result().shape == (6, 2)
+    with pytest.raises(ja.StoreError, match="is not empty: give a new path"):
+        ja.score(index, QUERIES, path=tmp_path / "scores")
+
+
+@pytest.mark.filterwarnings("ignore::jaxattr.WeightWarning")
+@pytest.mark.parametrize("signal", ["top_k", "top_k_abs", "top_minus_bottom"])
+def test_weights_from_disk(finished_index, monkeypatch, signal):
+    """With a shortlist so short, and slabs so small, that several passes are due."""
+    monkeypatch.setattr("jaxattr.weighting._SHORTEST", 8)
+    monkeypatch.setattr("jaxattr.weighting._PER_TOP", 1)
+    monkeypatch.setattr("jaxattr.scoring.SLAB", 16)
+    index = ja.open_index(finished_index, IDENTITY, CHECKPOINTS)
+    options = {"steps": 20, "top_k": 5, "signal": signal}
+    memory = ja.learn_weights(index, QUERIES, **options)
+    streamed = ja.learn_weights(index, QUERIES, materialize=False, **options)
+    np.testing.assert_allclose(streamed.losses, memory.losses, rtol=1e-9)
+    assert streamed.weights == pytest.approx(memory.weights, rel=1e-9)
+    assert (streamed.hub, streamed.loss) == (memory.hub, pytest.approx(memory.loss))
+    assert memory.passes == 1 and 1 < streamed.passes < 20
+
+
+def test_attributor_needs_memory(finished_index):
+    index = ja.open_index(finished_index, IDENTITY, CHECKPOINTS)
+    with pytest.raises(ValueError, match="in_memory=True"):
+        ja.attributor(index)
+    loaded = ja.open_index(finished_index, IDENTITY, CHECKPOINTS, in_memory=True)
+    expected = ja.top_k(index, QUERIES, k=4)
+    np.testing.assert_array_equal(ja.attributor(loaded, k=4)(QUERIES).ids, expected.ids)
+
+
+def test_examples_that_are_not_finite_stay_so(path):
+    bad = TRAIN | {"x": TRAIN["x"].at[17].set(jnp.nan)}
+    with pytest.warns(ja.NonFiniteWarning, match="ids 17"):
+        memory = ja.build_index(TRAK, CHECKPOINTS, bad, batch_size=BATCH)
+    with pytest.warns(ja.NonFiniteWarning, match="ids 17"):
+        build(path, TRAK, train=bad)
+    index = ja.open_index(path, TRAK, CHECKPOINTS)
+    assert index.non_finite.tolist() == [17]
+    np.testing.assert_array_equal(ja.score(index, QUERIES), ja.score(memory, QUERIES))
+    assert 17 not in np.asarray(ja.top_k(index, QUERIES, k=SIZE).ids)
+
+
+class Stops(Exception):
+    pass
+
+
+class Interrupted:
+    """A source that fails at some example, and says what was read."""
+
+    def __init__(self, stop=None, size=SIZE):
+        self.arrays, self.stop, self.read = models.data(size), stop, []
+
+    def __len__(self):
+        return len(self.arrays["y"])
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        if self.stop is not None and self.stop <= index < SIZE - 1:
+            raise Stops
+        return jax.tree.map(lambda x: x[index], self.arrays)
+
+
+@pytest.mark.parametrize("method", [IDENTITY, TRAK], ids=lambda m: m.name)
+def test_a_build_that_stops_goes_on_where_it_was(path, method, monkeypatch):
+    monkeypatch.setattr("jaxattr.provenance._SAMPLES", 2)
+    expected = ja.build_index(method, CHECKPOINTS, TRAIN, batch_size=BATCH)
+    for stop in (19, 35):
+        with pytest.raises(Stops):
+            build(path, method, train=Interrupted(stop))
+        with pytest.raises(ja.StoreError, match="is not finished: of 7 blocks"):
+            ja.open_index(path)
+    done = max(finished(Folder(path)).values())
+    assert done == 35 // BATCH - 1  # the block in flight was not written
+    last = Interrupted()
+    index = build(path, method, train=last)
+    again = [i for i in last.read[:-1] if 0 < i < done * BATCH]
+    assert len([i for i in again if i]) <= SIZE  # of the first checkpoint nothing but samples
+    assert last.read.count(BATCH) == 1  # once, for the second checkpoint
+    np.testing.assert_array_equal(index.features, expected.features)
+    np.testing.assert_array_equal(ja.score(index, QUERIES), ja.score(expected, QUERIES))
+
+
+def test_a_finished_index_is_only_opened(path):
+    build(path)
+    source = Interrupted()
+    build(path, train=source)
+    assert len(source.read) <= 64 + 2  # for the fingerprint and the shapes
+
+
+def other_loss(params, example, key):
+    return 2 * models.loss(params, example, key)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": TRAK}, "method.name: the index has TracIn, got TRAK"),
+        ({"method": ja.tracin(other_loss, projection=projections.identity())}, "method.output: "),
+        ({"method": ja.tracin(models.loss, projection=projections.rademacher(9))},
+         "layout.dims.*method.projection: the index has identity, got rademacher"),
+        ({"checkpoints": CHECKPOINTS[::-1]}, "params: the index has .*, got "),
+        ({"checkpoints": CHECKPOINTS[:1]}, "rows.checkpoints: the index has 2, got 1"),
+        ({"train": models.data(SIZE, seed=3)}, "data.fingerprint: "),
+        ({"train": models.data(SIZE + 1)}, "data.examples: the index has 53, got 54"),
+        ({"key": jax.random.key(1)}, "key.words: the index has .0, 0., got .0, 1."),
+        ({"groups": ja.by_leaf}, "groups: "),
+        ({"batch_size": 9}, "rows.block: the index has 8, got 9"),
+        ({"dtype": jnp.bfloat16}, "rows.dtypes.features: the index has float64, got bfloat16"),
+    ],
+)  # fmt: skip
+def test_what_does_not_belong_together_is_refused(finished_index, change, message):
+    options = {"method": IDENTITY, "checkpoints": CHECKPOINTS, "train": TRAIN} | change
+    with pytest.raises(ja.StoreError, match=f"(?s)was made from something else.*{message}"):
+        build(finished_index, **options)
+
+
+def test_opening_checks_method_and_checkpoints(finished_index):
+    with pytest.raises(ja.StoreError, match="method.name: the index has TracIn, got TRAK"):
+        ja.open_index(finished_index, TRAK, CHECKPOINTS)
+    with pytest.raises(ja.StoreError, match="params: the index has"):
+        ja.open_index(finished_index, IDENTITY, CHECKPOINTS[::-1])
+    with pytest.raises(ValueError, match='blocks of 8 .* the 3 devices of the mesh axis "data"'):
+        devices = jax.devices()[:3]
+        ja.open_index(finished_index, mesh=jax.make_mesh((3,), ("data",), devices=devices))
+
+
+def test_places_that_hold_no_index(tmp_path):
+    with pytest.raises(ja.StoreError, match="There is no index at"):
+        ja.open_index(tmp_path)
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ja.StoreError, match="is not empty and holds no index .found thesis.tex"):
+        build(tmp_path)
+    with pytest.raises(ja.StoreError, match="Cannot write /proc/nothing/.*may be written"):
+        build("/proc/nothing")
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ja.StoreError, match="manifest.json is damaged: it is no JSON"):
+        ja.open_index(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": 99}')
+    for call in (ja.open_index, build):
+        with pytest.raises(ja.StoreError, match="has format 99, and this version .* format 1"):
+            call(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+def test_a_damaged_block_is_found_and_named(path, damage):
+    build(path)
+    chunk = path / "features" / "c" / "3" / "1" / "0"
+    content = bytearray(chunk.read_bytes())
+    content[100] ^= 1
+    if damage == "missing":
+        chunk.unlink()
+    else:
+        chunk.write_bytes(content if damage == "flipped" else content[:50])
+    index = ja.open_index(path, IDENTITY, CHECKPOINTS)
+    with pytest.raises(ja.StoreError, match="features is damaged at or after block 3"):
+        ja.top_k(index, QUERIES, block_size=BATCH)
+
+
+def test_full_disk(tmp_path):
+    """Files that may not grow stand for it; what was finished stays, and the build goes on."""
+    program = (
+        "import resource, sys\nfrom tests import test_store as t\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
+        "t.build(sys.argv[1])"
+    )
+
+    command = [sys.executable, "-c", program, str(tmp_path / "index")]
+    environment = os.environ | {"JAX_ENABLE_X64": "1"}
+    failed = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert failed.returncode and "Cannot write" in failed.stderr
+    assert "space left" in failed.stderr
+    build(tmp_path / "index")
+
+
+def test_an_index_larger_than_the_disk_is_not_begun(path, monkeypatch):
+    monkeypatch.setattr(Folder, "free_bytes", lambda self: 100)
+    with pytest.raises(ja.StoreError, match="needs .* GB at .*, and 1e-07 GB are free"):
+        build(path)
+    assert not (path / "manifest.json").exists()
+
+
+def test_two_jobs_on_one_path(path):
+    with Lease(Folder(path)):
+        with pytest.raises(ja.StoreError, match=f"another job: process {os.getppid()}|another job"):
+            holder = json.loads((path / "lease.json").read_text())
+            holder["pid"] = os.getppid()  # another process, that lives
+            (path / "lease.json").write_text(json.dumps(holder))
+            build(path)
+
+
+def test_leases_of_the_dead_expire(path):
+    folder = Folder(path)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = {"host": os.uname().nodename}
+    for holder in ({"pid": dead.pid} | host, {"pid": os.getpid()} | host, {"pid": 1, "host": "x"}):
+        folder.write("lease.json", holder | {"id": "other", "renewed": 0.0})
+        with Lease(folder, expires=0.3):
+            assert folder.read("lease.json")["id"] != "other"
+        assert folder.read("lease.json") is None
+
+
+def test_a_lease_that_another_host_renews_is_kept(path):
+    folder, stop = Folder(path), threading.Event()
+    holder = {"id": "other", "pid": 1, "host": "elsewhere"}
+    folder.write("lease.json", holder | {"renewed": 0})
+
+    def renew():
+        count = 0
+        while not stop.wait(0.05):
+            count += 1
+            folder.write("lease.json", holder | {"renewed": count})
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    try:
+        with pytest.raises(ja.StoreError, match="another job: process 1 on elsewhere"):
+            with Lease(folder, expires=1.0):
+                pass
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_ledger_counts_what_all_processes_finished(path):
+    folder = Folder(path)
+    ledgers = [Ledger(folder, i, 2) for i in range(2)]
+    for ledger in ledgers[::-1]:
+        ledger.open(lambda name: None)
+    ledgers[0].mark("features/0", 5)
+    assert finished(folder) == {}  # the other has said nothing
+    ledgers[1].mark("features/0", 3)
+    assert finished(folder) == {"features/0": 3}
+    later = Ledger(folder, 0, 1)
+    later.open(lambda name: None)
+    assert later.done("features/0") == 3 and folder.names("ledger/process") == []
+    later.open(lambda name: None, limit=2)
+    assert finished(folder) == {"features/0": 2}
+
+
+def test_extending(path):
+    build(path)
+    longer = models.data(SIZE + 20, seed=4)
+    grown = jax.tree.map(lambda a, b: jnp.concatenate([a, b[SIZE:]]), TRAIN, longer)
+    expected = ja.build_index(IDENTITY, CHECKPOINTS, grown, batch_size=BATCH)
+    index = build(path, train=grown, extend=True)
+    assert index.size == SIZE + 20
+    np.testing.assert_array_equal(ja.score(index, QUERIES), ja.score(expected, QUERIES))
+    assert build(path, train=grown).size == SIZE + 20
+    with pytest.raises(ja.StoreError, match="it has 73 examples, and train has only 53"):
+        build(path, train=TRAIN, extend=True)
+    with pytest.raises(ja.StoreError, match="data.fingerprint"):
+        build(path, train=models.data(SIZE + 40, seed=8), extend=True)
+
+
+def test_extending_is_refused_where_the_kernel_depends_on_all(path):
+    build(path, TRAK)
+    with pytest.raises(ja.StoreError, match="TRAK has a kernel that depends on all training"):
+        build(path, TRAK, train=models.data(SIZE + 20), extend=True)
+    with pytest.raises(ValueError, match="extend=True adds to an index on disk: give its path"):
+        build(None, extend=True)
+
+
+def test_slabs_hold_every_block_once():
+    for blocks in range(1, 9):
+        for count in range(1, blocks + 1):
+            seen = [
+                start + i
+                for start, fresh in rows.slab_starts(blocks, count)
+                for i in range(fresh, count)
+            ]
+            assert seen == list(range(blocks))
+
+
+def test_store_errors_are_one_kind():
+    assert ja.StoreError is StoreError
