@@ -67,7 +67,8 @@ class Featurizer:
       rule: how one example becomes features.
       key: of projections and stochastic outputs.
       microbatch: examples whose gradients are in memory at once.
-      with_residual: (params, batch, ids, checkpoint, fitted) -> features and residual.
+      step: (key, params, batch, ids, checkpoint, fitted) -> features and residual; jitted, and the
+        same function for the same rule, plan and microbatch.
     """
 
     layout: FeatureLayout
@@ -76,7 +77,21 @@ class Featurizer:
     rule: FeatureRule
     key: Key
     microbatch: int
-    with_residual: Callable[[Params, Batch, jax.Array, jax.Array, Fitted], Featurized]
+    step: Callable[[Key, Params, Batch, jax.Array, jax.Array, Fitted], Featurized]
+
+    def with_residual(
+        self, params: Params, batch: Batch, ids: jax.Array, checkpoint: jax.Array, fitted: Fitted
+    ) -> Featurized:
+        """Computes features and what multiplies each training example's scores.
+
+        Args:
+          params: as in a call, as all that follow.
+          batch: see there.
+          ids: see there.
+          checkpoint: see there.
+          fitted: see there.
+        """
+        return self.step(self.key, params, batch, ids, checkpoint, fitted)
 
     def __call__(
         self,
@@ -155,7 +170,7 @@ def featurize_with(
             layout = groups_lib.split_layers(layout, found.stacked)
     plan = make_plan(layout, rule.projection, found)
     microbatch = microbatch or _default_microbatch(rule, layout, plan)
-    step = functools.partial(_compiled_step(rule, plan, microbatch), key)
+    step = _compiled_step(rule, plan, microbatch)
     return Featurizer(plan.layout, layout, plan, rule, key, microbatch, step)
 
 

@@ -20,7 +20,7 @@ from jaxattr.plans import FeatureLayout
 from jaxattr.rows import COLUMNS, EXAMPLES, FEATURES, SELF, Rows, all_rows
 from jaxattr.sharding import DATA, Placement
 from jaxattr.sources import as_source, track
-from jaxattr.typing import Features, Params
+from jaxattr.typing import Features, Key, Params
 
 
 class NonFiniteWarning(UserWarning):
@@ -145,8 +145,7 @@ def query_features(index: Index, queries: Any) -> QueryFeatures:
     """
     if isinstance(queries, QueryFeatures):
         return _checked_width(index, queries)
-    featurize, method = _functions(index)
-    step = _query_step(index.place, featurize, method.kernel.of_queries)
+    step = _query_step(index.place, functions_of(index))
     source = as_source(queries, "queries")
     block = source.block_size(index.batch_size, index.place)
     state, count = state_of(index), -(-source.size // block)
@@ -165,11 +164,13 @@ class State(NamedTuple):
     """The arrays of an index that queries need, one of each per checkpoint.
 
     Attributes:
+      key: of projections and stochastic outputs.
       checkpoints: the parameters.
       fitted: what the basis was fitted to.
       operators: what the kernel applies to queries; () if it leaves them alone.
     """
 
+    key: Key
     checkpoints: tuple[Params, ...]
     fitted: tuple[Fitted, ...]
     operators: tuple[Any, ...]
@@ -177,16 +178,35 @@ class State(NamedTuple):
 
 def state_of(index: Index) -> State:
     """Returns the arrays of an index that queries need."""
-    return State(index.checkpoints, index.fitted, index.operators)
+    featurize, _ = _functions(index)
+    return State(featurize.key, index.checkpoints, index.fitted, index.operators)
+
+
+class QueryFunctions(NamedTuple):
+    """The functions of an index that queries need; the same for indexes of one method.
+
+    Attributes:
+      step: (key, params, batch, ids, checkpoint, fitted) -> features and residual.
+      of_queries: (operator, features) -> features; None if the kernel leaves them alone.
+    """
+
+    step: Any
+    of_queries: Any
+
+
+def functions_of(index: Index) -> QueryFunctions:
+    """Returns the functions of an index that queries need."""
+    featurize, method = _functions(index)
+    return QueryFunctions(featurize.step, method.kernel.of_queries)
 
 
 def features_of_batch(
-    index: Index, state: State, batch: Any, ids: jax.Array
+    functions: QueryFunctions, state: State, batch: Any, ids: jax.Array
 ) -> tuple[Features, jax.Array]:
     """Features of one batch of queries for all checkpoints; pure and jittable.
 
     Args:
-      index: the index.
+      functions: of the index.
       state: its arrays, as an argument so that they are no constants of the program.
       batch: a pytree of arrays [b, ...].
       ids: integers [b].
@@ -194,8 +214,16 @@ def features_of_batch(
     Returns:
       Features [b, c * p], with rows of zeros where they are not finite; and which are, bool [b].
     """
-    featurize, method = _functions(index)
-    return _all_checkpoints(featurize, method.kernel.of_queries, state, batch, ids)
+    columns = []
+    for number, params in enumerate(state.checkpoints):
+        got = functions.step(
+            state.key, params, batch, ids, jnp.asarray(number), state.fitted[number]
+        )
+        phi, of_queries = got.features, functions.of_queries
+        columns.append(phi if of_queries is None else of_queries(state.operators[number], phi))
+    features = jnp.concatenate(columns, axis=1)
+    finite = jnp.isfinite(features).all(axis=1)
+    return jnp.where(finite[:, None], features, 0), finite
 
 
 def report_non_finite(positions: np.ndarray, total: int, what: str) -> None:
@@ -240,19 +268,7 @@ def _checked_width(index: Index, queries: QueryFeatures) -> QueryFeatures:
 
 
 @functools.lru_cache(maxsize=16)
-def _query_step(place: Placement, featurize: Featurizer, of_queries: Any) -> Any:
-    step = functools.partial(_all_checkpoints, featurize, of_queries)
+def _query_step(place: Placement, functions: QueryFunctions) -> Any:
+    step = functools.partial(features_of_batch, functions)
     # On one device each checkpoint's program is compiled by itself, once.
     return step if place.mesh is None else place.jit(step, DATA)
-
-
-def _all_checkpoints(
-    featurize: Featurizer, of_queries: Any, state: State, batch: Any, ids: jax.Array
-) -> tuple[Features, jax.Array]:
-    columns = []
-    for number, params in enumerate(state.checkpoints):
-        phi = featurize(params, batch, ids, number, state.fitted[number])
-        columns.append(phi if of_queries is None else of_queries(state.operators[number], phi))
-    features = jnp.concatenate(columns, axis=1)
-    finite = jnp.isfinite(features).all(axis=1)
-    return jnp.where(finite[:, None], features, 0), finite

@@ -11,7 +11,16 @@ import numpy as np
 
 from jaxattr import ranking
 from jaxattr.features import leading_size
-from jaxattr.index import Index, QueryFeatures, State, features_of_batch, query_features, state_of
+from jaxattr.index import (
+    Index,
+    QueryFeatures,
+    QueryFunctions,
+    State,
+    features_of_batch,
+    functions_of,
+    query_features,
+    state_of,
+)
 from jaxattr.plans import FeatureLayout
 from jaxattr.ranking import TopK
 from jaxattr.rows import EXAMPLES, FEATURES, SELF, MemoryRows, Slab, blocks_at_once
@@ -213,23 +222,35 @@ def attributor(
     w = weight_array(index.layout, weights)
     sign = -1 if opponents else 1
 
-    place = index.place
-    search = ranking.top_k_of_arrays(
-        place, index.layout, k, blocks_at_once(rows.layout, block_size), sign
-    )
-    w = place.whole(w)
-
-    @jax.jit
-    def run(state: State, train: dict, w: jax.Array, batch: Batch, ids: jax.Array) -> TopK:
-        phi, finite = features_of_batch(index, state, batch, ids)
-        top = search(w, phi, train)
-        return _mark_top(top, finite)
+    count = blocks_at_once(rows.layout, block_size)
+    run = _compiled_attributor(functions_of(index), index.place, index.layout, k, count, sign)
+    w = index.place.whole(w)
 
     def attribute(batch: Batch, ids: jax.Array | None = None) -> TopK:
         ids = -1 - jnp.arange(leading_size(batch)) if ids is None else jnp.asarray(ids)
         return run(state_of(index), _arrays(rows), w, batch, ids)
 
     return attribute
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_attributor(
+    functions: QueryFunctions,
+    place: Placement,
+    layout: FeatureLayout,
+    k: int,
+    count: int,
+    sign: int,
+) -> Any:
+    """The jitted function, the same for indexes of one method: a newer one compiles nothing."""
+    search = ranking.top_k_of_arrays(place, layout, k, count, sign)
+
+    @jax.jit
+    def run(state: State, train: dict, w: jax.Array, batch: Batch, ids: jax.Array) -> TopK:
+        phi, finite = features_of_batch(functions, state, batch, ids)
+        return _mark_top(search(w, phi, train), finite)
+
+    return run
 
 
 def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:

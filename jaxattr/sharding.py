@@ -212,7 +212,12 @@ class Placement:
 
     def gathered(self, x: jax.Array) -> jax.Array:
         """Returns the array, the same on every device."""
-        return x if self.mesh is None else _identity(self)(x)
+        if self.mesh is None:
+            return x
+        gathered = _identity(self)(x)
+        # Several programs that wait for each other's devices can starve the few threads of a host.
+        on_host = self.mesh.devices.flat[0].platform == "cpu"
+        return jax.block_until_ready(gathered) if on_host else gathered
 
     def local_spans(self, rows: int) -> list[tuple[int, int]]:
         """Returns the runs of consecutive rows of a block that this host holds."""

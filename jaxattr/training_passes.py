@@ -95,10 +95,10 @@ class TrainingPass:
           first: number of the first block that is wanted.
         """
         number = self.place.whole(np.asarray(self.number))
-        step = _compiled_features(self.place, self.featurizer)
+        step = _compiled_features(self.place, self.featurizer.step)
         for numbered in self.batches(description, first):
             given = numbered if transform is None else transform(numbered)
-            got = step(self.params, given.batch, given.ids, number, fitted)
+            got = step(self.featurizer.key, self.params, given.batch, given.ids, number, fitted)
             yield _clean(self.place)(got.features, got.residual, given.real)
 
     def sums(self, function: Callable[..., Any], shared: Any, blocks: Iterable[tuple]) -> Any:
@@ -142,10 +142,8 @@ class TrainingPass:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_features(place: Placement, featurizer: Featurizer) -> Any:
-    if place.mesh is None:
-        return featurizer.with_residual
-    return place.jit(featurizer.with_residual, DATA)
+def _compiled_features(place: Placement, step: Callable) -> Any:
+    return step if place.mesh is None else place.jit(step, DATA)
 
 
 @functools.lru_cache(maxsize=16)

@@ -117,7 +117,8 @@ def step_arguments(index, place):
     read = as_source(TRAIN, "train").read
     numbers = place.batch(lambda rows: rows, np.arange(size))
     zero = place.whole(np.asarray(0))
-    return index.checkpoints[0], place.batch(read, np.arange(size)), numbers, zero, NOTHING
+    key = index.featurizer.key
+    return key, index.checkpoints[0], place.batch(read, np.arange(size)), numbers, zero, NOTHING
 
 
 @pytest.mark.parametrize("mesh", ["8", "4x2"])
@@ -125,11 +126,11 @@ def test_only_sums_and_merges_move_between_devices(mesh):
     index = built("trak", mesh)
     place, layout = index.place, index.layout
     columns = {"all-reduce"} if mesh == "4x2" else set()  # sums over the columns of features
-    features = training_passes._compiled_features(place, index.featurizer)
+    features = training_passes._compiled_features(place, index.featurizer.step)
     arguments = step_arguments(index, place)
     assert not collectives(features, *arguments)
 
-    phi, kept = features(*arguments).features, arguments[2] >= 0
+    phi, kept = features(*arguments).features, arguments[3] >= 0
     sums = _kernel_sums(index.method.kernel, layout, SIZE, phi.dtype)
     each = jax.jit(place.per_shard(sums))
     assert not collectives(each, (), phi, kept)
@@ -169,7 +170,7 @@ def test_steps_lower_for_accelerators(mesh, platform):
         exported = jax.export.export(jax.jit(function), platforms=[platform])(*arguments)
         assert len(exported.mlir_module_serialized) > 0
 
-    features = training_passes._compiled_features(place, index.featurizer)
+    features = training_passes._compiled_features(place, index.featurizer.step)
     lowers(features, *step_arguments(index, place))
     w, queries = place.whole((jnp.ones(3), ja.query_features(index, QUERIES).features))
     arrays = {name: index.rows.arrays[name] for name in ("features", "examples")}

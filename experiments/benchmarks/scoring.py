@@ -54,7 +54,8 @@ def measure(arguments: argparse.Namespace, folder: str) -> dict[str, timing.Timi
     queries = synthetic.queries(arguments.q, arguments.p)
     phi = ja.query_features(memory, queries)
     weights = {name: 1.0 + i / GROUPS for i, name in enumerate(memory.layout.names)}
-    train = memory.rows.arrays["features"].reshape(-1, arguments.p)
+    train = next(memory.rows.slabs(["features"], memory.size)).arrays["features"]
+    train = train.reshape(-1, arguments.p)
     batch = jax.tree.map(jnp.asarray, queries)
     attribute = ja.attributor(memory, weights=weights, k=arguments.k)
     bare = jax.jit(lambda a, b: jnp.matmul(a, b.T, precision="highest"))
