@@ -166,13 +166,13 @@ def _index(
 
 def _build_on_disk(job: Job, folder: Folder, layout: RowLayout, extend: bool) -> Index:
     here = provenance.manifest(job.method, job.featurizer, job.checkpoints, job.source, layout)
-    there = folder.read(MANIFEST)
+    there, complete = folder.read(MANIFEST), folder.read(COMPLETE)
+    barrier("index read")  # before anyone writes: all processes must see the same
     limit = _check_manifest(folder, there, here, job, extend)
     ledger = Ledger(folder, *process())
     rows = DiskRows(folder, layout, job.place, ledger)
     session = Session(folder, ledger)
-    complete = None if limit is not None else folder.read(COMPLETE)
-    if complete is not None and complete["examples"] == job.source.size:
+    if limit is None and complete is not None and complete["examples"] == job.source.size:
         return _reopened(job, rows, session, complete)
     if there is None:  # first of all, so that whatever is left behind is known for what it is
         on_first_process(functools.partial(_write_manifest, folder, layout, here))

@@ -63,12 +63,10 @@ def test_two_processes_give_what_one_gives(tmp_path):
     for name, values in expected.items():
         got = np.load(tmp_path / f"{name}.npz")
         for key, value in values.items():
-            for found in (got[key], got[f"disk {key}"]):
-                if key == "ids":
-                    np.testing.assert_array_equal(found, value)
-                else:
-                    assert models.relative_error(found, value) <= 1e-9, (name, key)
-        np.testing.assert_array_equal(got["attributor"], values["ids"])
+            if key == "ids":
+                np.testing.assert_array_equal(got[key], value)
+            else:
+                assert models.relative_error(got[key], value) <= 1e-9, (name, key)
 
 
 def contents(path):
@@ -132,10 +130,9 @@ def wait_for_progress(index, jobs):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("method", ["tracin", "trak"])
-def test_a_killed_build_goes_on_bit_for_bit(tmp_path, method):
-    progress = kill_and_go_on(tmp_path, method, kills=2, seed=0)
-    assert progress[-1] > 0
+def test_a_killed_build_goes_on_bit_for_bit(tmp_path):
+    (progress,) = kill_and_go_on(tmp_path, "trak", kills=1, seed=0)
+    assert progress > 0
 
 
 @pytest.mark.slow

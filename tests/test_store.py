@@ -180,6 +180,17 @@ def test_a_build_that_stops_goes_on_where_it_was(path, method, monkeypatch):
     np.testing.assert_array_equal(ja.score(index, QUERIES), ja.score(expected, QUERIES))
 
 
+def test_an_index_of_another_mesh_opens(path):
+    method = ja.tracin(models.loss)
+    mesh = jax.make_mesh((8,), ("data",))
+    on_mesh = np.asarray(ja.score(build(path, method, mesh=mesh), QUERIES))
+    for given in (None, jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4])):
+        opened = ja.open_index(path, method, CHECKPOINTS, mesh=given)
+        got = np.asarray(ja.score(opened, QUERIES))
+        assert models.relative_error(got, on_mesh) <= 1e-12
+    build(path, method)  # and goes on without a mesh
+
+
 def test_a_finished_index_is_only_opened(path):
     build(path)
     source = Interrupted()
