@@ -308,8 +308,10 @@ def _arrays(rows: MemoryRows) -> dict[str, jax.Array]:
 
 def _slabs(index: Index, rows: int = SLAB) -> Iterator[Slab]:
     """All of an index in memory at once, or one on disk in parts."""
-    at_once = index.size if isinstance(index.rows, MemoryRows) else rows
-    return index.rows.slabs([FEATURES, EXAMPLES], max(at_once, index.batch_size))
+    layout = index.rows.layout
+    whole = layout.blocks * layout.block
+    at_once = whole if isinstance(index.rows, MemoryRows) else rows
+    return index.rows.slabs([FEATURES, EXAMPLES], at_once)
 
 
 def _write_scores(

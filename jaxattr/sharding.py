@@ -185,7 +185,7 @@ class Placement:
         """
         sharding = self.sharding(*axes)
         if sharding is None:
-            return jnp.asarray(rows)
+            return jax.device_put(rows)
         offsets, total = {}, 0
         for start, stop in self.local_spans(block):
             offsets.update({row: row - start + total for row in range(start, stop)})
