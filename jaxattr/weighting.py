@@ -406,20 +406,42 @@ def _certain(listed: Shortlist, w: jax.Array, top_k: int, signal: Signal) -> jax
     limits = shortlists.bounds(listed, w)  # [l, q]
     scores = shortlists.signed_scores(listed, w, signs_of(signal))  # [l, q, s]
     if signal == "top_k_abs":
-        kth = jax.lax.top_k(jnp.concatenate(list(scores), axis=-1), top_k)[0][None, :, -1]
-    else:
-        kth = jax.lax.top_k(scores, top_k)[0][..., -1]
+        scores = jnp.concatenate(list(scores), axis=-1)[None]
+    # Not the last of the k: for a slice of them XLA sorts everything, at thirty times the cost.
+    kth = jax.lax.top_k(scores, top_k)[0].min(axis=-1)
     return jnp.all(kth >= limits)
 
 
 def _loss_of_list(listed: Shortlist, w: jax.Array, top_k: int, signal: Signal) -> jax.Array:
     """The loss without its penalty, as `_loss_of_scores` has it from all scores."""
-    scores = shortlists.signed_scores(listed, w, signs_of(signal))
+    signs = signs_of(signal)
+    scores = shortlists.signed_scores(listed, jax.lax.stop_gradient(w), signs)  # [l, q, s]
+    lists = [(i, sign) for i, sign in enumerate(signs)]
     if signal == "top_k_abs":
-        found = jax.lax.top_k(jnp.concatenate(list(scores), axis=-1), top_k)[0].mean(axis=-1)
+        length = scores.shape[2]
+        places = jax.lax.top_k(jnp.concatenate(list(scores), axis=-1), top_k)[1]  # [q, k]
+        each = [_signal(listed, w, i, sign, places - i * length) for i, sign in lists]
+        found = jnp.stack(each).sum(axis=0)
     else:
-        found = jax.lax.top_k(scores, top_k)[0].mean(axis=(0, 2))
+        places = jax.lax.top_k(scores, top_k)[1]  # [l, q, k]
+        each = [_signal(listed, w, i, sign, places[i]) for i, sign in lists]
+        found = jnp.stack(each).mean(axis=0)
     return _relative(found, shortlists.sum_of_squares(listed, w))
+
+
+def _signal(
+    listed: Shortlist, w: jax.Array, number: int, sign: int, places: jax.Array
+) -> jax.Array:
+    """The mean signed score of some places of a list, [q]; those beyond its ends count as zero.
+
+    Their contributions are gathered before they meet the weights, so that the gradient is they
+    themselves: that of sorted scores would be scattered over the whole list.
+    """
+    parts = listed.parts[0 if listed.complete else number]
+    inside = (places >= 0) & (places < parts.shape[1])
+    picked = jnp.take_along_axis(parts, jnp.where(inside, places, 0)[..., None], axis=1)
+    mean = jnp.where(inside[..., None], picked, 0).mean(axis=1)  # [q, m]
+    return sign * jnp.matmul(mean, w.astype(mean.dtype), precision="highest")
 
 
 def _loss_of_scores(scores: jax.Array, top_k: int, signal: Signal) -> jax.Array:

@@ -16,7 +16,8 @@ from rich.table import Table
 import jaxattr as ja
 from experiments.benchmarks import synthetic, timing
 
-GOALS = {"score": 1.15, "top_k": 1.3, "attributor": 1.3, "top_k from disk": 1.3}
+# From disk, what counts is the disk: see store.py.
+GOALS = {"score": 1.15, "top_k": 1.3, "attributor": 1.3}
 GROUPS = 16
 
 
@@ -87,7 +88,8 @@ def table(arguments: argparse.Namespace, found: dict[str, timing.Timing]) -> Tab
         shown.add_column(heading)
     for name, each in found.items():
         middle, low, high = each.ratio(base)
-        verdict = f"{GOALS[name]} {'met' if middle <= GOALS[name] else 'MISSED'}"
+        goal = GOALS.get(name)
+        verdict = "" if goal is None else f"{goal} {'met' if middle <= goal else 'MISSED'}"
         shown.add_row(name, f"{middle:.2f}", f"{low:.2f}-{high:.2f}", verdict)
     return shown
 

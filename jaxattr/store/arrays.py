@@ -215,7 +215,10 @@ class DiskRows:
         return rows, futures
 
     def _finish(self, reading: dict, start: int) -> dict[str, jax.Array]:
-        return {name: self._placed(name, *read, start) for name, read in reading.items()}
+        return {
+            name: self._placed(name, rows, futures, start)
+            for name, (rows, futures) in reading.items()
+        }
 
     def _placed(self, name: str, rows: np.ndarray, futures: list, start: int) -> jax.Array:
         try:
