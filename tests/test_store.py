@@ -13,6 +13,7 @@ import pytest
 
 import jaxattr as ja
 from jaxattr import projections, rows
+from jaxattr.sharding import Placement
 from jaxattr.store import Folder, Lease, Ledger, StoreError, finished
 from tests import models
 
@@ -370,6 +371,23 @@ def test_extending_is_refused_where_the_kernel_depends_on_all(path):
         build(path, TRAK, train=models.data(SIZE + 20), extend=True)
     with pytest.raises(ValueError, match="extend=True adds to an index on disk: give its path"):
         build(None, extend=True)
+
+
+def test_a_build_goes_on_with_other_hosts_if_they_share_no_chunk(path, monkeypatch):
+    expected = ja.build_index(IDENTITY, CHECKPOINTS, TRAIN, batch_size=BATCH)
+    halves = lambda self, rows: [0, rows // 2, rows]  # noqa: E731
+    with monkeypatch.context() as patched:
+        patched.setattr(Placement, "boundaries", halves)  # two hosts
+        with pytest.raises(Stops):
+            build(path, train=Interrupted(19))
+    index = build(path)  # one host goes on
+    np.testing.assert_array_equal(index.features, expected.features)
+    other = path.parent / "other"
+    with pytest.raises(Stops):
+        build(other, train=Interrupted(19))
+    monkeypatch.setattr(Placement, "boundaries", halves)
+    with pytest.raises(ja.StoreError, match="chunks of 8 .* rows .4. of a block, so two would"):
+        build(other)
 
 
 def test_slabs_hold_every_block_once():

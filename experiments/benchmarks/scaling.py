@@ -69,23 +69,28 @@ def count(devices: int) -> dict[str, str]:
     import numpy as np
 
     import jaxattr as ja
-    from experiments.benchmarks import models
     from jaxattr import ranking, shortlists, training_passes
     from jaxattr.bases import NOTHING
     from jaxattr.checkpoint_builds import _kernel_sums
 
-    subject = models.ALL["vit"](64)
+    sizes = (64, 256, 256, 10)
+    pairs = zip(sizes[:-1], sizes[1:], strict=True)
+    params = {f"layer{i}": jnp.ones(pair) / pair[0] for i, pair in enumerate(pairs)}
+    data = {"x": np.ones((64, 64), np.float32), "y": np.arange(64) % 10}
+
+    def loss(params: Any, example: Any, key: jax.Array) -> jax.Array:
+        x = example["x"]
+        for layer in params.values():
+            x = jnp.tanh(x @ layer)
+        return -jax.nn.log_softmax(x)[example["y"]]
+
     mesh = jax.make_mesh((devices,), ("data",))
-    method = ja.logra(subject.loss, rank=8)
-    index = ja.build_index(
-        method, subject.params, subject.batch, batch_size=64, microbatch=8, mesh=mesh
-    )
+    method = ja.logra(loss, rank=8)
+    index = ja.build_index(method, params, data, batch_size=64, microbatch=8, mesh=mesh)
     place, layout, featurize = index.place, index.layout, index.featurizer
     assert featurize is not None
     ids = place.batch(lambda rows: rows, np.arange(64))
-    batch = place.batch(
-        lambda rows: jax.tree.map(lambda x: np.asarray(x)[rows], subject.batch), np.arange(64)
-    )
+    batch = place.batch(lambda rows: jax.tree.map(lambda x: x[rows], data), np.arange(64))
     step = training_passes._compiled_features(place, featurize.step)
     given = (
         featurize.key,

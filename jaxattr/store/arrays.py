@@ -226,8 +226,8 @@ class DiskRows:
                 future.result()
         except ValueError as error:
             raise self._damaged(name, start, first_line(error)) from None
-        # Rows are finite or zero, so what was never written shows as the fill value.
-        if not np.isfinite(rows[..., 0].astype(np.float32)).all():
+        # Rows of examples that are not finite are zero, so NaN is the fill value: never written.
+        if np.isnan(rows[..., 0].astype(np.float32)).any():
             raise self._damaged(name, start, "a chunk is missing")
         width = padded(name, self.layout, self.place)
         if width > rows.shape[-1]:
