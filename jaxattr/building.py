@@ -167,8 +167,14 @@ def _index(
 def _build_on_disk(job: Job, folder: Folder, layout: RowLayout, extend: bool) -> Index:
     here = provenance.manifest(job.method, job.featurizer, job.checkpoints, job.source, layout)
     there, complete = folder.read(MANIFEST), folder.read(COMPLETE)
+    strangers = [] if there else [name for name in folder.names() if name != "lease.json"]
     barrier("index read")  # before anyone writes: all processes must see the same
-    limit = _check_manifest(folder, there, here, job, extend)
+    if strangers:
+        raise StoreError(
+            f"{folder.path} is not empty and holds no index (found {', '.join(strangers[:3])}): "
+            "give another path."
+        )
+    limit = _check_manifest(folder, there, complete, here, job, extend)
     ledger = Ledger(folder, *process())
     rows = DiskRows(folder, layout, job.place, ledger)
     session = Session(folder, ledger)
@@ -240,7 +246,12 @@ def _writing(folder: Folder) -> Iterator[None]:
 
 
 def _check_manifest(
-    folder: Folder, there: dict | None, here: dict, job: Job, extend: bool
+    folder: Folder,
+    there: dict | None,
+    complete: dict | None,
+    here: dict,
+    job: Job,
+    extend: bool,
 ) -> int | None:
     """Refuses what does not belong together.
 
@@ -248,12 +259,6 @@ def _check_manifest(
       How many blocks stay when the index is extended; None if it is not.
     """
     if there is None:
-        others = [name for name in folder.names() if name != "lease.json"]
-        if others:
-            raise StoreError(
-                f"{folder.path} is not empty and holds no index (found {', '.join(others[:3])}): "
-                "give another path."
-            )
         if extend:
             raise StoreError(f"{folder.path} holds no index to extend.")
         return None
@@ -280,7 +285,6 @@ def _check_manifest(
     prefix = provenance.fingerprint_data(job.source, before)
     old = here | {"data": {"examples": before, "fingerprint": prefix}}
     _refuse(folder, provenance.differences(there, old))
-    complete = folder.read(COMPLETE)
     if complete is None or complete["examples"] != before:
         raise StoreError(
             f"{folder.path} is not finished: finish it with its first {before} examples (the same "
