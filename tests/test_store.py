@@ -374,6 +374,7 @@ def test_extending_is_refused_where_the_kernel_depends_on_all(path):
 
 
 def test_a_build_goes_on_with_other_hosts_if_they_share_no_chunk(path, monkeypatch):
+    monkeypatch.setattr("jaxattr.provenance._SAMPLES", 2)
     expected = ja.build_index(IDENTITY, CHECKPOINTS, TRAIN, batch_size=BATCH)
     halves = lambda self, rows: [0, rows // 2, rows]  # noqa: E731
     with monkeypatch.context() as patched:

@@ -88,7 +88,7 @@ class DiskRows:
         self.folder.delete_under(f"{self._key(name, checkpoint)}/")
 
     def create(self, name: str, checkpoint: int = 0) -> None:
-        """Makes an array, or checks that the one there is the same; grows it to the layout's size.
+        """Makes an array, or grows the one that is there to the layout's size.
 
         Args:
           name: of the array.
@@ -109,13 +109,12 @@ class DiskRows:
         spec = {"driver": "zarr3", "kvstore": self.folder.spec(self._key(name, checkpoint))}
         try:
             try:
-                ts.open(spec | {"metadata": metadata}, create=True, open=True).result()
-            except ValueError:
                 there = ts.open(spec, open=True).result()
-                if there.shape[0] >= self.layout.size:
-                    raise
-                there.resize(exclusive_max=metadata["shape"]).result()
-                ts.open(spec | {"metadata": metadata}, open=True).result()
+            except ValueError:
+                ts.open(spec | {"metadata": metadata}, create=True).result()
+            else:  # by a job that may have had other chunks: see `check_chunks`
+                if there.shape[0] < self.layout.size:
+                    there.resize(exclusive_max=metadata["shape"]).result()
         except ValueError as error:
             where = f"{self.folder.path}/{self._key(name, checkpoint)}"
             raise cannot_write(where, error) from None
