@@ -20,7 +20,7 @@ from jaxattr.methods import Method, featurizer
 from jaxattr.plans import FeatureLayout
 from jaxattr.rows import ERRORS, EXAMPLES, FEATURES, RAW, SELF, RowLayout
 from jaxattr.sharding import DATA, Placement, placement
-from jaxattr.sources import Source, as_source
+from jaxattr.sources import Source, as_checkpoints, as_source
 from jaxattr.typing import Example, Key, Params
 
 # More examples than this at once do not make a step faster.
@@ -123,11 +123,11 @@ def plan(
       ValueError: as `build_index`, and if `memory` does not suffice.
     """
     place = placement(mesh)
-    several = isinstance(checkpoints, list | tuple)
-    parameters = tuple(checkpoints) if several else (checkpoints,)
+    parameters = as_checkpoints(checkpoints)
     source = as_source(train, "train")
     request = Request(method, parameters, source, groups, key, place, on_disk, dtype)
-    return request.settle(batch_size, microbatch, memory)[1]
+    featurize = request.settle(batch_size, microbatch, memory)
+    return request.plan(featurize, request.block(featurize, batch_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,29 +154,17 @@ class Request:
     on_disk: bool
     dtype: Any
 
-    def settle(
-        self, batch_size: int, microbatch: int | None, memory: int | None
-    ) -> tuple[Featurizer, BuildPlan]:
-        """Decides the microbatch, and plans.
+    def settle(self, batch_size: int, microbatch: int | None, memory: int | None) -> Featurizer:
+        """Decides the microbatch; compiles nothing unless a memory is given.
 
         Args:
           batch_size: wanted.
           microbatch: wanted, or None.
           memory: bytes per device, or None.
 
-        Returns:
-          The featurizer, and the plan.
-
         Raises:
           ValueError: if the memory does not suffice for a microbatch of one.
         """
-        featurize = self.settle_without_plan(batch_size, microbatch, memory)
-        return featurize, self._plan(featurize, self.block(featurize, batch_size))
-
-    def settle_without_plan(
-        self, batch_size: int, microbatch: int | None, memory: int | None
-    ) -> Featurizer:
-        """As `settle`, and compiles nothing unless a memory is given."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         if memory is None:
@@ -248,17 +236,14 @@ class Request:
 
     def _planned(self, batch_size: int, microbatch: int) -> tuple[Featurizer, BuildPlan]:
         featurize = self._featurizer(batch_size, microbatch)
-        return featurize, self._plan(featurize, self.block(featurize, batch_size))
+        return featurize, self.plan(featurize, self.block(featurize, batch_size))
 
-    def _plan(self, featurize: Featurizer, block: int) -> BuildPlan:
+    def plan(self, featurize: Featurizer, block: int) -> BuildPlan:
+        """Compiles the feature step, and says what the build will take."""
         rows, shards = self.rows(featurize, block), self.place.shards
         compiled = _compile(featurize, self.checkpoints[0], self.source.example, block, self.place)
         analysis, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
         turns = math.ceil(block / featurize.microbatch)
-        padded = rows.blocks * block
-        in_memory = {name: width for name, width in rows.widths.items() if name != RAW}
-        per_example = sum(width * rows.dtypes[name].itemsize for name, width in in_memory.items())
-        held = padded * rows.checkpoints * per_example // shards // self.place.columns
         sums = _kernel_shapes(self.method.kernel, featurize.layout, rows)
         return BuildPlan(
             examples=rows.size,
@@ -271,7 +256,7 @@ class Request:
             params_bytes=sum(_local_bytes(params) for params in self.checkpoints),
             step_bytes=int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes),
             statistics_bytes=_bytes(sums),
-            index_bytes=rows.bytes_on_disk() if self.on_disk else held,
+            index_bytes=rows.bytes_on_disk() if self.on_disk else rows.bytes_in_memory(self.place),
             on_disk=self.on_disk,
             flops=float(cost.get("flops", 0.0)) * turns * rows.blocks * rows.checkpoints * shards,
         )
@@ -348,8 +333,7 @@ def _is_spread(x: Any) -> bool:
 
 
 def _kernel_shapes(kernel: Kernel, layout: FeatureLayout, rows: RowLayout) -> Any:
-    dtype = jnp.promote_types(rows.dtypes[FEATURES], jnp.float32)
-    phi = jax.ShapeDtypeStruct((1, layout.total), dtype)
+    phi = jax.ShapeDtypeStruct((1, layout.total), rows.wide)
     kept = jax.ShapeDtypeStruct((1,), bool)
     return jax.eval_shape(lambda *x: kernel.sums(layout, rows.size, *x), phi, kept)
 

@@ -14,21 +14,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxattr import groups as groups_lib
 from jaxattr import provenance
 from jaxattr.budgets import Request, check_device
-from jaxattr.checkpoint_builds import BuiltCheckpoint, Job, Session, build_checkpoint
+from jaxattr.checkpoint_builds import Job, Session, build_checkpoint
 from jaxattr.groups import Groups
 from jaxattr.index import ConvergenceWarning, Index, first_ids, report_non_finite
 from jaxattr.methods import Method
 from jaxattr.rows import (
-    COLUMNS,
     ERRORS,
-    EXAMPLES,
     RAW,
     MemoryRows,
     RowLayout,
@@ -38,11 +35,14 @@ from jaxattr.rows import (
 from jaxattr.saving import (
     COMPLETE,
     MANIFEST,
-    load_fitted,
-    load_operator,
+    Finished,
+    load_finished,
+    read_manifest,
+    refuse_others,
+    save_finished,
 )
 from jaxattr.sharding import barrier, placement, process
-from jaxattr.sources import as_source
+from jaxattr.sources import as_checkpoints, as_source
 from jaxattr.store import DiskRows, Folder, Lease, Ledger, StoreError, on_first_process
 from jaxattr.typing import Key, Params
 
@@ -114,13 +114,12 @@ def build_index(
     key = place.whole(jax.random.key(0) if key is None else key)
     on_disk = path is not None
     request = Request(method, parameters, source, groups, key, place, on_disk, dtype)
-    featurize = request.settle_without_plan(batch_size, microbatch, memory)
+    featurize = request.settle(batch_size, microbatch, memory)
     block = request.block(featurize, batch_size)
     layout = request.rows(featurize, block)
     job = Job(method, featurize, parameters, source, block, place)
     if path is None:
-        held = layout.bytes_on_disk() // place.shards // place.columns
-        check_device(held, place, "The index in memory")
+        check_device(layout.bytes_in_memory(place), place, "The index in memory")
         return _build(job, MemoryRows(layout, place), None)
     folder = Folder(path)
     with _writing(folder):
@@ -132,41 +131,37 @@ def _build(job: Job, rows: Rows, session: Session | None) -> Index:
         build_checkpoint(job, job.pass_over(number), rows, session)
         for number in range(len(job.checkpoints))
     ]
-    finite, errors = _finite(rows), None
-    if job.method.kernel.residual is not None:
+    finite, errors = functools.reduce(np.logical_and, [one.finite for one in found]), None
+    kernel = job.method.kernel
+    if kernel.residual is not None:
         each = [all_rows(rows, ERRORS, c)[:, 0] for c in range(len(found))]
         errors = functools.reduce(np.maximum, each)
-    return _index(job, rows, found, np.flatnonzero(~finite), errors, session)
+    result = Finished(
+        tuple(one.fitted for one in found),
+        tuple(one.operator for one in found if kernel.of_queries is not None),
+        np.flatnonzero(~finite),
+        errors,
+    )
+    return _index(job, rows, result, session)
 
 
-def _index(
-    job: Job,
-    rows: Rows,
-    found: list[BuiltCheckpoint],
-    non_finite: np.ndarray,
-    errors: np.ndarray | None,
-    session: Session | None,
-) -> Index:
-    report_non_finite(non_finite, job.source.size, "training examples")
-    _report_errors(job.method, errors)
-    kernel = job.method.kernel
+def _index(job: Job, rows: Rows, found: Finished, session: Session | None) -> Index:
+    report_non_finite(found.non_finite, job.source.size, "training examples")
+    _report_errors(job.method, found.solve_errors)
     return Index(
         method=job.method,
         featurizer=job.featurizer,
         checkpoints=job.checkpoints,
         layout=job.featurizer.layout,
         rows=rows,
-        non_finite=non_finite,
-        fitted=tuple(one.fitted for one in found),
-        operators=tuple(one.operator for one in found if kernel.of_queries is not None),
-        solve_errors=errors,
         path=None if session is None else session.folder.path,
+        **found._asdict(),
     )
 
 
 def _build_on_disk(job: Job, folder: Folder, layout: RowLayout, extend: bool) -> Index:
     here = provenance.manifest(job.method, job.featurizer, job.checkpoints, job.source, layout)
-    there, complete = folder.read(MANIFEST), folder.read(COMPLETE)
+    there, complete = read_manifest(folder), folder.read(COMPLETE)
     strangers = [] if there else [name for name in folder.names() if name != "lease.json"]
     barrier("index read")  # before anyone writes: all processes must see the same
     if strangers:
@@ -179,7 +174,8 @@ def _build_on_disk(job: Job, folder: Folder, layout: RowLayout, extend: bool) ->
     rows = DiskRows(folder, layout, job.place, ledger)
     session = Session(folder, ledger)
     if limit is None and complete is not None and complete["examples"] == job.source.size:
-        return _reopened(job, rows, session, complete)
+        found = load_finished(folder, complete, layout.checkpoints, job.place)
+        return _index(job, rows, found, session)
     if there is None:  # first of all, so that whatever is left behind is known for what it is
         on_first_process(functools.partial(_write_manifest, folder, layout, here))
     ledger.open(barrier, limit)
@@ -197,44 +193,10 @@ def _build_on_disk(job: Job, folder: Folder, layout: RowLayout, extend: bool) ->
     index = _build(job, rows, session)
     barrier("rows written")
     if process()[0] == 0:
-        errors = None if index.solve_errors is None else index.solve_errors.astype(float).tolist()
-        folder.write(
-            COMPLETE,
-            {
-                "examples": job.source.size,
-                "non_finite": index.non_finite.tolist(),
-                "solve_errors": errors,
-            },
-        )
+        found = Finished(index.fitted, index.operators, index.non_finite, index.solve_errors)
+        save_finished(folder, job.source.size, found)
     barrier("index finished")
     return index
-
-
-def _reopened(job: Job, rows: DiskRows, session: Session, complete: dict) -> Index:
-    """The index that an earlier run finished."""
-    found = []
-    for number in range(len(job.checkpoints)):
-        fitted = load_fitted(session.folder, number, job.place)
-        operator = load_operator(session.folder, number, job.place)
-        if fitted is None:
-            raise StoreError(
-                f"{session.folder.path}/fitted-{number} is missing or damaged: delete the index "
-                "and build it again."
-            )
-        found.append(BuiltCheckpoint(fitted, operator))
-    errors = complete["solve_errors"]
-    non_finite = np.asarray(complete["non_finite"], np.int64)
-    return _index(
-        job, rows, found, non_finite, None if errors is None else np.asarray(errors), session
-    )
-
-
-def _finite(rows: Rows) -> np.ndarray:
-    """Which examples are finite at all checkpoints, [n]."""
-    each = [
-        all_rows(rows, EXAMPLES, c)[:, COLUMNS.finite] > 0 for c in range(rows.layout.checkpoints)
-    ]
-    return functools.reduce(np.logical_and, each)
 
 
 @contextlib.contextmanager
@@ -262,14 +224,9 @@ def _check_manifest(
         if extend:
             raise StoreError(f"{folder.path} holds no index to extend.")
         return None
-    if there.get("format") != provenance.FORMAT:
-        raise StoreError(
-            f"{folder.path} has format {there.get('format')}, and this version of jaxattr reads "
-            f"format {provenance.FORMAT}: build the index again."
-        )
     before = there["data"]["examples"]
     if not extend or before == job.source.size:
-        _refuse(folder, provenance.differences(there, here))
+        refuse_others(folder, there, here)
         return None
     if not job.method.kernel.identity:
         raise StoreError(
@@ -284,22 +241,13 @@ def _check_manifest(
         )
     prefix = provenance.fingerprint_data(job.source, before)
     old = here | {"data": {"examples": before, "fingerprint": prefix}}
-    _refuse(folder, provenance.differences(there, old))
+    refuse_others(folder, there, old)
     if complete is None or complete["examples"] != before:
         raise StoreError(
             f"{folder.path} is not finished: finish it with its first {before} examples (the same "
             "call without extend=True), then extend it."
         )
     return before // job.block
-
-
-def _refuse(folder: Folder, differences: list[str]) -> None:
-    if differences:
-        listed = "\n  ".join(differences)
-        raise StoreError(
-            f"{folder.path} was made from something else:\n  {listed}\nPass what it was made from, "
-            "or give another path."
-        )
 
 
 def _write_manifest(folder: Folder, layout: RowLayout, manifest: dict) -> None:
@@ -310,31 +258,6 @@ def _write_manifest(folder: Folder, layout: RowLayout, manifest: dict) -> None:
             "free. Use dtype=jnp.bfloat16, a projection with a smaller dim, or another place."
         )
     folder.write(MANIFEST, manifest)
-
-
-def as_checkpoints(checkpoints: Params | Sequence[Params]) -> tuple[Params, ...]:
-    """Returns one or several params pytrees as a tuple.
-
-    Args:
-      checkpoints: as in `build_index`.
-
-    Raises:
-      ValueError: if there are none, or they differ in structure or shapes.
-    """
-    several = isinstance(checkpoints, list | tuple)
-    parameters = tuple(checkpoints) if several else (checkpoints,)
-    if not parameters:
-        raise ValueError("checkpoints is empty: pass one params pytree, or a list of them.")
-    expected = jax.tree.map(jnp.shape, parameters[0])
-    for number, params in enumerate(parameters):
-        found = jax.tree.map(jnp.shape, params)
-        if found != expected:
-            raise ValueError(
-                f"Checkpoint {number} differs from checkpoint 0 in its tree or shapes: got "
-                f"{found}, needed {expected}. If your params are themselves a list or tuple, pass "
-                "[params]."
-            )
-    return parameters
 
 
 def _report_errors(method: Method, errors: np.ndarray | None) -> None:

@@ -72,10 +72,12 @@ class BuiltCheckpoint(NamedTuple):
     Attributes:
       fitted: what the basis was fitted to.
       operator: of the kernel; None where it is no longer needed.
+      finite: which examples have finite features, bool [n].
     """
 
     fitted: Fitted
     operator: Any
+    finite: np.ndarray
 
 
 def build_checkpoint(
@@ -101,19 +103,16 @@ def build_checkpoint(
         for block, clean in enumerate(over.features(fitted, "features", first=first), first):
             rows.write(block, number, prepare(clean))
         _flush(rows)
-        _check_any_finite(rows, number)
-        return BuiltCheckpoint(fitted, ())
-    if session is not None and first == blocks and kernel.of_queries is None:
-        return BuiltCheckpoint(fitted, None)
+        return BuiltCheckpoint(fitted, (), _finite(rows, number))
     if session is not None and first == blocks:
         operator = load_operator(session.folder, number, job.place)
-        if operator is not None:
-            return BuiltCheckpoint(fitted, operator)
-    operator = _operator(job, over, fitted, rows, session)
+        if operator is not None or kernel.of_queries is None:
+            return BuiltCheckpoint(fitted, operator, _finite(rows, number))
+    operator, finite = _operator(job, over, fitted, rows, session)
     apply, residual = _compiled_kernel(job.place, kernel, layout, eta)
     starts = range(first, blocks)
     for block in track(iter(starts), f"{kernel.name}, checkpoint {number}", blocks, first):
-        phi = rows.read(RAW, block, number).astype(_wide_dtype(rows))
+        phi = rows.read(RAW, block, number).astype(rows.layout.wide)
         mapped, values = apply(operator, phi)
         if residual is not None:
             values[ERRORS] = residual(operator, phi, mapped)
@@ -123,13 +122,17 @@ def build_checkpoint(
         barrier("kernel applied")
         if process()[0] == 0:
             rows.remove(RAW, number)
-    return BuiltCheckpoint(fitted, operator)
+    return BuiltCheckpoint(fitted, operator, finite)
 
 
 def _operator(
     job: Job, over: TrainingPass, fitted: Fitted, rows: Rows, session: Session | None
-) -> Any:
-    """Computes what is missing of the features, and the kernel from all of them."""
+) -> tuple[Any, np.ndarray]:
+    """Computes what is missing of the features, and the kernel from all of them.
+
+    Returns:
+      The kernel's operator, and which examples have finite features.
+    """
     kernel, number = job.method.kernel, over.number
     first = _done(session, RAW, number)
     if isinstance(rows, DiskRows):
@@ -147,17 +150,16 @@ def _operator(
             rows.write(block, number, values)
             yield values[RAW], clean.kept
 
-    function = _kernel_sums(kernel, job.featurizer.layout, rows.layout.size, _wide_dtype(rows))
+    function = _kernel_sums(kernel, job.featurizer.layout, rows.layout.size, rows.layout.wide)
     statistics = over.sums(function, (), blocks())
     _flush(rows)
     barrier("features written")
-    finite = _check_any_finite(rows, number)
+    finite = _finite(rows, number)
     operator = kernel.finalize(statistics, _surroundings(job, over, fitted, rows, finite))
-    if kernel.of_queries is not None:
-        operator = job.place.whole(operator)
-        if session is not None:
-            save_operator(session.folder, number, operator, job.place)
-    return operator if kernel.residual is not None else job.place.whole(operator)
+    operator = job.place.whole(operator)
+    if kernel.of_queries is not None and session is not None:
+        save_operator(session.folder, number, operator, job.place)
+    return operator, finite
 
 
 def _fit(job: Job, over: TrainingPass, session: Session | None) -> Fitted:
@@ -177,7 +179,7 @@ def _fit(job: Job, over: TrainingPass, session: Session | None) -> Fitted:
 def _surroundings(
     job: Job, over: TrainingPass, fitted: Fitted, rows: Rows, finite: np.ndarray
 ) -> Surroundings:
-    layout, dtype = job.featurizer.layout, _wide_dtype(rows)
+    layout, dtype = job.featurizer.layout, rows.layout.wide
 
     def sums_of(sums: Any, data: Any, description: str) -> Any:
         other = over.of(as_source(data, description))
@@ -199,11 +201,6 @@ def _as_queries(numbered: NumberedBatch) -> NumberedBatch:
     return numbered._replace(ids=-1 - numbered.ids)
 
 
-def _wide_dtype(rows: Rows) -> Any:
-    """The dtype that features are computed with, however they are stored."""
-    return jnp.promote_types(rows.layout.dtypes[FEATURES], jnp.float32)
-
-
 def _done(session: Session | None, name: str, checkpoint: int) -> int:
     return 0 if session is None else session.ledger.done(f"{name}/{checkpoint}")
 
@@ -213,7 +210,8 @@ def _flush(rows: Rows) -> None:
         rows.flush()
 
 
-def _check_any_finite(rows: Rows, number: int) -> np.ndarray:
+def _finite(rows: Rows, number: int) -> np.ndarray:
+    """Which examples have finite features at a checkpoint, [n]; raises if none has."""
     finite = all_rows(rows, EXAMPLES, number)[:, COLUMNS.finite] > 0
     if not finite.any():
         raise ValueError(

@@ -79,26 +79,26 @@ class Index:
     @property
     def features(self) -> np.ndarray:
         """eta_c K_c phi_c(n) of all checkpoints, [n, c * p]; on the host, so for small indexes."""
-        parts = [all_rows(self.rows, FEATURES, c) for c in range(self.rows.layout.checkpoints)]
-        features = np.concatenate(parts, axis=1)
-        features[self.non_finite] = 0
-        return features
+        return self._counted(np.concatenate(self._each(FEATURES), axis=1))
 
     @property
     def residual(self) -> np.ndarray:
         """r, multiplies each training example's scores, [n]; on the host."""
-        examples = [all_rows(self.rows, EXAMPLES, c) for c in range(self.rows.layout.checkpoints)]
-        residual = np.mean([each[:, COLUMNS.residual] for each in examples], axis=0)
-        residual[self.non_finite] = 0
-        return residual
+        return self._counted(np.mean(self._each(EXAMPLES), axis=0)[:, COLUMNS.residual])
 
     @property
     def self_contributions(self) -> np.ndarray:
         """Each example's contribution to its own score, per group, [n, m]; on the host."""
-        parts = [all_rows(self.rows, SELF, c) for c in range(self.rows.layout.checkpoints)]
-        total = np.sum(parts, axis=0)
-        total[self.non_finite] = 0
-        return total
+        return self._counted(np.sum(self._each(SELF), axis=0))
+
+    def _each(self, name: str) -> list[np.ndarray]:
+        """One array [n, width] per checkpoint."""
+        return [all_rows(self.rows, name, c) for c in range(self.rows.layout.checkpoints)]
+
+    def _counted(self, values: np.ndarray) -> np.ndarray:
+        """With zeros for examples that do not count."""
+        values[self.non_finite] = 0
+        return values
 
     def __repr__(self) -> str:
         name = "opened without its method" if self.method is None else self.method.name

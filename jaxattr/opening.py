@@ -1,21 +1,21 @@
 """Opening an index that is on disk."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from jaxattr import provenance
-from jaxattr.building import as_checkpoints
 from jaxattr.features import Featurizer
 from jaxattr.index import Index
 from jaxattr.methods import Method, featurizer
 from jaxattr.rows import EXAMPLES, FEATURES, SELF, MemoryRows, RowLayout, Rows
-from jaxattr.saving import COMPLETE, MANIFEST, load_fitted, load_operator
+from jaxattr.saving import COMPLETE, MANIFEST, load_finished, read_manifest, refuse_others
 from jaxattr.sharding import Placement, placement
+from jaxattr.sources import as_checkpoints
 from jaxattr.store import DiskRows, Folder, StoreError, finished
 from jaxattr.typing import Example, Params
 
@@ -48,7 +48,9 @@ def open_index(
         checkpoints are not those that it was built with; says which differ.
     """
     folder, place = Folder(path), placement(mesh)
-    described = _manifest(folder)
+    described = read_manifest(folder)
+    if described is None:
+        raise StoreError(f"There is no index at {folder.path}: it has no {MANIFEST}.")
     complete = folder.read(COMPLETE)
     layout = _row_layout(described)
     if complete is None or complete["examples"] != layout.size:
@@ -62,11 +64,6 @@ def open_index(
             f"{folder.path} has blocks of {layout.block} examples, which do not divide over the "
             f'{place.shards} devices of the mesh axis "data". Use a mesh that divides them.'
         )
-    count = layout.checkpoints
-    fitted = [load_fitted(folder, c, place) for c in range(count)]
-    if any(each is None for each in fitted):
-        raise StoreError(f"{folder.path} is damaged: what was fitted to its checkpoints is gone.")
-    operators = [load_operator(folder, c, place) for c in range(count)]
     parameters: tuple[Params, ...] = ()
     featurize = None
     if method is not None and checkpoints is not None:
@@ -75,18 +72,14 @@ def open_index(
     elif method is not None or checkpoints is not None:
         raise ValueError("Give both method and checkpoints, or neither.")
     rows: Rows = DiskRows(folder, layout, place)
-    errors = complete["solve_errors"]
     return Index(
         method=method,
         featurizer=featurize,
         checkpoints=parameters,
         layout=provenance.layout_from(described["layout"]),
         rows=in_device_memory(rows) if in_memory else rows,
-        non_finite=np.asarray(complete["non_finite"], np.int64),
-        fitted=tuple(each for each in fitted if each is not None),
-        operators=tuple(each for each in operators if each is not None),
-        solve_errors=None if errors is None else np.asarray(errors),
         path=folder.path,
+        **load_finished(folder, complete, layout.checkpoints, place)._asdict(),
     )
 
 
@@ -101,30 +94,12 @@ def in_device_memory(rows: Rows) -> MemoryRows:
     """
     kept = (FEATURES, EXAMPLES, SELF)
     layout = rows.layout
-    smaller = RowLayout(
-        layout.size,
-        layout.block,
-        layout.checkpoints,
-        {name: layout.widths[name] for name in kept},
-        {name: layout.dtypes[name] for name in kept},
-    )
+    smaller = dataclasses.replace(layout, widths={name: layout.widths[name] for name in kept})
     copy = MemoryRows(smaller, rows.place)
     for block in range(layout.blocks):
         for c in range(layout.checkpoints):
             copy.write(block, c, {name: rows.read(name, block, c) for name in kept})
     return copy
-
-
-def _manifest(folder: Folder) -> dict[str, Any]:
-    described = folder.read(MANIFEST)
-    if described is None:
-        raise StoreError(f"There is no index at {folder.path}: it has no {MANIFEST}.")
-    if described.get("format") != provenance.FORMAT:
-        raise StoreError(
-            f"{folder.path} has format {described.get('format')}, and this version of jaxattr "
-            f"reads format {provenance.FORMAT}: build the index again."
-        )
-    return described
 
 
 def _row_layout(described: dict[str, Any]) -> RowLayout:
@@ -157,10 +132,7 @@ def _featurizer(
         "params": [provenance.fingerprint(params) for params in parameters],
     }
     there = {name: described[name] for name in here}
-    different = provenance.differences(there, here)
-    if different:
-        listed = "\n  ".join(different)
-        raise StoreError(f"{folder.path} was made from something else:\n  {listed}")
+    refuse_others(folder, there, here)
     groups = provenance.groups_from(described["groups"])
     key = place.whole(provenance.key_from(described["key"]))
     return featurizer(method, parameters[0], example, groups=groups, key=key)

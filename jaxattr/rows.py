@@ -59,12 +59,24 @@ class RowLayout:
         """Number of blocks; the last may be padded."""
         return -(-self.size // self.block)
 
+    @property
+    def wide(self) -> Any:
+        """The dtype that features are computed with, however they are stored."""
+        return jnp.promote_types(self.dtypes[FEATURES], jnp.float32)
+
     def bytes_on_disk(self) -> int:
         """Bytes of all arrays, while the index is built."""
-        each = sum(
-            width * np.dtype(self.dtypes[name]).itemsize for name, width in self.widths.items()
-        )
-        return self.size * self.checkpoints * each
+        return self.size * self._bytes_per_example(tuple(self.widths))
+
+    def bytes_in_memory(self, place: Placement) -> int:
+        """Bytes of all arrays on each device."""
+        kept = tuple(name for name in self.widths if name != RAW)
+        rows = self.blocks * self.block // place.shards
+        return rows * self._bytes_per_example(kept) // place.columns
+
+    def _bytes_per_example(self, names: Sequence[str]) -> int:
+        each = (self.widths[name] * np.dtype(self.dtypes[name]).itemsize for name in names)
+        return self.checkpoints * sum(each)
 
 
 class Slab(NamedTuple):

@@ -1,13 +1,16 @@
 """What of an index is saved beside its rows: what was fitted, and what a kernel does to queries."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jaxattr import provenance
 from jaxattr.bases import Fitted
 from jaxattr.sharding import Placement
-from jaxattr.store import Folder, load_state, save_state
+from jaxattr.store import Folder, StoreError, load_state, save_state
 
 MANIFEST, COMPLETE = "manifest.json", "complete.json"
 """What an index was made from; what its rows came to, written last."""
@@ -78,3 +81,90 @@ def load_operator(folder: Folder, number: int, place: Placement) -> list[jax.Arr
     """
     arrays = load_state(folder, f"operator-{number}", place)
     return None if arrays is None else [arrays[name] for name in sorted(arrays)]
+
+
+def read_manifest(folder: Folder) -> dict[str, Any] | None:
+    """Returns what an index was made from, or None if there is no index.
+
+    Args:
+      folder: of the index.
+
+    Raises:
+      StoreError: if it is of another format.
+    """
+    described = folder.read(MANIFEST)
+    if described is not None and described.get("format") != provenance.FORMAT:
+        raise StoreError(
+            f"{folder.path} has format {described.get('format')}, and this version of jaxattr "
+            f"reads format {provenance.FORMAT}: build the index again."
+        )
+    return described
+
+
+def refuse_others(folder: Folder, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raises if an index was made from something else, and says what differs.
+
+    Args:
+      folder: of the index.
+      there: what its manifest says.
+      here: what it would say now.
+    """
+    differences = provenance.differences(there, here)
+    if differences:
+        listed = "\n  ".join(differences)
+        raise StoreError(
+            f"{folder.path} was made from something else:\n  {listed}\nPass what it was made from, "
+            "or give another path."
+        )
+
+
+class Finished(NamedTuple):
+    """What a finished index has beside its rows; as in `Index`."""
+
+    fitted: tuple[Fitted, ...]
+    operators: tuple[Any, ...]
+    non_finite: np.ndarray
+    solve_errors: np.ndarray | None
+
+
+def save_finished(folder: Folder, examples: int, found: Finished) -> None:
+    """Says that an index is finished, and what its rows came to; on the first process.
+
+    Args:
+      folder: of the index.
+      examples: number of training examples.
+      found: what was found; `fitted` and `operators` are saved when they are made.
+    """
+    errors = None if found.solve_errors is None else found.solve_errors.astype(float).tolist()
+    non_finite = found.non_finite.tolist()
+    folder.write(COMPLETE, {"examples": examples, "non_finite": non_finite, "solve_errors": errors})
+
+
+def load_finished(
+    folder: Folder, complete: Mapping[str, Any], checkpoints: int, place: Placement
+) -> Finished:
+    """Loads what a finished index has beside its rows.
+
+    Args:
+      folder: of the index.
+      complete: contents of its `COMPLETE`.
+      checkpoints: how many it has.
+      place: the devices.
+
+    Raises:
+      StoreError: if something is gone.
+    """
+    fitted = [load_fitted(folder, number, place) for number in range(checkpoints)]
+    if any(each is None for each in fitted):
+        raise StoreError(
+            f"{folder.path} is damaged: what was fitted to its checkpoints is gone. Delete the "
+            "index and build it again."
+        )
+    operators = [load_operator(folder, number, place) for number in range(checkpoints)]
+    errors = complete["solve_errors"]
+    return Finished(
+        tuple(each for each in fitted if each is not None),
+        tuple(each for each in operators if each is not None),
+        np.asarray(complete["non_finite"], np.int64),
+        None if errors is None else np.asarray(errors),
+    )

@@ -23,7 +23,7 @@ from jaxattr.index import (
 )
 from jaxattr.plans import FeatureLayout
 from jaxattr.ranking import TopK
-from jaxattr.rows import EXAMPLES, FEATURES, SELF, MemoryRows, Slab, blocks_at_once
+from jaxattr.rows import COLUMNS, EXAMPLES, FEATURES, SELF, MemoryRows, Slab, blocks_at_once
 from jaxattr.sharding import DATA, Placement, barrier, process
 from jaxattr.store import Folder, on_first_process, score_array
 from jaxattr.typing import Batch, Features, Weights
@@ -178,7 +178,7 @@ def self_influence(index: Index, *, weights: Weights | None = None) -> jax.Array
     for slab in index.rows.slabs([SELF, EXAMPLES], SLAB):
         arrays = {name: index.place.host(x)[slab.fresh :] for name, x in slab.arrays.items()}
         selves = arrays[SELF].sum(axis=2)  # [g, b, m]
-        residual = arrays[EXAMPLES][..., 0].mean(axis=-1)
+        residual = arrays[EXAMPLES][..., COLUMNS.residual].mean(axis=-1)
         parts.append((residual * (selves @ w.astype(selves.dtype))).reshape(-1))
     values = np.concatenate(parts)[: index.size]
     values[index.non_finite] = np.nan
@@ -219,12 +219,10 @@ def attributor(
             "An attributor needs the index in memory, and this one is on disk: open it with "
             "ja.open_index(path, ..., in_memory=True), or use ja.top_k, which reads it in blocks."
         )
-    w = weight_array(index.layout, weights)
+    w = index.place.whole(weight_array(index.layout, weights))
     sign = -1 if opponents else 1
-
     count = blocks_at_once(rows.layout, block_size)
     run = _compiled_attributor(functions_of(index), index.place, index.layout, k, count, sign)
-    w = index.place.whole(w)
 
     def attribute(batch: Batch, ids: jax.Array | None = None) -> TopK:
         ids = -1 - jnp.arange(leading_size(batch)) if ids is None else jnp.asarray(ids)

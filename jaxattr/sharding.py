@@ -43,15 +43,13 @@ class Placement:
 
     def sharding(self, *axes: str | None) -> NamedSharding | None:
         """How an array is spread: one name of a mesh axis, or None, per array axis."""
-        if self.mesh is None:
-            return None
-        names = self.mesh.axis_names
-        return NamedSharding(self.mesh, self._spec(*(a if a in names else None for a in axes)))
+        return None if self.mesh is None else NamedSharding(self.mesh, _spec(self.mesh, axes))
 
     def jit(self, function: Callable, *axes: str | None, **options: Any) -> Any:
         """`jax.jit`, with all outputs spread as `sharding(*axes)`."""
         sharding = self.sharding(*axes)
-        return jax.jit(function, **options, **({} if sharding is None else _out(sharding)))
+        outputs: dict[str, Any] = {} if sharding is None else {"out_shardings": sharding}
+        return jax.jit(function, **options, **outputs)
 
     def over_shards(
         self, function: Callable, inputs: Sequence[Any], outputs: Any
@@ -69,10 +67,7 @@ class Placement:
         """
         if self.mesh is None:
             return function
-        names = self.mesh.axis_names
-
-        def spec(axes: tuple) -> PartitionSpec:
-            return self._spec(*(a if a in names else None for a in axes))
+        spec = functools.partial(_spec, self.mesh)
 
         def specs(tree: Any) -> Any:
             return jax.tree.map(spec, tree, is_leaf=_is_axes)
@@ -160,13 +155,12 @@ class Placement:
         if sharding is None:
             return read(rows)
         spans = _spans(sharding, len(rows))
-        offsets = dict(zip(spans, np.cumsum([0, *(b - a for a, b in spans)]), strict=False))
+        local = _local_slices(spans)
         mine = read(np.concatenate([rows[a:b] for a, b in spans]))
 
         def spread(leaf: Any) -> jax.Array:
             def part(index: tuple[slice, ...]) -> Any:
-                span = _span(index[0], len(rows))
-                return leaf[offsets[span] : offsets[span] + span[1] - span[0]]
+                return leaf[local[_span(index[0], len(rows))]]
 
             return _from_parts((len(rows), *leaf.shape[1:]), sharding, part)
 
@@ -186,15 +180,12 @@ class Placement:
         sharding = self.sharding(*axes)
         if sharding is None:
             return jax.device_put(rows)
-        offsets, total = {}, 0
-        for start, stop in self.local_spans(block):
-            offsets.update({row: row - start + total for row in range(start, stop)})
-            total += stop - start
+        whole = self.sharding(DATA)
+        assert whole is not None
+        local = _local_slices(_spans(whole, block))
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop = _span(index[1], block)
-            first = offsets[start]
-            return rows[:, first : first + stop - start, :, index[3]]
+            return rows[:, local[_span(index[1], block)], :, index[3]]
 
         return _from_parts((rows.shape[0], block, *rows.shape[2:]), sharding, part)
 
@@ -236,10 +227,6 @@ class Placement:
             by_process.setdefault(device.process_index, set()).add(_span(index[0], rows))
         joined = [_joined(sorted(spans)) for spans in by_process.values()]
         return sorted({edge for spans in joined for span in spans for edge in span})
-
-    @staticmethod
-    def _spec(*axes: str | None) -> PartitionSpec:
-        return PartitionSpec(*axes)
 
 
 def placement(mesh: Mesh | Placement | None) -> Placement:
@@ -306,8 +293,18 @@ def _is_axes(x: Any) -> bool:
     return type(x) is tuple and all(axis is None or isinstance(axis, str) for axis in x)
 
 
-def _out(sharding: NamedSharding) -> dict[str, Any]:
-    return {"out_shardings": sharding}
+def _spec(mesh: Mesh, axes: Sequence[str | None]) -> PartitionSpec:
+    """The axes that the mesh has; arrays are whole along others."""
+    return PartitionSpec(*(axis if axis in mesh.axis_names else None for axis in axes))
+
+
+def _local_slices(spans: Sequence[tuple[int, int]]) -> dict[tuple[int, int], slice]:
+    """Where each span lies when they are put one after the other."""
+    ends = np.cumsum([stop - start for start, stop in spans]).tolist()
+    return {
+        (start, stop): slice(end - (stop - start), end)
+        for (start, stop), end in zip(spans, ends, strict=True)
+    }
 
 
 def _span(index: slice, size: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from rich import progress as rich_progress
 
 from jaxattr.features import leading_size
 from jaxattr.sharding import Placement, split_rows
-from jaxattr.typing import Batch, Example, RandomAccess
+from jaxattr.typing import Batch, Example, Params, RandomAccess
 
 
 class Block(NamedTuple):
@@ -95,6 +95,31 @@ def as_source(data: Any, role: str) -> Source:
     if source.size == 0:
         raise ValueError(f"{role} is empty: it has no examples, and at least one is needed.")
     return source
+
+
+def as_checkpoints(checkpoints: Params | Sequence[Params]) -> tuple[Params, ...]:
+    """Returns one or several params pytrees as a tuple.
+
+    Args:
+      checkpoints: as in `build_index`.
+
+    Raises:
+      ValueError: if there are none, or they differ in structure or shapes.
+    """
+    several = isinstance(checkpoints, list | tuple)
+    parameters = tuple(checkpoints) if several else (checkpoints,)
+    if not parameters:
+        raise ValueError("checkpoints is empty: pass one params pytree, or a list of them.")
+    expected = jax.tree.map(jnp.shape, parameters[0])
+    for number, params in enumerate(parameters):
+        found = jax.tree.map(jnp.shape, params)
+        if found != expected:
+            raise ValueError(
+                f"Checkpoint {number} differs from checkpoint 0 in its tree or shapes: got "
+                f"{found}, needed {expected}. If your params are themselves a list or tuple, pass "
+                "[params]."
+            )
+    return parameters
 
 
 def track(
