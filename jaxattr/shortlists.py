@@ -36,8 +36,6 @@ class Shortlist(NamedTuple):
       ids: of the listed examples, [l, q, s]; -1 where there is none. One list holds the largest
         scores; a second, where it is wanted, the smallest.
       parts: their contributions, [l, q, s, m].
-      scores: their signed scores under the weights of the pass, [l, q, s].
-      lengths: the norms of their weighted contributions, [l, q, s].
       dropped: the largest signed score of the others, or a bound on it, [l, q]; -inf if there are
         no others.
       radius: the largest norm of the others' weighted contributions, [l, q].
@@ -49,8 +47,6 @@ class Shortlist(NamedTuple):
 
     ids: jax.Array
     parts: jax.Array
-    scores: jax.Array
-    lengths: jax.Array
     dropped: jax.Array
     radius: jax.Array
     gram: jax.Array | None
@@ -67,7 +63,7 @@ class Shortlist(NamedTuple):
         """Those of some queries."""
         lists = {
             name: getattr(self, name)[:, positions]
-            for name in ("ids", "parts", "scores", "lengths", "dropped", "radius")
+            for name in ("ids", "parts", "dropped", "radius")
         }
         gram = None if self.gram is None else self.gram[positions]
         squares, largest = self.squares[positions], self.largest[positions]
@@ -85,13 +81,10 @@ def everything(contributions: jax.Array, w: jax.Array) -> Shortlist:
       One list, that drops none.
     """
     q, n, _ = contributions.shape
-    scores = jnp.matmul(contributions, w.astype(contributions.dtype), precision="highest")
-    nothing = jnp.zeros((1, q), scores.dtype)
+    nothing = jnp.zeros((1, q), contributions.dtype)
     return Shortlist(
         ids=jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None, None], (1, q, n)),
         parts=contributions[None],
-        scores=scores[None],
-        lengths=jnp.zeros((1, q, 0), scores.dtype),
         dropped=nothing - jnp.inf,
         radius=nothing,
         gram=None,
@@ -151,6 +144,33 @@ def bounds(listed: Shortlist, w: jax.Array) -> jax.Array:
     return jnp.where(listed.dropped == -jnp.inf, -jnp.inf, bound)
 
 
+class _Rows(NamedTuple):
+    """Examples per query, [q, r] and [q, r, m]; of several lists, [l, q, r] and [l, q, r, m].
+
+    Attributes:
+      ids: -1 where there is none.
+      parts: contributions.
+      scores: signed, under the weights of the pass.
+      lengths: norms of weighted contributions.
+    """
+
+    ids: jax.Array
+    parts: jax.Array
+    scores: jax.Array
+    lengths: jax.Array
+
+
+class _Pass(NamedTuple):
+    """What a device has found so far; names as in `Shortlist`."""
+
+    rows: _Rows
+    radius: jax.Array
+    gram: jax.Array
+    squares: jax.Array
+    largest: jax.Array
+    weights: jax.Array
+
+
 @functools.lru_cache(maxsize=16)
 def compiled_pass(
     place: Placement, layout: FeatureLayout, length: int, signs: tuple[int, ...]
@@ -164,27 +184,28 @@ def compiled_pass(
       signs: as in `signed_scores`.
 
     Returns:
-      start: (w, phi [q, c * p]) -> an empty list per device;
-      absorb: (list, phi, slab, first id, blocks seen before) -> list;
-      merge: list -> one list, on every device.
+      start: (w, phi [q, c * p]) -> a state per device;
+      absorb: (state, phi, slab, first id, blocks seen before) -> state;
+      merge: state -> the shortlist, on every device.
     """
-    own = (DATA,)  # every array of a list has a leading axis of devices
+    own = (DATA,)  # every array of the state has a leading axis of devices
     absorbing = place.over_shards(
         functools.partial(_absorb, place, layout, signs), (own, (), SIDE, (), ()), own
     )
     merging = place.over_shards(functools.partial(_merge, place), (own,), ())
 
-    def start(w: jax.Array, phi: Features) -> Shortlist:
+    def start(w: jax.Array, phi: Features) -> _Pass:
         q, m, lists, shards = len(phi), len(layout.names), len(signs), place.shards
         dtype = jnp.promote_types(phi.dtype, jnp.float32)
         zeros = functools.partial(jnp.zeros, dtype=dtype)
-        low = functools.partial(jnp.full, fill_value=-jnp.inf, dtype=dtype)
-        return Shortlist(
-            ids=jnp.full((shards, lists, q, length), -1, jnp.int32),
-            parts=zeros((shards, lists, q, length, m)),
-            scores=low((shards, lists, q, length)),
-            lengths=zeros((shards, lists, q, length)),
-            dropped=low((shards, lists, q)),
+        rows = _Rows(
+            jnp.full((shards, lists, q, length), -1, jnp.int32),
+            zeros((shards, lists, q, length, m)),
+            jnp.full((shards, lists, q, length), -jnp.inf, dtype),
+            zeros((shards, lists, q, length)),
+        )
+        return _Pass(
+            rows=rows,
             radius=zeros((shards, lists, q)),
             gram=zeros((shards, q, m, m)),
             squares=zeros((shards, q, m)),
@@ -199,51 +220,42 @@ def _absorb(
     place: Placement,
     layout: FeatureLayout,
     signs: tuple[int, ...],
-    listed: Shortlist,
+    found: _Pass,
     phi: Features,
     arrays: dict[str, jax.Array],
     first: Any,
     skip: Any,
-) -> Shortlist:
-    """Takes a slab in; every array of the list has a leading axis of one device."""
-    listed = jax.tree.map(lambda x: x[0], listed)
+) -> _Pass:
+    """Takes a slab in; every array of the state has a leading axis of one device."""
+    found = jax.tree.map(lambda x: x[0], found)
     g, b = arrays[EXAMPLES].shape[:2]
     fresh = jnp.repeat(jnp.arange(g) >= skip, b)
     counted = train_side(arrays).counted & fresh
     parts = local_contributions(place, layout, phi, arrays)  # [q, r, m]
-    parts = jnp.where(counted[None, :, None], parts, 0).astype(listed.parts.dtype)
-    weighted = parts * listed.weights[None, None]
+    parts = jnp.where(counted[None, :, None], parts, 0).astype(found.gram.dtype)
+    weighted = parts * found.weights[None, None]
     scores, lengths = weighted.sum(axis=-1), jnp.linalg.norm(weighted, axis=-1)  # [q, r]
-    ids = jnp.where(counted, slab_ids(place, (g, b), first), -1).astype(listed.ids.dtype)
+    ids = jnp.where(counted, slab_ids(place, (g, b), first), -1).astype(found.rows.ids.dtype)
     ids = jnp.broadcast_to(ids[None], scores.shape)
     lists = []
     for number, sign in enumerate(signs):
         signed = jnp.where(counted[None], sign * scores, -jnp.inf)
-        before = _Rows(*(getattr(listed, name)[number] for name in _Rows._fields))
+        before = jax.tree.map(lambda x, i=number: x[i], found.rows)
         candidates, left = _strongest(_Rows(ids, parts, signed, lengths), before.ids.shape[1])
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), before, candidates)
         kept, evicted = _strongest(both, before.ids.shape[1])
-        lists.append((kept, functools.reduce(jnp.maximum, (listed.radius[number], left, evicted))))
+        lists.append((kept, functools.reduce(jnp.maximum, (found.radius[number], left, evicted))))
     kept, radius = jax.tree.map(lambda *each: jnp.stack(each), *lists)
     gram = jnp.einsum("qrm,qrk->qmk", parts, parts, precision="highest")
-    assert listed.gram is not None
-    new = listed._replace(
-        **kept._asdict(),
+    new = _Pass(
+        rows=kept,
         radius=radius,
-        gram=listed.gram + gram,
-        squares=listed.squares + jnp.einsum("qmm->qm", gram),
-        largest=jnp.maximum(listed.largest, jnp.abs(parts).max(axis=1)),
+        gram=found.gram + gram,
+        squares=found.squares + jnp.einsum("qmm->qm", gram),
+        largest=jnp.maximum(found.largest, jnp.abs(parts).max(axis=1)),
+        weights=found.weights,
     )
     return jax.tree.map(lambda x: x[None], new)
-
-
-class _Rows(NamedTuple):
-    """Examples per query, [q, r] and [q, r, m]."""
-
-    ids: jax.Array
-    parts: jax.Array
-    scores: jax.Array
-    lengths: jax.Array
 
 
 def _strongest(rows: _Rows, length: int) -> tuple[_Rows, jax.Array]:
@@ -261,9 +273,9 @@ def _strongest(rows: _Rows, length: int) -> tuple[_Rows, jax.Array]:
     return chosen, others.max(axis=1)
 
 
-def _merge(place: Placement, listed: Shortlist) -> Shortlist:
+def _merge(place: Placement, found: _Pass) -> Shortlist:
     """Joins the lists of all devices; sums and extremes over them."""
-    listed = jax.tree.map(lambda x: x[0], listed)
+    found = jax.tree.map(lambda x: x[0], found)
 
     def joined(x: jax.Array) -> jax.Array:  # [shards, l, q, s, ...] -> [l, q, shards * s, ...]
         x = jnp.moveaxis(place.gather_shards(x), 0, 2)
@@ -271,14 +283,12 @@ def _merge(place: Placement, listed: Shortlist) -> Shortlist:
 
     # A full list's weakest example bounds what was dropped; a list with room dropped nothing.
     return Shortlist(
-        ids=joined(listed.ids),
-        parts=joined(listed.parts),
-        scores=joined(listed.scores),
-        lengths=joined(listed.lengths),
-        dropped=place.largest_of_shards(listed.scores.min(axis=-1)),
-        radius=place.largest_of_shards(listed.radius),
-        gram=place.sum_shards(listed.gram),
-        squares=place.sum_shards(listed.squares),
-        largest=place.largest_of_shards(listed.largest),
-        weights=listed.weights,
+        ids=joined(found.rows.ids),
+        parts=joined(found.rows.parts),
+        dropped=place.largest_of_shards(found.rows.scores.min(axis=-1)),
+        radius=place.largest_of_shards(found.radius),
+        gram=place.sum_shards(found.gram),
+        squares=place.sum_shards(found.squares),
+        largest=place.largest_of_shards(found.largest),
+        weights=found.weights,
     )

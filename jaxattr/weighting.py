@@ -71,8 +71,8 @@ def self_supervised_loss(
             f"{contributions.shape}."
         )
     _check_signal(signal, top_k, contributions.shape[1])
-    scores = jnp.matmul(contributions, w, precision="highest")  # [q, n]
-    return _loss_of_scores(scores, top_k, signal) + l2 * jnp.sum(w**2)
+    listed = shortlists.everything(contributions, w)
+    return _loss_of_list(listed, w, top_k, signal) + l2 * jnp.sum(w**2)
 
 
 def unit_rms_weights(index: Index, queries: Any) -> dict[str, float]:
@@ -259,11 +259,11 @@ def _pass_over(
     affordable = _MATERIALIZE_BYTES // 2 // numbers
     length = max(top_k, min(affordable, max(_SHORTEST, _PER_TOP * top_k)) // place.shards)
     start, absorb, merge = shortlists.compiled_pass(place, layout, length, signs)
-    listed = start(place.whole(jnp.asarray(w)), phi)
+    state = start(place.whole(jnp.asarray(w)), phi)
     rows = max(index.batch_size, min(affordable, scoring.SLAB))
     for slab in index.rows.slabs([FEATURES, EXAMPLES], rows):
-        listed = absorb(listed, phi, slab.arrays, slab.first, slab.fresh)
-    return merge(listed)
+        state = absorb(state, phi, slab.arrays, slab.first, slab.fresh)
+    return merge(state)
 
 
 def signs_of(signal: Signal) -> tuple[int, ...]:
@@ -413,7 +413,7 @@ def _certain(listed: Shortlist, w: jax.Array, top_k: int, signal: Signal) -> jax
 
 
 def _loss_of_list(listed: Shortlist, w: jax.Array, top_k: int, signal: Signal) -> jax.Array:
-    """The loss without its penalty, as `_loss_of_scores` has it from all scores."""
+    """The loss without its penalty."""
     signs = signs_of(signal)
     scores = shortlists.signed_scores(listed, jax.lax.stop_gradient(w), signs)  # [l, q, s]
     lists = [(i, sign) for i, sign in enumerate(signs)]
@@ -442,19 +442,6 @@ def _signal(
     picked = jnp.take_along_axis(parts, jnp.where(inside, places, 0)[..., None], axis=1)
     mean = jnp.where(inside[..., None], picked, 0).mean(axis=1)  # [q, m]
     return sign * jnp.matmul(mean, w.astype(mean.dtype), precision="highest")
-
-
-def _loss_of_scores(scores: jax.Array, top_k: int, signal: Signal) -> jax.Array:
-    def strongest(s: jax.Array) -> jax.Array:
-        return jax.lax.top_k(s, top_k)[0].mean(axis=-1)  # [q]
-
-    if signal == "top_k":
-        found = strongest(scores)
-    elif signal == "top_k_abs":
-        found = strongest(jnp.abs(scores))
-    else:
-        found = (strongest(scores) + strongest(-scores)) / 2
-    return _relative(found, jnp.sum(scores**2, axis=-1))
 
 
 def _relative(found: jax.Array, squares: jax.Array) -> jax.Array:
