@@ -1,6 +1,7 @@
 """jaxattr: which training examples made the model do this?"""
 
 from jaxattr import evaluation as evaluation
+from jaxattr import language as language
 from jaxattr import projections as projections
 from jaxattr.budgets import plan as plan
 from jaxattr.building import build_index as build_index
@@ -17,7 +18,6 @@ from jaxattr.evaluation.retraining import retrain as retrain
 from jaxattr.groups import by_layer as by_layer
 from jaxattr.groups import by_leaf as by_leaf
 from jaxattr.groups import by_regex as by_regex
-from jaxattr.index import ConvergenceWarning as ConvergenceWarning
 from jaxattr.index import Index as Index
 from jaxattr.index import NonFiniteWarning as NonFiniteWarning
 from jaxattr.index import query_features as query_features

@@ -93,6 +93,10 @@ class Featurizer:
         """
         return self.step(self.key, params, batch, ids, checkpoint, fitted)
 
+    def unscaled(self) -> Callable[..., Featurized]:
+        """Returns the step without unit norm, whose features are linear in the output."""
+        return _compiled_step(self.rule._replace(normalize=False), self.plan, self.microbatch)
+
     def __call__(
         self,
         params: Params,

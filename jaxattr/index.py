@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.bases import Fitted
-from jaxattr.features import Featurizer
+from jaxattr.features import Featurizer, leading_size
+from jaxattr.kernels import Kernel
 from jaxattr.methods import Method
 from jaxattr.plans import FeatureLayout
 from jaxattr.rows import COLUMNS, EXAMPLES, FEATURES, SELF, Rows, all_rows
 from jaxattr.sharding import DATA, Placement
 from jaxattr.sources import as_source, track
-from jaxattr.typing import Features, Key, Params
+from jaxattr.typing import Batch, Example, Features, Key, Params
 
 
 class NonFiniteWarning(UserWarning):
@@ -160,6 +162,35 @@ def query_features(index: Index, queries: Any) -> QueryFeatures:
     return QueryFeatures(features, np.flatnonzero(~finite))
 
 
+def part_features(index: Index, queries: Any, split: Callable[[Example], Batch]) -> QueryFeatures:
+    """Features of the parts of each query, such as its tokens, to be scored like queries.
+
+    Args:
+      index: the index that they will be scored against.
+      queries: a pytree of arrays [q, ...].
+      split: one query -> a pytree of arrays [t, ...], t parts whose outputs add up to the query's.
+
+    Returns:
+      Features [q * t, c * p], the parts of the first query first; those of a query add up to its
+      own features. Where the method scales queries to unit norm, the parts of a query are scaled
+      together. Queries that are not finite are marked in all of their parts.
+
+    Raises:
+      ValueError: if the index was opened without its method and checkpoints.
+    """
+    featurize, method = _functions(index)
+    state, q = state_of(index), leading_size(queries)
+    step = _part_step(featurize.unscaled(), featurize.rule.normalize, method.kernel, split)
+    found, finite = [], []
+    for number in track(iter(range(q)), "queries by parts", q):
+        one = jax.tree.map(lambda x, number=number: jnp.asarray(x[number]), queries)
+        features, whole = step(state, one, jnp.asarray(-1 - number))
+        found.append(features)
+        finite.append(np.full(len(features), bool(whole)))
+    lost = np.flatnonzero(~np.concatenate(finite))
+    return QueryFeatures(jnp.concatenate(found), lost)
+
+
 class State(NamedTuple):
     """The arrays of an index that queries need, one of each per checkpoint.
 
@@ -265,6 +296,36 @@ def _checked_width(index: Index, queries: QueryFeatures) -> QueryFeatures:
             f"{list(queries.features.shape)}: they belong to another index."
         )
     return queries
+
+
+@functools.lru_cache(maxsize=16)
+def _part_step(step: Any, normalize: bool, kernel: Kernel, split: Any) -> Any:
+    """The jitted (state, one query, id) -> features of its parts, and whether they are finite."""
+
+    def together(phi: Features, wanted: bool) -> Features:
+        if not wanted:
+            return phi
+        whole = phi.sum(axis=0, keepdims=True)
+        norm = jnp.linalg.norm(whole)
+        return phi / jnp.where(norm == 0, 1, norm)
+
+    @jax.jit
+    def run(state: State, query: Example, number: jax.Array) -> tuple[Features, jax.Array]:
+        parts = split(query)
+        ids = jnp.full(leading_size(parts), number)
+        columns = []
+        for c, params in enumerate(state.checkpoints):
+            phi = step(state.key, params, parts, ids, jnp.asarray(c), state.fitted[c]).features
+            phi = together(phi, normalize)
+            if kernel.of_queries is not None:
+                linear = kernel.whiten or kernel.of_queries
+                phi = together(linear(state.operators[c], phi), kernel.whiten is not None)
+            columns.append(phi)
+        features = jnp.concatenate(columns, axis=1)
+        finite = jnp.isfinite(features).all()
+        return jnp.where(finite, features, 0), finite
+
+    return run
 
 
 @functools.lru_cache(maxsize=16)

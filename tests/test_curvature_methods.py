@@ -13,6 +13,7 @@ import pytest
 import jaxattr as ja
 from jaxattr import covariances, kernels, linear_maps, projections, second_moments
 from jaxattr.features import FeatureRule
+from jaxattr.index import ConvergenceWarning
 from tests import models
 
 PARAMS = models.mlp_params()
@@ -359,14 +360,14 @@ def test_conjugate_gradients_report_where_they_end():
     method = functools.partial(ja.influence, models.loss, solver="cg")
     index = FEW(method(damping=ja.absolute(0.5), tolerance=1e-8), PARAMS, TRAIN)
     assert index.solve_errors.shape == (20,) and index.solve_errors.max() < 2e-8
-    with pytest.warns(ja.ConvergenceWarning, match="20 of 20 solves did not converge"):
+    with pytest.warns(ConvergenceWarning, match="20 of 20 solves did not converge"):
         short = FEW(method(damping=ja.absolute(0.5), iterations=1), PARAMS, TRAIN)
     assert np.isfinite(ja.score(short, QUERIES)).all()
 
 
 def test_negative_curvature_is_reported_and_is_no_nan():
     method = ja.influence(models.loss, damping=ja.absolute(1e-6), solver="cg", iterations=5)
-    with pytest.warns(ja.ConvergenceWarning, match="negative eigenvalues"):
+    with pytest.warns(ConvergenceWarning, match="negative eigenvalues"):
         index = FEW(method, PARAMS, TRAIN)
     assert np.isfinite(ja.score(index, QUERIES)).all()
 

@@ -95,6 +95,7 @@ class Kernel(NamedTuple):
       apply: (operator, features [b, p]) -> K phi, [b, p]. Jittable.
       of_queries: (operator, features [q, p]) -> features of queries, where the method transforms
         them too; None where it leaves them as they are. Jittable, and diagonal by group.
+      whiten: the linear part of `of_queries`, where that scales its result to unit norm; else None.
       residual: (operator, phi [b, p], K phi [b, p]) -> relative error of each solve [b], for
         kernels that solve by iteration; else None. Jittable.
       tolerance: largest residual that counts as solved.
@@ -106,6 +107,7 @@ class Kernel(NamedTuple):
     finalize: Callable[[Any, Surroundings], Any]
     apply: Callable[[Any, Features], Features]
     of_queries: Callable[[Any, Features], Features] | None = None
+    whiten: Callable[[Any, Features], Features] | None = None
     residual: Callable[[Any, Features, Features], jax.Array] | None = None
     tolerance: float = 0.0
     identity: bool = False

@@ -77,19 +77,21 @@ def autocorrelation(
             matrices = [mu * b + (1 - mu) * a for a, b in zip(matrices, theirs, strict=True)]
         return [jnp.asarray(_inverse_root(matrix, damping), dtype) for matrix in matrices]
 
-    def apply(operator: list[jax.Array], phi: Features) -> Features:
+    def whiten(operator: list[jax.Array], phi: Features) -> Features:
         parts = split_columns(phi, [len(block) for block in operator])
-        white = jnp.concatenate(
+        return jnp.concatenate(
             [
                 jnp.matmul(part, block, precision="highest")
                 for block, part in zip(operator, parts, strict=True)
             ],
             axis=1,
         )
-        return unit_norm(white)
+
+    def apply(operator: list[jax.Array], phi: Features) -> Features:
+        return unit_norm(whiten(operator, phi))
 
     name = f"autocorrelation{' of queries too' if queries is not None else ''}, damping {damping}"
-    return Kernel(name, sums, finalize, apply, of_queries=apply)
+    return Kernel(name, sums, finalize, apply, of_queries=apply, whiten=whiten)
 
 
 def _means(statistics: Autocorrelation) -> list[np.ndarray]:

@@ -1,0 +1,1 @@
+"""Language models: which documents taught a GPT-2 a sentence, and how far that can be trusted."""

@@ -1,0 +1,315 @@
+"""Language models: losses of one row of tokens, rows from documents, scores token by token.
+
+A row is a mapping with
+
+    inputs     int [t], the tokens that the model reads
+    targets    int [t], what it should say at each position: the inputs shifted by one
+    mask       bool [t], which targets count: not padding, and not the prompt of a fact
+    segments   int [t], the document of each position where several share a row; 0 is padding
+    positions  int [t], of each token within its document
+
+of which the last two are there in packed rows only, for the model to keep documents apart.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattr.index import Index, QueryFeatures, part_features
+from jaxattr.typing import Example, Key, OutputFn, Params
+
+LogitsFn: TypeAlias = Callable[[Params, Example], jax.Array]
+"""(params, row) -> logits [t, vocabulary]; those at position i are for `targets[i]`."""
+
+Rows: TypeAlias = dict[str, np.ndarray]
+"""Rows as above, with a leading axis."""
+
+
+def loss(logits_fn: LogitsFn) -> OutputFn:
+    """Makes the loss of a row: cross-entropy, summed over the targets that count.
+
+    Args:
+      logits_fn: the model, (params, row) -> logits [t, vocabulary].
+
+    Returns:
+      The loss, (params, row, key) -> float32 scalar, for any method. It can draw targets from the
+      model for the true Fisher: its attribute `sample` is what `ja.ekfac(..., fisher="true")` uses.
+
+    Example:
+      >>> params = {"logits": jnp.log(jnp.array([0.25, 0.75]))}
+      >>> of_row = loss(lambda params, row: jnp.tile(params["logits"], (3, 1)))
+      >>> row = {"inputs": jnp.zeros(3, int), "targets": jnp.array([0, 1, 1]),
+      ...        "mask": jnp.array([True, True, False])}
+      >>> round(float(of_row(params, row, jax.random.key(0))), 3)  # log 4 + log 4/3
+      1.674
+    """
+
+    def of_row(params: Params, example: Example, key: Key) -> jax.Array:
+        del key
+        return -_summed(
+            log_probabilities(logits_fn(params, example), example["targets"]), example["mask"]
+        )
+
+    def sample(params: Params, example: Example, key: Key) -> Example:
+        drawn = jax.random.categorical(key, logits_fn(params, example)).astype(
+            example["targets"].dtype
+        )
+        return {**example, "targets": jnp.where(example["mask"], drawn, example["targets"])}
+
+    of_row.sample = sample  # type: ignore[attr-defined]
+    return of_row
+
+
+def margin(logits_fn: LogitsFn) -> OutputFn:
+    """Makes the sum over targets of log(p / (1 - p)), TRAK's output function.
+
+    Args:
+      logits_fn: the model, (params, row) -> logits [t, vocabulary].
+
+    Returns:
+      (params, row, key) -> float32 scalar; pass `residual(logits_fn)` to `ja.trak` with it.
+    """
+
+    def of_row(params: Params, example: Example, key: Key) -> jax.Array:
+        del key
+        log_p = log_probabilities(logits_fn(params, example), example["targets"])
+        # log(1 - p) of a p that rounds to one is taken at the nearest p below it.
+        log_rest = jnp.log(-jnp.expm1(jnp.minimum(log_p, -jnp.finfo(log_p.dtype).eps)))
+        return _summed(log_p - log_rest, example["mask"])
+
+    return of_row
+
+
+def residual(logits_fn: LogitsFn) -> OutputFn:
+    """Makes the mean over targets of 1 - p: TRAK's residual of a row.
+
+    Args:
+      logits_fn: the model, (params, row) -> logits [t, vocabulary].
+
+    Returns:
+      (params, row, key) -> float32 scalar between 0 and 1.
+    """
+
+    def of_row(params: Params, example: Example, key: Key) -> jax.Array:
+        return 1 - probability(logits_fn)(params, example, key)
+
+    return of_row
+
+
+def probability(logits_fn: LogitsFn) -> OutputFn:
+    """Makes the mean probability of a row's targets; of a single target, its probability.
+
+    Args:
+      logits_fn: the model, (params, row) -> logits [t, vocabulary].
+
+    Returns:
+      (params, row, key) -> float32 scalar between 0 and 1; what `evaluation.tail_patch` measures.
+    """
+
+    def of_row(params: Params, example: Example, key: Key) -> jax.Array:
+        del key
+        p = jnp.exp(log_probabilities(logits_fn(params, example), example["targets"]))
+        return _summed(p, example["mask"]) / jnp.maximum(example["mask"].sum(), 1)
+
+    return of_row
+
+
+def log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Returns the log-probability of each target, in float32 or wider.
+
+    Args:
+      logits: float [t, vocabulary].
+      targets: int [t].
+
+    Returns:
+      Float [t].
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return picked - jax.nn.logsumexp(logits, axis=-1)
+
+
+def rows(
+    documents: Sequence[Sequence[int]],
+    length: int,
+    *,
+    vocabulary: int,
+    prompts: Sequence[int] | None = None,
+    truncate: bool = False,
+) -> Rows:
+    """Makes one row per document, padded at its end.
+
+    Args:
+      documents: token ids of each; the first token is read, and not asked for.
+      length: positions t per row; a document of t + 1 tokens fills it.
+      vocabulary: number of tokens that the model knows.
+      prompts: number of leading tokens of each document that are given, and not asked for: the rest
+        is the answer to a question. Default: 1 each.
+      truncate: cuts documents that are longer, instead of raising.
+
+    Returns:
+      {inputs, targets, mask}, each [documents, length].
+
+    Raises:
+      ValueError: for a document that has no target, is too long, or holds an unknown token.
+
+    Example:
+      >>> made = rows([[5, 6, 7], [8, 9]], 3, vocabulary=10)
+      >>> made["inputs"].tolist(), made["targets"].tolist()
+      ([[5, 6, 0], [8, 0, 0]], [[6, 7, 0], [9, 0, 0]])
+      >>> made["mask"].tolist()
+      [[True, True, False], [True, False, False]]
+    """
+    checked = _checked(documents, vocabulary)
+    starts = [1] * len(documents) if prompts is None else list(prompts)
+    if len(starts) != len(documents):
+        raise ValueError(f"prompts must be one per document, {len(documents)}, got {len(starts)}.")
+    inputs = np.zeros((len(documents), length), np.int32)
+    targets, mask = np.zeros_like(inputs), np.zeros(inputs.shape, bool)
+    for number, (document, start) in enumerate(zip(checked, starts, strict=True)):
+        if len(document) > length + 1 and not truncate:
+            raise ValueError(
+                f"Document {number} has {len(document)} tokens, and a row of {length} positions "
+                f"takes {length + 1}. Use longer rows, up to the model's context, split the "
+                "document, or pass truncate=True."
+            )
+        document = document[: length + 1]
+        if not 1 <= start < len(document):
+            raise ValueError(
+                f"Document {number} has no target: {len(document)} tokens, of which the first "
+                f"{start} are the prompt. A document needs at least one token after its prompt, "
+                "and a prompt at least one token."
+            )
+        t = len(document) - 1
+        inputs[number, :t], targets[number, :t] = document[:-1], document[1:]
+        mask[number, start - 1 : t] = True
+    return {"inputs": inputs, "targets": targets, "mask": mask}
+
+
+def packed(documents: Sequence[Sequence[int]], length: int, *, vocabulary: int) -> Rows:
+    """Fills rows with documents one after the other; what does not fit goes on in the next row.
+
+    Segments keep documents apart, if the model heeds them: the loss of a row is then the sum of its
+    documents' losses. For training; attribution to single documents takes `rows`.
+
+    Args:
+      documents: token ids of each.
+      length: positions t per row.
+      vocabulary: number of tokens that the model knows.
+
+    Returns:
+      {inputs, targets, mask, segments, positions}, each [rows, length].
+
+    Raises:
+      ValueError: for a document of fewer than two tokens, or with an unknown token.
+
+    Example:
+      >>> made = packed([[5, 6, 7], [8, 9]], 4, vocabulary=10)
+      >>> made["inputs"].tolist(), made["targets"].tolist()
+      ([[5, 6, 8, 0]], [[6, 7, 9, 0]])
+      >>> made["segments"].tolist(), made["positions"].tolist()
+      ([[1, 1, 2, 0]], [[0, 1, 0, 0]])
+    """
+    checked = _checked(documents, vocabulary)
+    columns: dict[str, list[int]] = {"inputs": [], "targets": [], "segments": [], "positions": []}
+    for number, document in enumerate(checked):
+        if len(document) < 2:
+            raise ValueError(f"Document {number} has {len(document)} tokens; it needs two or more.")
+        start = 0
+        while start < len(document) - 1:
+            room = length - len(columns["inputs"]) % length
+            piece = document[start : start + room + 1]
+            columns["inputs"] += piece[:-1].tolist()
+            columns["targets"] += piece[1:].tolist()
+            columns["segments"] += [number + 1] * (len(piece) - 1)
+            columns["positions"] += range(len(piece) - 1)
+            start += room
+    padding = -len(columns["inputs"]) % length
+    made = {
+        name: np.array(column + [0] * padding, np.int32).reshape(-1, length)
+        for name, column in columns.items()
+    }
+    segments = made["segments"]
+    first = np.min(np.where(segments > 0, segments, np.iinfo(np.int32).max), axis=1, keepdims=True)
+    made["segments"] = np.where(segments > 0, segments - first + 1, 0).astype(np.int32)
+    return {**made, "mask": segments > 0}
+
+
+def tokens_of(row: Example) -> Example:
+    """Splits a row into one per position, each with that position's target alone.
+
+    Args:
+      row: a row with `mask` [t].
+
+    Returns:
+      The row with every array [t, ...]; the sum of their losses is the row's loss.
+    """
+    t = row["mask"].shape[0]
+    repeated = jax.tree.map(lambda x: jnp.broadcast_to(x, (t, *jnp.shape(x))), dict(row))
+    single = jnp.eye(t, dtype=bool)
+    return {**repeated, "mask": jnp.where(single, row["mask"], jnp.zeros_like(row["mask"]))}
+
+
+def token_features(index: Index, queries: Any) -> QueryFeatures:
+    """Features of each query token by itself, to be scored like queries.
+
+    The feature of position i is that of the loss of `targets[i]`; they sum to the query's own, and
+    so do scores and contributions. Methods that scale queries to unit norm use the norm of the
+    whole query. Positions that do not count score zero.
+
+    Args:
+      index: the index, of a loss from this module.
+      queries: rows, a mapping of arrays [q, t].
+
+    Returns:
+      Features of q * t queries, the tokens of the first query first:
+      `ja.score(index, token_features(index, queries)).reshape(q, t, n)`.
+
+    Raises:
+      ValueError: if a query has no target.
+
+    Guarantees: exact; sums agree with `ja.score(index, queries)` up to rounding.
+    Cost: a forward and backward pass per token, a microbatch of them at a time: q t p numbers, and
+      no weight gradient where the features are factored.
+    """
+    check_targets(queries)
+    return part_features(index, queries, tokens_of)
+
+
+def check_targets(queries: Mapping[str, Any]) -> None:
+    """Raises if a row asks for nothing.
+
+    Args:
+      queries: rows.
+
+    Raises:
+      ValueError: with the positions of rows without a target.
+    """
+    empty = np.flatnonzero(~np.asarray(queries["mask"]).astype(bool).any(axis=-1))
+    if len(empty):
+        raise ValueError(
+            f"{len(empty)} queries have no target tokens, at positions {empty[:10].tolist()}: "
+            "their mask is zero everywhere, so there is nothing to attribute. Leave them out."
+        )
+
+
+def _summed(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """The sum over targets that count; `where`, since a masked value may be infinite."""
+    return jnp.sum(jnp.where(mask.astype(bool), values, 0) * mask)
+
+
+def _checked(documents: Sequence[Sequence[int]], vocabulary: int) -> list[np.ndarray]:
+    arrays = [np.asarray(document, np.int64) for document in documents]
+    for number, document in enumerate(arrays):
+        if not len(document):
+            raise ValueError(f"Document {number} is empty: leave it out.")
+        wrong = document[(document < 0) | (document >= vocabulary)]
+        if len(wrong):
+            raise ValueError(
+                f"Document {number} holds token {wrong[0]}, and the model knows 0 to "
+                f"{vocabulary - 1}: the tokenizer is another model's."
+            )
+    return arrays

@@ -1,0 +1,147 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxattr as ja
+from experiments.language import gpt2
+from jaxattr import language
+from tests.models import relative_error
+
+CONFIG = gpt2.Config(vocabulary=13, context=8, width=8, depth=2, heads=2, dtype=jnp.float64)
+DOCUMENTS = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 11], [12, 1, 2, 12, 4, 6]]
+LOGITS = gpt2.logits_fn(CONFIG)
+LOSS = language.loss(LOGITS)
+
+
+@pytest.fixture(scope="module")
+def params():
+    drawn = gpt2.initial(CONFIG, jax.random.key(0))
+    return jax.tree.map(lambda x: x.astype(jnp.float64) * 5 + 0.1, drawn)
+
+
+def rows(length=8, **options):
+    return language.rows(DOCUMENTS, length, vocabulary=13, **options)
+
+
+def row(made, number):
+    return jax.tree.map(lambda x: jnp.asarray(x[number]), made)
+
+
+def loss_of(params, row):
+    return LOSS(params, row, jax.random.key(0))
+
+
+def test_loss_is_the_sum_over_targets_whatever_the_padding(params):
+    for number, document in enumerate(DOCUMENTS):
+        ids = jnp.array(document)
+        logits = LOGITS(params, {"inputs": ids[:-1]})
+        expected = -jax.nn.log_softmax(logits)[jnp.arange(len(ids) - 1), ids[1:]].sum()
+        for length in (5, 8):
+            assert relative_error(loss_of(params, row(rows(length), number)), expected) < 1e-12
+
+
+def test_a_prompt_is_not_asked_for(params):
+    whole, answer = row(rows(), 0), row(rows(prompts=[3, 1, 1, 1]), 0)
+    ids = jnp.array(DOCUMENTS[0])
+    losses = -jax.nn.log_softmax(LOGITS(params, {"inputs": ids[:-1]}))[jnp.arange(4), ids[1:]]
+    assert relative_error(loss_of(params, whole), losses.sum()) < 1e-12
+    assert relative_error(loss_of(params, answer), losses[2:].sum()) < 1e-12
+
+
+def test_packed_neighbours_change_neither_loss_nor_features(params):
+    featurize = ja.featurizer(
+        ja.tracin(LOSS, projection=ja.projections.two_sided(4)), params, row(rows(), 0)
+    )
+    made = language.packed(DOCUMENTS, 8, vocabulary=13)
+    alone = language.rows(DOCUMENTS[:2], 8, vocabulary=13)
+    first = row(made, 0) | {"mask": jnp.asarray(made["segments"][0] <= 2)}
+    assert made["segments"][0].tolist() == [1, 1, 1, 1, 2, 3, 3, 3]
+    assert (
+        relative_error(loss_of(params, first), sum(loss_of(params, row(alone, i)) for i in (0, 1)))
+        < 1e-12
+    )
+    in_row = featurize(params, jax.tree.map(lambda x: x[None], first))[0]
+    assert relative_error(in_row, featurize(params, alone).sum(axis=0)) < 1e-10
+
+
+def test_packing_loses_no_target():
+    made = language.packed(DOCUMENTS, 3, vocabulary=13)
+    pairs = zip(made["inputs"][made["mask"]], made["targets"][made["mask"]], strict=True)
+    expected = [pair for d in DOCUMENTS for pair in zip(d[:-1], d[1:], strict=True)]
+    assert [(int(a), int(b)) for a, b in pairs] == expected
+
+
+@pytest.mark.parametrize("name", ["tracin", "grad_cos", "trak", "logra", "trackstar", "ekfac"])
+def test_scores_of_tokens_add_up_to_the_score_of_the_query(params, name):
+    two_sided = ja.projections.two_sided(3)
+    moments = jax.tree.map(lambda x: jnp.abs(x) + 0.1, params)
+    method = {
+        "tracin": lambda: ja.tracin(LOSS, projection=two_sided),
+        "grad_cos": lambda: ja.grad_cos(LOSS, projection=two_sided),
+        "trak": lambda: ja.trak(
+            language.margin(LOGITS), residual=language.residual(LOGITS), projection=two_sided
+        ),
+        "logra": lambda: ja.logra(LOSS, rank=3),
+        "trackstar": lambda: ja.trackstar(LOSS, moments, params, rank=3),
+        "ekfac": lambda: ja.ekfac(LOSS, fisher="true", rank=8),
+    }[name]()
+    index = ja.build_index(method, params, rows(), batch_size=2)
+    queries = language.rows([[1, 5, 3, 2], [4, 12, 1, 9]], 5, vocabulary=13, prompts=[1, 2])
+    weights = dict(zip(index.layout.names, np.linspace(0, 2, len(index.layout.names)), strict=True))
+    tokens = language.token_features(index, queries)
+    by_token = ja.score(index, tokens, weights=weights).reshape(2, 5, -1)
+    assert relative_error(by_token.sum(axis=1), ja.score(index, queries, weights=weights)) < 1e-9
+    assert not by_token[1, 0].any() and not by_token[:, 3:].any()  # prompt and padding
+    parts = ja.contributions(index, tokens).reshape(2, 5, index.size, -1).sum(axis=1)
+    assert relative_error(parts, ja.contributions(index, queries)) < 1e-9
+
+
+def test_margin_and_probability_against_the_closed_form(params):
+    example, ids = row(rows(), 0), jnp.array(DOCUMENTS[0])
+    p = jax.nn.softmax(LOGITS(params, {"inputs": ids[:-1]}))[jnp.arange(4), ids[1:]]
+    key = jax.random.key(0)
+    margin = jnp.log(p / (1 - p)).sum()
+    assert relative_error(language.margin(LOGITS)(params, example, key), margin) < 1e-10
+    assert relative_error(language.residual(LOGITS)(params, example, key), 1 - p.mean()) < 1e-12
+
+
+def test_a_certain_target_has_a_finite_margin():
+    certain = language.margin(lambda params, row: params * jnp.array([[1.0, 0.0]]))
+    example = {"targets": jnp.array([0]), "mask": jnp.array([True])}
+    value, slope = jax.value_and_grad(certain)(1e4, example, jax.random.key(0))
+    assert jnp.isfinite(value) and jnp.isfinite(slope)
+
+
+def test_sampled_targets_replace_those_that_count(params):
+    example = row(rows(prompts=[3, 1, 1, 1]), 0)
+    drawn = LOSS.sample(params, example, jax.random.key(1))
+    assert (drawn["targets"] == example["targets"])[~example["mask"]].all()
+    assert drawn["targets"].dtype == example["targets"].dtype
+
+
+@pytest.mark.parametrize(
+    ("documents", "options", "match"),
+    [
+        ([[1, 2], []], {}, "Document 1 is empty"),
+        ([[1, 2], [3, 13]], {}, "Document 1 holds token 13, and the model knows 0 to 12"),
+        ([[1, 2, 3, 4]], {}, "Document 0 has 4 tokens, and a row of 2 positions takes 3"),
+        ([[1]], {}, "Document 0 has no target"),
+        ([[1, 2, 3]], {"prompts": [3]}, "first 3 are the prompt"),
+        ([[1, 2, 3]], {"prompts": []}, "prompts must be one per document"),
+        ([[1, 2, 3, 4]], {"prompts": [3], "truncate": True}, "Document 0 has no target"),
+    ],
+)
+def test_bad_documents_are_refused(documents, options, match):
+    with pytest.raises(ValueError, match=match):
+        language.rows(documents, 2, vocabulary=13, **options)
+
+
+def test_a_query_without_targets_is_refused(params):
+    index = ja.build_index(ja.tracin(LOSS), params, rows())
+    queries = rows()
+    queries["mask"][2] = False
+    with pytest.raises(ValueError, match=r"1 queries have no target tokens, at positions \[2\]"):
+        language.token_features(index, queries)
+    with pytest.raises(ValueError, match="Document 0 has 1 tokens"):
+        language.packed([[1]], 4, vocabulary=13)
