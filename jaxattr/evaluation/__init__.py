@@ -4,6 +4,8 @@ retraining.py     train on many subsets at once
 lds.py            do scores predict what the retrained models do?
 mislabel.py       does self-influence find wrong labels?
 heterogeneity.py  how right is each parameter group by itself?
+tail_patch.py     does one more step on a proponent help the query?
+retrieval.py      do the strongest proponents hold what the query asks for?
 """
 
 from jaxattr.evaluation.heterogeneity import group_lds as group_lds
@@ -19,3 +21,10 @@ from jaxattr.evaluation.mislabel import mislabel_auc as mislabel_auc
 from jaxattr.evaluation.retraining import outputs as outputs
 from jaxattr.evaluation.retraining import random_subsets as random_subsets
 from jaxattr.evaluation.retraining import retrain as retrain
+from jaxattr.evaluation.retrieval import hit_at_k as hit_at_k
+from jaxattr.evaluation.retrieval import mean_interval as mean_interval
+from jaxattr.evaluation.retrieval import mean_reciprocal_rank as mean_reciprocal_rank
+from jaxattr.evaluation.retrieval import precision_at_k as precision_at_k
+from jaxattr.evaluation.retrieval import ranks as ranks
+from jaxattr.evaluation.retrieval import recall_at_k as recall_at_k
+from jaxattr.evaluation.tail_patch import tail_patch as tail_patch

@@ -1,0 +1,133 @@
+"""Retrieval: do the strongest proponents hold what the query asks for?"""
+
+from typing import Any
+
+import numpy as np
+
+
+def ranks(scores: Any, relevant: Any) -> np.ndarray:
+    """Returns the rank of the best relevant training example of each query, from 1.
+
+    Args:
+      scores: float [q, n], larger = stronger proponent.
+      relevant: bool [q, n], which training examples answer each query.
+
+    Returns:
+      Integers [q]. Ties go to the lower id, as in `ja.top_k`; what is not finite comes last.
+
+    Raises:
+      ValueError: if shapes differ, or a query has no relevant example.
+    """
+    scores, relevant = _checked(scores, relevant)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    return np.take_along_axis(relevant, order, axis=1).argmax(axis=1) + 1
+
+
+def mean_reciprocal_rank(scores: Any, relevant: Any) -> float:
+    """Mean over queries of one over the rank of the best relevant example.
+
+    Args:
+      scores: as in `ranks`.
+      relevant: see there.
+
+    Returns:
+      Between 0 and 1.
+    """
+    return float((1 / ranks(scores, relevant)).mean())
+
+
+def hit_at_k(scores: Any, relevant: Any, k: int) -> np.ndarray:
+    """Whether any relevant example is among the k best: one of two things called recall@k.
+
+    Args:
+      scores: as in `ranks`.
+      relevant: see there.
+      k: how many.
+
+    Returns:
+      Bool [q].
+    """
+    _check_k(k, np.asarray(scores))
+    return ranks(scores, relevant) <= k
+
+
+def recall_at_k(scores: Any, relevant: Any, k: int) -> np.ndarray:
+    """Share of the relevant examples that are among the k best: the other one, the strict.
+
+    Args:
+      scores: as in `ranks`.
+      relevant: see there.
+      k: how many; below the number of relevant examples it cannot reach 1.
+
+    Returns:
+      Float [q].
+    """
+    found = _found(scores, relevant, k)
+    return found / np.asarray(relevant).sum(axis=1)
+
+
+def precision_at_k(scores: Any, relevant: Any, k: int) -> np.ndarray:
+    """Share of the k best that are relevant; for when there are many more than k of those.
+
+    Args:
+      scores: as in `ranks`.
+      relevant: see there.
+      k: how many.
+
+    Returns:
+      Float [q].
+    """
+    return _found(scores, relevant, k) / k
+
+
+def mean_interval(values: Any, *, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of a mean over queries.
+
+    Args:
+      values: one per query, [q].
+      resamples: of the queries.
+      seed: of the resamples.
+
+    Returns:
+      Low and high. Of values that are all the same, both are that value: no interval is known.
+
+    Example:
+      >>> mean_interval([1.0, 1.0, 1.0])
+      (1.0, 1.0)
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"values must be one number per query, got shape {list(values.shape)}.")
+    rows = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(values[rows].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _found(scores: Any, relevant: Any, k: int) -> np.ndarray:
+    scores, relevant = _checked(scores, relevant)
+    _check_k(k, scores)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(relevant, best, axis=1).sum(axis=1)
+
+
+def _checked(scores: Any, relevant: Any) -> tuple[np.ndarray, np.ndarray]:
+    scores, relevant = np.asarray(scores, np.float64), np.asarray(relevant, bool)
+    if scores.ndim != 2 or scores.shape != relevant.shape:
+        raise ValueError(
+            "scores and relevant must both be [q, n], got shapes "
+            f"{list(scores.shape)} and {list(relevant.shape)}."
+        )
+    lonely = np.flatnonzero(~relevant.any(axis=1))
+    if len(lonely):
+        raise ValueError(
+            f"{len(lonely)} queries have no relevant training example, at positions "
+            f"{lonely[:10].tolist()}: leave them out."
+        )
+    return np.where(np.isfinite(scores), scores, -np.inf), relevant
+
+
+def _check_k(k: int, scores: np.ndarray) -> None:
+    if not 1 <= k <= scores.shape[1]:
+        raise ValueError(
+            f"k must be between 1 and the {scores.shape[1]} training examples, got {k}."
+        )

@@ -1,0 +1,99 @@
+"""Tail-patch: does one more step on a proponent make the model say the query's target?"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxattr.features import check_output, leading_size, shapes_of_one
+from jaxattr.sources import track
+from jaxattr.typing import Batch, OutputFn, Params
+
+
+def tail_patch(
+    loss: OutputFn,
+    measure: OutputFn,
+    params: Params,
+    train: Batch,
+    queries: Batch,
+    ids: Any,
+    *,
+    optimizer: optax.GradientTransformation,
+    optimizer_state: Any = None,
+    at_once: int = 8,
+) -> np.ndarray:
+    """Takes one optimizer step on a single training example, and measures the change of a query.
+
+    Every step starts from the same parameters and optimizer state: nothing is kept.
+
+    Args:
+      loss: (params, example, key) -> scalar that the step descends. Its scale matters to
+        optimizers without normalisation: a mean over tokens if training used that.
+      measure: (params, example, key) -> scalar of a query, such as its target's probability.
+      params: the model at the end of its training.
+      train: training examples, a pytree of arrays [n, ...].
+      queries: a pytree of arrays [q, ...].
+      ids: integers [q, k], each query's proponents, as `ja.top_k(...).ids`.
+      optimizer: takes the step, with its learning rate.
+      optimizer_state: where the training left it. Default: `optimizer.init(params)`.
+      at_once: steps in memory at once, each with its own parameters and optimizer state.
+
+    Returns:
+      measure after the step minus before, float [q, k]; the paper reports 100 times its mean. NaN
+      for proponents that are missing (id -1).
+
+    Raises:
+      ValueError: if ids are no [q, k] of training examples.
+
+    Cost: q k gradient steps.
+
+    References:
+      Chang et al. (2024), TrackStar, arXiv:2410.17413, section 4.2. Deviation: their optimizer and
+      learning rate are not published in full, so both are arguments.
+    """
+    n, q, ids = leading_size(train), leading_size(queries), np.asarray(ids)
+    if ids.ndim != 2 or len(ids) != q or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"ids must be integers [{q}, k], got {ids.dtype} {list(ids.shape)}.")
+    if ids.size and not -1 <= ids.min() <= ids.max() < n:
+        raise ValueError(
+            f"ids must be those of the {n} training examples, or -1; got {ids.min()}, {ids.max()}."
+        )
+    key = jax.random.key(0)
+    train, queries = jax.tree.map(jnp.asarray, (train, queries))
+    check_output(loss, params, shapes_of_one(train), key)
+    check_output(measure, params, shapes_of_one(queries), key)
+    state = optimizer.init(params) if optimizer_state is None else optimizer_state
+    step = _compiled_steps(loss, measure, optimizer, at_once)
+    pairs = np.stack([np.repeat(np.arange(q), ids.shape[1]), ids.reshape(-1)], axis=1)
+    there = np.flatnonzero(pairs[:, 1] >= 0)
+    changes = np.full(len(pairs), np.nan)
+    block = 8 * at_once
+    starts = range(0, len(there), block)
+    for start in track(iter(starts), "tail-patch", len(starts)):
+        chosen = there[start : start + block]
+        padded = pairs[np.resize(chosen, block)]
+        changes[chosen] = np.asarray(step(params, state, train, queries, padded))[: len(chosen)]
+    return changes.reshape(ids.shape)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_steps(
+    loss: OutputFn, measure: OutputFn, optimizer: optax.GradientTransformation, at_once: int
+) -> Any:
+    @jax.jit
+    def run(params: Params, state: Any, train: Batch, queries: Batch, pairs: jax.Array) -> Any:
+        key = jax.random.key(0)
+
+        def change(pair: jax.Array) -> jax.Array:
+            query = jax.tree.map(lambda x: x[pair[0]], queries)
+            example = jax.tree.map(lambda x: x[pair[1]], train)
+            updates, _ = optimizer.update(jax.grad(loss)(params, example, key), state, params)
+            patched = optax.apply_updates(params, updates)
+            return measure(patched, query, key) - measure(params, query, key)
+
+        return jax.lax.map(change, pairs, batch_size=at_once)
+
+    return run

@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+
+from jaxattr import evaluation
+
+SCORES = np.array([[0.1, 0.9, 0.5, 0.5], [np.nan, -1.0, -2.0, -3.0]])
+RELEVANT = np.array([[False, False, True, True], [True, False, True, False]])
+
+
+def test_ranks_by_hand_with_ties_to_the_lower_id_and_nan_last():
+    assert evaluation.ranks(SCORES, RELEVANT).tolist() == [2, 2]
+    tied = np.array([[False, False, False, True]])
+    assert evaluation.ranks(SCORES[:1], tied).tolist() == [3]
+    assert evaluation.ranks(SCORES[1:], np.array([[True, False, False, False]])).tolist() == [4]
+
+
+def test_metrics_by_hand():
+    assert evaluation.hit_at_k(SCORES, RELEVANT, 1).tolist() == [False, False]
+    assert evaluation.hit_at_k(SCORES, RELEVANT, 2).tolist() == [True, True]
+    assert evaluation.recall_at_k(SCORES, RELEVANT, 2).tolist() == [0.5, 0.5]
+    assert evaluation.recall_at_k(SCORES, RELEVANT, 3).tolist() == [1.0, 0.5]
+    assert evaluation.precision_at_k(SCORES, RELEVANT, 3).tolist() == [2 / 3, 1 / 3]
+    assert evaluation.mean_reciprocal_rank(SCORES, RELEVANT) == 0.5
+
+
+def test_interval_of_a_mean_covers_it():
+    values = np.random.default_rng(0).random(400) < 0.3
+    low, high = evaluation.mean_interval(values)
+    assert low < values.mean() < high and 0.05 < high - low < 0.13  # 2 * 1.96 * sqrt(.21 / 400)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"must both be \[q, n\]"):
+        evaluation.ranks(SCORES, RELEVANT[:1])
+    with pytest.raises(ValueError, match=r"no relevant training example, at positions \[1\]"):
+        evaluation.ranks(SCORES, np.array([[True] * 4, [False] * 4]))
+    with pytest.raises(ValueError, match="k must be between 1 and the 4"):
+        evaluation.hit_at_k(SCORES, RELEVANT, 5)
+    with pytest.raises(ValueError, match="one number per query"):
+        evaluation.mean_interval([])

@@ -1,0 +1,65 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxattr import evaluation
+
+TRAIN = {"x": jnp.array([[1.0, 0.0], [0.0, 2.0], [1.0, -1.0]]), "y": jnp.array([1.0, 2.0, 0.5])}
+QUERIES = jax.tree.map(lambda x: x[:2] * 0.5, TRAIN)
+PARAMS = {"w": jnp.array([0.3, -0.2])}
+
+
+def loss(params, example, key):
+    return 0.5 * (params["w"] @ example["x"] - example["y"]) ** 2
+
+
+def measure(params, example, key):
+    return jnp.exp(-loss(params, example, key))
+
+
+def by_hand(optimizer, state, ids):
+    changes = np.zeros(ids.shape)
+    for q, row in enumerate(ids):
+        for k, n in enumerate(row):
+            query, example = (jax.tree.map(lambda x, i=i: x[i], d) for d, i in
+                              ((QUERIES, q), (TRAIN, n)))  # fmt: skip
+            gradient = jax.grad(loss)(PARAMS, example, None)
+            patched = optax.apply_updates(PARAMS, optimizer.update(gradient, state, PARAMS)[0])
+            changes[q, k] = measure(patched, query, None) - measure(PARAMS, query, None)
+    return changes
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.adam(0.01)])
+def test_each_step_starts_from_the_same_parameters_and_state(optimizer):
+    ids = np.array([[0, 1, 2], [2, 2, 0]])
+    state = optimizer.init(PARAMS)
+    _, warm = optimizer.update(PARAMS, state, PARAMS)
+    for given, used in ((None, state), (warm, warm)):
+        changes = evaluation.tail_patch(
+            loss, measure, PARAMS, TRAIN, QUERIES, ids,
+            optimizer=optimizer, optimizer_state=given, at_once=2,
+        )  # fmt: skip
+        assert np.allclose(changes, by_hand(optimizer, used, ids), rtol=1e-10, atol=0)
+    assert changes[1, 0] == changes[1, 1]
+
+
+def test_missing_proponents_are_not_counted():
+    changes = evaluation.tail_patch(
+        loss, measure, PARAMS, TRAIN, QUERIES, [[0, -1], [1, 2]], optimizer=optax.sgd(0.1)
+    )
+    assert np.isnan(changes).tolist() == [[False, True], [False, False]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "match"),
+    [
+        ([[0], [3]], "those of the 3 training examples"),
+        ([[0]], r"must be integers \[2, k\]"),
+        ([[0.5], [1.0]], "must be integers"),
+    ],
+)
+def test_bad_ids_are_refused(ids, match):
+    with pytest.raises(ValueError, match=match):
+        evaluation.tail_patch(loss, measure, PARAMS, TRAIN, QUERIES, ids, optimizer=optax.sgd(0.1))
