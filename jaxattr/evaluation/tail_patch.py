@@ -1,6 +1,5 @@
 """Tail-patch: does one more step on a proponent make the model say the query's target?"""
 
-import functools
 from typing import Any
 
 import jax
@@ -79,7 +78,6 @@ def tail_patch(
     return changes.reshape(ids.shape)
 
 
-@functools.lru_cache(maxsize=8)
 def _compiled_steps(
     loss: OutputFn, measure: OutputFn, optimizer: optax.GradientTransformation, at_once: int
 ) -> Any:
