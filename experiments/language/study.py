@@ -1,0 +1,389 @@
+"""What weights do for attribution of a GPT-2: LDS, tail-patch, and invented facts."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import AxisType, Mesh
+
+import jaxattr as ja
+from experiments.language import baselines, gpt2, training
+from experiments.language.corpus import Corpus
+from experiments.language.training import Recipe
+from jaxattr import evaluation, language, scoring, weighting
+from jaxattr.evaluation import LDS, Difference
+from jaxattr.language import LogitsFn, Rows
+
+# One letter per kind of matrix, as papers name them; norms and embeddings by themselves.
+KINDS = {
+    "q": "attention/query",
+    "k": "attention/key",
+    "v": "attention/value",
+    "o": "attention/out",
+    "up": "/up/",
+    "down": "/down/",
+    "embeddings": "^embed|^position",
+    "norms": "norm",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Size of a study.
+
+    Attributes:
+      model: of the GPT-2; its vocabulary is the tokenizer's.
+      train: documents to attribute to.
+      queries: to learn weights from, and as many others to measure on.
+      known: invented facts, each with a source and a distractor among the documents.
+      pretraining: on the background documents.
+      tuning: on the documents to attribute to, all or half of them.
+      subsets: half-subsets to train on.
+      seeds: models per subset.
+      runs: whole repetitions, each with another model and other subsets.
+      patched: queries for tail-patch.
+      top: proponents per query for tail-patch.
+    """
+
+    model: gpt2.Config
+    train: int = 512
+    queries: int = 64
+    known: int = 32
+    pretraining: Recipe = Recipe(epochs=6, batch=16, rate=3e-3)
+    tuning: Recipe = Recipe(epochs=6, batch=16, rate=2e-3)
+    subsets: int = 24
+    seeds: int = 1
+    runs: int = 1
+    patched: int = 32
+    top: int = 10
+
+
+SMALL = gpt2.Config(vocabulary=256, context=128, width=64, depth=3, heads=4, remat=False)
+QUICK = Config(SMALL)
+FULL = Config(SMALL, queries=128, subsets=48, seeds=2, runs=3, patched=64)
+
+
+class Truth(NamedTuple):
+    """What models trained on halves say.
+
+    Attributes:
+      masks: bool [subsets, n].
+      learning: minus the losses of the learning queries, [subsets, q].
+      evaluation: of the evaluation queries, [subsets, q].
+    """
+
+    masks: np.ndarray
+    learning: np.ndarray
+    evaluation: np.ndarray
+
+
+class Subject(NamedTuple):
+    """A trained model with everything that is measured on it.
+
+    Attributes:
+      logits_fn: the network.
+      loss: of one row.
+      corpus: its data.
+      params: after tuning on all documents.
+      state: of the optimizer, at the end of it.
+      optimizer: that did it.
+      truth: of models tuned on halves.
+    """
+
+    logits_fn: LogitsFn
+    loss: Any
+    corpus: Corpus
+    params: Any
+    state: Any
+    optimizer: Any
+    truth: Truth
+
+
+TWO_SIDED = ja.projections.two_sided(16)
+METHODS: dict[str, Callable[[Subject], ja.Method]] = {
+    "TracIn": lambda s: ja.tracin(s.loss, projection=TWO_SIDED),
+    "GradCos": lambda s: ja.grad_cos(s.loss, projection=TWO_SIDED),
+    "TRAK": lambda s: ja.trak(
+        language.margin(s.logits_fn),
+        residual=language.residual(s.logits_fn),
+        projection=TWO_SIDED,
+    ),
+    "LoGRA": lambda s: ja.logra(s.loss, rank=16),
+    "TrackStar": lambda s: ja.trackstar(
+        s.loss, s.state, s.params, rank=16, rank_one=True, queries=s.corpus.learning
+    ),
+    "K-FAC": lambda s: ja.kfac(s.loss, rank=32, mask=lambda row: row["mask"]),
+    "EK-FAC": lambda s: ja.ekfac(s.loss, rank=32, mask=lambda row: row["mask"]),
+}
+
+
+class Result(NamedTuple):
+    """One method on one model.
+
+    Attributes:
+      lds: {name of weights: LDS on the evaluation queries}.
+      difference: learned minus uniform.
+      hits: {name of weights: whether the source is the first proponent, [facts]}.
+      mrr: {name of weights: mean reciprocal rank of the source}.
+      top_facts: {name of weights: ids of each fact's proponents [facts, k]}.
+      top_texts: {name of weights: those of the first evaluation queries [patched, k]}.
+      weights: {name of weights: {group: weight}}.
+      shares: {group: share of the scores after learning}.
+      warnings: of learning.
+    """
+
+    lds: dict[str, LDS]
+    difference: Difference
+    hits: dict[str, np.ndarray]
+    mrr: dict[str, float]
+    top_facts: dict[str, np.ndarray]
+    top_texts: dict[str, np.ndarray]
+    weights: dict[str, dict[str, float]]
+    shares: dict[str, float]
+    warnings: tuple[str, ...]
+
+
+def by_kind(params: Any) -> Any:
+    """Groups by kind of matrix, each over all layers.
+
+    Args:
+      params: of the model.
+
+    Returns:
+      The layout: q, k, v, o, up, down, embeddings, norms.
+    """
+    return ja.by_regex(params, KINDS)
+
+
+def prepare(
+    config: Config, corpus: Corpus, folder: Path, run: int = 0, start: Any = None
+) -> Subject:
+    """Trains what is needed; what was trained before is read from `folder`.
+
+    Args:
+      config: size of the study.
+      corpus: the data.
+      folder: where checkpoints and ground truth are kept.
+      run: number of the repetition, which seeds everything.
+      start: pretrained parameters; or None, to pretrain on the background.
+
+    Returns:
+      The subject.
+    """
+    logits_fn = gpt2.logits_fn(config.model)
+    seed = jax.random.key(run)
+    digest = _digest(config, corpus, run, start)
+    if start is None:
+        start = _pretrained(config, corpus, logits_fn, seed, folder / f"pretrained-{digest}")
+    n = len(corpus.texts)
+    train = training.make_train(logits_fn, corpus.train, config.tuning, n)
+    params, state, _ = jax.jit(train)(jax.random.fold_in(seed, 1), jnp.arange(n), start)
+    truth = _truth(config, corpus, logits_fn, start, seed, folder / f"truth-{digest}.npz")
+    optimizer = config.tuning.optimizer(n)
+    loss = language.loss(logits_fn)
+    return Subject(logits_fn, loss, corpus, params, state, optimizer, truth)
+
+
+def measure(subject: Subject, name: str, config: Config, groups: Any = ja.by_layer) -> Result:
+    """Runs one method, with and without weights.
+
+    Args:
+      subject: the model.
+      name: of the method.
+      config: size of the study.
+      groups: what gets a weight of its own.
+
+    Returns:
+      The figures.
+    """
+    corpus, truth = subject.corpus, subject.truth
+    index = ja.build_index(
+        METHODS[name](subject), subject.params, corpus.train, groups=groups, batch_size=32
+    )
+    learning = ja.query_features(index, corpus.learning)
+    queries = ja.query_features(index, corpus.evaluation)
+    questions = ja.query_features(index, corpus.questions)
+    fit = ja.learn_weights(index, learning)
+    weights = {
+        "uniform": scoring.uniform_weights(index),
+        "unit RMS": weighting.unit_rms_weights(index, learning),
+        "learned": fit.weights,
+        "upper bound": evaluation.upper_bound_weights(index, learning, truth.masks, truth.learning),
+    }
+    sums = evaluation.subset_contributions(index, queries, truth.masks)
+    lds = {
+        kind: evaluation.lds_of_predictions(
+            sums @ np.array([w[group] for group in index.layout.names]), truth.evaluation
+        )
+        for kind, w in weights.items()
+    }
+    compared = {kind: weights[kind] for kind in ("uniform", "learned")}
+    asked = {k: np.asarray(ja.score(index, questions, weights=w)) for k, w in compared.items()}
+    texts = {
+        k: np.asarray(ja.top_k(index, queries, k=config.top, weights=w).ids)[: config.patched]
+        for k, w in compared.items()
+    }
+    return Result(
+        lds=lds,
+        difference=evaluation.paired_difference(lds["learned"], lds["uniform"]),
+        hits={k: evaluation.hit_at_k(s, corpus.sources, 1) for k, s in asked.items()},
+        mrr={k: evaluation.mean_reciprocal_rank(s, corpus.sources) for k, s in asked.items()},
+        top_facts={k: best(s, config.top) for k, s in asked.items()},
+        top_texts=texts,
+        weights=weights,
+        shares=fit.shares,
+        warnings=tuple(fit.warnings),
+    )
+
+
+def best(scores: np.ndarray, k: int) -> np.ndarray:
+    """Ids of the k largest scores of each row, ties to the lower id."""
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+
+
+class Baseline(NamedTuple):
+    """What does not look into the model, on the facts.
+
+    Attributes:
+      hits: whether the source comes first, [facts].
+      mrr: mean reciprocal rank of the source.
+      top: ids [facts, k].
+    """
+
+    hits: np.ndarray
+    mrr: float
+    top: np.ndarray
+
+
+def measure_baselines(corpus: Corpus, k: int) -> dict[str, Baseline]:
+    """Retrieval of the facts' sources by text alone, and by chance.
+
+    Args:
+      corpus: the data.
+      k: proponents to keep.
+
+    Returns:
+      {name: figures}.
+    """
+    texts, asked = corpus.texts, corpus.sentences
+    scores = {
+        "BM25": baselines.bm25(texts, asked),
+        "text embedding": baselines.embeddings(texts, asked),
+        "chance": np.random.default_rng(0).random((len(asked), len(texts))),
+    }
+    return {
+        name: Baseline(
+            evaluation.hit_at_k(s, corpus.sources, 1),
+            evaluation.mean_reciprocal_rank(s, corpus.sources),
+            best(s, k),
+        )
+        for name, s in scores.items()
+    }
+
+
+def tail_patch(
+    subject: Subject, queries: Rows, tops: dict[Any, np.ndarray]
+) -> dict[Any, np.ndarray]:
+    """Tail-patch of several lists of proponents; a pair that several name is computed once.
+
+    The step is AdamW's, with the state and the learning rate that training ended with.
+
+    Args:
+      subject: the model.
+      queries: rows [q, t].
+      tops: {name: ids [q, k]}.
+
+    Returns:
+      {name: change of the mean probability of the query's targets, [q, k]}.
+    """
+    q = len(next(iter(tops.values())))
+    unions = [sorted({int(i) for ids in tops.values() for i in ids[row]}) for row in range(q)]
+    ids = np.full((q, max(map(len, unions))), -1)
+    for row, union in enumerate(unions):
+        ids[row, : len(union)] = union
+
+    def step_loss(params: Any, example: Any, key: Any) -> jax.Array:
+        return subject.loss(params, example, key) / example["mask"].sum()
+
+    changes = evaluation.tail_patch(
+        step_loss,
+        language.probability(subject.logits_fn),
+        subject.params,
+        subject.corpus.train,
+        jax.tree.map(lambda x: x[:q], queries),
+        ids,
+        optimizer=subject.optimizer,
+        optimizer_state=subject.state,
+    )
+    places = [{identity: column for column, identity in enumerate(union)} for union in unions]
+    return {
+        name: np.array([[changes[r, places[r][int(i)]] for i in top[r]] for r in range(q)])
+        for name, top in tops.items()
+    }
+
+
+def mesh_of_cores() -> Mesh | None:
+    """A mesh of all devices, or None if there is one."""
+    if jax.device_count() == 1:
+        return None
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def _digest(config: Config, corpus: Corpus, run: int, start: Any) -> str:
+    """Names what was trained by everything that it depends on."""
+    settings = [repr(config), run]
+    arrays = jax.tree.leaves((corpus.background, corpus.train, corpus.evaluation, start))
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _pretrained(
+    config: Config, corpus: Corpus, logits_fn: LogitsFn, seed: jax.Array, path: Path
+) -> Any:
+    initial = gpt2.initial(config.model, seed)
+    with ocp.StandardCheckpointer() as checkpointer:
+        if path.exists():
+            return checkpointer.restore(path.absolute(), initial)
+        count = len(corpus.background["mask"])
+        train = training.make_train(logits_fn, corpus.background, config.pretraining, count)
+        params = jax.jit(train)(jax.random.fold_in(seed, 2), jnp.arange(count), initial)[0]
+        checkpointer.save(path.absolute(), params)
+    return params
+
+
+def _truth(
+    config: Config, corpus: Corpus, logits_fn: LogitsFn, start: Any, seed: jax.Array, path: Path
+) -> Truth:
+    if path.exists():
+        stored = np.load(path)
+        return Truth(*(stored[field] for field in Truth._fields))
+    n = len(corpus.texts)
+    masks = ja.random_subsets(jax.random.fold_in(seed, 3), n, config.subsets)
+    train = training.make_train(logits_fn, corpus.train, config.tuning, n // 2)
+    params = ja.retrain(
+        lambda key, ids: train(key, ids, start)[0],
+        masks,
+        jax.random.fold_in(seed, 4),
+        seeds=config.seeds,
+        at_once=4 * jax.device_count(),
+        mesh=mesh_of_cores(),
+    )
+    both = {k: np.concatenate([corpus.learning[k], corpus.evaluation[k]]) for k in corpus.learning}
+    loss = language.loss(logits_fn)
+    losses = evaluation.outputs(lambda params, row, key: -loss(params, row, key), params, both)
+    truth = Truth(masks, *np.split(np.asarray(losses), 2, axis=1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npz")
+    np.savez(partial, **truth._asdict())
+    partial.replace(path)
+    return truth

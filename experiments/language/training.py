@@ -1,0 +1,120 @@
+"""Training a GPT-2: once on everything, and many times on halves, under `vmap`."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxattr import language
+from jaxattr.language import LogitsFn, Rows
+from jaxattr.typing import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+      epochs: passes over the rows.
+      batch: rows per step.
+      rate: peak learning rate.
+      decay: of weights, as in AdamW.
+      final: share of the peak rate at the end.
+    """
+
+    epochs: int
+    batch: int
+    rate: float
+    decay: float = 0.01
+    final: float = 0.1
+
+    def steps(self, rows: int) -> int:
+        """Number of steps for so many rows."""
+        return self.epochs * (rows // min(self.batch, rows))
+
+    def optimizer(self, rows: int) -> optax.GradientTransformation:
+        """AdamW with warm-up and cosine decay."""
+        steps = self.steps(rows)
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, self.rate, max(1, steps // 20), steps, self.final * self.rate
+        )
+        return optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=self.decay)
+        )
+
+
+def mean_loss(logits_fn: LogitsFn) -> Callable[[Params, Any], jax.Array]:
+    """Makes the mean over a batch's target tokens of the loss.
+
+    Args:
+      logits_fn: the model.
+
+    Returns:
+      (params, rows) -> scalar.
+    """
+    of_row = language.loss(logits_fn)
+    key = jax.random.key(0)  # not used: the model is deterministic
+
+    def loss(params: Params, rows: Any) -> jax.Array:
+        losses = jax.vmap(of_row, (None, 0, None))(params, rows, key)
+        return losses.sum() / jnp.maximum(rows["mask"].sum(), 1)
+
+    return loss
+
+
+def make_train(
+    logits_fn: LogitsFn, rows: Rows, recipe: Recipe, count: int
+) -> Callable[[jax.Array, jax.Array, Params], tuple[Params, Any, jax.Array]]:
+    """Makes a pure training function.
+
+    Args:
+      logits_fn: the model.
+      rows: all rows; which are used is said by ids.
+      recipe: how.
+      count: number of ids.
+
+    Returns:
+      (key, ids [count], initial params) -> params, optimizer state, losses [steps].
+    """
+    loss, optimizer = mean_loss(logits_fn), recipe.optimizer(count)
+    batch = min(recipe.batch, count)
+    data = jax.tree.map(jnp.asarray, rows)
+
+    def train(key: jax.Array, ids: jax.Array, params: Params) -> tuple[Params, Any, jax.Array]:
+        per_epoch = count // batch
+        keys = jax.random.split(key, recipe.epochs)
+        orders = jax.vmap(lambda k: jax.random.permutation(k, count)[: per_epoch * batch])(keys)
+        batches = ids[orders.reshape(-1, batch)]
+
+        def step(carry: tuple, chosen: jax.Array) -> tuple[tuple, jax.Array]:
+            params, state = carry
+            rows = jax.tree.map(lambda x: x[chosen], data)
+            value, gradients = jax.value_and_grad(loss)(params, rows)
+            updates, state = optimizer.update(gradients, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        (params, state), losses = jax.lax.scan(step, (params, optimizer.init(params)), batches)
+        return params, state, losses
+
+    return train
+
+
+def perplexity(logits_fn: LogitsFn, params: Params, rows: Rows, batch: int = 64) -> float:
+    """Returns the exponential of the mean loss per target token.
+
+    Args:
+      logits_fn: the model.
+      params: its parameters.
+      rows: any.
+      batch: rows at once.
+    """
+    of_row = jax.jit(jax.vmap(language.loss(logits_fn), (None, 0, None)))
+    total = 0.0
+    for start in range(0, len(rows["mask"]), batch):
+        part = {name: x[start : start + batch] for name, x in rows.items()}
+        total += float(of_row(params, part, jax.random.key(0)).sum())
+    return float(np.exp(total / rows["mask"].sum()))
