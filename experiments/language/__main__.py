@@ -1,0 +1,289 @@
+"""Attributes a small GPT-2 to the documents that it was trained on, and says how right that is.
+
+python -m experiments.language                     # Python's documentation; under ten minutes on two cores
+python -m experiments.language --full              # three models, 48 half-subsets, two seeds each
+python -m experiments.language --data wiki.train.tokens --weights gpt2/ --full   # on a GPU
+python -m experiments.language --plan              # what GPT-2 small on WikiText-103 takes
+"""  # noqa: E501
+
+import argparse
+import dataclasses
+import json
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import jaxattr as ja
+from experiments.language import corpus, costs, figures, pretrained, rendering, study, text
+from experiments.language.study import Config, Result, Subject
+from experiments.language.text import Tokenizer
+from experiments.language.training import Recipe, perplexity
+from jaxattr import evaluation
+from jaxattr.covariances import TruncationWarning
+
+NOTE = "TracIn with learned weights: a score is the sum over tokens of the query, or the document."
+
+
+def main() -> None:
+    """Runs the study."""
+    # A device per core, for retraining: XLA leaves cores idle in the many small steps of one.
+    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    arguments = _arguments()
+    console, started = Console(), time.monotonic()
+    if arguments.plan:
+        _print_plans(console)
+        return
+    warnings.simplefilter("ignore", ja.WeightWarning)  # they stand in the file of results
+    warnings.simplefilter("ignore", TruncationWarning)
+    config = study.FULL if arguments.full else study.QUICK
+    config, tokenizer, start = _model(config, arguments.weights)
+    context = config.model.context
+    texts = text.documentation() if arguments.data is None else text.read(arguments.data)
+    longest = context - 1 if isinstance(tokenizer, text.Bytes) else 8 * context
+    found = corpus.assemble(
+        text.deduplicated(texts, 80, longest), tokenizer,
+        context=context, train=config.train, queries=config.queries, known=config.known,
+    )  # fmt: skip
+    runs = []
+    for run in range(config.runs):
+        console.print(
+            f"[bold]model {run + 1} of {config.runs}[/bold]: pretraining, then "
+            f"{config.subsets * config.seeds} models on halves of {config.train} documents"
+        )
+        subject = study.prepare(config, found, arguments.folder, run, start)
+        console.print(_fluency(subject))
+        runs.append(_measure(subject, config, console))
+        if run == 0:
+            _draw(subject, runs[0].results, arguments.folder)
+    console.print(lds_table(runs))
+    console.print(facts_table(runs))
+    name = "full.json" if arguments.full else "quick.json"
+    rendering.write(arguments.folder / name, json.dumps([as_json(run) for run in runs], indent=1))
+    console.print(
+        f"{time.monotonic() - started:.0f} s. In {arguments.folder}/: who_taught_it.html (tokens "
+        f"coloured by influence), weights.png, {name}."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All figures of one model.
+
+    Attributes:
+      results: {method: figures}.
+      baselines: {name: figures on the facts}.
+      facts_patch: {(method, weights) or name: tail-patch on the facts, [facts, k]}.
+      texts_patch: {(method, weights) or "chance": tail-patch on evaluation documents, [q, k]}.
+    """
+
+    results: dict[str, Result]
+    baselines: dict[str, study.Baseline]
+    facts_patch: dict[Any, np.ndarray]
+    texts_patch: dict[Any, np.ndarray]
+
+
+def _measure(subject: Subject, config: Config, console: Console) -> Run:
+    results: dict[str, Result] = {}
+    for method in study.METHODS:
+        console.print(f"  {method}")
+        results[method] = study.measure(subject, method, config)
+    for method in ("TracIn", "EK-FAC"):
+        name = f"{method}, by kind"
+        console.print(f"  {name}")
+        results[name] = study.measure(subject, method, config, study.by_kind)
+    found = study.measure_baselines(subject.corpus, config.top)
+    console.print("  tail-patch")
+    pairs = [(m, w) for m in results for w in ("uniform", "learned")]
+    facts = {(m, w): results[m].top_facts[w] for m, w in pairs}
+    texts = {(m, w): results[m].top_texts[w] for m, w in pairs}
+    shape = texts["TracIn", "uniform"].shape
+    chance = np.random.default_rng(1).integers(len(subject.corpus.texts), size=shape)
+    corpus = subject.corpus
+    return Run(
+        results,
+        found,
+        study.tail_patch(
+            subject, corpus.questions, facts | {name: b.top for name, b in found.items()}
+        ),
+        study.tail_patch(subject, corpus.evaluation, texts | {"chance": chance}),
+    )
+
+
+def _draw(subject: Subject, results: dict[str, Result], folder: Path) -> None:
+    by_layer = {m: results[m].weights["learned"] for m in study.METHODS}
+    figures.draw_weights(by_layer, folder / "weights.png")
+    corpus = subject.corpus
+    shown = {name: np.concatenate([corpus.questions[name][:3], corpus.evaluation[name][:5]])
+             for name in corpus.questions}  # fmt: skip
+    found = rendering.explain(
+        subject, study.METHODS["TracIn"](subject), shown, results["TracIn"].weights["learned"], k=3
+    )
+    titles = [*corpus.sentences[:3], *(f"Held-out document {i + 1}" for i in range(5))]
+    rendering.write(folder / "who_taught_it.html", rendering.page(titles, found, NOTE))
+
+
+def _fluency(subject: Subject) -> str:
+    held_out = perplexity(subject.logits_fn, subject.params, subject.corpus.evaluation)
+    answers = perplexity(subject.logits_fn, subject.params, subject.corpus.questions)
+    return (
+        f"  perplexity per token {held_out:.2f} on held-out documents, {answers:.2f} on answers "
+        "to the invented facts"
+    )
+
+
+def lds_table(runs: list[Run]) -> Table:
+    """Makes the table of LDS and tail-patch, means over runs.
+
+    Args:
+      runs: one per model.
+
+    Returns:
+      A table for a terminal.
+    """
+    table = Table(
+        title="LDS in % on held-out documents, 95 % interval over subsets in brackets; tail-patch: "
+        "change in % of the mean token probability after one step on a top proponent",
+        padding=(0, 0, 0, 1),
+    )
+    headings = ("method", "uniform", "unit RMS", "learned", "upper bound", "learned - uniform")
+    for heading in (*headings, "tail-patch uniform", "learned"):
+        table.add_column(heading.replace(" ", "\n", 1))
+    for method in runs[0].results:
+        found = [run.results[method] for run in runs]
+        cells = [_mean_of([each.lds[kind] for each in found]) for kind in found[0].lds]
+        difference = _mean_of([each.difference for each in found], "+")
+        patches = [
+            _interval(np.concatenate([run.texts_patch[method, w] for run in runs]), 3)
+            for w in ("uniform", "learned")
+        ]
+        table.add_row(method, *cells, difference, *patches)
+    chance = np.concatenate([run.texts_patch["chance"] for run in runs])
+    table.add_row("chance", *["-"] * 5, _interval(chance, 3), "")
+    return table
+
+
+def facts_table(runs: list[Run]) -> Table:
+    """Makes the table of retrieval of the facts' sources, all runs together.
+
+    Args:
+      runs: one per model.
+
+    Returns:
+      A table for a terminal.
+    """
+    table = Table(
+        title="Invented facts: is the source document the first proponent (recall@1, %), mean "
+        "reciprocal rank, and tail-patch of the answer's mean token probability, %; intervals over "
+        "facts",
+        padding=(0, 0, 0, 1),
+    )
+    for heading in ("method", "weights", "recall@1", "MRR", "tail-patch"):
+        table.add_column(heading)
+    for method in runs[0].results:
+        for weights in ("uniform", "learned"):
+            hits = np.concatenate([run.results[method].hits[weights] for run in runs])
+            mrr = np.mean([run.results[method].mrr[weights] for run in runs])
+            patch = np.concatenate([run.facts_patch[method, weights] for run in runs])
+            table.add_row(method, weights, _interval(hits[:, None], 0), f"{mrr:.2f}",
+                          _interval(patch, 2))  # fmt: skip
+    for name in runs[0].baselines:
+        hits = np.concatenate([run.baselines[name].hits for run in runs])
+        mrr = np.mean([run.baselines[name].mrr for run in runs])
+        patch = np.concatenate([run.facts_patch[name] for run in runs])
+        table.add_row(name, "-", _interval(hits[:, None], 0), f"{mrr:.2f}", _interval(patch, 2))
+    return table
+
+
+def as_json(run: Run) -> dict[str, Any]:
+    """The figures of one model, for a file."""
+    return {
+        "methods": {
+            method: {
+                "lds": {k: [lds.mean, lds.low, lds.high] for k, lds in result.lds.items()},
+                "learned_minus_uniform": vars(result.difference),
+                "recall_at_1": {k: float(hits.mean()) for k, hits in result.hits.items()},
+                "mrr": result.mrr,
+                "weights": result.weights,
+                "shares": result.shares,
+                "warnings": result.warnings,
+            }
+            for method, result in run.results.items()
+        },
+        "baselines": {
+            name: {"recall_at_1": float(b.hits.mean()), "mrr": b.mrr}
+            for name, b in run.baselines.items()
+        },
+        "tail_patch": {
+            where: {" ".join(k) if isinstance(k, tuple) else k: float(v.mean()) for k, v in
+                    found.items()}
+            for where, found in (("facts", run.facts_patch), ("texts", run.texts_patch))
+        },
+    }  # fmt: skip
+
+
+def _model(config: Config, weights: Path | None) -> tuple[Config, Tokenizer, Any]:
+    """Configuration, tokenizer and, if they are given, pretrained parameters."""
+    if weights is None:
+        return config, text.Bytes(), None
+    on_cpu = jax.default_backend() == "cpu"
+    model, params, tokenizer = pretrained.load(weights, jnp.float32 if on_cpu else jnp.bfloat16)
+    model = dataclasses.replace(model, context=min(model.context, 512))
+    position = params["position"]["embedding"][: model.context]
+    params = params | {"position": {"embedding": position}}
+    tuning = Recipe(epochs=3, batch=8, rate=3e-5)
+    return dataclasses.replace(config, model=model, tuning=tuning), tokenizer, params
+
+
+def _print_plans(console: Console) -> None:
+    console.print(f"GPT-2 small on WikiText-103, {jax.device_count()} devices of this machine")
+    for name, plan in costs.plans(study.mesh_of_cores()).items():
+        console.print(f"[bold]{name}[/bold]\n{plan}", highlight=False)
+    total = costs.arithmetic()
+    console.print(
+        f"One pass over the data is {total:.2g} floating-point operations: at 40 % of 989 Tflop/s "
+        f"(H100) {total / 0.4 / 989e12 / 3600:.1f} hours, on 16 TPU v5e (197 Tflop/s each) "
+        f"{total / 0.4 / 197e12 / 16 / 3600:.1f}. TracIn makes one pass, LoGRA two, EK-FAC three."
+    )
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.language",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--full", action="store_true", help="the larger study")
+    parser.add_argument("--data", type=Path, help="text, WikiText or .jsonl file, or a folder")
+    parser.add_argument("--weights", type=Path, help="a GPT-2 as Hugging Face stores it")
+    parser.add_argument("--plan", action="store_true", help="GPT-2 small on WikiText-103: the cost")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/language"), help="for all results"
+    )
+    return parser.parse_args()
+
+
+def _mean_of(found: list[Any], sign: str = "") -> str:
+    """Means over runs, of means and of interval ends: models are few, so no interval over them."""
+    mean, low, high = (
+        100 * np.mean([getattr(each, name) for each in found]) for name in ("mean", "low", "high")
+    )
+    return f"{mean:{sign}.1f}\n[{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def _interval(values: np.ndarray, digits: int) -> str:
+    each = values.mean(axis=1)
+    low, high = evaluation.mean_interval(each)
+    ends = f"[{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
+    return f"{100 * each.mean():.{digits}f} {ends}"
+
+
+if __name__ == "__main__":
+    main()
