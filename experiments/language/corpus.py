@@ -22,6 +22,7 @@ class Corpus(NamedTuple):
       evaluation: other held-out documents, to measure on.
       questions: a row per fact, whose answer alone is asked for.
       sentences: prompt and answer of each fact, as text.
+      prompts: the prompts alone.
       sources: bool [facts, n], which document states the fact.
     """
 
@@ -33,6 +34,7 @@ class Corpus(NamedTuple):
     evaluation: Rows
     questions: Rows
     sentences: list[str]
+    prompts: list[str]
     sources: np.ndarray
 
 
@@ -82,6 +84,7 @@ def assemble(
         rows(texts[queries : 2 * queries]),
         _questions(invented, sentences, tokenizer, context),
         sentences,
+        invented.prompts,
         sources,
     )
 

@@ -276,6 +276,7 @@ def measure_baselines(corpus: Corpus, k: int) -> dict[str, Baseline]:
     texts, asked = corpus.texts, corpus.sentences
     scores = {
         "BM25": baselines.bm25(texts, asked),
+        "BM25 without the answer": baselines.bm25(texts, corpus.prompts),
         "text embedding": baselines.embeddings(texts, asked),
         "chance": np.random.default_rng(0).random((len(asked), len(texts))),
     }
