@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import bm25s
 import numpy as np
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -21,6 +20,8 @@ def bm25(documents: Sequence[str], queries: Sequence[str]) -> np.ndarray:
     Returns:
       Float [q, n].
     """
+    import bm25s  # starts JAX when it is imported, before the number of its devices is set
+
     retriever = bm25s.BM25()
     tokens = [
         bm25s.tokenize(list(texts), stopwords=None, token_pattern=WORDS, show_progress=False)
