@@ -1,5 +1,6 @@
 """What does not look into the model: BM25, and the similarity of embedded texts."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +23,7 @@ def bm25(documents: Sequence[str], queries: Sequence[str]) -> np.ndarray:
     """
     import bm25s  # starts JAX when it is imported, before the number of its devices is set
 
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
     retriever = bm25s.BM25()
     tokens = [
         bm25s.tokenize(list(texts), stopwords=None, token_pattern=WORDS, show_progress=False)
