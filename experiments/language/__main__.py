@@ -249,8 +249,8 @@ def _print_plans(console: Console) -> None:
     total = costs.arithmetic()
     console.print(
         f"One pass over the data is {total:.2g} floating-point operations: at 40 % of 989 Tflop/s "
-        f"(H100) {total / 0.4 / 989e12 / 3600:.1f} hours, on 16 TPU v5e (197 Tflop/s each) "
-        f"{total / 0.4 / 197e12 / 16 / 3600:.1f}. TracIn makes one pass, LoGRA two, EK-FAC three."
+        f"(H100) {total / 0.4 / 989e12 / 60:.1f} minutes, on 16 TPU v5e (197 Tflop/s each) "
+        f"{total / 0.4 / 197e12 / 16 / 60:.1f}. TracIn and LoGRA make one pass, EK-FAC two."
     )
 
 

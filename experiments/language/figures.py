@@ -44,7 +44,10 @@ def draw_weights(weights: dict[str, dict[str, float]], path: Path) -> None:
                             vmax=largest, aspect="auto")  # fmt: skip
         for (row, column), value in np.ndenumerate(grid):
             if np.isfinite(value):
-                axis.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=6)
+                color = "white" if abs(np.log2(max(value, 2**-4))) > 2 else "black"
+                axis.text(
+                    column, row, f"{value:.1f}", ha="center", va="center", fontsize=6, color=color
+                )
         axis.set_title(method, fontsize=9)
         axis.set_xlabel("layer", fontsize=8)
         axis.set_xticks(range(grid.shape[1]))
