@@ -103,6 +103,12 @@ def test_json_lines_and_their_errors(tmp_path):
         text.read(path)
 
 
+def test_pieces_lose_no_text_and_are_short():
+    whole = ["one two  three\nfour " * 20, "short"]
+    made = text.pieces(whole, 30)
+    assert "".join(made) == "".join(whole) and max(map(len, made)) <= 30
+
+
 def test_bytes_round_trip():
     ids = text.Bytes().encode("für\0x")
     assert ids[0] == ids[-1] == 0 and 0 not in ids[1:-1] and max(ids) < 256

@@ -46,8 +46,11 @@ def main() -> None:
     config = study.FULL if arguments.full else study.QUICK
     config, tokenizer, start = _model(config, arguments.weights)
     context = config.model.context
-    texts = text.documentation() if arguments.data is None else text.read(arguments.data)
-    longest = context - 1 if isinstance(tokenizer, text.Bytes) else 8 * context
+    longest = context - 1 if isinstance(tokenizer, text.Bytes) else 4 * context
+    if arguments.data is None:
+        texts = text.documentation()
+    else:
+        texts = text.pieces(text.read(arguments.data), longest)
     found = corpus.assemble(
         text.deduplicated(texts, 80, longest), tokenizer,
         context=context, train=config.train, queries=config.queries, known=config.known,
@@ -244,7 +247,7 @@ def _model(config: Config, weights: Path | None) -> tuple[Config, Tokenizer, Any
 
 def _print_plans(console: Console) -> None:
     console.print(f"GPT-2 small on WikiText-103, {jax.device_count()} devices of this machine")
-    for name, plan in costs.plans(study.mesh_of_cores()).items():
+    for name, plan in costs.plans(study.mesh_of_devices()).items():
         console.print(f"[bold]{name}[/bold]\n{plan}", highlight=False)
     total = costs.arithmetic()
     console.print(

@@ -205,8 +205,14 @@ def measure(subject: Subject, name: str, config: Config, groups: Any = ja.by_lay
       The figures.
     """
     corpus, truth = subject.corpus, subject.truth
+    on_cpu = jax.default_backend() == "cpu"  # whose devices are for retraining
     index = ja.build_index(
-        METHODS[name](subject), subject.params, corpus.train, groups=groups, batch_size=32
+        METHODS[name](subject),
+        subject.params,
+        corpus.train,
+        groups=groups,
+        batch_size=32,
+        mesh=None if on_cpu else mesh_of_devices(),
     )
     learning = ja.query_features(index, corpus.learning)
     queries = ja.query_features(index, corpus.evaluation)
@@ -331,7 +337,7 @@ def tail_patch(
     }
 
 
-def mesh_of_cores() -> Mesh | None:
+def mesh_of_devices() -> Mesh | None:
     """A mesh of all devices, or None if there is one."""
     if jax.device_count() == 1:
         return None
@@ -377,7 +383,7 @@ def _truth(
         jax.random.fold_in(seed, 4),
         seeds=config.seeds,
         at_once=4 * jax.device_count(),
-        mesh=mesh_of_cores(),
+        mesh=mesh_of_devices(),
     )
     both = {k: np.concatenate([corpus.learning[k], corpus.evaluation[k]]) for k in corpus.learning}
     loss = language.loss(logits_fn)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import sysconfig
+import textwrap
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -100,6 +101,25 @@ def deduplicated(texts: Sequence[str], shortest: int, longest: int) -> list[str]
     cut = {text.strip()[:longest] for text in texts}
     kept = (text for text in cut if len(text) >= shortest)
     return sorted(kept, key=lambda text: hashlib.sha256(text.encode("utf-8", "replace")).digest())
+
+
+def pieces(texts: Iterable[str], longest: int) -> list[str]:
+    """Cuts texts into pieces at spaces, so that long articles are not lost beyond a row.
+
+    Args:
+      texts: documents.
+      longest: characters per piece; a word that is longer is a piece by itself.
+
+    Returns:
+      Texts.
+    """
+    return [
+        piece
+        for text in texts
+        for piece in textwrap.wrap(
+            text, longest, replace_whitespace=False, drop_whitespace=False, break_long_words=False
+        )
+    ]
 
 
 def _of_file(path: Path) -> list[str]:
