@@ -384,9 +384,9 @@ def test_influence_in_a_subspace_is_that_of_the_subspace():
         each = jax.vmap(models.loss, (None, 0, None))(unflatten(flat), TRAIN, None)
         return each.mean()
 
-    hessian = jax.hessian(mean_loss)(flat)
-    gradient = jax.vmap(
-        lambda x: jax.flatten_util.ravel_pytree(jax.grad(models.loss)(PARAMS, x, None))[0]
+    hessian = jax.jit(jax.hessian(mean_loss))(flat)
+    gradient = jax.jit(
+        jax.vmap(lambda x: jax.flatten_util.ravel_pytree(jax.grad(models.loss)(PARAMS, x, None))[0])
     )
     many = models.data(300, seed=9)
     embedding = np.linalg.lstsq(gradient(many), features(PARAMS, many), rcond=None)[0]
