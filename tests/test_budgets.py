@@ -1,5 +1,7 @@
 """What a build will take, known before it begins."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -39,13 +41,14 @@ def test_disk_and_meshes_in_the_plan(tmp_path):
 
 def test_the_microbatch_is_the_largest_that_fits():
     method = ja.tracin(models.loss, projection=projections.sjlt(20, nonzeros=1))
-    small, large = (ja.plan(method, PARAMS, TRAIN, microbatch=m).device_bytes for m in (4, 64))
+    planned = functools.partial(ja.plan, method, PARAMS, TRAIN, batch_size=32)
+    small, large = (planned(microbatch=m).device_bytes for m in (2, 32))
     memory = (small + large) // 2
-    plan = ja.plan(method, PARAMS, TRAIN, memory=memory)
-    assert 4 < plan.microbatch < 64 and plan.device_bytes <= memory
-    above = ja.plan(method, PARAMS, TRAIN, microbatch=2 * plan.microbatch + 1)
+    plan = planned(memory=memory)
+    assert 2 < plan.microbatch < 32 and plan.device_bytes <= memory
+    above = planned(microbatch=2 * plan.microbatch)
     assert above.device_bytes > memory
-    index = ja.build_index(method, PARAMS, TRAIN, memory=memory)
+    index = ja.build_index(method, PARAMS, TRAIN, batch_size=32, memory=memory)
     assert index.featurizer.microbatch == plan.microbatch
 
 
