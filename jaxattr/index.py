@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.bases import Fitted
-from jaxattr.features import Featurizer, leading_size
+from jaxattr.features import Featurized, Featurizer, leading_size
 from jaxattr.kernels import Kernel
 from jaxattr.methods import Method
 from jaxattr.plans import FeatureLayout
@@ -302,30 +302,31 @@ def _checked_width(index: Index, queries: QueryFeatures) -> QueryFeatures:
 def _part_step(step: Any, normalize: bool, kernel: Kernel, split: Any) -> Any:
     """The jitted (state, one query, id) -> features of its parts, and whether they are finite."""
 
-    def together(phi: Features, wanted: bool) -> Features:
-        if not wanted:
-            return phi
-        whole = phi.sum(axis=0, keepdims=True)
-        norm = jnp.linalg.norm(whole)
-        return phi / jnp.where(norm == 0, 1, norm)
+    def scaled_step(*arguments: Any) -> Featurized:
+        got = step(*arguments)
+        return got._replace(features=_unit_sum(got.features)) if normalize else got
+
+    def whiten(operator: Any, phi: Features) -> Features:
+        assert kernel.whiten is not None
+        return _unit_sum(kernel.whiten(operator, phi))
+
+    of_queries = kernel.of_queries if kernel.whiten is None else whiten
+    functions = QueryFunctions(scaled_step, of_queries)
 
     @jax.jit
     def run(state: State, query: Example, number: jax.Array) -> tuple[Features, jax.Array]:
         parts = split(query)
         ids = jnp.full(leading_size(parts), number)
-        columns = []
-        for c, params in enumerate(state.checkpoints):
-            phi = step(state.key, params, parts, ids, jnp.asarray(c), state.fitted[c]).features
-            phi = together(phi, normalize)
-            if kernel.of_queries is not None:
-                linear = kernel.whiten or kernel.of_queries
-                phi = together(linear(state.operators[c], phi), kernel.whiten is not None)
-            columns.append(phi)
-        features = jnp.concatenate(columns, axis=1)
-        finite = jnp.isfinite(features).all()
-        return jnp.where(finite, features, 0), finite
+        features, finite = features_of_batch(functions, state, parts, ids)
+        return features, finite.all()
 
     return run
+
+
+def _unit_sum(phi: Features) -> Features:
+    """Scales rows together, so that their sum has unit norm; a sum of zero stays."""
+    norm = jnp.linalg.norm(phi.sum(axis=0))
+    return phi / jnp.where(norm == 0, 1, norm)
 
 
 @functools.lru_cache(maxsize=16)

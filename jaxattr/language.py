@@ -46,18 +46,16 @@ def loss(logits_fn: LogitsFn) -> OutputFn:
       >>> round(float(of_row(params, row, jax.random.key(0))), 3)  # log 4 + log 4/3
       1.674
     """
+    of_targets = _log_probabilities_of(logits_fn)
 
     def of_row(params: Params, example: Example, key: Key) -> jax.Array:
         del key
-        return -_summed(
-            log_probabilities(logits_fn(params, example), example["targets"]), example["mask"]
-        )
+        return -_summed(of_targets(params, example), example["mask"])
 
     def sample(params: Params, example: Example, key: Key) -> Example:
-        drawn = jax.random.categorical(key, logits_fn(params, example)).astype(
-            example["targets"].dtype
-        )
-        return {**example, "targets": jnp.where(example["mask"], drawn, example["targets"])}
+        targets = example["targets"]
+        drawn = jax.random.categorical(key, logits_fn(params, example)).astype(targets.dtype)
+        return {**example, "targets": jnp.where(example["mask"], drawn, targets)}
 
     of_row.sample = sample  # type: ignore[attr-defined]
     return of_row
@@ -72,10 +70,11 @@ def margin(logits_fn: LogitsFn) -> OutputFn:
     Returns:
       (params, row, key) -> float32 scalar; pass `residual(logits_fn)` to `ja.trak` with it.
     """
+    of_targets = _log_probabilities_of(logits_fn)
 
     def of_row(params: Params, example: Example, key: Key) -> jax.Array:
         del key
-        log_p = log_probabilities(logits_fn(params, example), example["targets"])
+        log_p = of_targets(params, example)
         # log(1 - p) of a p that rounds to one is taken at the nearest p below it.
         log_rest = jnp.log(-jnp.expm1(jnp.minimum(log_p, -jnp.finfo(log_p.dtype).eps)))
         return _summed(log_p - log_rest, example["mask"])
@@ -92,9 +91,10 @@ def residual(logits_fn: LogitsFn) -> OutputFn:
     Returns:
       (params, row, key) -> float32 scalar between 0 and 1.
     """
+    mean = probability(logits_fn)
 
     def of_row(params: Params, example: Example, key: Key) -> jax.Array:
-        return 1 - probability(logits_fn)(params, example, key)
+        return 1 - mean(params, example, key)
 
     return of_row
 
@@ -108,10 +108,11 @@ def probability(logits_fn: LogitsFn) -> OutputFn:
     Returns:
       (params, row, key) -> float32 scalar between 0 and 1; what `evaluation.tail_patch` measures.
     """
+    of_targets = _log_probabilities_of(logits_fn)
 
     def of_row(params: Params, example: Example, key: Key) -> jax.Array:
         del key
-        p = jnp.exp(log_probabilities(logits_fn(params, example), example["targets"]))
+        p = jnp.exp(of_targets(params, example))
         return _summed(p, example["mask"]) / jnp.maximum(example["mask"].sum(), 1)
 
     return of_row
@@ -294,6 +295,13 @@ def check_targets(queries: Mapping[str, Any]) -> None:
             f"{len(empty)} queries have no target tokens, at positions {empty[:10].tolist()}: "
             "their mask is zero everywhere, so there is nothing to attribute. Leave them out."
         )
+
+
+def _log_probabilities_of(logits_fn: LogitsFn) -> Callable[[Params, Example], jax.Array]:
+    def of_targets(params: Params, example: Example) -> jax.Array:
+        return log_probabilities(logits_fn(params, example), example["targets"])
+
+    return of_targets
 
 
 def _summed(values: jax.Array, mask: jax.Array) -> jax.Array:

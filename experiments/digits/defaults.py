@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxattr as ja
+from experiments import ground_truth
 from experiments.digits import study
 from experiments.digits.study import Subject
 from jaxattr import scoring, weighting
@@ -69,7 +70,7 @@ def change_by_setting(subject: Subject, method: ja.Method) -> dict[str, float]:
             index, learning, **options
         ).weights
     queries = ja.query_features(index, subject.digits.evaluation)
-    lds = dict(study.lds_of_weights(index, queries, subject.truth, weights))
+    lds = dict(ground_truth.lds_of_weights(index, queries, subject.truth, weights))
     base = lds.pop("uniform").mean
     return {setting: 100 * (found.mean - base) for setting, found in lds.items()}
 

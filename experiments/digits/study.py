@@ -3,19 +3,19 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 
 import jaxattr as ja
+from experiments import ground_truth
 from experiments.digits import data, training
 from experiments.digits.data import Digits
 from experiments.digits.models import Model, make_model
+from experiments.ground_truth import Truth
 from jaxattr import evaluation, scoring, weighting
 from jaxattr.evaluation import LDS
 
@@ -87,20 +87,6 @@ CURVATURE: dict[str, Choice] = {
     "EK-FAC, 2x2 bands": Choice(lambda s: ja.ekfac(training.loss(s.model), bands=2), ja.by_layer),
     "DataInf": Choice(lambda s: ja.data_inf(training.loss(s.model), projection=EXACT), ja.by_layer),
 }
-
-
-class Truth(NamedTuple):
-    """What retrained models say.
-
-    Attributes:
-      masks: bool [subsets, n].
-      learning: margins of the learning queries, [subsets, q].
-      evaluation: margins of the evaluation queries, [subsets, q].
-    """
-
-    masks: np.ndarray
-    learning: np.ndarray
-    evaluation: np.ndarray
 
 
 class Subject(NamedTuple):
@@ -198,7 +184,7 @@ def measure(subject: Subject, choice: Choice) -> Result:
         "best group": dict.fromkeys(uniform, 0.0) | {best: 1.0},
         "upper bound": evaluation.upper_bound_weights(index, learning, truth.masks, truth.learning),
     }
-    lds = dict(lds_of_weights(index, queries, truth, weights))
+    lds = dict(ground_truth.lds_of_weights(index, queries, truth, weights))
     groups = evaluation.group_lds(index, queries, truth.masks, truth.evaluation)
     return Result(
         lds=lds,
@@ -216,26 +202,6 @@ def index_of(
     """Builds an index."""
     # As many per step as there are queries: one compiled program serves both.
     return ja.build_index(method, checkpoints, train, groups=groups, batch_size=100)
-
-
-def lds_of_weights(
-    index: ja.Index, queries: Any, truth: Truth, weights: dict[str, dict[str, float]]
-) -> Iterator[tuple[str, LDS]]:
-    """LDS for several weights at the cost of one.
-
-    Args:
-      index: the index.
-      queries: the evaluation queries, or their features.
-      truth: outputs of retrained models.
-      weights: {name: weights}.
-
-    Yields:
-      Name and LDS.
-    """
-    sums = evaluation.subset_contributions(index, queries, truth.masks)  # [q, s, m]
-    for name, w in weights.items():
-        array = np.array([w[group] for group in index.layout.names])
-        yield name, evaluation.lds_of_predictions(sums @ array, truth.evaluation)
 
 
 def _mislabel_auc(
@@ -278,23 +244,17 @@ def _truth(model: Model, digits: Digits, config: Config, folder: Path) -> Truth:
     settings |= {"learning_rate": model.recipe.learning_rate, "epochs": model.recipe.epochs}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     path = folder / f"truth-{model.name}-{digest}.npz"
-    if path.exists():
-        stored = np.load(path)
-        return Truth(*(stored[field] for field in Truth._fields))
-    masks = ja.random_subsets(jax.random.key(0), config.train, config.subsets)
-    params = ja.retrain(
-        training.trainer(model, digits.train),
-        masks,
-        jax.random.key(1),
-        seeds=config.seeds,
-        at_once=64,
-        mesh=jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)),
-    )
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), digits.learning, digits.evaluation)
-    margins = np.asarray(evaluation.outputs(training.margin(model), params, both))
-    truth = Truth(masks, *np.split(margins, 2, axis=1))
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **truth._asdict())
-    partial.replace(path)
-    return truth
+
+    def make() -> Truth:
+        return ground_truth.retrained(
+            training.trainer(model, digits.train),
+            ja.random_subsets(jax.random.key(0), config.train, config.subsets),
+            jax.random.key(1),
+            training.margin(model),
+            digits.learning,
+            digits.evaluation,
+            seeds=config.seeds,
+            at_once=64,
+        )
+
+    return ground_truth.load_or_make(path, make)

@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxattr as ja
+from experiments import files, ground_truth
 from experiments.language import corpus, costs, figures, pretrained, rendering, study, text
-from experiments.language.study import Config, Result, Subject
+from experiments.language.study import Config, Result, Retrieval, Subject
 from experiments.language.text import Tokenizer
 from experiments.language.training import Recipe, perplexity
 from jaxattr import evaluation
@@ -69,7 +70,8 @@ def main() -> None:
     console.print(lds_table(runs))
     console.print(facts_table(runs))
     name = "full.json" if arguments.full else "quick.json"
-    rendering.write(arguments.folder / name, json.dumps([as_json(run) for run in runs], indent=1))
+    with files.written_whole(arguments.folder / name) as partial:
+        partial.write_text(json.dumps([as_json(run) for run in runs], indent=1))
     console.print(
         f"{time.monotonic() - started:.0f} s. In {arguments.folder}/: who_taught_it.html (tokens "
         f"coloured by influence), weights.png, {name}."
@@ -88,7 +90,7 @@ class Run:
     """
 
     results: dict[str, Result]
-    baselines: dict[str, study.Baseline]
+    baselines: dict[str, Retrieval]
     facts_patch: dict[Any, np.ndarray]
     texts_patch: dict[Any, np.ndarray]
 
@@ -105,7 +107,7 @@ def _measure(subject: Subject, config: Config, console: Console) -> Run:
     found = study.measure_baselines(subject.corpus, config.top)
     console.print("  tail-patch")
     pairs = [(m, w) for m in results for w in ("uniform", "learned")]
-    facts = {(m, w): results[m].top_facts[w] for m, w in pairs}
+    facts = {(m, w): results[m].facts[w].top for m, w in pairs}
     texts = {(m, w): results[m].top_texts[w] for m, w in pairs}
     shape = texts["TracIn", "uniform"].shape
     chance = np.random.default_rng(1).integers(len(subject.corpus.texts), size=shape)
@@ -130,7 +132,8 @@ def _draw(subject: Subject, results: dict[str, Result], folder: Path) -> None:
         subject, study.METHODS["TracIn"](subject), shown, results["TracIn"].weights["learned"], k=3
     )
     titles = [*corpus.sentences[:3], *(f"Held-out document {i + 1}" for i in range(5))]
-    rendering.write(folder / "who_taught_it.html", rendering.page(titles, found, NOTE))
+    with files.written_whole(folder / "who_taught_it.html") as partial:
+        partial.write_text(rendering.page(titles, found, NOTE), encoding="utf-8")
 
 
 def _fluency(subject: Subject) -> str:
@@ -190,18 +193,20 @@ def facts_table(runs: list[Run]) -> Table:
     )
     for heading in ("method", "weights", "recall@1", "MRR", "tail-patch"):
         table.add_column(heading)
+
+    def add(name: str, weights: str, found: list[Retrieval], patches: list[np.ndarray]) -> None:
+        hits = np.concatenate([each.hits for each in found])
+        mrr = np.mean([each.mrr for each in found])
+        patch = _interval(np.concatenate(patches), 2)
+        table.add_row(name, weights, _interval(hits[:, None], 0), f"{mrr:.2f}", patch)
+
     for method in runs[0].results:
         for weights in ("uniform", "learned"):
-            hits = np.concatenate([run.results[method].hits[weights] for run in runs])
-            mrr = np.mean([run.results[method].mrr[weights] for run in runs])
-            patch = np.concatenate([run.facts_patch[method, weights] for run in runs])
-            table.add_row(method, weights, _interval(hits[:, None], 0), f"{mrr:.2f}",
-                          _interval(patch, 2))  # fmt: skip
+            found = [run.results[method].facts[weights] for run in runs]
+            add(method, weights, found, [run.facts_patch[method, weights] for run in runs])
     for name in runs[0].baselines:
-        hits = np.concatenate([run.baselines[name].hits for run in runs])
-        mrr = np.mean([run.baselines[name].mrr for run in runs])
-        patch = np.concatenate([run.facts_patch[name] for run in runs])
-        table.add_row(name, "-", _interval(hits[:, None], 0), f"{mrr:.2f}", _interval(patch, 2))
+        found = [run.baselines[name] for run in runs]
+        add(name, "-", found, [run.facts_patch[name] for run in runs])
     return table
 
 
@@ -212,8 +217,8 @@ def as_json(run: Run) -> dict[str, Any]:
             method: {
                 "lds": {k: [lds.mean, lds.low, lds.high] for k, lds in result.lds.items()},
                 "learned_minus_uniform": vars(result.difference),
-                "recall_at_1": {k: float(hits.mean()) for k, hits in result.hits.items()},
-                "mrr": result.mrr,
+                "recall_at_1": {k: float(r.hits.mean()) for k, r in result.facts.items()},
+                "mrr": {k: r.mrr for k, r in result.facts.items()},
                 "weights": result.weights,
                 "shares": result.shares,
                 "warnings": result.warnings,
@@ -247,7 +252,7 @@ def _model(config: Config, weights: Path | None) -> tuple[Config, Tokenizer, Any
 
 def _print_plans(console: Console) -> None:
     console.print(f"GPT-2 small on WikiText-103, {jax.device_count()} devices of this machine")
-    for name, plan in costs.plans(study.mesh_of_devices()).items():
+    for name, plan in costs.plans(ground_truth.mesh_of_devices()).items():
         console.print(f"[bold]{name}[/bold]\n{plan}", highlight=False)
     total = costs.arithmetic()
     console.print(

@@ -28,15 +28,6 @@ class Rows:
         return {"inputs": zeros, "targets": zeros, "mask": np.ones(len(zeros), bool)}
 
 
-def methods(config: gpt2.Config) -> dict[str, ja.Method]:
-    """The methods that are planned."""
-    loss = language.loss(gpt2.logits_fn(config))
-    return {
-        "TracIn, rank 16": ja.tracin(loss, projection=ja.projections.two_sided(16)),
-        "LoGRA, rank 16": ja.logra(loss, rank=16),
-    }
-
-
 def plans(mesh: Mesh | None) -> dict[str, Any]:
     """Plans each method; compiles its step, computes nothing.
 
@@ -46,13 +37,17 @@ def plans(mesh: Mesh | None) -> dict[str, Any]:
     Returns:
       {method: plan}.
     """
-    shapes = jax.eval_shape(lambda: gpt2.initial(GPT2_SMALL, jax.random.key(0)))
+    loss = language.loss(gpt2.logits_fn(GPT2_SMALL))
+    methods = {
+        "TracIn, rank 16": ja.tracin(loss, projection=ja.projections.two_sided(16)),
+        "LoGRA, rank 16": ja.logra(loss, rank=16),
+    }
     return {
         name: ja.plan(
-            method, shapes, Rows(), batch_size=64, microbatch=8, mesh=mesh, on_disk=True,
+            method, _shapes(), Rows(), batch_size=64, microbatch=8, mesh=mesh, on_disk=True,
             dtype=jnp.bfloat16,
         )
-        for name, method in methods(GPT2_SMALL).items()
+        for name, method in methods.items()
     }  # fmt: skip
 
 
@@ -61,6 +56,9 @@ def arithmetic() -> float:
 
     XLA's own count takes a scan over layers for one layer.
     """
-    shapes = jax.eval_shape(lambda: gpt2.initial(GPT2_SMALL, jax.random.key(0)))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(_shapes()))
     return 8.0 * parameters * WIKITEXT103_ROWS * GPT2_SMALL.context
+
+
+def _shapes() -> Any:
+    return jax.eval_shape(lambda: gpt2.initial(GPT2_SMALL, jax.random.key(0)))

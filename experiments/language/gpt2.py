@@ -82,22 +82,9 @@ class GPT2(nnx.Module):
     """GPT-2, whose embeddings also make the logits."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
-        normal = nnx.initializers.normal
         self.config = config
-        self.embed = nnx.Embed(
-            config.vocabulary,
-            config.width,
-            embedding_init=normal(0.02),
-            dtype=_wide_dtype(config),
-            rngs=rngs,
-        )
-        self.position = nnx.Embed(
-            config.context,
-            config.width,
-            embedding_init=normal(0.01),
-            dtype=_wide_dtype(config),
-            rngs=rngs,
-        )
+        self.embed = _embed(config, config.vocabulary, 0.02, rngs)
+        self.position = _embed(config, config.context, 0.01, rngs)
 
         @nnx.split_rngs(splits=config.depth)
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -168,12 +155,17 @@ def logits_fn(config: Config) -> Callable[[Any, Any], jax.Array]:
     return apply
 
 
-def _wide_dtype(config: Config) -> Any:
-    return jnp.promote_types(config.dtype, jnp.float32)
+def _wide_dtype(dtype: Any) -> Any:
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(_wide_dtype(x.dtype))
+
+
+def _embed(config: Config, size: int, scale: float, rngs: nnx.Rngs) -> nnx.Embed:
+    init, dtype = nnx.initializers.normal(scale), _wide_dtype(config.dtype)
+    return nnx.Embed(size, config.width, embedding_init=init, dtype=dtype, rngs=rngs)
 
 
 def _linear(config: Config, rngs: nnx.Rngs) -> Callable[..., nnx.Linear]:

@@ -2,9 +2,9 @@
 
 import html
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 import jaxattr as ja
@@ -68,36 +68,27 @@ def explain(
     corpus, params = subject.corpus, subject.params
     index = ja.build_index(method, params, corpus.train, batch_size=32)
     q, t = queries["mask"].shape
+    phi = ja.query_features(index, queries)
+    top = ja.top_k(index, phi, k=k, weights=weights)
+    scores, ids = np.asarray(top.scores), np.asarray(top.ids)
     of_tokens = ja.score(index, language.token_features(index, queries), weights=weights)
     by_query = np.asarray(of_tokens).reshape(q, t, -1)
-    top = ja.top_k(index, queries, k=k, weights=weights)
-    phi = ja.query_features(index, queries)
-    found = []
-    for row, ids in enumerate(np.asarray(top.ids)):
-        documents = {name: x[ids] for name, x in corpus.train.items()}
-        flat = {
-            name: np.concatenate([np.asarray(part) for part in parts])
-            for name, parts in _tokens_of(documents).items()
-        }
-        tokens = ja.build_index(method, params, flat, batch_size=128)
-        query = phi._replace(features=phi.features[row : row + 1], non_finite=np.array([], int))
-        by_document = np.asarray(ja.score(tokens, query, weights=weights)).reshape(k, t)
-        asked = {name: x[row] for name, x in queries.items()}
-        found.append(
-            [
-                Found(
-                    float(top.scores[row, place]),
-                    coloured(corpus.tokenizer, asked, by_query[row, :, identity]),
-                    coloured(
-                        corpus.tokenizer,
-                        {name: x[place] for name, x in documents.items()},
-                        by_document[place],
-                    ),
-                )
-                for place, identity in enumerate(ids)
-            ]
+    documents = {name: x[ids] for name, x in corpus.train.items()}  # [q, k, t]
+    split = jax.vmap(jax.vmap(language.tokens_of))(documents)
+    flat = jax.tree.map(lambda x: x.reshape(-1, t), split)
+    tokens = ja.build_index(method, params, flat, batch_size=128)
+    by_document = np.asarray(ja.score(tokens, phi, weights=weights)).reshape(q, q, k, t)
+
+    def found(row: int, place: int) -> Found:
+        query = {name: x[row] for name, x in queries.items()}
+        document = {name: x[row, place] for name, x in documents.items()}
+        return Found(
+            float(scores[row, place]),
+            coloured(corpus.tokenizer, query, by_query[row, :, ids[row, place]]),
+            coloured(corpus.tokenizer, document, by_document[row, row, place]),
         )
-    return found
+
+    return [[found(row, place) for place in range(k)] for row in range(q)]
 
 
 def coloured(tokenizer: Tokenizer, row: Any, values: np.ndarray) -> Coloured:
@@ -142,22 +133,6 @@ def page(titles: Sequence[str], found: Sequence[Sequence[Found]], note: str) -> 
         f"<p>{html.escape(note)} Blue tokens raise the score, red ones lower it; the darker, the "
         f"more.</p>{''.join(sections)}</html>"
     )
-
-
-def write(path: Path, content: str) -> None:
-    """Writes a page, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(content, encoding="utf-8")
-    partial.replace(path)
-
-
-def _tokens_of(documents: Rows) -> dict[str, list[Any]]:
-    rows = [
-        language.tokens_of({name: x[i] for name, x in documents.items()})
-        for i in range(len(documents["mask"]))
-    ]
-    return {name: [row[name] for row in rows] for name in documents}
 
 
 def _tokens(text: Coloured) -> str:

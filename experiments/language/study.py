@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import AxisType, Mesh
 
 import jaxattr as ja
+from experiments import ground_truth
+from experiments.ground_truth import Truth
 from experiments.language import baselines, gpt2, training
 from experiments.language.corpus import Corpus
 from experiments.language.training import Recipe
@@ -71,20 +71,6 @@ QUICK = Config(SMALL)
 FULL = Config(SMALL, queries=128, subsets=48, seeds=2, runs=3, patched=64)
 
 
-class Truth(NamedTuple):
-    """What models trained on halves say.
-
-    Attributes:
-      masks: bool [subsets, n].
-      learning: minus the losses of the learning queries, [subsets, q].
-      evaluation: of the evaluation queries, [subsets, q].
-    """
-
-    masks: np.ndarray
-    learning: np.ndarray
-    evaluation: np.ndarray
-
-
 class Subject(NamedTuple):
     """A trained model with everything that is measured on it.
 
@@ -125,16 +111,28 @@ METHODS: dict[str, Callable[[Subject], ja.Method]] = {
 }
 
 
+class Retrieval(NamedTuple):
+    """How well the sources of the facts are found.
+
+    Attributes:
+      hits: whether the source comes first, [facts].
+      mrr: mean reciprocal rank of the source.
+      top: ids of the strongest, [facts, k].
+    """
+
+    hits: np.ndarray
+    mrr: float
+    top: np.ndarray
+
+
 class Result(NamedTuple):
     """One method on one model.
 
     Attributes:
       lds: {name of weights: LDS on the evaluation queries}.
       difference: learned minus uniform.
-      hits: {name of weights: whether the source is the first proponent, [facts]}.
-      mrr: {name of weights: mean reciprocal rank of the source}.
-      top_facts: {name of weights: ids of each fact's proponents [facts, k]}.
-      top_texts: {name of weights: those of the first evaluation queries [patched, k]}.
+      facts: {name of weights: retrieval of the facts' sources}.
+      top_texts: {name of weights: proponents of the first evaluation queries [patched, k]}.
       weights: {name of weights: {group: weight}}.
       shares: {group: share of the scores after learning}.
       warnings: of learning.
@@ -142,9 +140,7 @@ class Result(NamedTuple):
 
     lds: dict[str, LDS]
     difference: Difference
-    hits: dict[str, np.ndarray]
-    mrr: dict[str, float]
-    top_facts: dict[str, np.ndarray]
+    facts: dict[str, Retrieval]
     top_texts: dict[str, np.ndarray]
     weights: dict[str, dict[str, float]]
     shares: dict[str, float]
@@ -185,8 +181,10 @@ def prepare(
         start = _pretrained(config, corpus, logits_fn, seed, folder / f"pretrained-{digest}")
     n = len(corpus.texts)
     train = training.make_train(logits_fn, corpus.train, config.tuning, n)
-    params, state, _ = jax.jit(train)(jax.random.fold_in(seed, 1), jnp.arange(n), start)
-    truth = _truth(config, corpus, logits_fn, start, seed, folder / f"truth-{digest}.npz")
+    params, state = jax.jit(train)(jax.random.fold_in(seed, 1), jnp.arange(n), start)
+    truth = ground_truth.load_or_make(
+        folder / f"truth-{digest}.npz", lambda: _truth(config, corpus, logits_fn, start, seed)
+    )
     optimizer = config.tuning.optimizer(n)
     loss = language.loss(logits_fn)
     return Subject(logits_fn, loss, corpus, params, state, optimizer, truth)
@@ -212,7 +210,7 @@ def measure(subject: Subject, name: str, config: Config, groups: Any = ja.by_lay
         corpus.train,
         groups=groups,
         batch_size=32,
-        mesh=None if on_cpu else mesh_of_devices(),
+        mesh=None if on_cpu else ground_truth.mesh_of_devices(),
     )
     learning = ja.query_features(index, corpus.learning)
     queries = ja.query_features(index, corpus.evaluation)
@@ -224,52 +222,28 @@ def measure(subject: Subject, name: str, config: Config, groups: Any = ja.by_lay
         "learned": fit.weights,
         "upper bound": evaluation.upper_bound_weights(index, learning, truth.masks, truth.learning),
     }
-    sums = evaluation.subset_contributions(index, queries, truth.masks)
-    lds = {
-        kind: evaluation.lds_of_predictions(
-            sums @ np.array([w[group] for group in index.layout.names]), truth.evaluation
-        )
-        for kind, w in weights.items()
-    }
+    lds = dict(ground_truth.lds_of_weights(index, queries, truth, weights))
     compared = {kind: weights[kind] for kind in ("uniform", "learned")}
-    asked = {k: np.asarray(ja.score(index, questions, weights=w)) for k, w in compared.items()}
-    texts = {
-        k: np.asarray(ja.top_k(index, queries, k=config.top, weights=w).ids)[: config.patched]
-        for k, w in compared.items()
-    }
     return Result(
         lds=lds,
         difference=evaluation.paired_difference(lds["learned"], lds["uniform"]),
-        hits={k: evaluation.hit_at_k(s, corpus.sources, 1) for k, s in asked.items()},
-        mrr={k: evaluation.mean_reciprocal_rank(s, corpus.sources) for k, s in asked.items()},
-        top_facts={k: best(s, config.top) for k, s in asked.items()},
-        top_texts=texts,
+        facts={
+            kind: _retrieval(ja.score(index, questions, weights=w), corpus, config.top)
+            for kind, w in compared.items()
+        },
+        top_texts={
+            kind: np.asarray(ja.top_k(index, queries, k=config.top, weights=w).ids)[
+                : config.patched
+            ]
+            for kind, w in compared.items()
+        },
         weights=weights,
         shares=fit.shares,
         warnings=tuple(fit.warnings),
     )
 
 
-def best(scores: np.ndarray, k: int) -> np.ndarray:
-    """Ids of the k largest scores of each row, ties to the lower id."""
-    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
-
-
-class Baseline(NamedTuple):
-    """What does not look into the model, on the facts.
-
-    Attributes:
-      hits: whether the source comes first, [facts].
-      mrr: mean reciprocal rank of the source.
-      top: ids [facts, k].
-    """
-
-    hits: np.ndarray
-    mrr: float
-    top: np.ndarray
-
-
-def measure_baselines(corpus: Corpus, k: int) -> dict[str, Baseline]:
+def measure_baselines(corpus: Corpus, k: int) -> dict[str, Retrieval]:
     """Retrieval of the facts' sources by text alone, and by chance.
 
     Args:
@@ -286,20 +260,21 @@ def measure_baselines(corpus: Corpus, k: int) -> dict[str, Baseline]:
         "text embedding": baselines.embeddings(texts, asked),
         "chance": np.random.default_rng(0).random((len(asked), len(texts))),
     }
-    return {
-        name: Baseline(
-            evaluation.hit_at_k(s, corpus.sources, 1),
-            evaluation.mean_reciprocal_rank(s, corpus.sources),
-            best(s, k),
-        )
-        for name, s in scores.items()
-    }
+    return {name: _retrieval(found, corpus, k) for name, found in scores.items()}
+
+
+def _retrieval(scores: Any, corpus: Corpus, k: int) -> Retrieval:
+    return Retrieval(
+        evaluation.hit_at_k(scores, corpus.sources, 1),
+        evaluation.mean_reciprocal_rank(scores, corpus.sources),
+        evaluation.strongest(scores, k),
+    )
 
 
 def tail_patch(
     subject: Subject, queries: Rows, tops: dict[Any, np.ndarray]
 ) -> dict[Any, np.ndarray]:
-    """Tail-patch of several lists of proponents; a pair that several name is computed once.
+    """Tail-patch of several lists of proponents at once.
 
     The step is AdamW's, with the state and the learning rate that training ended with.
 
@@ -311,11 +286,8 @@ def tail_patch(
     Returns:
       {name: change of the mean probability of the query's targets, [q, k]}.
     """
-    q = len(next(iter(tops.values())))
-    unions = [sorted({int(i) for ids in tops.values() for i in ids[row]}) for row in range(q)]
-    ids = np.full((q, max(map(len, unions))), -1)
-    for row, union in enumerate(unions):
-        ids[row, : len(union)] = union
+    ids = np.concatenate(list(tops.values()), axis=1)
+    q = len(ids)
 
     def step_loss(params: Any, example: Any, key: Any) -> jax.Array:
         return subject.loss(params, example, key) / example["mask"].sum()
@@ -330,18 +302,7 @@ def tail_patch(
         optimizer=subject.optimizer,
         optimizer_state=subject.state,
     )
-    places = [{identity: column for column, identity in enumerate(union)} for union in unions]
-    return {
-        name: np.array([[changes[r, places[r][int(i)]] for i in top[r]] for r in range(q)])
-        for name, top in tops.items()
-    }
-
-
-def mesh_of_devices() -> Mesh | None:
-    """A mesh of all devices, or None if there is one."""
-    if jax.device_count() == 1:
-        return None
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    return dict(zip(tops, np.split(changes, len(tops), axis=1), strict=True))
 
 
 def _digest(config: Config, corpus: Corpus, run: int, start: Any) -> str:
@@ -369,28 +330,18 @@ def _pretrained(
 
 
 def _truth(
-    config: Config, corpus: Corpus, logits_fn: LogitsFn, start: Any, seed: jax.Array, path: Path
+    config: Config, corpus: Corpus, logits_fn: LogitsFn, start: Any, seed: jax.Array
 ) -> Truth:
-    if path.exists():
-        stored = np.load(path)
-        return Truth(*(stored[field] for field in Truth._fields))
     n = len(corpus.texts)
-    masks = ja.random_subsets(jax.random.fold_in(seed, 3), n, config.subsets)
     train = training.make_train(logits_fn, corpus.train, config.tuning, n // 2)
-    params = ja.retrain(
+    loss = language.loss(logits_fn)
+    return ground_truth.retrained(
         lambda key, ids: train(key, ids, start)[0],
-        masks,
+        ja.random_subsets(jax.random.fold_in(seed, 3), n, config.subsets),
         jax.random.fold_in(seed, 4),
+        lambda params, example, key: -loss(params, example, key),
+        corpus.learning,
+        corpus.evaluation,
         seeds=config.seeds,
         at_once=4 * jax.device_count(),
-        mesh=mesh_of_devices(),
     )
-    both = {k: np.concatenate([corpus.learning[k], corpus.evaluation[k]]) for k in corpus.learning}
-    loss = language.loss(logits_fn)
-    losses = evaluation.outputs(lambda params, row, key: -loss(params, row, key), params, both)
-    truth = Truth(masks, *np.split(np.asarray(losses), 2, axis=1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial.npz")
-    np.savez(partial, **truth._asdict())
-    partial.replace(path)
-    return truth

@@ -68,7 +68,7 @@ def mean_loss(logits_fn: LogitsFn) -> Callable[[Params, Any], jax.Array]:
 
 def make_train(
     logits_fn: LogitsFn, rows: Rows, recipe: Recipe, count: int
-) -> Callable[[jax.Array, jax.Array, Params], tuple[Params, Any, jax.Array]]:
+) -> Callable[[jax.Array, jax.Array, Params], tuple[Params, Any]]:
     """Makes a pure training function.
 
     Args:
@@ -78,27 +78,25 @@ def make_train(
       count: number of ids.
 
     Returns:
-      (key, ids [count], initial params) -> params, optimizer state, losses [steps].
+      (key, ids [count], initial params) -> params, optimizer state.
     """
     loss, optimizer = mean_loss(logits_fn), recipe.optimizer(count)
     batch = min(recipe.batch, count)
     data = jax.tree.map(jnp.asarray, rows)
 
-    def train(key: jax.Array, ids: jax.Array, params: Params) -> tuple[Params, Any, jax.Array]:
+    def train(key: jax.Array, ids: jax.Array, params: Params) -> tuple[Params, Any]:
         per_epoch = count // batch
         keys = jax.random.split(key, recipe.epochs)
         orders = jax.vmap(lambda k: jax.random.permutation(k, count)[: per_epoch * batch])(keys)
         batches = ids[orders.reshape(-1, batch)]
 
-        def step(carry: tuple, chosen: jax.Array) -> tuple[tuple, jax.Array]:
+        def step(carry: tuple, chosen: jax.Array) -> tuple[tuple, None]:
             params, state = carry
             rows = jax.tree.map(lambda x: x[chosen], data)
-            value, gradients = jax.value_and_grad(loss)(params, rows)
-            updates, state = optimizer.update(gradients, state, params)
-            return (optax.apply_updates(params, updates), state), value
+            updates, state = optimizer.update(jax.grad(loss)(params, rows), state, params)
+            return (optax.apply_updates(params, updates), state), None
 
-        (params, state), losses = jax.lax.scan(step, (params, optimizer.init(params)), batches)
-        return params, state, losses
+        return jax.lax.scan(step, (params, optimizer.init(params)), batches)[0]
 
     return train
 

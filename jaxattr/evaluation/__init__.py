@@ -27,4 +27,5 @@ from jaxattr.evaluation.retrieval import mean_reciprocal_rank as mean_reciprocal
 from jaxattr.evaluation.retrieval import precision_at_k as precision_at_k
 from jaxattr.evaluation.retrieval import ranks as ranks
 from jaxattr.evaluation.retrieval import recall_at_k as recall_at_k
+from jaxattr.evaluation.retrieval import strongest as strongest
 from jaxattr.evaluation.tail_patch import tail_patch as tail_patch

@@ -5,6 +5,27 @@ from typing import Any
 import numpy as np
 
 
+def strongest(scores: Any, k: int) -> np.ndarray:
+    """Returns the ids of the k best training examples of each query, from an array of scores.
+
+    Args:
+      scores: float [q, n]; `ja.top_k` needs none.
+      k: how many.
+
+    Returns:
+      Integers [q, k]. Ties go to the lower id, as in `ja.top_k`.
+
+    Raises:
+      ValueError: if k is not between 1 and n.
+    """
+    scores = np.asarray(scores)
+    if not 1 <= k <= scores.shape[1]:
+        raise ValueError(
+            f"k must be between 1 and the {scores.shape[1]} training examples, got {k}."
+        )
+    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+
+
 def ranks(scores: Any, relevant: Any) -> np.ndarray:
     """Returns the rank of the best relevant training example of each query, from 1.
 
@@ -19,7 +40,7 @@ def ranks(scores: Any, relevant: Any) -> np.ndarray:
       ValueError: if shapes differ, or a query has no relevant example.
     """
     scores, relevant = _checked(scores, relevant)
-    order = np.argsort(-scores, axis=1, kind="stable")
+    order = strongest(scores, scores.shape[1])
     return np.take_along_axis(relevant, order, axis=1).argmax(axis=1) + 1
 
 
@@ -47,8 +68,7 @@ def hit_at_k(scores: Any, relevant: Any, k: int) -> np.ndarray:
     Returns:
       Bool [q].
     """
-    _check_k(k, np.asarray(scores))
-    return ranks(scores, relevant) <= k
+    return _found(scores, relevant, k) > 0
 
 
 def recall_at_k(scores: Any, relevant: Any, k: int) -> np.ndarray:
@@ -105,9 +125,7 @@ def mean_interval(values: Any, *, resamples: int = 2000, seed: int = 0) -> tuple
 
 def _found(scores: Any, relevant: Any, k: int) -> np.ndarray:
     scores, relevant = _checked(scores, relevant)
-    _check_k(k, scores)
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(relevant, best, axis=1).sum(axis=1)
+    return np.take_along_axis(relevant, strongest(scores, k), axis=1).sum(axis=1)
 
 
 def _checked(scores: Any, relevant: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -124,10 +142,3 @@ def _checked(scores: Any, relevant: Any) -> tuple[np.ndarray, np.ndarray]:
             f"{lonely[:10].tolist()}: leave them out."
         )
     return np.where(np.isfinite(scores), scores, -np.inf), relevant
-
-
-def _check_k(k: int, scores: np.ndarray) -> None:
-    if not 1 <= k <= scores.shape[1]:
-        raise ValueError(
-            f"k must be between 1 and the {scores.shape[1]} training examples, got {k}."
-        )

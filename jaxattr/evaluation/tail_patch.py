@@ -47,7 +47,7 @@ def tail_patch(
     Raises:
       ValueError: if ids are no [q, k] of training examples.
 
-    Cost: q k gradient steps.
+    Cost: q k gradient steps; a pair that occurs several times is computed once.
 
     References:
       Chang et al. (2024), TrackStar, arXiv:2410.17413, section 4.2. Deviation: their optimizer and
@@ -67,14 +67,16 @@ def tail_patch(
     state = optimizer.init(params) if optimizer_state is None else optimizer_state
     step = _compiled_steps(loss, measure, optimizer, at_once)
     pairs = np.stack([np.repeat(np.arange(q), ids.shape[1]), ids.reshape(-1)], axis=1)
-    there = np.flatnonzero(pairs[:, 1] >= 0)
-    changes = np.full(len(pairs), np.nan)
+    there = pairs[:, 1] >= 0
+    once, places = np.unique(pairs[there], axis=0, return_inverse=True)
+    changes, found = np.full(len(pairs), np.nan), np.empty(len(once))
     block = 8 * at_once
-    starts = range(0, len(there), block)
+    starts = range(0, len(once), block)
     for start in track(iter(starts), "tail-patch", len(starts)):
-        chosen = there[start : start + block]
-        padded = pairs[np.resize(chosen, block)]
-        changes[chosen] = np.asarray(step(params, state, train, queries, padded))[: len(chosen)]
+        chosen = np.arange(start, min(start + block, len(once)))
+        padded = once[np.resize(chosen, block)]
+        found[chosen] = np.asarray(step(params, state, train, queries, padded))[: len(chosen)]
+    changes[there] = found[places.reshape(-1)]
     return changes.reshape(ids.shape)
 
 

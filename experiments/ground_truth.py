@@ -1,0 +1,108 @@
+"""Models trained on subsets, kept on disk, and how well weighted scores predict them."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+import jaxattr as ja
+from experiments import files
+from jaxattr import evaluation
+from jaxattr.evaluation import LDS
+from jaxattr.evaluation.retraining import TrainFn
+from jaxattr.typing import OutputFn
+
+
+class Truth(NamedTuple):
+    """What retrained models say.
+
+    Attributes:
+      masks: bool [subsets, n].
+      learning: outputs on the learning queries, [subsets, q].
+      evaluation: outputs on the evaluation queries, [subsets, q].
+    """
+
+    masks: np.ndarray
+    learning: np.ndarray
+    evaluation: np.ndarray
+
+
+def load_or_make(path: Path, make: Callable[[], Truth]) -> Truth:
+    """Reads what was made before; else makes it, and writes it whole or not at all.
+
+    Args:
+      path: of an .npz file.
+      make: the work.
+
+    Returns:
+      The ground truth.
+    """
+    if path.exists():
+        stored = np.load(path)
+        return Truth(*(stored[field] for field in Truth._fields))
+    truth = make()
+    with files.written_whole(path) as partial:
+        np.savez(partial, **truth._asdict())
+    return truth
+
+
+def retrained(
+    train_fn: TrainFn,
+    masks: np.ndarray,
+    key: jax.Array,
+    output: OutputFn,
+    learning: dict[str, Any],
+    queries: dict[str, Any],
+    *,
+    seeds: int,
+    at_once: int,
+) -> Truth:
+    """Trains on subsets, on all devices.
+
+    Args:
+      train_fn: as in `ja.retrain`, as all that follow.
+      masks: see there.
+      key: see there.
+      output: (params, example, key) -> scalar; larger = more of it.
+      learning: queries to learn weights from.
+      queries: queries to measure on.
+      seeds: see there.
+      at_once: see there.
+
+    Returns:
+      The ground truth.
+    """
+    params = ja.retrain(train_fn, masks, key, seeds=seeds, at_once=at_once, mesh=mesh_of_devices())
+    both = {name: np.concatenate([learning[name], queries[name]]) for name in learning}
+    outputs = np.asarray(evaluation.outputs(output, params, both))
+    return Truth(masks, *np.split(outputs, 2, axis=1))
+
+
+def lds_of_weights(
+    index: ja.Index, queries: Any, truth: Truth, weights: dict[str, dict[str, float]]
+) -> Iterator[tuple[str, LDS]]:
+    """LDS for several weights at the cost of one.
+
+    Args:
+      index: the index.
+      queries: the evaluation queries, or their features.
+      truth: outputs of retrained models.
+      weights: {name: weights}.
+
+    Yields:
+      Name and LDS.
+    """
+    sums = evaluation.subset_contributions(index, queries, truth.masks)  # [q, s, m]
+    for name, w in weights.items():
+        array = np.array([w[group] for group in index.layout.names])
+        yield name, evaluation.lds_of_predictions(sums @ array, truth.evaluation)
+
+
+def mesh_of_devices() -> Mesh | None:
+    """A mesh of all devices, or None if there is one."""
+    if jax.device_count() == 1:
+        return None
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
