@@ -1,5 +1,6 @@
 """jaxattr: which training examples made the model do this?"""
 
+from jaxattr import diffusion as diffusion
 from jaxattr import evaluation as evaluation
 from jaxattr import language as language
 from jaxattr import projections as projections
@@ -13,8 +14,8 @@ from jaxattr.curvature_methods import logra as logra
 from jaxattr.curvature_methods import trackstar as trackstar
 from jaxattr.describing import describe as describe
 from jaxattr.evaluation.lds import lds as lds
-from jaxattr.evaluation.retraining import random_subsets as random_subsets
 from jaxattr.evaluation.retraining import retrain as retrain
+from jaxattr.expectations import expectation as expectation
 from jaxattr.groups import by_layer as by_layer
 from jaxattr.groups import by_leaf as by_leaf
 from jaxattr.groups import by_regex as by_regex
@@ -25,8 +26,11 @@ from jaxattr.kernels import absolute as absolute
 from jaxattr.kernels import relative as relative
 from jaxattr.methods import Method as Method
 from jaxattr.methods import citation as citation
+from jaxattr.methods import d_trak as d_trak
+from jaxattr.methods import das as das
 from jaxattr.methods import featurizer as featurizer
 from jaxattr.methods import grad_cos as grad_cos
+from jaxattr.methods import journey_trak as journey_trak
 from jaxattr.methods import tracin as tracin
 from jaxattr.methods import trak as trak
 from jaxattr.opening import open_index as open_index
@@ -35,8 +39,4 @@ from jaxattr.scoring import contributions as contributions
 from jaxattr.scoring import score as score
 from jaxattr.scoring import self_influence as self_influence
 from jaxattr.scoring import top_k as top_k
-from jaxattr.store import StoreError as StoreError
-from jaxattr.weight_fits import WeightFit as WeightFit
-from jaxattr.weight_fits import WeightWarning as WeightWarning
 from jaxattr.weighting import learn_weights as learn_weights
-from jaxattr.weighting import self_supervised_loss as self_supervised_loss

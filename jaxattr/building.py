@@ -25,7 +25,9 @@ from jaxattr.groups import Groups
 from jaxattr.index import ConvergenceWarning, Index, first_ids, report_non_finite
 from jaxattr.methods import Method
 from jaxattr.rows import (
+    COLUMNS,
     ERRORS,
+    EXAMPLES,
     RAW,
     MemoryRows,
     RowLayout,
@@ -146,7 +148,7 @@ def _build(job: Job, rows: Rows, session: Session | None) -> Index:
 
 
 def _index(job: Job, rows: Rows, found: Finished, session: Session | None) -> Index:
-    report_non_finite(found.non_finite, job.source.size, "training examples")
+    _report_non_finite(rows, found.non_finite)
     _report_errors(job.method, found.solve_errors)
     return Index(
         method=job.method,
@@ -155,6 +157,7 @@ def _index(job: Job, rows: Rows, found: Finished, session: Session | None) -> In
         layout=job.featurizer.layout,
         rows=rows,
         path=None if session is None else session.folder.path,
+        link=job.method.link,
         **found._asdict(),
     )
 
@@ -258,6 +261,16 @@ def _write_manifest(folder: Folder, layout: RowLayout, manifest: dict) -> None:
             "free. Use dtype=jnp.bfloat16, a projection with a smaller dim, or another place."
         )
     folder.write(MANIFEST, manifest)
+
+
+def _report_non_finite(rows: Rows, non_finite: np.ndarray) -> None:
+    """Warns of training examples that were left out, and says at which checkpoints."""
+    if not len(non_finite):
+        return
+    each = [all_rows(rows, EXAMPLES, c)[:, COLUMNS.finite] for c in range(rows.layout.checkpoints)]
+    counts = {number: int((finite == 0).sum()) for number, finite in enumerate(each)}
+    where = ", ".join(f"{count} at checkpoint {number}" for number, count in counts.items())
+    report_non_finite(non_finite, rows.layout.size, "training examples", f" ({where})")
 
 
 def _report_errors(method: Method, errors: np.ndarray | None) -> None:

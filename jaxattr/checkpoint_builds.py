@@ -109,7 +109,7 @@ def build_checkpoint(
         if operator is not None or kernel.of_queries is None:
             return BuiltCheckpoint(fitted, operator, _finite(rows, number))
     operator, finite = _operator(job, over, fitted, rows, session)
-    apply, residual = _compiled_kernel(job.place, kernel, layout, eta)
+    apply, residual = apply_kernel(job.place, kernel, layout, eta)
     starts = range(first, blocks)
     for block in track(iter(starts), f"{kernel.name}, checkpoint {number}", blocks, first):
         phi = rows.read(RAW, block, number).astype(rows.layout.wide)
@@ -259,10 +259,22 @@ def _compiled_raw(place: Placement, dtype: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_kernel(
+def apply_kernel(
     place: Placement, kernel: Kernel, layout: FeatureLayout, eta: float
 ) -> tuple[Any, Any]:
-    """Programs apart, since XLA fuses them into one that takes twice as long on a CPU."""
+    """The compiled steps that apply a kernel to features [b, p].
+
+    Args:
+      place: the devices.
+      kernel: of the method.
+      layout: the groups.
+      eta: weight of the checkpoint.
+
+    Returns:
+      (operator, phi) -> K phi and the rows to keep; and (operator, phi, K phi) -> relative
+      residuals, or None for kernels that do not iterate.
+    """
+    # Programs apart, since XLA fuses them into one that takes twice as long on a CPU.
 
     def apply(operator: Any, phi: Features) -> tuple[Features, Features]:
         of_queries = phi if kernel.of_queries is None else kernel.of_queries(operator, phi)

@@ -35,6 +35,26 @@ BIBTEX = {
   journal={arXiv:2405.13954},
   year={2024}
 }""",
+    "d_trak": """@inproceedings{zheng2024dtrak,
+  title={Intriguing Properties of Data Attribution on Diffusion Models},
+  author={Zheng, Xiaosen and Pang, Tianyu and Du, Chao and Jiang, Jing and Lin, Min},
+  booktitle={International Conference on Learning Representations},
+  year={2024},
+  note={arXiv:2311.00500}
+}""",
+    "journey_trak": """@article{georgiev2023journey,
+  title={The Journey, Not the Destination: How Data Guides Diffusion Models},
+  author={Georgiev, Kristian and Vendrow, Joshua and Salman, Hadi and Park, Sung Min and
+          Madry, Aleksander},
+  journal={arXiv:2312.06205},
+  year={2023}
+}""",
+    "das": """@inproceedings{lin2025das,
+  title={Diffusion Attribution Score: Evaluating Training Data Influence in Diffusion Models},
+  author={Lin, Jinxu and Tao, Linwei and Dong, Minjing and Xu, Chang},
+  booktitle={International Conference on Learning Representations},
+  year={2025}
+}""",
     "kfac": """@inproceedings{martens2015kfac,
   title={Optimizing Neural Networks with Kronecker-factored Approximate Curvature},
   author={Martens, James and Grosse, Roger},

@@ -17,12 +17,13 @@ import numpy as np
 
 from jaxattr import linear_maps
 from jaxattr.bases import Basis, Factored, Fitted, Sides
+from jaxattr.expectations import Expectation, at_one_draw, sum_over_draws
 from jaxattr.features import FeatureRule, shapes_of_one
 from jaxattr.kernels.diagonal import sum_of_squares
 from jaxattr.keys import example_keys, named_key
 from jaxattr.linear_maps import Captured
 from jaxattr.training_passes import NumberedBatch, TrainingPass
-from jaxattr.typing import Example, Key, OutputFn, Params
+from jaxattr.typing import Batch, Example, Key, OutputFn, Params
 
 SampleFn = Callable[[Params, Example, Key], Example]
 """Draws the labels of ONE example from the model: returns the example with other labels."""
@@ -211,15 +212,25 @@ def _sums_of_batch(
 ) -> dict[str, Covariance]:
     key, params, projected = shared
     keys = example_keys(key, numbered.ids)
-    shapes = shapes_of_one((numbered.batch, keys))
-    captured = linear_maps.capture(output, params, *shapes, leaves=list(factored))
-    uses = jax.vmap(captured, in_axes=(None, 0, 0))(params, numbered.batch, keys)
-    kept = numbered.real & _all_finite(uses)
     counted = None if mask is None else jax.vmap(mask)(numbered.batch)
-    return {
-        leaf: _covariance(factored[leaf], each, kept, counted, *projected[leaf])
-        for leaf, each in uses.items()
-    }
+
+    def sums(output: OutputFn, batch: Batch, keys: Key) -> dict[str, Covariance]:
+        shapes = shapes_of_one((batch, keys))
+        captured = linear_maps.capture(output, params, *shapes, leaves=list(factored))
+        uses = jax.vmap(captured, in_axes=(None, 0, 0))(params, batch, keys)
+        kept = numbered.real & _all_finite(uses)
+        return {
+            leaf: _covariance(factored[leaf], each, kept, counted, *projected[leaf])
+            for leaf, each in uses.items()
+        }
+
+    if not isinstance(output, Expectation):
+        return sums(output, numbered.batch, keys)
+    of_draw = at_one_draw(output)
+    # Each draw counts as a position, like the tokens of a text.
+    return sum_over_draws(
+        output, keys, lambda draw: sums(of_draw, (numbered.batch, draw.timesteps), draw.keys)
+    )
 
 
 def _all_finite(uses: Mapping[str, tuple[Captured, ...]]) -> jax.Array:

@@ -21,6 +21,13 @@ import optax
 from jaxattr import groups as groups_lib
 from jaxattr import linear_maps
 from jaxattr.bases import NOTHING, Fitted, Sides, apply_sides
+from jaxattr.expectations import (
+    Draws,
+    Expectation,
+    at_one_draw,
+    example_at_one_draw,
+    sum_over_draws,
+)
 from jaxattr.groups import GroupLayout, Groups
 from jaxattr.keys import example_keys
 from jaxattr.plans import FeatureLayout, Plan, make_plan
@@ -97,6 +104,16 @@ class Featurizer:
         """Returns the step without unit norm, whose features are linear in the output."""
         return _compiled_step(self.rule._replace(normalize=False), self.plan, self.microbatch)
 
+    def of(self, output: OutputFn) -> "Featurizer":
+        """Returns the featurizer of another output function, with the same columns.
+
+        Args:
+          output: scalar function of one example, in which the same leaves are linear maps.
+        """
+        rule = _hashable(self.rule._replace(output=output))
+        step = _compiled_step(rule, self.plan, self.microbatch)
+        return dataclasses.replace(self, rule=rule, step=step)
+
     def __call__(
         self,
         params: Params,
@@ -169,7 +186,8 @@ def featurize_with(
         raise ValueError(f"microbatch must be at least 1, got {microbatch}.")
     found = None
     if rule.projection.basis is not None:
-        found = linear_maps.find(rule.output, params, example, key)
+        one = example_at_one_draw(rule.output, example)
+        found = linear_maps.find(at_one_draw(rule.output), params, one, key)
         if callable(groups):
             layout = groups_lib.split_layers(layout, found.stacked)
     plan = make_plan(layout, rule.projection, found)
@@ -182,6 +200,9 @@ def _hashable(rule: FeatureRule) -> FeatureRule:
     """The rule, fit to be the key of a cache: callable objects may have no hash."""
 
     def wrapped(function: OutputFn) -> OutputFn:
+        if isinstance(function, Expectation):
+            loss = function.loss
+            return dataclasses.replace(function, loss=lambda *arguments: loss(*arguments))
         return lambda params, example, key: function(params, example, key)
 
     try:
@@ -258,8 +279,9 @@ def _compiled_step(
 
         def chunk(batch: Batch, ids: jax.Array) -> Featurized:
             keys = example_keys(key, ids)
-            z, rest = _gradients(rule, plan, params, batch, keys, sides, fitted)
-            phi = plan.assemble(rule.projection, drawing, z, rest)
+            z_and_rest = functools.partial(_gradients, rule, plan, params, sides, fitted)
+            assemble = functools.partial(plan.assemble, rule.projection, drawing)
+            phi = _features(rule.output, batch, keys, z_and_rest, assemble)
             phi = unit_norm(phi) if rule.normalize else phi
             return Featurized(phi, _residual(rule.residual, params, batch, keys))
 
@@ -396,19 +418,42 @@ def in_microbatches(chunk: Callable[..., Any], size: int) -> Callable[..., Any]:
     return run
 
 
+def _features(
+    output: OutputFn,
+    batch: Batch,
+    keys: Key,
+    z_and_rest: Callable[..., tuple[dict, dict]],
+    assemble: Callable[..., Features],
+) -> Features:
+    """Features of a batch; of an expectation, the mean over its draws."""
+    if not isinstance(output, Expectation):
+        return assemble(*z_and_rest(output, batch, keys))
+    of_draw, of_each_draw = at_one_draw(output), output.unit_norm
+
+    def gradients(draw: Draws) -> Any:
+        found = z_and_rest(of_draw, (batch, draw.timesteps), draw.keys)
+        return unit_norm(assemble(*found)) if of_each_draw else found
+
+    total = sum_over_draws(output, keys, gradients)
+    mean = jax.tree.map(lambda x: x / output.count, total)
+    # Projecting is linear, so it is done once, for the mean.
+    return mean if of_each_draw else assemble(*mean)
+
+
 def _gradients(
     rule: FeatureRule,
     plan: Plan,
     params: Params,
-    batch: Batch,
-    keys: Key,
     sides: Mapping[str, Sides],
     fitted: Fitted,
+    output: OutputFn,
+    batch: Batch,
+    keys: Key,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """What `Plan.assemble` takes, for a batch: the work of the backward pass."""
     basis = rule.projection.basis
     if basis is None or basis.materialize or not plan.factored:
-        of_leaves, leaves = as_function_of(rule.output, plan.rest | plan.covered, params)
+        of_leaves, leaves = as_function_of(output, plan.rest | plan.covered, params)
 
         def exact(example: Example, key: Key) -> tuple[dict, dict]:
             return project_gradients(plan, sides, fitted, jax.grad(of_leaves)(leaves, example, key))
@@ -418,7 +463,7 @@ def _gradients(
     # Traced here, and not once for all, since shapes of examples may differ between batches.
     maps = [factored.map.leaf for factored in plan.factored]
     shapes = shapes_of_one((batch, keys))
-    rewritten = linear_maps.bottleneck(rule.output, params, *shapes, leaves=maps)
+    rewritten = linear_maps.bottleneck(output, params, *shapes, leaves=maps)
 
     def rewritten_output(params: Params, example: Example, key: Key) -> jax.Array:
         z, example = example

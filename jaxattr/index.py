@@ -22,7 +22,7 @@ from jaxattr.plans import FeatureLayout
 from jaxattr.rows import COLUMNS, EXAMPLES, FEATURES, SELF, Rows, all_rows
 from jaxattr.sharding import DATA, Placement
 from jaxattr.sources import as_source, track
-from jaxattr.typing import Batch, Example, Features, Key, Params
+from jaxattr.typing import Batch, Example, Features, Key, Link, Params
 
 
 class NonFiniteWarning(UserWarning):
@@ -50,6 +50,7 @@ class Index:
       solve_errors: relative residual of each training example's solve, the worst of all
         checkpoints, [n]; None for kernels that do not iterate.
       path: where it is on disk; None if it is in memory.
+      link: what is done to sums of contributions to make them scores.
     """
 
     method: Method | None
@@ -62,6 +63,7 @@ class Index:
     operators: tuple[Any, ...]
     solve_errors: np.ndarray | None
     path: str | os.PathLike[str] | None = None
+    link: Link = "identity"
 
     @property
     def size(self) -> int:
@@ -257,18 +259,19 @@ def features_of_batch(
     return jnp.where(finite[:, None], features, 0), finite
 
 
-def report_non_finite(positions: np.ndarray, total: int, what: str) -> None:
+def report_non_finite(positions: np.ndarray, total: int, what: str, where: str = "") -> None:
     """Warns of examples that were left out, if there are any.
 
     Args:
       positions: theirs.
       total: number of examples.
       what: they are.
+      where: more about them.
     """
     if len(positions):
         warnings.warn(
             f"{len(positions)} of {total} {what} have gradients that are not finite and were left "
-            f"out: ids {first_ids(positions)}.",
+            f"out{where}: ids {first_ids(positions)}.",
             NonFiniteWarning,
             stacklevel=3,
         )
@@ -280,12 +283,14 @@ def first_ids(ids: np.ndarray) -> str:
 
 
 def _functions(index: Index) -> tuple[Featurizer, Method]:
+    """The featurizer of queries, and the method."""
     if index.featurizer is None or index.method is None:
         raise ValueError(
             "This index was opened without its method, so it cannot compute features of queries. "
             "Pass them as ja.open_index(path, method, checkpoints), or pass QueryFeatures."
         )
-    return index.featurizer, index.method
+    method, output = index.method, index.method.query_output
+    return index.featurizer if output is None else index.featurizer.of(output), method
 
 
 def _checked_width(index: Index, queries: QueryFeatures) -> QueryFeatures:

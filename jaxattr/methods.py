@@ -19,7 +19,7 @@ from jaxattr.features import FeatureRule, Featurizer
 from jaxattr.groups import Groups
 from jaxattr.kernels import Damping, Kernel
 from jaxattr.projections import Projection
-from jaxattr.typing import Example, Key, OutputFn, Params
+from jaxattr.typing import Example, Key, Link, OutputFn, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Method:
       checkpoint_weights: eta, one per checkpoint; or None for the same for all.
       average_checkpoints: whether that same eta is 1/C (an ensemble's mean) or 1 (a sum).
       references: keys of `citation`.
+      query_output: output function of queries, where it is another than that of training examples.
+      link: "square" if scores are squares of sums of contributions, else "identity".
     """
 
     name: str
@@ -41,6 +43,8 @@ class Method:
     checkpoint_weights: tuple[float, ...] | None = None
     average_checkpoints: bool = False
     references: tuple[str, ...] = ()
+    query_output: OutputFn | None = None
+    link: Link = "identity"
 
     def weights_of(self, checkpoints: int) -> tuple[float, ...]:
         """Returns eta for a number of checkpoints."""
@@ -153,6 +157,114 @@ def trak(
     return Method("TRAK", rule, kernel, average_checkpoints=True, references=("trak",))
 
 
+def d_trak(
+    output: OutputFn,
+    *,
+    damping: Damping | None = None,
+    dense: bool = False,
+    projection: Projection | None = None,
+) -> Method:
+    r"""D-TRAK: TRAK for diffusion, with another function of the predicted noise than the loss.
+
+    .. math:: \tau(q, n) = \tfrac1C \sum_c \phi_c(q)^\top (\Phi_c^\top\Phi_c + \lambda I)^{-1}
+              \phi_c(n)
+
+    with phi the projected gradient, averaged over timesteps and noise, of the same function on both
+    sides. With the loss as that function it is TRAK for diffusion. Why others do better is not
+    known; the published default is the mean square of the predicted noise.
+
+    Args:
+      output: `ja.expectation(ja.diffusion.output(denoiser), timesteps=range(0, 1000, 100))`.
+      damping: of the Gram matrix, which carries no 1/n. Default: `relative(1.0)`.
+        `ja.evaluation.damping_path` tries many for the price of one.
+      dense: one kernel for all groups instead of one for each.
+      projection: of each group's gradient. Default: `rademacher(512)`.
+
+    Returns:
+      The method.
+
+    References:
+      Zheng et al. (2024), arXiv:2311.00500, Eq. 10-13. Deviations: the kernel is block-diagonal by
+      group unless `dense`; damping in units of the mean eigenvalue, not chosen by the LDS of the
+      queries that are evaluated; not divided by its mean absolute entry; Rademacher projection per
+      group; the noise of an example depends on its id and not on its place in the batch.
+    """
+    return _trak_like("D-TRAK", output, kernels.gram(_damping(damping), dense=dense), projection)
+
+
+def journey_trak(
+    loss: OutputFn,
+    journey: OutputFn,
+    *,
+    damping: Damping | None = None,
+    dense: bool = False,
+    projection: Projection | None = None,
+) -> Method:
+    """Journey-TRAK: TRAK whose query side is the loss along the sampler's trajectory.
+
+    For generated queries, which must hold their trajectory; see `ja.diffusion.journey`.
+
+    Args:
+      loss: of training examples, `ja.expectation(ja.diffusion.loss(denoiser), timesteps=...)`.
+      journey: of queries, `ja.diffusion.journey(denoiser, steps=50)`.
+      damping: as in `d_trak`, as all that follow.
+      dense: see there.
+      projection: see there.
+
+    Returns:
+      The method.
+
+    References:
+      Georgiev et al. (2023), arXiv:2312.06205; one score for the whole trajectory as in Zheng et
+      al. (2024), arXiv:2311.00500, appendix C.
+    """
+    kernel = kernels.gram(_damping(damping), dense=dense)
+    method = _trak_like("Journey-TRAK", loss, kernel, projection)
+    return dataclasses.replace(method, query_output=journey, references=("journey_trak",))
+
+
+def das(
+    output: OutputFn,
+    *,
+    residual: OutputFn | None = None,
+    leverage: bool = True,
+    link: Link = "square",
+    damping: Damping | None = None,
+    projection: Projection | None = None,
+) -> Method:
+    r"""DAS: how far the predicted noise moves when an example is left out, squared.
+
+    .. math:: \tau(q, n) = \Big[\tfrac1C \sum_c \phi_c(q)^\top K_c \phi_c(n)\,
+              \frac{r(n)}{1 - h_c(n)}\Big]^2, \qquad h(n) = \phi(n)^\top K \phi(n)
+
+    with one dense K for all groups, as in `d_trak`. For a linear model this is the exact effect of
+    leaving n out (Sherman-Morrison), squared. Squares have no sign: every example is a proponent.
+
+    Args:
+      output: `ja.expectation(ja.diffusion.output(denoiser, "mean"), timesteps=..., unit_norm=True)`
+        as published: the mean of the predicted noise, each draw's gradient at unit norm.
+      residual: r, a scalar of one training example; `ja.diffusion.error_profile(denoiser, ...)` as
+        published. Default: one.
+      leverage: whether to divide by 1 - h.
+      link: "square", or "identity" for scores with a sign.
+      damping: of the Gram matrix. Default: `relative(1.0)`.
+      projection: of each group's gradient. Default: `rademacher(512)`.
+
+    Returns:
+      The method.
+
+    References:
+      Lin et al. (2025), DAS, ICLR, Eq. 16. Deviations: the exponent of 1 - h is one, as Newton's
+      step has it, where the published code has two; h belongs to the training example and to the
+      kernel that is used, where the published code mixes queries and examples and rescales; as in
+      the published code, the square is outside the mean over timesteps and pixels.
+    """
+    kernel = kernels.gram(_damping(damping), dense=True, leverage=leverage)
+    method = _trak_like("DAS", output, kernel, projection)
+    rule = method.rule._replace(residual=residual)
+    return dataclasses.replace(method, rule=rule, link=link, references=("das",))
+
+
 def featurizer(
     method: Method,
     params: Params,
@@ -209,6 +321,17 @@ def citation(method: Method) -> str:
       @inproceedings{pruthi2020tracin,
     """
     return "\n\n".join(BIBTEX[reference] for reference in (*method.references, "weights"))
+
+
+def _trak_like(
+    name: str, output: OutputFn, kernel: Kernel, projection: Projection | None
+) -> Method:
+    rule = FeatureRule(output, projections.rademacher(512) if projection is None else projection)
+    return Method(name, rule, kernel, average_checkpoints=True, references=("d_trak",))
+
+
+def _damping(damping: Damping | None) -> Damping:
+    return kernels.relative(1.0) if damping is None else damping
 
 
 def _checkpoint_weights(weights: Sequence[float] | None) -> tuple[float, ...] | None:

@@ -100,6 +100,7 @@ def describe_method(method: Method, params: Params, example: Example) -> dict[st
         "unit_norm": rule.normalize,
         "checkpoint_weights": None if eta is None else list(eta),
         "average_checkpoints": method.average_checkpoints,
+        "link": method.link,
         "output": _fingerprint_function(rule.output, params, example),
         "residual": None
         if rule.residual is None

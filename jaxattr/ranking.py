@@ -14,7 +14,7 @@ import numpy as np
 from jaxattr.plans import FeatureLayout
 from jaxattr.rows import COLUMNS, EXAMPLES, FEATURES, axes_of, pad_columns
 from jaxattr.sharding import DATA, MODEL, Placement
-from jaxattr.typing import Features
+from jaxattr.typing import Features, Link
 
 QUERIES = (None, None, MODEL)
 """Mesh axes of query features [q, c, p]."""
@@ -85,17 +85,28 @@ def weigh(layout: FeatureLayout, place: Placement, w: jax.Array, phi: Features) 
     return pad_columns(split, -(-layout.total // place.columns) * place.columns)
 
 
-def local_scores(place: Placement, weighted: jax.Array, side: TrainSide) -> jax.Array:
+def linked(link: Link, scores: Any) -> Any:
+    """Makes scores of sums of contributions.
+
+    Args:
+      link: of the method.
+      scores: the sums.
+    """
+    return scores**2 if link == "square" else scores
+
+
+def local_scores(place: Placement, link: Link, weighted: jax.Array, side: TrainSide) -> jax.Array:
     """Scores of a device's own training examples, [q, r]; inside `Placement.over_shards`.
 
     Args:
       place: the devices.
+      link: of the method.
       weighted: query features [q, c, p], the device's own columns.
       side: the device's own rows.
     """
     flat = weighted.reshape(weighted.shape[0], -1)
     scores = place.sum_columns(jnp.matmul(flat, side.features.T, precision="highest"))
-    return scores * side.residual[None]  # [q, r]
+    return linked(link, scores * side.residual[None])  # [q, r]
 
 
 def local_contributions(
@@ -135,12 +146,12 @@ def local_contributions(
 
 
 @functools.lru_cache(maxsize=32)
-def score_step(place: Placement, layout: FeatureLayout) -> Any:
+def score_step(place: Placement, layout: FeatureLayout, link: Link) -> Any:
     """The compiled step (w, phi [q, c * p], arrays of a slab) -> [q, g, b], b over `data`."""
 
     def of_shard(weighted: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
         g, b = arrays[EXAMPLES].shape[:2]
-        scores = local_scores(place, weighted, train_side(arrays))
+        scores = local_scores(place, link, weighted, train_side(arrays))
         return scores.reshape(-1, g, b)
 
     spread = place.over_shards(of_shard, (QUERIES, SIDE), (None, None, DATA))
@@ -173,6 +184,7 @@ def slab_ids(place: Placement, shape: tuple[int, int], first: Any) -> jax.Array:
 
 def absorb(
     place: Placement,
+    link: Link,
     sign: int,
     best: TopK,
     weighted: jax.Array,
@@ -184,6 +196,7 @@ def absorb(
 
     Args:
       place: the devices.
+      link: of the method.
       sign: -1 for opponents.
       best: the device's own, [1, q, k].
       weighted: query features [q, c, p].
@@ -195,7 +208,7 @@ def absorb(
       The best of both; ties go to the lower id.
     """
     side, (g, b) = train_side(arrays), arrays[EXAMPLES].shape[:2]
-    scores = sign * local_scores(place, weighted, side)
+    scores = sign * local_scores(place, link, weighted, side)
     ids = slab_ids(place, (g, b), first)
     fresh = jnp.repeat(jnp.arange(g) >= skip, b)
     usable = (side.counted & fresh)[None] & jnp.isfinite(scores)
@@ -235,12 +248,15 @@ def merge(place: Placement, sign: int, best: TopK) -> TopK:
 
 
 @functools.lru_cache(maxsize=32)
-def top_k_of_arrays(place: Placement, layout: FeatureLayout, k: int, count: int, sign: int) -> Any:
+def top_k_of_arrays(
+    place: Placement, layout: FeatureLayout, link: Link, k: int, count: int, sign: int
+) -> Any:
     """A jittable function (w, phi, arrays) -> TopK over whole arrays in memory.
 
     Args:
       place: the devices.
       layout: the groups.
+      link: of the method.
       k: how many.
       count: blocks that are scored at once.
       sign: -1 for opponents.
@@ -255,7 +271,7 @@ def top_k_of_arrays(place: Placement, layout: FeatureLayout, k: int, count: int,
             start = jnp.minimum(i * at_once, blocks - at_once)
             slab = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, at_once), arrays)
             first = start * b * place.shards
-            return absorb(place, sign, best, weighted, slab, first, i * at_once - start)
+            return absorb(place, link, sign, best, weighted, slab, first, i * at_once - start)
 
         dtype = jnp.promote_types(weighted.dtype, arrays[EXAMPLES].dtype)
         none = jax.tree.map(lambda x: x[:1], empty(place, weighted.shape[0], k, dtype))
@@ -271,12 +287,14 @@ def top_k_of_arrays(place: Placement, layout: FeatureLayout, k: int, count: int,
 
 
 @functools.lru_cache(maxsize=32)
-def absorb_step(place: Placement, layout: FeatureLayout, sign: int) -> tuple[Any, Any, Any]:
+def absorb_step(
+    place: Placement, layout: FeatureLayout, link: Link, sign: int
+) -> tuple[Any, Any, Any]:
     """Compiled: (w, phi) -> weighted; (best, weighted, slab, first, skip) -> best; best -> TopK."""
     own = (DATA,)  # a leading axis of devices
     merging = place.over_shards(functools.partial(merge, place, sign), (own,), ())
     absorbing = place.over_shards(
-        functools.partial(absorb, place, sign), (own, QUERIES, SIDE, (), ()), own
+        functools.partial(absorb, place, link, sign), (own, QUERIES, SIDE, (), ()), own
     )
     weighing = place.jit(functools.partial(weigh, layout, place), *QUERIES)
     return weighing, jax.jit(absorbing, donate_argnums=0), jax.jit(merging)

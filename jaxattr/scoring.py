@@ -26,7 +26,7 @@ from jaxattr.ranking import TopK
 from jaxattr.rows import COLUMNS, EXAMPLES, FEATURES, SELF, MemoryRows, Slab, blocks_at_once
 from jaxattr.sharding import DATA, Placement, barrier, process
 from jaxattr.store import Folder, on_first_process, score_array
-from jaxattr.typing import Batch, Features, Weights
+from jaxattr.typing import Batch, Features, Link, Weights
 
 # Training examples that are read from disk at once.
 SLAB = 8192
@@ -78,7 +78,7 @@ def score(
     """
     w = weight_array(index.layout, weights)
     prepared = query_features(index, queries)
-    step = ranking.score_step(index.place, index.layout)
+    step = ranking.score_step(index.place, index.layout, index.link)
     w, phi = index.place.whole((w, prepared.features))
     blocks = (
         (slab, index.place.gathered(step(w, phi, slab.arrays)))  # [q, g, b]
@@ -92,7 +92,7 @@ def score(
 
 
 def contributions(index: Index, queries: Any) -> jax.Array:
-    """Splits every score into what each group contributes.
+    """Splits every score into what each group contributes; before the square of a squared method.
 
     Args:
       index: the index.
@@ -100,7 +100,7 @@ def contributions(index: Index, queries: Any) -> jax.Array:
 
     Returns:
       Float [q, n, m], groups in the order of `index.layout.names`. The sum over groups is the
-      score; weighted, the weighted score.
+      score; weighted, the weighted score. Of a squared method (DAS) it is the score's root.
 
     Cost: q n m numbers. `score` and `learn_weights` do not need them.
     """
@@ -144,7 +144,7 @@ def top_k(
     Raises:
       ValueError: if k is not between 1 and n, or weights are wrong.
     """
-    _check_k(k, index)
+    _check_k(k, index, opponents)
     w = weight_array(index.layout, weights)
     prepared = query_features(index, queries)
     sign = -1 if opponents else 1
@@ -152,9 +152,11 @@ def top_k(
     w, phi = place.whole((w, prepared.features))
     if isinstance(index.rows, MemoryRows):
         count = blocks_at_once(index.rows.layout, block_size)
-        top = _compiled_top_k(place, layout, k, count, sign)(w, phi, _arrays(index.rows))
+        top = _compiled_top_k(place, layout, index.link, k, count, sign)(
+            w, phi, _arrays(index.rows)
+        )
     else:
-        weighing, absorbing, merging = ranking.absorb_step(place, layout, sign)
+        weighing, absorbing, merging = ranking.absorb_step(place, layout, index.link, sign)
         weighted = weighing(w, phi)
         best = ranking.empty(place, len(phi), k, jnp.promote_types(phi.dtype, jnp.float32))
         for slab in _slabs(index, block_size):
@@ -179,7 +181,8 @@ def self_influence(index: Index, *, weights: Weights | None = None) -> jax.Array
         arrays = {name: index.place.host(x)[slab.fresh :] for name, x in slab.arrays.items()}
         selves = arrays[SELF].sum(axis=2)  # [g, b, m]
         residual = arrays[EXAMPLES][..., COLUMNS.residual].mean(axis=-1)
-        parts.append((residual * (selves @ w.astype(selves.dtype))).reshape(-1))
+        scores = ranking.linked(index.link, residual * (selves @ w.astype(selves.dtype)))
+        parts.append(scores.reshape(-1))
     values = np.concatenate(parts)[: index.size]
     values[index.non_finite] = np.nan
     return jnp.asarray(values)
@@ -212,7 +215,7 @@ def attributor(
     Raises:
       ValueError: if the index is on disk: open it with `in_memory=True`.
     """
-    _check_k(k, index)
+    _check_k(k, index, opponents)
     rows = index.rows
     if not isinstance(rows, MemoryRows):
         raise ValueError(
@@ -222,7 +225,8 @@ def attributor(
     w = index.place.whole(weight_array(index.layout, weights))
     sign = -1 if opponents else 1
     count = blocks_at_once(rows.layout, block_size)
-    run = _compiled_attributor(functions_of(index), index.place, index.layout, k, count, sign)
+    search = ranking.top_k_of_arrays(index.place, index.layout, index.link, k, count, sign)
+    run = _compiled_attributor(functions_of(index), search)
 
     def attribute(batch: Batch, ids: jax.Array | None = None) -> TopK:
         ids = -1 - jnp.arange(leading_size(batch)) if ids is None else jnp.asarray(ids)
@@ -232,16 +236,8 @@ def attributor(
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_attributor(
-    functions: QueryFunctions,
-    place: Placement,
-    layout: FeatureLayout,
-    k: int,
-    count: int,
-    sign: int,
-) -> Any:
+def _compiled_attributor(functions: QueryFunctions, search: Any) -> Any:
     """The jitted function, the same for indexes of one method: a newer one compiles nothing."""
-    search = ranking.top_k_of_arrays(place, layout, k, count, sign)
 
     @jax.jit
     def run(state: State, train: dict, w: jax.Array, batch: Batch, ids: jax.Array) -> TopK:
@@ -296,8 +292,10 @@ def _compiled_contributions(place: Placement, layout: FeatureLayout) -> Any:
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled_top_k(place: Placement, layout: FeatureLayout, k: int, count: int, sign: int) -> Any:
-    return jax.jit(ranking.top_k_of_arrays(place, layout, k, count, sign))
+def _compiled_top_k(
+    place: Placement, layout: FeatureLayout, link: Link, k: int, count: int, sign: int
+) -> Any:
+    return jax.jit(ranking.top_k_of_arrays(place, layout, link, k, count, sign))
 
 
 def _arrays(rows: MemoryRows) -> dict[str, jax.Array]:
@@ -346,6 +344,11 @@ def _mark_queries(scores: jax.Array, prepared: QueryFeatures) -> jax.Array:
     return scores.at[prepared.non_finite].set(jnp.nan) if len(prepared.non_finite) else scores
 
 
-def _check_k(k: int, index: Index) -> None:
+def _check_k(k: int, index: Index, opponents: bool) -> None:
+    if opponents and index.link == "square":
+        raise ValueError(
+            "Scores of this index are squares, so there are no opponents: its smallest scores are "
+            'of examples without influence. Build it with link="identity".'
+        )
     if not 1 <= k <= index.size:
         raise ValueError(f"k must be between 1 and the {index.size} training examples, got {k}.")

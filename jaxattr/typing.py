@@ -5,7 +5,7 @@ p feature, c checkpoint, t token, i input, o output, k top.
 """
 
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import jax
 
@@ -23,6 +23,9 @@ Key: TypeAlias = jax.Array
 
 Features: TypeAlias = jax.Array
 """Per-example features, float [b, p]: one contiguous slice of columns per group."""
+
+Link: TypeAlias = Literal["identity", "square"]
+"""What is done to a weighted sum of contributions to make it a score."""
 
 Weights: TypeAlias = Mapping[str, Any]
 """One non-negative scalar per group name; all ones is the unweighted method."""

@@ -97,7 +97,7 @@ def learn_weights(
     *,
     top_k: int = 20,
     l2: float = 0.1,
-    signal: Signal = "top_k",
+    signal: Signal | None = None,
     start: Start = "uniform",
     optimizer: optax.GradientTransformation | None = None,
     steps: int = 200,
@@ -120,7 +120,8 @@ def learn_weights(
       top_k: number of training examples taken for the signal, at most n; no more than two or three
         times as many as a query has true proponents.
       l2: strength of the pull towards the start, >= 0.
-      signal: see `self_supervised_loss`.
+      signal: see `self_supervised_loss`. Default: "top_k"; of a squared method (DAS) "top_k_abs",
+        which ranks as the squares do and stays linear in the weights.
       start: where learning starts, and what it is pulled to.
       optimizer: any `optax.GradientTransformation`, over theta. Default: Adam with a cosine
         schedule from 0.05 to 0 over `steps`.
@@ -145,6 +146,8 @@ def learn_weights(
       Li et al. (2025), arXiv:2506.05647, section 3. Deviation: the unit of l2. The defaults are
       from a study of three models by three methods, see BUILD_NOTES.md.
     """
+    if signal is None:
+        signal = "top_k_abs" if index.link == "square" else "top_k"
     problem = _from_index(index, queries, materialize, top_k, signal)
     options = _Options(top_k, l2, signal, start, optimizer, steps, batch_size, held_out)
     return _fit(problem, index.layout.names, options, key)

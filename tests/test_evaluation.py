@@ -30,7 +30,7 @@ def train(key, ids):
 @pytest.mark.parametrize("devices", [None, 8])
 @pytest.mark.parametrize("at_once", [None, 4])
 def test_retraining_equals_a_loop(devices, at_once):
-    masks = ja.random_subsets(jax.random.key(0), 24, 5)
+    masks = ja.evaluation.random_subsets(jax.random.key(0), 24, 5)
     mesh = devices and Mesh(np.array(jax.devices()), ("data",))
     got = ja.retrain(train, masks, jax.random.key(1), seeds=2, at_once=at_once, mesh=mesh)
     keys = jax.random.split(jax.random.key(1), 2)
@@ -50,7 +50,7 @@ def test_retraining_equals_a_loop(devices, at_once):
 
 def test_random_subsets_are_stratified():
     strata = np.repeat([0, 1, 2], [10, 20, 30])
-    masks = ja.random_subsets(jax.random.key(0), 60, 7, fraction=0.3, strata=strata)
+    masks = ja.evaluation.random_subsets(jax.random.key(0), 60, 7, fraction=0.3, strata=strata)
     for stratum, size in zip(range(3), (3, 6, 9), strict=True):
         assert (masks[:, strata == stratum].sum(axis=1) == size).all()
     assert len({mask.tobytes() for mask in masks}) == 7
@@ -59,11 +59,11 @@ def test_random_subsets_are_stratified():
 @pytest.mark.parametrize("fraction", [0.0, 1.0, 0.01, 0.999, -1])
 def test_subsets_that_are_none(fraction):
     with pytest.raises(ValueError, match="more than none and fewer than all"):
-        ja.random_subsets(jax.random.key(0), 24, 2, fraction=fraction)
+        ja.evaluation.random_subsets(jax.random.key(0), 24, 2, fraction=fraction)
 
 
 def test_train_functions_that_cannot_be_right():
-    masks = ja.random_subsets(jax.random.key(0), 24, 4)
+    masks = ja.evaluation.random_subsets(jax.random.key(0), 24, 4)
     for ignores in (
         lambda key, ids: models.mlp_params(key),
         jax.jit(lambda k, ids: train(k, jnp.array([1]))),
@@ -186,7 +186,7 @@ def test_flipped_labels():
 @pytest.fixture(scope="module")
 def indexed():
     index = ja.build_index(ja.trak(models.margin), models.mlp_params(), TRAIN)
-    masks = ja.random_subsets(jax.random.key(0), 24, 30)
+    masks = ja.evaluation.random_subsets(jax.random.key(0), 24, 30)
     return index, masks, np.asarray(ja.contributions(index, QUERIES))
 
 

@@ -18,6 +18,7 @@ import pytest
 
 import jaxattr as ja
 from jaxattr.store import Folder, finished
+from jaxattr.weight_fits import WeightWarning
 from tests import models
 from tests.multiprocess import worker
 
@@ -54,7 +55,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     jobs = start("attribute", tmp_path, 2)
     train, checkpoints = models.data(worker.SIZE), worker.checkpoints()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ja.WeightWarning)
+        warnings.simplefilter("ignore", WeightWarning)
         expected = {
             name: worker.results(
                 ja.build_index(method, checkpoints, train, batch_size=worker.BATCH)

@@ -139,8 +139,11 @@ def test_only_sums_and_merges_move_between_devices(mesh):
 
     w, queries = place.whole((jnp.ones(3), ja.query_features(index, QUERIES).features))
     arrays = {name: index.rows.arrays[name] for name in ("features", "examples")}
-    assert set(collectives(ranking.score_step(place, layout), w, queries, arrays)) == columns
-    search = ranking.top_k_of_arrays(place, layout, 5, 2, 1)
+    assert (
+        set(collectives(ranking.score_step(place, layout, "identity"), w, queries, arrays))
+        == columns
+    )
+    search = ranking.top_k_of_arrays(place, layout, "identity", 5, 2, 1)
     merged = collectives(search, w, queries, arrays)
     assert set(merged) == {"all-gather"} | columns and merged["all-gather"] <= 2
 
@@ -174,8 +177,8 @@ def test_steps_lower_for_accelerators(mesh, platform):
     lowers(features, *step_arguments(index, place))
     w, queries = place.whole((jnp.ones(3), ja.query_features(index, QUERIES).features))
     arrays = {name: index.rows.arrays[name] for name in ("features", "examples")}
-    lowers(ranking.score_step(place, index.layout), w, queries, arrays)
-    lowers(ranking.top_k_of_arrays(place, index.layout, 5, 2, 1), w, queries, arrays)
+    lowers(ranking.score_step(place, index.layout, "identity"), w, queries, arrays)
+    lowers(ranking.top_k_of_arrays(place, index.layout, "identity", 5, 2, 1), w, queries, arrays)
     start, absorb, merge = shortlists.compiled_pass(place, index.layout, 7, (1,))
     listed = start(w, queries)
     lowers(absorb, listed, queries, arrays, 0, 0)

@@ -99,7 +99,7 @@ def test_scores_into_a_zarr(finished_index, tmp_path, monkeypatch):
     scores = ja.score(index, QUERIES, path=tmp_path / "scores")
     np.testing.assert_array_equal(scores.read().result(), ja.score(index, QUERIES))
     assert scores[:, 3:5].read().result().shape == (6, 2)
-    with pytest.raises(ja.StoreError, match="is not empty: give a new path"):
+    with pytest.raises(StoreError, match="is not empty: give a new path"):
         ja.score(index, QUERIES, path=tmp_path / "scores")
 
 
@@ -168,7 +168,7 @@ def test_a_build_that_stops_goes_on_where_it_was(path, method, monkeypatch):
     for stop in (19, 35):
         with pytest.raises(Stops):
             build(path, method, train=Interrupted(stop))
-        with pytest.raises(ja.StoreError, match="is not finished: of 7 blocks"):
+        with pytest.raises(StoreError, match="is not finished: of 7 blocks"):
             ja.open_index(path)
     done = max(finished(Folder(path)).values())
     assert done == 35 // BATCH - 1  # the block in flight was not written
@@ -222,14 +222,14 @@ def other_loss(params, example, key):
 )  # fmt: skip
 def test_what_does_not_belong_together_is_refused(finished_index, change, message):
     options = {"method": IDENTITY, "checkpoints": CHECKPOINTS, "train": TRAIN} | change
-    with pytest.raises(ja.StoreError, match=f"(?s)was made from something else.*{message}"):
+    with pytest.raises(StoreError, match=f"(?s)was made from something else.*{message}"):
         build(finished_index, **options)
 
 
 def test_opening_checks_method_and_checkpoints(finished_index):
-    with pytest.raises(ja.StoreError, match="method.name: the index has TracIn, got TRAK"):
+    with pytest.raises(StoreError, match="method.name: the index has TracIn, got TRAK"):
         ja.open_index(finished_index, TRAK, CHECKPOINTS)
-    with pytest.raises(ja.StoreError, match="params: the index has"):
+    with pytest.raises(StoreError, match="params: the index has"):
         ja.open_index(finished_index, IDENTITY, CHECKPOINTS[::-1])
     with pytest.raises(ValueError, match='blocks of 8 .* the 3 devices of the mesh axis "data"'):
         devices = jax.devices()[:3]
@@ -237,19 +237,19 @@ def test_opening_checks_method_and_checkpoints(finished_index):
 
 
 def test_places_that_hold_no_index(tmp_path):
-    with pytest.raises(ja.StoreError, match="There is no index at"):
+    with pytest.raises(StoreError, match="There is no index at"):
         ja.open_index(tmp_path)
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(ja.StoreError, match="is not empty and holds no index .found thesis.tex"):
+    with pytest.raises(StoreError, match="is not empty and holds no index .found thesis.tex"):
         build(tmp_path)
-    with pytest.raises(ja.StoreError, match="Cannot write /proc/nothing/.*may be written"):
+    with pytest.raises(StoreError, match="Cannot write /proc/nothing/.*may be written"):
         build("/proc/nothing")
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(ja.StoreError, match="manifest.json is damaged: it is no JSON"):
+    with pytest.raises(StoreError, match="manifest.json is damaged: it is no JSON"):
         ja.open_index(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": 99}')
     for call in (ja.open_index, build):
-        with pytest.raises(ja.StoreError, match="has format 99, and this version .* format 1"):
+        with pytest.raises(StoreError, match="has format 99, and this version .* format 1"):
             call(tmp_path)
 
 
@@ -264,7 +264,7 @@ def test_a_damaged_block_is_found_and_named(path, damage):
     else:
         chunk.write_bytes(content if damage == "flipped" else content[:50])
     index = ja.open_index(path, IDENTITY, CHECKPOINTS)
-    with pytest.raises(ja.StoreError, match="features is damaged at or after block 3"):
+    with pytest.raises(StoreError, match="features is damaged at or after block 3"):
         ja.top_k(index, QUERIES, block_size=BATCH)
 
 
@@ -286,14 +286,14 @@ def test_full_disk(tmp_path):
 
 def test_an_index_larger_than_the_disk_is_not_begun(path, monkeypatch):
     monkeypatch.setattr(Folder, "free_bytes", lambda self: 100)
-    with pytest.raises(ja.StoreError, match="needs .* GB at .*, and 1e-07 GB are free"):
+    with pytest.raises(StoreError, match="needs .* GB at .*, and 1e-07 GB are free"):
         build(path)
     assert not (path / "manifest.json").exists()
 
 
 def test_two_jobs_on_one_path(path):
     with Lease(Folder(path)):
-        with pytest.raises(ja.StoreError, match=f"another job: process {os.getppid()}|another job"):
+        with pytest.raises(StoreError, match=f"another job: process {os.getppid()}|another job"):
             holder = json.loads((path / "lease.json").read_text())
             holder["pid"] = os.getppid()  # another process, that lives
             (path / "lease.json").write_text(json.dumps(holder))
@@ -326,7 +326,7 @@ def test_a_lease_that_another_host_renews_is_kept(path):
     thread = threading.Thread(target=renew)
     thread.start()
     try:
-        with pytest.raises(ja.StoreError, match="another job: process 1 on elsewhere"):
+        with pytest.raises(StoreError, match="another job: process 1 on elsewhere"):
             with Lease(folder, expires=1.0):
                 pass
     finally:
@@ -359,15 +359,15 @@ def test_extending(path):
     assert index.size == SIZE + 20
     np.testing.assert_array_equal(ja.score(index, QUERIES), ja.score(expected, QUERIES))
     assert build(path, train=grown).size == SIZE + 20
-    with pytest.raises(ja.StoreError, match="it has 73 examples, and train has only 53"):
+    with pytest.raises(StoreError, match="it has 73 examples, and train has only 53"):
         build(path, train=TRAIN, extend=True)
-    with pytest.raises(ja.StoreError, match="data.fingerprint"):
+    with pytest.raises(StoreError, match="data.fingerprint"):
         build(path, train=models.data(SIZE + 40, seed=8), extend=True)
 
 
 def test_extending_is_refused_where_the_kernel_depends_on_all(path):
     build(path, TRAK)
-    with pytest.raises(ja.StoreError, match="TRAK has a kernel that depends on all training"):
+    with pytest.raises(StoreError, match="TRAK has a kernel that depends on all training"):
         build(path, TRAK, train=models.data(SIZE + 20), extend=True)
     with pytest.raises(ValueError, match="extend=True adds to an index on disk: give its path"):
         build(None, extend=True)
@@ -387,7 +387,7 @@ def test_a_build_goes_on_with_other_hosts_if_they_share_no_chunk(path, monkeypat
     with pytest.raises(Stops):
         build(other, train=Interrupted(19))
     monkeypatch.setattr(Placement, "boundaries", halves)
-    with pytest.raises(ja.StoreError, match="chunks of 8 .* rows .4. of a block, so two would"):
+    with pytest.raises(StoreError, match="chunks of 8 .* rows .4. of a block, so two would"):
         build(other)
 
 
@@ -400,7 +400,3 @@ def test_slabs_hold_every_block_once():
                 for i in range(fresh, count)
             ]
             assert seen == list(range(blocks))
-
-
-def test_store_errors_are_one_kind():
-    assert ja.StoreError is StoreError

@@ -8,6 +8,8 @@ from scipy import stats
 
 import jaxattr as ja
 from jaxattr import weighting
+from jaxattr.weight_fits import WeightWarning
+from jaxattr.weighting import self_supervised_loss
 from tests import models
 
 TRAIN, QUERIES = models.data(40), models.data(12, seed=1)
@@ -34,16 +36,16 @@ def test_loss_by_hand(signal):
         top, bottom = ordered[-5:].mean(), ordered[:5].mean()
         strength = (top - bottom) / 2 if signal == "top_minus_bottom" else top
         expected.append(-strength / np.linalg.norm(s))
-    got = ja.self_supervised_loss(w, parts, top_k=5, signal=signal, l2=0.1)
+    got = self_supervised_loss(w, parts, top_k=5, signal=signal, l2=0.1)
     assert got == pytest.approx(np.mean(expected) + 0.1 * (0.09 + 1 + 4))
 
 
 def test_loss_does_not_see_the_scale_of_the_weights():
     parts = random_contributions()
     w = dict(zip(NAMES, jnp.array([0.3, 1.0, 2.0]), strict=True))
-    loss, gradient = jax.value_and_grad(ja.self_supervised_loss)(w, parts, top_k=5)
+    loss, gradient = jax.value_and_grad(self_supervised_loss)(w, parts, top_k=5)
     scaled = jax.tree.map(lambda x: 7 * x, w)
-    assert ja.self_supervised_loss(scaled, parts, top_k=5) == pytest.approx(float(loss), abs=1e-12)
+    assert self_supervised_loss(scaled, parts, top_k=5) == pytest.approx(float(loss), abs=1e-12)
     assert sum(w[name] * gradient[name] for name in w) == pytest.approx(0, abs=1e-12)
     assert -1 / np.sqrt(5) <= loss <= 0
 
@@ -51,7 +53,7 @@ def test_loss_does_not_see_the_scale_of_the_weights():
 def test_loss_gradient_by_finite_differences():
     parts, w = random_contributions(), jnp.array([0.3, 1.0, 2.0])
 
-    def loss(w): return ja.self_supervised_loss(tuple(w), parts, top_k=5, l2=0.2)  # fmt: skip
+    def loss(w): return self_supervised_loss(tuple(w), parts, top_k=5, l2=0.2)  # fmt: skip
 
     step = 1e-6 * jnp.eye(3)
     expected = [(loss(w + h) - loss(w - h)) / 2e-6 for h in step]
@@ -69,12 +71,10 @@ def test_gram_identity(index):
 
 def test_queries_without_any_score_do_no_harm():
     parts = random_contributions().at[1].set(0)
-    loss, gradient = jax.value_and_grad(ja.self_supervised_loss)((1.0, 1.0, 1.0), parts, top_k=5)
+    loss, gradient = jax.value_and_grad(self_supervised_loss)((1.0, 1.0, 1.0), parts, top_k=5)
     assert jnp.isfinite(loss) and jnp.isfinite(jnp.array(gradient)).all()
     assert loss == pytest.approx(
-        float(ja.self_supervised_loss((1.0, 1.0, 1.0), parts[jnp.array([0, 2, 3])], top_k=5))
-        * 3
-        / 4
+        float(self_supervised_loss((1.0, 1.0, 1.0), parts[jnp.array([0, 2, 3])], top_k=5)) * 3 / 4
     )
 
 
@@ -106,7 +106,7 @@ def test_one_step_by_hand():
     )
 
     def loss(theta):
-        return ja.self_supervised_loss(tuple(jax.nn.softmax(theta)), parts)
+        return self_supervised_loss(tuple(jax.nn.softmax(theta)), parts)
 
     start = jnp.zeros(3)
     theta = start - 2.0 * jax.grad(loss)(start) / jnp.abs(loss(start))
@@ -172,7 +172,7 @@ def test_planted_influence_is_found():
 
 def test_a_heavy_tailed_group_without_signal_is_reported():
     _, parts = planted(0, adversary=1.5)
-    with pytest.warns(ja.WeightWarning, match="collapse: group '8' went from"):
+    with pytest.warns(WeightWarning, match="collapse: group '8' went from"):
         fit = weighting.fit_weights(parts, top_k=10, l2=0.0)
     assert fit.largest == "8" and fit.tail_ratio["8"] == max(fit.tail_ratio.values())
     assert "warning: collapse" in str(fit)
@@ -180,14 +180,14 @@ def test_a_heavy_tailed_group_without_signal_is_reported():
 
 def test_a_hub_is_reported():
     parts = random_contributions(q=20, n=200)
-    with pytest.warns(ja.WeightWarning, match="hub: training example 17 is among the top 10 of"):
+    with pytest.warns(WeightWarning, match="hub: training example 17 is among the top 10 of"):
         fit = weighting.fit_weights(parts.at[:, 17].add(10), top_k=10, l2=1.0)
     assert fit.hub == 17 and fit.hub_share == 1
 
 
 def test_over_fitting_is_reported():
     parts = random_contributions(q=5, n=30, m=20)
-    with pytest.warns(ja.WeightWarning, match="over-fitting: the held-out loss rose"):
+    with pytest.warns(WeightWarning, match="over-fitting: the held-out loss rose"):
         weighting.fit_weights(parts, l2=0.0, steps=400, top_k=1, held_out=0.4)
 
 
@@ -212,7 +212,7 @@ def test_bad_options(index, options, message):
 
 def test_bad_contributions():
     with pytest.raises(ValueError, match="m = 2 weights, got shape"):
-        ja.self_supervised_loss((1.0, 1.0), random_contributions())
+        self_supervised_loss((1.0, 1.0), random_contributions())
     with pytest.raises(ValueError, match="2 names for 3 groups"):
         weighting.fit_weights(random_contributions(), ("a", "b"))
     with pytest.raises(ValueError, match="not all finite"):

@@ -16,9 +16,9 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-import jaxattr as ja
 from experiments.digits import figures, study
 from experiments.digits.study import Result
+from jaxattr.weight_fits import WeightWarning
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the larger study")
     parser.add_argument("--folder", type=Path, default=Path("runs/digits"), help="for all results")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore", ja.WeightWarning)  # they stand in the file of results
+    warnings.simplefilter("ignore", WeightWarning)  # they stand in the file of results
     config = study.FULL if arguments.full else study.QUICK
     methods = study.METHODS | (study.CURVATURE if arguments.full else {})
     console, started = Console(), time.monotonic()

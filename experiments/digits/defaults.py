@@ -20,6 +20,7 @@ from experiments import ground_truth
 from experiments.digits import study
 from experiments.digits.study import Subject
 from jaxattr import scoring, weighting
+from jaxattr.weight_fits import WeightWarning
 
 STARTS = ("uniform", "unit_rms")
 TOP_KS = (5, 10, 20, 50)
@@ -31,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.digits.defaults")
     parser.add_argument("--folder", type=Path, default=Path("runs/digits"), help="for all results")
     folder = parser.parse_args().folder
-    warnings.simplefilter("ignore", ja.WeightWarning)
+    warnings.simplefilter("ignore", WeightWarning)
     config = dataclasses.replace(
         study.QUICK, architectures=("vit", "resnet", "mlp"), queries=128, subsets=64
     )

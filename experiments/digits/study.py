@@ -18,6 +18,7 @@ from experiments.digits.models import Model, make_model
 from experiments.ground_truth import Truth
 from jaxattr import evaluation, scoring, weighting
 from jaxattr.evaluation import LDS
+from jaxattr.weight_fits import WeightFit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Result(NamedTuple):
     auc: dict[str, float]
     weights: dict[str, dict[str, float]]
     group_lds: dict[str, float]
-    fit: ja.WeightFit
+    fit: WeightFit
 
 
 def prepare(name: str, config: Config, folder: Path) -> Subject:
@@ -248,7 +249,7 @@ def _truth(model: Model, digits: Digits, config: Config, folder: Path) -> Truth:
     def make() -> Truth:
         return ground_truth.retrained(
             training.trainer(model, digits.train),
-            ja.random_subsets(jax.random.key(0), config.train, config.subsets),
+            ja.evaluation.random_subsets(jax.random.key(0), config.train, config.subsets),
             jax.random.key(1),
             training.margin(model),
             digits.learning,

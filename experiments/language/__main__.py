@@ -21,7 +21,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-import jaxattr as ja
 from experiments import files, ground_truth
 from experiments.language import corpus, costs, figures, pretrained, rendering, study, text
 from experiments.language.study import Config, Result, Retrieval, Subject
@@ -29,6 +28,7 @@ from experiments.language.text import Tokenizer
 from experiments.language.training import Recipe, perplexity
 from jaxattr import evaluation
 from jaxattr.covariances import TruncationWarning
+from jaxattr.weight_fits import WeightWarning
 
 NOTE = "TracIn with learned weights: a score is the sum over tokens of the query, or the document."
 
@@ -42,7 +42,7 @@ def main() -> None:
     if arguments.plan:
         _print_plans(console)
         return
-    warnings.simplefilter("ignore", ja.WeightWarning)  # they stand in the file of results
+    warnings.simplefilter("ignore", WeightWarning)  # they stand in the file of results
     warnings.simplefilter("ignore", TruncationWarning)
     config = study.FULL if arguments.full else study.QUICK
     config, tokenizer, start = _model(config, arguments.weights)

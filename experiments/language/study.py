@@ -337,7 +337,7 @@ def _truth(
     loss = language.loss(logits_fn)
     return ground_truth.retrained(
         lambda key, ids: train(key, ids, start)[0],
-        ja.random_subsets(jax.random.fold_in(seed, 3), n, config.subsets),
+        ja.evaluation.random_subsets(jax.random.fold_in(seed, 3), n, config.subsets),
         jax.random.fold_in(seed, 4),
         lambda params, example, key: -loss(params, example, key),
         corpus.learning,

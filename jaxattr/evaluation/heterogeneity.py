@@ -1,9 +1,11 @@
 """How right each parameter group is by itself, and how right weights could be at best.
 
 Scores are linear in the training side, so the score of a subset is that of its summed features: no
-[q, n, m] array is needed here either.
+[q, n, m] array is needed here either. Squared scores are not: there the sums are of products of
+contributions, [q, s, m, m].
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -56,6 +58,23 @@ def subset_contributions(index: Index, queries: Any, masks: Any) -> np.ndarray:
     return found
 
 
+def subset_products(index: Index, queries: Any, masks: Any) -> np.ndarray:
+    """Sums over each subset of the products of contributions, for scores that are squares.
+
+    Args:
+      index: the index.
+      queries: as in `score`.
+      masks: bool [s, n].
+
+    Returns:
+      Float [q, s, m, m]; w^T (...) w is the sum of squared scores. Needs contributions [q, n, m].
+    """
+    parts = np.asarray(scoring.contributions(index, queries), np.float64)
+    chosen = [np.flatnonzero(mask) for mask in np.asarray(masks)]
+    sums = [[each[ids].T @ each[ids] for ids in chosen] for each in parts]
+    return np.asarray(sums)
+
+
 def group_lds(index: Index, queries: Any, masks: Any, outputs: Any) -> dict[str, LDS]:
     """LDS of each parameter group's contributions alone: the heterogeneity that weights exploit.
 
@@ -71,7 +90,10 @@ def group_lds(index: Index, queries: Any, masks: Any, outputs: Any) -> dict[str,
     References:
       Li et al. (2025), arXiv:2506.05647, section 2.
     """
-    sums = subset_contributions(index, queries, masks)
+    if index.link == "square":
+        sums = np.einsum("qsmm->qsm", subset_products(index, queries, masks))
+    else:
+        sums = subset_contributions(index, queries, masks)
     return {
         name: lds_of_predictions(sums[:, :, j], outputs)
         for j, name in enumerate(index.layout.names)
@@ -98,40 +120,66 @@ def upper_bound_weights(
     Returns:
       {group name: weight}, mean one.
     """
-    sums = subset_contributions(index, queries, masks)
-    kept = np.isfinite(sums).all(axis=(1, 2))
-    sums = sums[kept] - sums[kept].mean(axis=1, keepdims=True)  # [q, s, m]
+    squared = index.link == "square"
+    sums = (subset_products if squared else subset_contributions)(index, queries, masks)
+    kept = np.isfinite(sums).all(axis=tuple(range(1, sums.ndim)))
+    sums = sums[kept] - sums[kept].mean(axis=1, keepdims=True)  # [q, s, m] or [q, s, m, m]
     ranks = stats.rankdata(np.asarray(outputs, np.float64)[:, kept].T, axis=1)  # [q, s]
     ranks = ranks - ranks.mean(axis=1, keepdims=True)
-    scale = np.sqrt((sums**2).mean(axis=(0, 1)))
-    gauge = np.where(scale > 0, 1 / np.where(scale > 0, scale, 1), 0)
-    # Predictions are linear in w, so covariance and variance are a linear and a quadratic form.
-    rank_norm = np.linalg.norm(ranks, axis=1)
-    slope = (
-        np.einsum("qs,qsm->qm", ranks, sums * gauge)
-        / np.where(rank_norm > 0, rank_norm, 1)[:, None]
-    )
-    square = np.einsum("qsm,qsk->qmk", sums * gauge, sums * gauge)
-    theta = _ascend(jnp.asarray(slope, jnp.float32), jnp.asarray(square, jnp.float32), steps)
+    rank_norm = np.linalg.norm(ranks, axis=1, keepdims=True)
+    ranks = ranks / np.where(rank_norm > 0, rank_norm, 1)
+    gauge = _gauge(np.einsum("qsmm->qsm", sums) if squared else sums, 0.5 if squared else 1.0)
+    if squared:
+        scaled = sums * gauge[:, None] * gauge
+        theta = _ascend(_quadratic_correlation(scaled, ranks), len(gauge), steps)
+    else:
+        theta = _ascend(_linear_correlation(sums * gauge, ranks), len(gauge), steps)
     w = gauge * np.asarray(jax.nn.softplus(theta), np.float64)
     w = w / w.mean()
     return {name: float(value) for name, value in zip(index.layout.names, w, strict=True)}
 
 
-def _ascend(slope: jax.Array, square: jax.Array, steps: int) -> jax.Array:
+def _gauge(sums: np.ndarray, power: float) -> np.ndarray:
+    """Scales each group's sums [q, s, m] to unit root mean square."""
+    scale = np.sqrt((sums**2).mean(axis=(0, 1))) ** power
+    return np.where(scale > 0, 1 / np.where(scale > 0, scale, 1), 0)
+
+
+def _linear_correlation(sums: np.ndarray, ranks: np.ndarray) -> Callable[[jax.Array], jax.Array]:
+    """W -> the mean correlation of w . sums [q, s, m] with ranks [q, s] of unit norm."""
+    # Covariance and variance are a linear and a quadratic form.
+    slope = jnp.asarray(np.einsum("qs,qsm->qm", ranks, sums), jnp.float32)
+    square = jnp.asarray(np.einsum("qsm,qsk->qmk", sums, sums), jnp.float32)
+
+    def correlation(w: jax.Array) -> jax.Array:
+        norm = jnp.einsum("qmk,m,k->q", square, w, w)
+        return jnp.mean(slope @ w / jnp.sqrt(jnp.maximum(norm, 1e-30)))
+
+    return correlation
+
+
+def _quadratic_correlation(sums: np.ndarray, ranks: np.ndarray) -> Callable[[jax.Array], jax.Array]:
+    """The same of w^T sums w, for sums [q, s, m, m]."""
+    sums_, ranks_ = jnp.asarray(sums, jnp.float32), jnp.asarray(ranks, jnp.float32)
+
+    def correlation(w: jax.Array) -> jax.Array:
+        predicted = jnp.einsum("qsmk,m,k->qs", sums_, w, w)
+        norm = jnp.sqrt(jnp.maximum(jnp.sum(predicted**2, axis=1), 1e-30))
+        return jnp.mean(jnp.sum(predicted * ranks_, axis=1) / norm)
+
+    return correlation
+
+
+def _ascend(correlation: Callable[[jax.Array], jax.Array], m: int, steps: int) -> jax.Array:
     """Adam on minus the mean correlation, over softplus parameters."""
     optimizer = optax.adam(optax.cosine_decay_schedule(0.1, steps))
 
-    def loss(theta: jax.Array) -> jax.Array:
-        w = jax.nn.softplus(theta)
-        norm = jnp.einsum("qmk,m,k->q", square, w, w)
-        return -jnp.mean(slope @ w / jnp.sqrt(jnp.maximum(norm, 1e-30)))
-
     def step(state: tuple, _: None) -> tuple[tuple, None]:
         theta, optimizer_state = state
-        updates, optimizer_state = optimizer.update(jax.grad(loss)(theta), optimizer_state)
+        gradient = jax.grad(lambda theta: -correlation(jax.nn.softplus(theta)))(theta)
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state)
         return (optax.apply_updates(theta, updates), optimizer_state), None
 
-    theta = jnp.zeros(slope.shape[1])
+    theta = jnp.zeros(m)
     (theta, _), _ = jax.lax.scan(step, (theta, optimizer.init(theta)), length=steps)
     return theta

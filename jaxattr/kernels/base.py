@@ -83,6 +83,20 @@ class Surroundings(NamedTuple):
     hessian: Callable[[], tuple[Callable[[Any, jax.Array], jax.Array], Any]]
 
 
+class DampingFamily(NamedTuple):
+    """Kernels that differ in their damping alone, and share one eigendecomposition.
+
+    Attributes:
+      spectrum: (surroundings) -> what all of them need, on the host; the costly part.
+      operator: (spectrum, damping) -> the operator of one.
+      kernel: (damping) -> the kernel.
+    """
+
+    spectrum: Callable[[Surroundings], Any]
+    operator: Callable[[Any, Damping], Any]
+    kernel: Callable[[Damping], "Kernel"]
+
+
 class Kernel(NamedTuple):
     """Pure functions that sum statistics and apply the kernel.
 
@@ -100,6 +114,7 @@ class Kernel(NamedTuple):
         kernels that solve by iteration; else None. Jittable.
       tolerance: largest residual that counts as solved.
       identity: whether K is the identity, so that one pass over the data is enough.
+      family: the same kernel with other damping; None where that has no short cut.
     """
 
     name: str
@@ -111,6 +126,7 @@ class Kernel(NamedTuple):
     residual: Callable[[Any, Features, Features], jax.Array] | None = None
     tolerance: float = 0.0
     identity: bool = False
+    family: DampingFamily | None = None
 
 
 def identity() -> Kernel:

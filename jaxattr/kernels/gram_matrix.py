@@ -1,5 +1,6 @@
 """The inverse of the features' Gram matrix, dense or block-diagonal, primal or dual."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
-from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping, split_columns
+from jaxattr.kernels.base import (
+    Damping,
+    DampingFamily,
+    Kernel,
+    Surroundings,
+    check_damping,
+    split_columns,
+)
 from jaxattr.plans import FeatureLayout
 from jaxattr.typing import Features
 
@@ -24,7 +32,25 @@ class GramOperator(NamedTuple):
     scales: jax.Array | None
 
 
-def gram(damping: Damping, *, dense: bool = False) -> Kernel:
+class Spectrum(NamedTuple):
+    """Eigenvectors of the Gram matrix of one block, where its eigenvalues are not zero.
+
+    Attributes:
+      vectors: V, orthonormal [p, r].
+      eigenvalues: [r].
+      dtype: of the operators.
+    """
+
+    vectors: np.ndarray
+    eigenvalues: np.ndarray
+    dtype: Any
+
+
+# The share 1 - h that is left of an example which decides its own prediction.
+_LEAST_SHARE = 1e-3
+
+
+def gram(damping: Damping, *, dense: bool = False, leverage: bool = False) -> Kernel:
     r"""Inverts the damped Gram matrix of the training features, as TRAK does.
 
     .. math:: K = (\Phi^\top \Phi + \lambda I)^{-1}
@@ -42,14 +68,22 @@ def gram(damping: Damping, *, dense: bool = False) -> Kernel:
       damping: `absolute(x)` or `relative(x)`.
       dense: one block for all groups together. Groups then share curvature, and their
         contributions can cancel; see BUILD_NOTES.md for what that does to learned weights.
+      leverage: divides K phi(n) by 1 - h, h = phi(n)^T K phi(n), so that leaving n out is exact in
+        a linear model; 1 - h is taken to be at least 0.001. Only for dense kernels: the h of blocks
+        may add up to more than one.
 
     Returns:
       The kernel.
+
+    Raises:
+      ValueError: for leverage without `dense`; and, when the data were seen, if K is singular.
 
     References:
       Park et al. (2023), TRAK, arXiv:2303.14186, Eq. 12-13.
     """
     damping = check_damping(damping)
+    if leverage and not dense:
+        raise ValueError("leverage=True needs dense=True: it is that of one matrix for all groups.")
 
     def blocks(layout: FeatureLayout) -> tuple[int, ...]:
         return (layout.total,) if dense else layout.dims
@@ -63,24 +97,38 @@ def gram(damping: Damping, *, dense: bool = False) -> Kernel:
             for part in parts
         ]
 
+    def columns(layout: FeatureLayout) -> list[slice]:
+        edges = np.cumsum([0, *blocks(layout)]).tolist()
+        return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
     def finalize(statistics: list[jax.Array], surroundings: Surroundings) -> list[GramOperator]:
-        edges = np.cumsum([0, *blocks(surroundings.layout)]).tolist()
         operators = []
-        for gram, start, stop in zip(statistics, edges, edges[1:], strict=False):
+        for gram, part in zip(statistics, columns(surroundings.layout), strict=True):
             if gram.size:
                 operators.append(_primal(np.asarray(gram, np.float64), damping, gram.dtype))
             else:
-                rows = np.asarray(surroundings.rows(slice(start, stop)), np.float64)
+                rows = np.asarray(surroundings.rows(part), np.float64)
                 operators.append(_dual(rows, damping, gram.dtype))
         return operators
+
+    def spectrum(surroundings: Surroundings) -> list[Spectrum]:
+        return [_spectrum(surroundings.rows(part)) for part in columns(surroundings.layout)]
 
     def apply(operator: list[GramOperator], phi: Features) -> Features:
         parts = split_columns(phi, [block.vectors.shape[0] for block in operator])
         mapped = [_multiply(block, part) for block, part in zip(operator, parts, strict=True)]
-        return jnp.concatenate(mapped, axis=1)  # [b, p]
+        found = jnp.concatenate(mapped, axis=1)  # [b, p]
+        if not leverage:
+            return found
+        own = jnp.sum(phi * found, axis=1, keepdims=True)
+        return found / jnp.maximum(1 - own, _LEAST_SHARE)
 
     shape = "dense" if dense else "block-diagonal"
-    return Kernel(f"{shape} gram, damping {damping}", sums, finalize, apply)
+    name = f"{shape} gram{' with leverage' if leverage else ''}, damping {damping}"
+    family = DampingFamily(
+        spectrum, _operators_at, lambda other: gram(other, dense=dense, leverage=leverage)
+    )
+    return Kernel(name, sums, finalize, apply, family=family)
 
 
 def _multiply(block: GramOperator, phi: Features) -> Features:
@@ -101,9 +149,10 @@ def _dual(rows: np.ndarray, damping: Damping, dtype: Any) -> GramOperator:
     width = rows.shape[1]
     if not rows.any():
         return GramOperator(jnp.zeros((width, 1), dtype), jnp.zeros(1, dtype))
-    outer = rows @ rows.T
-    added = damping.of(np.trace(outer) / width)
-    return _dual_operator(rows, outer, added, damping, dtype)
+    if damping.value == 0:
+        why = f"{len(rows)} training examples cannot span {width} features"
+        raise _singular(width, damping, why)
+    return _operator_at(_spectrum(rows)._replace(dtype=dtype), damping)
 
 
 def _inverse(matrix: np.ndarray, added: float, damping: Damping, dtype: Any) -> np.ndarray:
@@ -121,17 +170,33 @@ def _inverse(matrix: np.ndarray, added: float, damping: Damping, dtype: Any) -> 
     return scipy.linalg.cho_solve((factor, True), np.eye(len(matrix)))
 
 
-def _dual_operator(
-    rows: np.ndarray, outer: np.ndarray, added: float, damping: Damping, dtype: Any
-) -> GramOperator:
-    if added <= 0:
-        why = f"{len(rows)} training examples cannot span {rows.shape[1]} features"
-        raise _singular(rows.shape[1], damping, why)
-    eigenvalues, vectors = np.linalg.eigh(outer)
+def _spectrum(rows: np.ndarray) -> Spectrum:
+    """Of the smaller of the two Gram matrices."""
+    dtype, rows = rows.dtype, np.asarray(rows, np.float64)
+    primal = rows.shape[1] <= rows.shape[0]
+    eigenvalues, vectors = np.linalg.eigh(rows.T @ rows if primal else rows @ rows.T)
     kept = eigenvalues > eigenvalues[-1] * max(rows.shape) * np.finfo(np.float64).eps
-    basis = rows.T @ (vectors[:, kept] / np.sqrt(eigenvalues[kept]))  # [p, r], orthonormal
-    scales = 1 / (eigenvalues[kept] + added)
-    return GramOperator(jnp.asarray(basis, dtype), jnp.asarray(scales, dtype))
+    eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
+    return Spectrum(
+        vectors if primal else rows.T @ (vectors / np.sqrt(eigenvalues)), eigenvalues, dtype
+    )
+
+
+def _operators_at(spectra: list[Spectrum], damping: Damping) -> list[GramOperator]:
+    if check_damping(damping).value == 0:
+        raise ValueError(
+            "A damping path cannot hold zero: away from the training features the Gram matrix has "
+            f"no inverse. Start it at a small value, such as ja.relative(1e-3); got {damping}."
+        )
+    return [_operator_at(each, damping) for each in spectra]
+
+
+def _operator_at(spectrum: Spectrum, damping: Damping) -> GramOperator:
+    vectors, eigenvalues, dtype = spectrum
+    if not len(eigenvalues):
+        return GramOperator(jnp.zeros((len(vectors), 1), dtype), jnp.zeros(1, dtype))
+    scales = 1 / (eigenvalues + damping.of(eigenvalues.sum() / len(vectors)))
+    return GramOperator(jnp.asarray(vectors, dtype), jnp.asarray(scales, dtype))
 
 
 def _singular(width: int, damping: Damping, why: str) -> ValueError:

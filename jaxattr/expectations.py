@@ -1,0 +1,224 @@
+"""Losses that are means over timesteps and noise, evaluated one draw at a time.
+
+The draws of an example depend on the run's key, its id, the timestep and the number of the draw
+alone: not on the batch that it is in, nor on what other timesteps there are.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from jaxattr.typing import Example, Key, OutputFn, Params
+
+
+class TimestepFn(Protocol):
+    """A scalar function of one example at one timestep, which draws its noise from the key."""
+
+    def __call__(
+        self, params: Params, example: Example, key: Key, timestep: jax.Array, /
+    ) -> jax.Array:
+        """Returns a float scalar."""
+        ...
+
+
+Timesteps = tuple[int, ...] | Callable[[Key], jax.Array]
+
+
+class Draws(NamedTuple):
+    """What the draws of one example are made from, each [j]; of a batch, [b, j].
+
+    Attributes:
+      timesteps: integers.
+      keys: for the noise.
+    """
+
+    timesteps: jax.Array
+    keys: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Expectation:
+    """The mean of a loss over timesteps and draws of noise. Made by `expectation`.
+
+    Attributes:
+      loss: of one example at one timestep.
+      timesteps: over which the mean is taken; or what draws one from a key.
+      draws: per timestep; or in all, where timesteps are drawn.
+      unit_norm: whether the gradient of each draw gets unit norm before the mean is taken.
+    """
+
+    loss: TimestepFn
+    timesteps: Timesteps
+    draws: int
+    unit_norm: bool
+
+    def __call__(self, params: Params, example: Example, key: Key) -> jax.Array:
+        """Computes the mean, one draw after the other.
+
+        Args:
+          params: the parameters.
+          example: ONE example.
+          key: the example's.
+
+        Returns:
+          A scalar. Its gradient keeps nothing of a draw but its inputs.
+        """
+
+        @jax.checkpoint
+        def of_draw(draw: Draws) -> jax.Array:
+            return self.loss(params, example, draw.keys, draw.timesteps)
+
+        return jnp.mean(jax.lax.map(of_draw, self.draw(key)))
+
+    @property
+    def count(self) -> int:
+        """Number of draws j per example."""
+        return self.draws if callable(self.timesteps) else self.draws * len(self.timesteps)
+
+    def draw(self, key: Key) -> Draws:
+        """Makes the timesteps and keys of all draws of an example.
+
+        Args:
+          key: the example's.
+        """
+        numbers = jnp.arange(self.draws)
+        if callable(self.timesteps):
+            pairs = jax.vmap(lambda j: jax.random.split(jax.random.fold_in(key, j)))(numbers)
+            return Draws(jax.vmap(self.timesteps)(pairs[:, 0]), pairs[:, 1])
+        timesteps = jnp.repeat(jnp.asarray(self.timesteps), self.draws)  # [j]
+        numbers = jnp.tile(numbers, len(self.timesteps))
+
+        def key_of(timestep: jax.Array, number: jax.Array) -> Key:
+            return jax.random.fold_in(jax.random.fold_in(key, timestep), number)
+
+        return Draws(timesteps, jax.vmap(key_of)(timesteps, numbers))
+
+
+def expectation(
+    loss: TimestepFn,
+    *,
+    timesteps: Iterable[int] | Callable[[Key], jax.Array],
+    draws: int = 1,
+    steps: int | None = None,
+    unit_norm: bool = False,
+) -> Expectation:
+    r"""Makes a loss of one example from a loss of one example at one timestep, for any method.
+
+    .. math:: f(x) = \tfrac1J \sum_{t, i} \ell(x, t, \epsilon_{t, i})
+
+    The features of a batch are summed over draws under `lax.scan`, so memory does not grow with
+    their number, and factored gradients stay factored.
+
+    Guarantees: exact for these timesteps and draws; an unbiased estimate of the mean over all noise
+    (and over all timesteps, where they are drawn). Features do not depend on the batch.
+    Cost: a gradient per draw.
+
+    Args:
+      loss: (params, example, key, timestep) -> scalar, that draws its noise from `key`; the
+        functions of `ja.diffusion`, or yours.
+      timesteps: integers; or a function of a key that draws one, such as
+        `lambda key: jax.random.randint(key, (), 0, 1000)`.
+      draws: of noise per timestep; or, where timesteps are drawn, in all.
+      steps: timesteps that the model knows, 0 to steps - 1. Default: what the loss knows, as those
+        of `ja.diffusion` do.
+      unit_norm: scales the gradient of each draw, all groups together, to unit norm after its
+        projection, so that no timestep dominates (Lin et al. 2025; Xie et al. 2024). The features
+        are then no gradient of the mean.
+
+    Returns:
+      (params, example, key) -> scalar.
+
+    Raises:
+      ValueError: if there is no timestep or no draw, or a timestep is out of range or given twice.
+
+    Example:
+      >>> def loss(params, example, key, timestep):
+      ...     return params["w"] * example * timestep
+      >>> mean = expectation(loss, timesteps=[1, 2, 3])
+      >>> float(mean({"w": jnp.array(2.0)}, jnp.array(1.0), jax.random.key(0)))
+      4.0
+    """
+    known = getattr(loss, "steps", None) if steps is None else steps
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}.")
+    if callable(timesteps):
+        return Expectation(loss, timesteps, draws, unit_norm)
+    listed = tuple(int(timestep) for timestep in timesteps)
+    _check_timesteps(listed, known)
+    return Expectation(loss, listed, draws, unit_norm)
+
+
+def at_one_draw(output: OutputFn) -> OutputFn:
+    """Returns the function of a single draw, of examples as `in_draws` makes them.
+
+    Args:
+      output: any output function.
+
+    Returns:
+      The function itself if it is no expectation; else (params, (example, timestep), key) -> the
+      loss at that timestep.
+    """
+    if not isinstance(output, Expectation):
+        return output
+    loss = output.loss
+
+    def of_draw(params: Params, example: Example, key: Key) -> jax.Array:
+        example, timestep = example
+        return loss(params, example, key, timestep)
+
+    return of_draw
+
+
+def example_at_one_draw(output: OutputFn, example: Example) -> Example:
+    """Returns what `at_one_draw` takes as an example, or its shapes.
+
+    Args:
+      output: any output function.
+      example: ONE example, or its shapes.
+    """
+    if not isinstance(output, Expectation):
+        return example
+    return example, jax.ShapeDtypeStruct((), jnp.asarray(0).dtype)
+
+
+def sum_over_draws(output: Expectation, keys: Key, function: Callable[[Draws], Any]) -> Any:
+    """Adds up what a function makes of one draw of every example, one draw after the other.
+
+    Args:
+      output: the expectation.
+      keys: of the examples, [b].
+      function: the draws [b] -> a pytree.
+
+    Returns:
+      The sum over the draws j.
+    """
+    draws = jax.vmap(output.draw, out_axes=1)(keys)  # [j, b]
+    first = jax.tree.map(lambda x: x[0], draws)
+    if output.count == 1:
+        return function(first)
+
+    def add(total: Any, draw: Draws) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(draw)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+    return jax.lax.scan(add, zeros, draws)[0]
+
+
+def _check_timesteps(timesteps: tuple[int, ...], steps: int | None) -> None:
+    if not timesteps:
+        raise ValueError("timesteps is empty: an expectation needs at least one.")
+    wrong = [t for t in timesteps if t < 0 or (steps is not None and t >= steps)]
+    if wrong:
+        known = "0 and up" if steps is None else f"0 to {steps - 1}"
+        raise ValueError(
+            f"Timestep {wrong[0]} is out of range: the model knows {known}. Where JAX reads past "
+            "the end of a noise schedule it takes the last entry without a word."
+        )
+    if len(set(timesteps)) < len(timesteps):
+        raise ValueError(
+            f"A timestep is given twice in {list(timesteps)}: its noise would be the same both "
+            "times. Use draws= for more noise per timestep."
+        )
