@@ -95,6 +95,10 @@ def lds_of_weights(
     Yields:
       Name and LDS.
     """
+    if index.link == "square":
+        for name, w in weights.items():
+            yield name, ja.lds(ja.score(index, queries, weights=w), truth.masks, truth.evaluation)
+        return
     sums = evaluation.subset_contributions(index, queries, truth.masks)  # [q, s, m]
     for name, w in weights.items():
         array = np.array([w[group] for group in index.layout.names])

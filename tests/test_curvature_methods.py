@@ -81,7 +81,7 @@ def test_batches_and_order_do_not_matter(name):
         np.testing.assert_allclose(got, whole, rtol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore::jaxattr.WeightWarning")
+@pytest.mark.filterwarnings("ignore::jaxattr.weight_fits.WeightWarning")
 @pytest.mark.parametrize("name", METHODS)
 def test_contributions_and_self_influence_fit_the_scores(name):
     index = index_of(name)

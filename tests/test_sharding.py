@@ -27,7 +27,7 @@ METHODS = {
     "ekfac": ja.ekfac(models.loss),
 }
 MESHES = {"1": ((1,), ("data",)), "8": ((8,), ("data",)), "4x2": ((4, 2), ("data", "model"))}
-QUIET = pytest.mark.filterwarnings("ignore::jaxattr.WeightWarning")
+QUIET = pytest.mark.filterwarnings("ignore::jaxattr.weight_fits.WeightWarning")
 
 
 def mesh_of(name):

@@ -103,7 +103,7 @@ def test_scores_into_a_zarr(finished_index, tmp_path, monkeypatch):
         ja.score(index, QUERIES, path=tmp_path / "scores")
 
 
-@pytest.mark.filterwarnings("ignore::jaxattr.WeightWarning")
+@pytest.mark.filterwarnings("ignore::jaxattr.weight_fits.WeightWarning")
 @pytest.mark.parametrize("signal", ["top_k", "top_k_abs", "top_minus_bottom"])
 def test_weights_from_disk(finished_index, monkeypatch, signal):
     """With a shortlist so short, and slabs so small, that several passes are due."""

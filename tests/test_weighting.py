@@ -14,7 +14,7 @@ from tests import models
 
 TRAIN, QUERIES = models.data(40), models.data(12, seed=1)
 NAMES = ("a", "b", "c")
-QUIET = pytest.mark.filterwarnings("ignore::jaxattr.WeightWarning")
+QUIET = pytest.mark.filterwarnings("ignore::jaxattr.weight_fits.WeightWarning")
 
 
 @pytest.fixture(scope="module")

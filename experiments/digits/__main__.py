@@ -16,6 +16,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from experiments import pictures
 from experiments.digits import figures, study
 from experiments.digits.study import Result
 from jaxattr.weight_fits import WeightWarning
@@ -48,7 +49,7 @@ def main() -> None:
                 subject, results[name]["TracIn"], arguments.folder / "proponents.png"
             )
     figures.draw_groups(by_array(results), arguments.folder / "groups.png")
-    figures.draw_lds(results, arguments.folder / "lds.png")
+    pictures.draw_lds(results, arguments.folder / "lds.png")
     console.print(table(results))
     path = arguments.folder / ("full.json" if arguments.full else "quick.json")
     path.write_text(json.dumps({name: as_json(found) for name, found in results.items()}, indent=1))
@@ -85,10 +86,9 @@ def table(results: dict[str, dict[str, Result]]) -> Table:
         shown.add_column(heading.replace(" ", "\n", 1), no_wrap=True)
     for name, found in results.items():
         for method, result in found.items():
-            cells = [_cell(lds.mean, lds.low, lds.high) for lds in result.lds.values()]
-            difference = result.difference
+            cells = [pictures.interval(lds) for lds in result.lds.values()]
             auc = "\n".join(f"{value:.3f}" for value in result.auc.values()) or "-"
-            change = _cell(difference.mean, difference.low, difference.high, "+")
+            change = pictures.interval(result.difference, "+")
             shown.add_row(name, method, *cells, change, auc)
     return shown
 
@@ -109,10 +109,6 @@ def as_json(found: dict[str, Result]) -> dict[str, Any]:
         }
         for method, result in found.items()
     }
-
-
-def _cell(mean: float, low: float, high: float, sign: str = "") -> str:
-    return f"{100 * mean:{sign}.1f}\n{100 * low:{sign}.0f}..{100 * high:{sign}.0f}"
 
 
 if __name__ == "__main__":

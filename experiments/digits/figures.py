@@ -11,12 +11,13 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 import jaxattr as ja
+from experiments import pictures
 from experiments.digits import study
 from experiments.digits.study import Result, Subject
+from experiments.pictures import LEARNED, UNIFORM
 
 SHOWN_QUERIES = 6
 SHOWN_PROPONENTS = 6
-UNIFORM, LEARNED = "#9aa0a6", "#1f6feb"
 
 
 def draw_proponents(subject: Subject, result: Result, path: Path) -> None:
@@ -61,7 +62,7 @@ def draw_proponents(subject: Subject, result: Result, path: Path) -> None:
         "     red: another label",
         fontsize=11,
     )
-    _save(figure, path)
+    pictures.save(figure, path)
 
 
 def draw_groups(results: dict[str, dict[str, Result]], path: Path) -> None:
@@ -89,50 +90,7 @@ def draw_groups(results: dict[str, dict[str, Result]], path: Path) -> None:
         "blue learned",
         fontsize=11,
     )
-    _save(figure, path)
-
-
-def draw_lds(results: dict[str, dict[str, Result]], path: Path) -> None:
-    """Draws the LDS of every method before and after learning, with intervals and upper bound.
-
-    Args:
-      results: {architecture: {method: result}}.
-      path: of the PNG.
-    """
-    methods = list(next(iter(results.values())))[::-1]
-    places = np.arange(len(methods))
-    figure, axes = plt.subplots(
-        1,
-        len(results),
-        figsize=(2.2 + 3.6 * len(results), 1.6 + 0.42 * len(methods)),
-        sharey=True,
-        squeeze=False,
-    )
-    styles = {"uniform": (0.16, UNIFORM), "learned": (-0.16, LEARNED)}
-    for axis, (name, found) in zip(axes[0], results.items(), strict=True):
-        for weights, (offset, color) in styles.items():
-            lds = [found[method].lds[weights] for method in methods]
-            means = np.array([100 * each.mean for each in lds])
-            spread = np.array([[100 * each.low, 100 * each.high] for each in lds]).T
-            axis.errorbar(
-                means,
-                places + offset,
-                xerr=np.abs(spread - means[None]),
-                fmt="o",
-                color=color,
-                capsize=2,
-                label=f"{weights} weights",
-            )
-        bounds = [100 * found[method].lds["upper bound"].mean for method in methods]
-        axis.plot(bounds, places, "|", color="#57606a", markersize=14, label="upper bound")
-        axis.set_title(name)
-        axis.set_xlabel("LDS, %")
-        axis.grid(axis="x", alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_yticks(places, methods)
-    axes[0, -1].legend(fontsize=8, loc="lower right")
-    figure.suptitle("How well scores predict models retrained on half of the data")
-    _save(figure, path)
+    pictures.save(figure, path)
 
 
 def _draw_group_bars(axes: Any, result: Result, title: str, *, named: bool) -> None:
@@ -179,10 +137,3 @@ def _natural(name: str) -> list[Any]:
 def _draw_digit(axis: Any, image: np.ndarray, title: str, color: str) -> None:
     axis.imshow(image, cmap="gray_r", interpolation="nearest")
     axis.set_title(title, fontsize=8, color=color, pad=2)
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+
+from experiments.networks import convolution, initializer
 
 CLASSES = 10
 SIZE = 8
@@ -50,57 +50,17 @@ class ViT(nnx.Module):
         return self.head(self.norm(tokens).mean(axis=1))
 
 
-def convolve_patches(
-    images: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any
-) -> jax.Array:
-    """A 1x1 or 3x3 convolution with padding SAME, as patches times a matrix.
-
-    Stands in for `lax.conv_general_dilated`: under `vmap` over models that becomes a grouped
-    convolution, which XLA runs 12 times slower on a CPU.
-    """
-    del padding, options
-    (size, _, width_in, width), stride = kernel.shape, strides[0]
-    if size == 1:
-        patches = images[:, ::stride, ::stride]
-    else:
-        before = 1 if stride == 1 else 0  # where SAME puts the padding of an even image
-        padded = jnp.pad(images, ((0, 0), (before, 1), (before, 1), (0, 0)))
-        last = images.shape[1] - stride + 1
-        shifts = [
-            padded[:, i : i + last : stride, j : j + last : stride]
-            for i in range(size)
-            for j in range(size)
-        ]
-        patches = jnp.concatenate(shifts, axis=-1)  # [b, h, w, 9 * width_in]
-    return patches @ kernel.reshape(size * size * width_in, width)
-
-
-def convolution(
-    width_in: int, width: int, size: int, stride: int = 1, *, rngs: nnx.Rngs
-) -> nnx.Conv:
-    """A convolution without bias."""
-    return nnx.Conv(
-        width_in,
-        width,
-        (size, size),
-        strides=stride,
-        use_bias=False,
-        conv_general_dilated=convolve_patches,
-        rngs=rngs,
-    )
-
-
 class ResidualBlock(nnx.Module):
     """Two 3x3 convolutions, each behind a GroupNorm, beside a shortcut."""
 
     def __init__(self, width_in: int, width: int, stride: int, *, rngs: nnx.Rngs):
         self.norm1 = nnx.GroupNorm(width_in, num_groups=4, rngs=rngs)
-        self.conv1 = convolution(width_in, width, 3, stride, rngs=rngs)
+        self.conv1 = convolution(width_in, width, 3, stride, bias=False, rngs=rngs)
         self.norm2 = nnx.GroupNorm(width, num_groups=4, rngs=rngs)
-        self.conv2 = convolution(width, width, 3, rngs=rngs)
+        self.conv2 = convolution(width, width, 3, bias=False, rngs=rngs)
         same = stride == 1 and width_in == width
         self.shortcut = nnx.data(
-            None if same else convolution(width_in, width, 1, stride, rngs=rngs)
+            None if same else convolution(width_in, width, 1, stride, bias=False, rngs=rngs)
         )
 
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -114,7 +74,7 @@ class ResNet(nnx.Module):
     """A stem, three residual blocks with GroupNorm and a linear head."""
 
     def __init__(self, *, width: int = 8, rngs: nnx.Rngs):
-        self.stem = convolution(1, width, 3, rngs=rngs)
+        self.stem = convolution(1, width, 3, bias=False, rngs=rngs)
         self.blocks = nnx.List(
             [
                 ResidualBlock(width, width, 1, rngs=rngs),
@@ -204,23 +164,4 @@ def make_model(name: str) -> Model:
         return nnx.merge(graph, nnx.State(params))(images)
 
     reference = nnx.to_pure_dict(nnx.state(make(rngs=nnx.Rngs(0)), nnx.Param))
-    return Model(name, recipe, _initializer(reference), apply)
-
-
-def _initializer(reference: Any) -> Callable[[jax.Array], Any]:
-    """Draws all arrays from one normal vector, each as wide as in a reference initialisation.
-
-    A random call for each array would take XLA 6 to 15 s to compile; this takes none.
-    """
-    leaves, structure = jax.tree.flatten(reference)
-    ends = np.cumsum([leaf.size for leaf in leaves])
-
-    def init(key: jax.Array) -> Any:
-        parts = jnp.split(jax.random.normal(key, (int(ends[-1]),)), ends[:-1].tolist())
-        drawn = [
-            leaf.mean() + leaf.std() * part.reshape(leaf.shape)
-            for leaf, part in zip(leaves, parts, strict=True)
-        ]
-        return jax.tree.unflatten(structure, drawn)
-
-    return init
+    return Model(name, recipe, initializer(reference), apply)

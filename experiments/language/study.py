@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 import jaxattr as ja
-from experiments import ground_truth
+from experiments import checkpoints, ground_truth
 from experiments.ground_truth import Truth
 from experiments.language import baselines, gpt2, training
 from experiments.language.corpus import Corpus
@@ -319,14 +318,13 @@ def _pretrained(
     config: Config, corpus: Corpus, logits_fn: LogitsFn, seed: jax.Array, path: Path
 ) -> Any:
     initial = gpt2.initial(config.model, seed)
-    with ocp.StandardCheckpointer() as checkpointer:
-        if path.exists():
-            return checkpointer.restore(path.absolute(), initial)
+
+    def pretrain() -> Any:
         count = len(corpus.background["mask"])
         train = training.make_train(logits_fn, corpus.background, config.pretraining, count)
-        params = jax.jit(train)(jax.random.fold_in(seed, 2), jnp.arange(count), initial)[0]
-        checkpointer.save(path.absolute(), params)
-    return params
+        return jax.jit(train)(jax.random.fold_in(seed, 2), jnp.arange(count), initial)[0]
+
+    return checkpoints.load_or_train(path, initial, pretrain)
 
 
 def _truth(

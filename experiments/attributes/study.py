@@ -1,0 +1,346 @@
+"""Which training pictures gave a generated picture its subject, its style, its background?
+
+Weights are learned for each attribute by itself, from queries that ask for that attribute alone.
+They are judged on pictures that were asked for with all three: do the strongest proponents under
+the weights of one attribute share that attribute?
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxattr as ja
+from experiments import checkpoints
+from experiments.attributes import drawing
+from experiments.attributes.drawing import Pictures
+from experiments.diffusion import process, training
+from experiments.diffusion.training import Recipe
+from experiments.diffusion.unet import Model, UNetConfig, make_model
+from jaxattr import diffusion, evaluation
+from jaxattr.diffusion import Denoiser
+from jaxattr.typing import Weights
+from jaxattr.weight_fits import WeightFit
+
+VALUES = {
+    "subject": drawing.SUBJECTS,
+    "style": drawing.STYLES,
+    "background": drawing.BACKGROUNDS,
+}
+ATTRIBUTES = tuple(VALUES)
+# The value that stands for "not asked for".
+OPEN = {name: len(values) for name, values in VALUES.items()}
+TOP = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Size of the study.
+
+    Attributes:
+      train: training pictures.
+      repeats: queries to learn from, and as many to measure on, for each value of each attribute.
+      full: generated pictures with all three attributes, to measure on.
+      checkpoints: models, that scores are averaged over.
+      timesteps: at which features are taken.
+      dim: of the projection of each parameter array.
+      unet: shape of the network.
+      recipe: how it is trained.
+    """
+
+    train: int = 1536
+    repeats: int = 4
+    full: int = 96
+    checkpoints: int = 1
+    timesteps: int = 8
+    dim: int = 128
+    unet: UNetConfig = UNetConfig(3, (48, 96), patch=4, conditions=tuple(OPEN.items()))
+    recipe: Recipe = Recipe(1200, 64, 2e-3, 0.995, dropped=0.4)
+
+
+QUICK = Config()
+FULL = dataclasses.replace(
+    QUICK, train=3072, repeats=8, full=384, checkpoints=2, timesteps=16, dim=256,
+    unet=QUICK.unet._replace(widths=(64, 128)), recipe=QUICK.recipe._replace(steps=6000),
+)  # fmt: skip
+
+
+class Subject(NamedTuple):
+    """A conditional model with everything that is measured on it.
+
+    Attributes:
+      model: the network.
+      denoiser: the same for `jaxattr`.
+      train: the training pictures.
+      checkpoints: the trained models.
+      learning: {attribute: generated queries that ask for it alone, to learn weights from}.
+      alone: {attribute: the same, to measure on}.
+      full: generated pictures that were asked for with all attributes.
+    """
+
+    model: Model
+    denoiser: Denoiser
+    train: Pictures
+    checkpoints: list[Any]
+    learning: dict[str, Pictures]
+    alone: dict[str, Pictures]
+    full: Pictures
+
+
+def prepare(config: Config, folder: Path) -> Subject:
+    """Trains the model, once, and generates the queries.
+
+    Args:
+      config: size of the study.
+      folder: where the model is kept.
+
+    Returns:
+      The subject.
+    """
+    model, train = make_model(config.unet), drawing.draw(config.train, 0)
+    settings = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    path = folder / f"model-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    keys = jax.random.split(jax.random.key(0), config.checkpoints)
+    train_fn = jax.jit(training.trainer(model, train, config.recipe))
+    ids = jnp.arange(config.train)
+    trained = checkpoints.load_or_train(
+        path,
+        [jax.eval_shape(model.init, key) for key in keys],
+        lambda: [train_fn(key, ids) for key in keys],
+    )
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained)):
+        raise ValueError(f"The model at {path} has parameters that are not finite: it diverged.")
+    generate = Generator(model, trained[0])
+    pairs = {name: generate.alone(name, 2 * config.repeats) for name in ATTRIBUTES}
+    uses = [{name: _every_second(pair, use) for name, pair in pairs.items()} for use in (0, 1)]
+    asked = drawing.draw(config.full, 1)
+    return Subject(
+        model=model,
+        denoiser=process.denoiser(model),
+        train=train,
+        checkpoints=trained,
+        learning=uses[0],
+        alone=uses[1],
+        full=generate({name: asked[name] for name in ATTRIBUTES}, 1),
+    )
+
+
+class Generator(NamedTuple):
+    """Makes queries.
+
+    Attributes:
+      model: the network.
+      params: its parameters.
+    """
+
+    model: Model
+    params: Any
+
+    def __call__(self, asked: dict[str, np.ndarray], seed: int) -> Pictures:
+        """Generates a picture for each request."""
+        count = len(asked[ATTRIBUTES[0]])
+        noise = jax.random.normal(jax.random.key(seed), (count, drawing.SIZE, drawing.SIZE, 3))
+        made = process.sample(self.model, self.params, noise, jax.tree.map(jnp.asarray, asked))
+        return {"image": np.asarray(made.image), **asked}
+
+    def alone(self, name: str, repeats: int) -> Pictures:
+        """Generates pictures with each value of one attribute, the others left open."""
+        values = np.repeat(np.arange(OPEN[name], dtype=np.int32), repeats)
+        asked = {other: np.full_like(values, OPEN[other]) for other in ATTRIBUTES}
+        return self(asked | {name: values}, 2 + ATTRIBUTES.index(name))
+
+
+def ask_alone(queries: Pictures, name: str) -> Pictures:
+    """Leaves all attributes of queries open but one.
+
+    Args:
+      queries: pictures with attributes.
+      name: of the attribute that stays.
+
+    Returns:
+      The same pictures.
+
+    Raises:
+      ValueError: if there is no query, or one has no value for the attribute.
+    """
+    missing = [attribute for attribute in ATTRIBUTES if attribute not in queries]
+    if missing:
+        raise ValueError(f"The queries have no {' and no '.join(missing)}.")
+    if not len(queries[name]):
+        raise ValueError(f"There are no queries for {name}: nothing to learn weights from.")
+    left_open = np.flatnonzero(queries[name] == OPEN[name])
+    if len(left_open):
+        raise ValueError(
+            f"{len(left_open)} queries leave {name} open, at positions {left_open[:10].tolist()}: "
+            f"they ask for nothing that {name} could be attributed by."
+        )
+    others = {other: np.full_like(queries[other], OPEN[other]) for other in ATTRIBUTES}
+    return queries | others | {name: queries[name]}
+
+
+def methods(denoiser: Denoiser, config: Config) -> dict[str, ja.Method]:
+    """Makes the methods that are compared.
+
+    Args:
+      denoiser: the model.
+      config: size of the study.
+
+    Returns:
+      {name: method}.
+    """
+    timesteps = range(process.STEPS // config.timesteps // 2, process.STEPS,
+                      process.STEPS // config.timesteps)  # fmt: skip
+    projection = ja.projections.rademacher(config.dim)
+    even = ja.expectation(diffusion.loss(denoiser), timesteps=timesteps, unit_norm=True)
+    squares = ja.expectation(diffusion.output(denoiser), timesteps=timesteps)
+    return {
+        "TracIn, even": ja.tracin(even, projection=projection),
+        "D-TRAK": ja.d_trak(squares, projection=projection),
+    }
+
+
+class Retrieval(NamedTuple):
+    """How many of the strongest proponents share an attribute, one number per query.
+
+    Attributes:
+      precision: share of the top 10 that does, [q].
+      hit: whether any of them does, [q].
+      recall: share of all training pictures that share it which are in the top 10, [q].
+    """
+
+    precision: np.ndarray
+    hit: np.ndarray
+    recall: np.ndarray
+
+
+def retrieval(scores: Any, train: Pictures, queries: Pictures, name: str) -> Retrieval:
+    """Measures scores against one attribute.
+
+    Args:
+      scores: float [q, n].
+      train: the training pictures.
+      queries: with a value for the attribute.
+      name: of the attribute.
+    """
+    relevant = queries[name][:, None] == train[name][None]
+    return Retrieval(
+        evaluation.precision_at_k(scores, relevant, TOP),
+        evaluation.hit_at_k(scores, relevant, TOP),
+        evaluation.recall_at_k(scores, relevant, TOP),
+    )
+
+
+class Result(NamedTuple):
+    """One method.
+
+    Attributes:
+      table: {what scores: {attribute: retrieval on the fully specified pictures}}.
+      fits: {attribute: its weights}.
+    """
+
+    table: dict[str, dict[str, Retrieval]]
+    fits: dict[str, WeightFit]
+
+
+def measure(subject: Subject, index: ja.Index) -> Result:
+    """Learns weights for each attribute, and measures them on all.
+
+    Args:
+      subject: the model.
+      index: of a method.
+
+    Returns:
+      The figures.
+    """
+    fits = {
+        name: ja.learn_weights(index, queries, top_k=TOP)
+        for name, queries in subject.learning.items()
+    }
+    features = ja.query_features(index, subject.full)
+    alone = {name: ja.query_features(index, ask_alone(subject.full, name)) for name in ATTRIBUTES}
+
+    def of_all(score: Callable[[str], Any]) -> dict[str, Retrieval]:
+        return {name: retrieval(score(name), subject.train, subject.full, name)
+                for name in ATTRIBUTES}  # fmt: skip
+
+    table = {"uniform": of_all(lambda name: ja.score(index, features))}
+    for name, fit in fits.items():
+        scores = ja.score(index, features, weights=fit.weights)
+        table[f"w_{name}"] = of_all(_constant(scores))
+    table["uniform, attribute alone"] = of_all(lambda name: ja.score(index, alone[name]))
+    table["own w, attribute alone"] = of_all(
+        lambda name: ja.score(index, alone[name], weights=fits[name].weights)
+    )
+    return Result(table, fits)
+
+
+def baselines(subject: Subject) -> dict[str, dict[str, Retrieval]]:
+    """Retrieval by similarity of the pictures, without attribution.
+
+    Args:
+      subject: the model.
+
+    Returns:
+      {kind of embedding: {attribute: retrieval}}.
+    """
+    pixels = [x["image"].reshape(len(x["image"]), -1) for x in (subject.full, subject.train)]
+    embeddings = {
+        "chance": None,
+        "pixels": pixels,
+        "middle of the UNet": [_middle(subject, x["image"]) for x in (subject.full, subject.train)],
+    }
+    found = {}
+    for name, pair in embeddings.items():
+        scores = _random_scores(subject) if pair is None else _cosine(*pair)
+        found[name] = {
+            attribute: retrieval(scores, subject.train, subject.full, attribute)
+            for attribute in ATTRIBUTES
+        }
+    return found
+
+
+def index_of(subject: Subject, method: ja.Method, block: int = 96) -> ja.Index:
+    """Builds an index of the training pictures, with a group per parameter array."""
+    return ja.build_index(
+        method, subject.checkpoints, subject.train, groups=ja.by_leaf, batch_size=block
+    )
+
+
+def relative_weights(weights: Weights) -> dict[str, float]:
+    """Base-2 logarithms of weights, for pictures; weights below 1/16 count as that."""
+    return {name: float(np.log2(max(float(w), 1 / 16))) for name, w in weights.items()}
+
+
+def _constant(scores: Any) -> Callable[[str], Any]:
+    return lambda name: scores
+
+
+def _middle(subject: Subject, images: np.ndarray) -> np.ndarray:
+    """What the network sees in nearly clean images, nothing asked for."""
+    count = len(images)
+    asked = {name: jnp.full(count, values) for name, values in OPEN.items()}
+    embed = jax.jit(subject.model.embed)
+    timesteps = jnp.full(count, process.STEPS // 10)
+    return np.asarray(embed(subject.checkpoints[0], jnp.asarray(images), timesteps, asked))
+
+
+def _cosine(queries: np.ndarray, train: np.ndarray) -> np.ndarray:
+    mean = train.mean(axis=0)
+    pair = [x - mean for x in (queries, train)]
+    unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in pair]
+    return unit[0] @ unit[1].T
+
+
+def _random_scores(subject: Subject) -> np.ndarray:
+    shape = len(subject.full["image"]), len(subject.train["image"])
+    return np.random.default_rng(0).random(shape)
+
+
+def _every_second(pictures: Pictures, start: int) -> Pictures:
+    return {name: values[start::2] for name, values in pictures.items()}

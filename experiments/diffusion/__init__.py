@@ -1,0 +1,1 @@
+"""Diffusion models: which training images taught a DDPM to draw this one?"""

@@ -1,0 +1,113 @@
+"""Training a diffusion model as a pure function of a key and example ids."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.diffusion.process import ALPHA_BAR, STEPS
+from experiments.diffusion.unet import Model
+
+Images = Mapping[str, Any]
+"""{"image": float32 [n, h, w, c] between -1 and 1, and an int [n] per condition}."""
+
+
+class Recipe(NamedTuple):
+    """How a model is trained.
+
+    Attributes:
+      steps: of Adam.
+      batch_size: examples per step.
+      learning_rate: at its peak, after a tenth of the steps; zero at the end.
+      averaging: decay of the moving average of the parameters, which is what is returned.
+      dropped: probability that a condition is left out of an example, each by itself.
+    """
+
+    steps: int
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    averaging: float = 0.99
+    dropped: float = 0.0
+
+
+def trainer(
+    model: Model,
+    train: Images,
+    recipe: Recipe,
+    *,
+    start: Any = None,
+    adapters_of: Any = None,
+) -> Callable[[jax.Array, jax.Array], Any]:
+    """Makes the function that `jaxattr.retrain` maps over subsets.
+
+    Args:
+      model: the network.
+      train: the training set that ids refer to.
+      recipe: how it is trained.
+      start: parameters to go on from. Default: drawn from the key.
+      adapters_of: parameters that stay as they are, while adapters are trained beside them.
+
+    Returns:
+      (key, ids int [s]) -> params; or adapters.
+    """
+    names = ("image", *(name for name, _ in model.config.conditions))
+    data = {name: jnp.asarray(train[name]) for name in names}
+
+    def train_on(key: jax.Array, ids: jax.Array) -> Any:
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, recipe.learning_rate, max(1, recipe.steps // 10), recipe.steps
+        )
+        optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+        average = optax.ema(recipe.averaging)
+
+        def loss(params: Any, step_key: jax.Array) -> jax.Array:
+            rows_key, noise_key = jax.random.split(step_key)
+            rows = jax.random.choice(rows_key, ids, (recipe.batch_size,))
+            batch = {name: values[rows] for name, values in data.items()}
+            whole = params if adapters_of is None else (adapters_of, params)
+            return batch_loss(model, whole, batch, noise_key, recipe.dropped)
+
+        def step(state: tuple, step_key: jax.Array) -> tuple[tuple, jax.Array]:
+            params, averaged, optimizer_state, ema = state
+            value, gradient = jax.value_and_grad(loss)(params, step_key)
+            updates, optimizer_state = optimizer.update(gradient, optimizer_state)
+            params = optax.apply_updates(params, updates)
+            averaged, ema = average.update(params, ema)
+            return (params, averaged, optimizer_state, ema), value
+
+        init_key, steps_key = jax.random.split(key)
+        draw = model.init if adapters_of is None else model.init_adapters
+        params = draw(init_key) if start is None else start
+        state = (params, params, optimizer.init(params), average.init(params))
+        keys = jax.random.split(steps_key, recipe.steps)
+        return jax.lax.scan(step, state, keys)[0][1]
+
+    return train_on
+
+
+def batch_loss(
+    model: Model, params: Any, batch: Images, key: jax.Array, dropped: float = 0.0
+) -> jax.Array:
+    """Mean squared error of the noise predicted for a batch, each example at a random timestep.
+
+    Args:
+      model: the network.
+      params: its parameters.
+      batch: images with conditions.
+      key: of timesteps, noise and dropped conditions.
+      dropped: probability that a condition is left out.
+    """
+    images = batch["image"]
+    b = len(images)
+    time_key, noise_key, drop_key = jax.random.split(key, 3)
+    timesteps = jax.random.randint(time_key, (b,), 0, STEPS)
+    noise = jax.random.normal(noise_key, images.shape)
+    left = jnp.asarray(ALPHA_BAR)[timesteps][:, None, None, None]
+    noisy = jnp.sqrt(left) * images + jnp.sqrt(1 - left) * noise
+    asked = {}
+    for number, (name, values) in enumerate(model.config.conditions):
+        drops = jax.random.bernoulli(jax.random.fold_in(drop_key, number), dropped, (b,))
+        asked[name] = jnp.where(drops, values, batch[name])
+    return jnp.mean((model.apply(params, noisy, timesteps, asked) - noise) ** 2)

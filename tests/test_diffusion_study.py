@@ -1,0 +1,161 @@
+"""The pieces of the studies of diffusion models."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.attributes import drawing, study
+from experiments.diffusion import data, process, training, unet
+from experiments.diffusion.unet import UNetConfig, make_model
+from jaxattr import diffusion, groups, linear_maps
+
+TINY = UNetConfig(3, (4,), heads=2, patch=2, conditions=(("style", 3), ("subject", 5)))
+ADAPTED = TINY._replace(adapter_rank=2, conditions=())
+
+
+def model_and_params(config):
+    model = make_model(config)
+    params = model.init(jax.random.key(0))
+    return model, (
+        params,
+        model.init_adapters(jax.random.key(1)),
+    ) if config.adapter_rank else params
+
+
+def images(n, size=8):
+    pixels = np.asarray(jax.random.uniform(jax.random.key(2), (n, size, size, 3), jnp.float32))
+    rng = np.random.default_rng(0)
+    return {"image": 2 * pixels - 1, "style": rng.integers(0, 4, n),
+            "subject": rng.integers(0, 6, n)}  # fmt: skip
+
+
+def test_every_matrix_of_the_unet_is_a_linear_map():
+    model, params = model_and_params(TINY._replace(widths=(4, 8)))
+    denoiser = process.denoiser(model)
+    loss = diffusion.loss(denoiser)
+    example = jax.tree.map(lambda x: x[0], images(1))
+    found = linear_maps.find(
+        lambda params, example, key: loss(params, example, key, jnp.array(10)),
+        params, example, jax.random.key(0),
+    )  # fmt: skip
+    matrices = {name for name, leaf in groups.named_leaves(params).items() if leaf.ndim > 1}
+    assert matrices == set(found.maps)
+
+
+def test_images_are_folded_and_unfolded():
+    pixels = images(2)["image"]
+    np.testing.assert_array_equal(unet._unfold(unet._fold(pixels, 4), 4), pixels)
+
+
+def test_the_sampler_records_its_trajectory():
+    model, params = model_and_params(TINY)
+    noise = jax.random.normal(jax.random.key(3), (2, 8, 8, 3))
+    asked = {"style": jnp.array([0, 3]), "subject": jnp.array([5, 1])}
+    first, again = (process.sample(model, params, noise, asked, 6) for _ in range(2))
+    np.testing.assert_array_equal(first.image, again.image)
+    assert first.trajectory.shape == (2, 6, 8, 8, 3) and first.timesteps.shape == (2, 6)
+    np.testing.assert_allclose(first.trajectory[:, -1], first.image, atol=1e-6)
+    assert [first.timesteps[0, 0], first.timesteps[0, -1]] == [process.STEPS - 1, 0]
+
+
+def test_a_perfect_denoiser_is_sampled_to_its_image():
+    """If every image is the same, the noise is known, and the sampler must find the image."""
+    target = jnp.asarray(images(1)["image"])
+
+    class Known:
+        def apply(self, params, noisy, timesteps, asked):
+            left = jnp.asarray(process.ALPHA_BAR)[timesteps][:, None, None, None]
+            return (noisy - jnp.sqrt(left) * target) / jnp.sqrt(1 - left)
+
+    noise = jax.random.normal(jax.random.key(3), (1, 8, 8, 3))
+    np.testing.assert_allclose(process.sample(Known(), {}, noise, {}).image, target, atol=1e-3)
+
+
+def test_adapters_begin_as_nothing_and_are_all_that_is_trained():
+    model, (base, adapters) = model_and_params(ADAPTED)
+    plain, _ = model_and_params(TINY._replace(conditions=()))
+    batch = {"image": jnp.asarray(images(4)["image"])}
+    zero = jax.tree.map(jnp.zeros_like, adapters)
+    t = jnp.arange(4)
+    np.testing.assert_allclose(
+        model.apply((base, zero), batch["image"], t, {}), plain.apply(base, batch["image"], t, {}),
+        rtol=1e-6,
+    )  # fmt: skip
+    train = training.trainer(model, batch, training.Recipe(3, 2), adapters_of=base)
+    trained = jax.jit(train)(jax.random.key(0), jnp.arange(4))
+    assert jax.tree.structure(trained) == jax.tree.structure(adapters)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained))
+
+
+def test_training_lowers_the_loss():
+    model, params = model_and_params(TINY)
+    batch = {name: jnp.asarray(x) for name, x in images(8).items()}
+    recipe = training.Recipe(60, 8, 5e-3, 0.8, dropped=0.3)
+    trained = jax.jit(training.trainer(model, batch, recipe))(jax.random.key(0), jnp.arange(8))
+    losses = [
+        np.mean([training.batch_loss(model, p, batch, jax.random.key(i)) for i in range(8)])
+        for p in (params, trained)
+    ]
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_an_example_without_an_attribute_is_refused():
+    model, params = model_and_params(TINY)
+    example = jax.tree.map(lambda x: x[0], images(1))
+    del example["style"]
+    loss = diffusion.loss(process.denoiser(model))
+    with pytest.raises(ValueError, match="The example has no style: the model asks for style, su"):
+        loss(params, example, jax.random.key(0), jnp.array(3))
+
+
+def test_queries_for_one_attribute():
+    pictures = drawing.draw(6, 0)
+    alone = study.ask_alone(pictures, "style")
+    assert (alone["style"] == pictures["style"]).all()
+    assert (alone["subject"] == len(drawing.SUBJECTS)).all()
+    with pytest.raises(ValueError, match="The queries have no background"):
+        study.ask_alone({k: v for k, v in pictures.items() if k != "background"}, "style")
+    with pytest.raises(ValueError, match="There are no queries for style: nothing to learn"):
+        study.ask_alone({name: x[:0] for name, x in pictures.items()}, "style")
+    with pytest.raises(ValueError, match="6 queries leave subject open, at positions .0, 1"):
+        study.ask_alone(alone, "subject")
+
+
+def test_pictures_are_a_function_of_seed_and_position():
+    few, many = drawing.draw(5, 3), drawing.draw(9, 3)
+    for name, values in few.items():
+        np.testing.assert_array_equal(values, many[name][:5])
+    assert few["image"].shape == (5, 32, 32, 3) and np.abs(few["image"]).max() <= 1
+    assert not np.array_equal(few["image"], drawing.draw(5, 4)["image"])
+
+
+def test_attributes_are_independent():
+    pictures = drawing.draw(768, 0)
+    triples = {tuple(pictures[name][i] for name in study.ATTRIBUTES) for i in range(768)}
+    assert len(triples) == 12 * 8 * 8 == 768
+
+
+def test_images_from_a_file(tmp_path):
+    path = tmp_path / "images.npz"
+    pixels = np.arange(4 * 2 * 2 * 3, dtype=np.uint8).reshape(4, 2, 2, 3)
+    labels = np.arange(4)[:, None]
+    np.savez(path, x_train=pixels[:3], y_train=labels[:3], x_test=pixels[3:], y_test=labels[3:])
+    found = data.load(path, 2, 1)
+    assert found.train["image"].shape == (2, 2, 2, 3) and found.train["label"].shape == (2,)
+    assert sorted(np.concatenate([part["label"] for part in found])) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="There are 4 images, asked for 6"):
+        data.load(path, 2, 2)
+    with pytest.raises(ValueError, match="There is no file"):
+        data.load(tmp_path / "nothing.npz", 2, 1)
+    np.savez(path, x_train=pixels)
+    with pytest.raises(ValueError, match="has no x_test, y_test, y_train"):
+        data.load(path, 2, 1)
+
+
+def test_relevance_is_a_shared_attribute():
+    train = {name: np.array([0, 1, 1, 0] * 4) for name in study.ATTRIBUTES}
+    queries = {name: np.array([1]) for name in study.ATTRIBUTES}
+    scores = (train["style"] == 1)[None].astype(float)
+    found = study.retrieval(scores, train, queries, "style")
+    assert (found.precision[0], found.hit[0], found.recall[0]) == (0.8, True, 1.0)
