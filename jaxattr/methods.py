@@ -153,7 +153,7 @@ def trak(
         projections.rademacher(512) if projection is None else projection,
         residual=one_minus_p if residual is None else residual,
     )
-    kernel = kernels.gram(kernels.relative(0.1) if damping is None else damping, dense=dense)
+    kernel = kernels.gram(_damping(damping), dense=dense)
     return Method("TRAK", rule, kernel, average_checkpoints=True, references=("trak",))
 
 
@@ -175,7 +175,7 @@ def d_trak(
 
     Args:
       output: `ja.expectation(ja.diffusion.output(denoiser), timesteps=range(0, 1000, 100))`.
-      damping: of the Gram matrix, which carries no 1/n. Default: `relative(1.0)`.
+      damping: of the Gram matrix, which carries no 1/n. Default: `relative(0.1)`.
         `ja.evaluation.damping_path` tries many for the price of one.
       dense: one kernel for all groups instead of one for each.
       projection: of each group's gradient. Default: `rademacher(512)`.
@@ -247,7 +247,7 @@ def das(
         published. Default: one.
       leverage: whether to divide by 1 - h.
       link: "square", or "identity" for scores with a sign.
-      damping: of the Gram matrix. Default: `relative(1.0)`.
+      damping: of the Gram matrix. Default: `relative(0.1)`.
       projection: of each group's gradient. Default: `rademacher(512)`.
 
     Returns:
@@ -331,7 +331,7 @@ def _trak_like(
 
 
 def _damping(damping: Damping | None) -> Damping:
-    return kernels.relative(1.0) if damping is None else damping
+    return kernels.relative(0.1) if damping is None else damping
 
 
 def _checkpoint_weights(weights: Sequence[float] | None) -> tuple[float, ...] | None:

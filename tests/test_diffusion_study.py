@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.attributes import drawing, study
-from experiments.diffusion import data, process, training, unet
+from experiments.diffusion import data, process, schedule, training, unet
 from experiments.diffusion.unet import UNetConfig, make_model
 from jaxattr import diffusion, groups, linear_maps
 
@@ -56,7 +56,7 @@ def test_the_sampler_records_its_trajectory():
     np.testing.assert_array_equal(first.image, again.image)
     assert first.trajectory.shape == (2, 6, 8, 8, 3) and first.timesteps.shape == (2, 6)
     np.testing.assert_allclose(first.trajectory[:, -1], first.image, atol=1e-6)
-    assert [first.timesteps[0, 0], first.timesteps[0, -1]] == [process.STEPS - 1, 0]
+    assert [first.timesteps[0, 0], first.timesteps[0, -1]] == [schedule.STEPS - 1, 0]
 
 
 def test_a_perfect_denoiser_is_sampled_to_its_image():
@@ -65,7 +65,7 @@ def test_a_perfect_denoiser_is_sampled_to_its_image():
 
     class Known:
         def apply(self, params, noisy, timesteps, asked):
-            left = jnp.asarray(process.ALPHA_BAR)[timesteps][:, None, None, None]
+            left = jnp.asarray(schedule.ALPHA_BAR)[timesteps][:, None, None, None]
             return (noisy - jnp.sqrt(left) * target) / jnp.sqrt(1 - left)
 
     noise = jax.random.normal(jax.random.key(3), (1, 8, 8, 3))

@@ -20,7 +20,7 @@ import jaxattr as ja
 from experiments import checkpoints
 from experiments.attributes import drawing
 from experiments.attributes.drawing import Pictures
-from experiments.diffusion import process, training
+from experiments.diffusion import process, schedule, training
 from experiments.diffusion.training import Recipe
 from experiments.diffusion.unet import Model, UNetConfig, make_model
 from jaxattr import diffusion, evaluation
@@ -194,8 +194,8 @@ def methods(denoiser: Denoiser, config: Config) -> dict[str, ja.Method]:
     Returns:
       {name: method}.
     """
-    timesteps = range(process.STEPS // config.timesteps // 2, process.STEPS,
-                      process.STEPS // config.timesteps)  # fmt: skip
+    timesteps = range(schedule.STEPS // config.timesteps // 2, schedule.STEPS,
+                      schedule.STEPS // config.timesteps)  # fmt: skip
     projection = ja.projections.rademacher(config.dim)
     even = ja.expectation(diffusion.loss(denoiser), timesteps=timesteps, unit_norm=True)
     squares = ja.expectation(diffusion.output(denoiser), timesteps=timesteps)
@@ -326,7 +326,7 @@ def _middle(subject: Subject, images: np.ndarray) -> np.ndarray:
     count = len(images)
     asked = {name: jnp.full(count, values) for name, values in OPEN.items()}
     embed = jax.jit(subject.model.embed)
-    timesteps = jnp.full(count, process.STEPS // 10)
+    timesteps = jnp.full(count, schedule.STEPS // 10)
     return np.asarray(embed(subject.checkpoints[0], jnp.asarray(images), timesteps, asked))
 
 

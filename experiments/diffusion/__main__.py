@@ -31,7 +31,7 @@ ADAPTED = ("TracIn", "D-TRAK", "DAS")
 DAMPED = ("D-TRAK", "DAS")
 DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0)
 # What removes proponents, by which method and weights.
-REMOVED = (("D-TRAK", "uniform"), ("D-TRAK", "learned"), ("DAS", "learned"))
+REMOVED = (("D-TRAK", "uniform"), ("D-TRAK", "learned"))
 
 Results = dict[str, dict[str, Result]]
 """{kind of queries: {method: figures}}."""
@@ -55,7 +55,7 @@ def main() -> None:
             for method in ("D-TRAK", "DAS"):
                 path = folder / f"proponents_{method.lower()}.png"
                 figures.draw_proponents(subject, indexes[method], results[method], path)
-            damping = _damping(subject, config, console)
+            damping = _damping(subject, indexes, console)
             removal, moved = _remove(subject, found, indexes, results, config, console)
     figures.draw_damping(damping, folder / "damping.png")
     figures.draw_removal(removal, folder / "removal.png")
@@ -167,11 +167,16 @@ def _measure(
 
 
 def _damping(
-    subject: Subject, config: Config, console: Console
+    subject: Subject, indexes: dict[str, ja.Index], console: Console
 ) -> dict[str, dict[float, dict[str, LDS]]]:
     console.print("  damping")
-    methods = study.methods(subject.denoiser, config)
-    return {name: dict(study.damping_path(subject, methods[name], DAMPINGS)) for name in DAMPED}
+    # The indexes' own methods, whose programs are compiled already.
+    chosen = {name: indexes[name].method for name in DAMPED}
+    return {
+        name: dict(study.damping_path(subject, method, DAMPINGS))
+        for name, method in chosen.items()
+        if method is not None
+    }
 
 
 def _remove(
@@ -184,13 +189,12 @@ def _remove(
 ) -> tuple[Removal, dict[str, dict[str, np.ndarray]]]:
     """Removal, and how far images moved by it."""
     console.print(f"  removing {config.removed} proponents of {config.removals} generated images")
-    queries = {name: x[: config.removals] for name, x in subject.evaluation["generated"].items()}
-    chosen = {}
+    queries, chosen = study.images_of(subject.evaluation["generated"]), {}
     for method, weights in REMOVED:
         top = ja.top_k(
             indexes[method], queries, k=config.removed, weights=results[method].weights[weights]
         )
-        chosen[f"{method}, {weights}"] = np.asarray(top.ids)
+        chosen[f"{method}, {weights}"] = np.asarray(top.ids)[: config.removals]
     rng, n = np.random.default_rng(0), len(subject.train["image"])
     chosen["random images"] = np.stack(
         [rng.choice(n, config.removed, replace=False) for _ in range(config.removals)]

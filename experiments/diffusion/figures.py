@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 
 import jaxattr as ja
 from experiments import pictures
-from experiments.diffusion.study import Removal, Result, Subject
+from experiments.diffusion.study import Removal, Result, Subject, images_of
 from jaxattr.evaluation import LDS
 
 SHOWN_QUERIES, SHOWN_PROPONENTS = 8, 6
@@ -22,9 +22,7 @@ def draw_proponents(subject: Subject, index: ja.Index, result: Result, path: Pat
       result: its figures.
       path: of the PNG.
     """
-    queries = {
-        name: values[:SHOWN_QUERIES] for name, values in subject.evaluation["generated"].items()
-    }
+    queries = images_of(subject.evaluation["generated"])
     features = ja.query_features(index, queries)
     ratios = [1, 0.3, *[1] * SHOWN_PROPONENTS, 0.3, *[1] * SHOWN_PROPONENTS]
     figure, axes = plt.subplots(
@@ -35,10 +33,10 @@ def draw_proponents(subject: Subject, index: ja.Index, result: Result, path: Pat
     for side, weights in enumerate(("uniform", "learned")):
         top = ja.top_k(index, features, k=SHOWN_PROPONENTS, weights=result.weights[weights])
         start = 2 + side * (SHOWN_PROPONENTS + 1)
-        for row, ids in enumerate(np.asarray(top.ids)):
+        for row, ids in enumerate(np.asarray(top.ids)[:SHOWN_QUERIES]):
             for place, number in enumerate(ids):
                 pictures.draw_image(axes[row, start + place], subject.train["image"][number])
-    for row, image in enumerate(queries["image"]):
+    for row, image in enumerate(queries["image"][:SHOWN_QUERIES]):
         pictures.draw_image(axes[row, 0], image, "generated" if row == 0 else "")
     assert index.method is not None
     figure.suptitle(

@@ -17,7 +17,7 @@ import numpy as np
 
 import jaxattr as ja
 from experiments import checkpoints, ground_truth
-from experiments.diffusion import data, process, training
+from experiments.diffusion import data, process, schedule, training
 from experiments.diffusion.data import Data
 from experiments.diffusion.training import Recipe
 from experiments.diffusion.unet import UNetConfig, make_model
@@ -191,7 +191,7 @@ def methods(denoiser: Denoiser, config: Config) -> dict[str, ja.Method]:
     Returns:
       {name: method}.
     """
-    timesteps = range(0, process.STEPS, process.STEPS // config.timesteps)
+    timesteps = range(0, schedule.STEPS, schedule.STEPS // config.timesteps)
 
     def expected(name: Any, unit_norm: bool = False) -> OutputFn:
         output = diffusion.output(denoiser, name)
@@ -199,7 +199,7 @@ def methods(denoiser: Denoiser, config: Config) -> dict[str, ja.Method]:
 
     loss, projection = expected("loss"), ja.projections.rademacher(config.dim)
     even, journey = expected("loss", unit_norm=True), diffusion.journey(denoiser, steps=JOURNEY)
-    profile = diffusion.error_profile(denoiser, timesteps=range(5, process.STEPS, 20))
+    profile = diffusion.error_profile(denoiser, timesteps=range(5, schedule.STEPS, 20))
     mean = expected("mean", unit_norm=True)
     trak = ja.d_trak(loss, projection=projection)
     return {
@@ -252,8 +252,10 @@ def measure(subject: Subject, index: ja.Index) -> Iterator[tuple[str, Result]]:
     for kind, truth in subject.truth.items():
         if kind == "held-out" and needs_trajectory:
             continue
-        learning = ja.query_features(index, subject.learning[kind])
-        queries = ja.query_features(index, subject.evaluation[kind])
+        learning, queries = (
+            ja.query_features(index, each[kind] if needs_trajectory else images_of(each[kind]))
+            for each in (subject.learning, subject.evaluation)
+        )
         fit = ja.learn_weights(index, learning)
         weights = {
             "uniform": scoring.uniform_weights(index),
@@ -266,6 +268,11 @@ def measure(subject: Subject, index: ja.Index) -> Iterator[tuple[str, Result]]:
         lds = dict(ground_truth.lds_of_weights(index, queries, truth, weights))
         difference = evaluation.paired_difference(lds["learned"], lds["uniform"])
         yield kind, Result(lds, difference, weights, fit)
+
+
+def images_of(queries: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Queries without their trajectories: they share a compiled program with training images."""
+    return {"image": queries["image"]}
 
 
 def damping_path(
@@ -291,7 +298,7 @@ def damping_path(
         found = {}
         for kind, truth in subject.truth.items():
             if kind not in features:  # they do not depend on the damping
-                features[kind] = ja.query_features(index, subject.learning[kind])
+                features[kind] = ja.query_features(index, images_of(subject.learning[kind]))
             scores = ja.score(index, features[kind])
             found[kind] = ja.lds(scores, truth.masks, truth.learning)
         yield damping.value, found
@@ -424,7 +431,7 @@ def _truth(
 ) -> dict[str, Truth]:
     """Minus the loss of all queries, under models trained on subsets."""
     loss = ja.expectation(
-        diffusion.loss(denoiser), timesteps=range(25, process.STEPS, 50), draws=config.noises
+        diffusion.loss(denoiser), timesteps=range(25, schedule.STEPS, 50), draws=config.noises
     )
 
     def output(params: Any, example: Any, key: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.diffusion.process import ALPHA_BAR, STEPS
+from experiments.diffusion.schedule import ALPHA_BAR, STEPS
 from experiments.diffusion.unet import Model
 
 Images = Mapping[str, Any]
@@ -90,7 +90,7 @@ def trainer(
 def batch_loss(
     model: Model, params: Any, batch: Images, key: jax.Array, dropped: float = 0.0
 ) -> jax.Array:
-    """Mean squared error of the noise predicted for a batch, each example at a random timestep.
+    """Mean squared error of what the network predicts, each example at a random timestep.
 
     Args:
       model: the network.
@@ -110,4 +110,8 @@ def batch_loss(
     for number, (name, values) in enumerate(model.config.conditions):
         drops = jax.random.bernoulli(jax.random.fold_in(drop_key, number), dropped, (b,))
         asked[name] = jnp.where(drops, values, batch[name])
-    return jnp.mean((model.apply(params, noisy, timesteps, asked) - noise) ** 2)
+    errors = (model.apply(params, noisy, timesteps, asked) - noise) ** 2
+    if model.config.predicts_image:
+        # Errors of the image over the noise that is in it, as in Li and He (2025).
+        errors = errors * (1 - left) / left / jnp.maximum(1 - left, 0.05)
+    return jnp.mean(errors)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from experiments.diffusion.schedule import ALPHA_BAR
 from experiments.networks import convolution, initializer
 
 NORM_GROUPS = 4
@@ -23,6 +24,9 @@ class UNetConfig(NamedTuple):
       heads: of the attention at the lowest level.
       patch: side of the squares of pixels that are one position of the first level.
       conditions: (attribute, number of its values) of each; any may be left out of a request.
+      predicts_image: whether the network's own output is the clean image, from which the noise
+        follows; else the noise. For positions of more numbers than the network has channels, which
+        can say what an image is but not what noise is.
       adapter_rank: of low-rank adapters beside the attention's matrices; 0 for none.
     """
 
@@ -31,6 +35,7 @@ class UNetConfig(NamedTuple):
     heads: int = 4
     patch: int = 1
     conditions: tuple[tuple[str, int], ...] = ()
+    predicts_image: bool = False
     adapter_rank: int = 0
 
 
@@ -219,11 +224,20 @@ def make_model(config: UNetConfig) -> Model:
         base, extra = params if count else (params, {})
         return nnx.merge(graph, nnx.State(extra), nnx.State(base))
 
+    def apply(
+        params: Any, images: jax.Array, timesteps: jax.Array, asked: Mapping[str, jax.Array]
+    ) -> jax.Array:
+        found = merged(params)(images, timesteps, asked)
+        if not config.predicts_image:
+            return found
+        left = jnp.asarray(ALPHA_BAR)[timesteps][:, None, None, None]
+        return (images - jnp.sqrt(left) * found) / jnp.sqrt(1 - left)
+
     init_adapters = initializer(nnx.to_pure_dict(adapters)) if count else lambda key: {}
     return Model(
         config=config,
         init=initializer(nnx.to_pure_dict(params)),
         init_adapters=init_adapters,
-        apply=lambda params, *arguments: merged(params)(*arguments),
+        apply=apply,
         embed=lambda params, *arguments: merged(params).middle(*arguments),
     )
