@@ -86,15 +86,17 @@ def draw_image(axis: Any, image: np.ndarray, title: str = "", color: str = "blac
     axis.axis("off")
 
 
-def save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path, *, tight: bool = True) -> None:
     """Writes a figure and closes it.
 
     Args:
       figure: of matplotlib.
       path: of the PNG.
+      tight: whether to lay it out anew.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.tight_layout()
+    if tight:
+        figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

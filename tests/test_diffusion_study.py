@@ -100,6 +100,17 @@ def test_training_lowers_the_loss():
     assert losses[1] < 0.9 * losses[0]
 
 
+def test_a_network_that_predicts_images_says_what_the_noise_is():
+    model, params = model_and_params(TINY)
+    other = make_model(TINY._replace(predicts_image=True))
+    noisy, t = jnp.asarray(images(2)["image"]), jnp.array([100, 700])
+    asked = {"style": jnp.array([0, 3]), "subject": jnp.array([5, 1])}
+    clean = model.apply(params, noisy, t, asked)
+    left = schedule.ALPHA_BAR[np.asarray(t)][:, None, None, None]
+    noise = other.apply(params, noisy, t, asked)
+    np.testing.assert_allclose(np.sqrt(left) * clean + np.sqrt(1 - left) * noise, noisy, atol=1e-5)
+
+
 def test_an_example_without_an_attribute_is_refused():
     model, params = model_and_params(TINY)
     example = jax.tree.map(lambda x: x[0], images(1))

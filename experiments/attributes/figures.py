@@ -29,16 +29,17 @@ def draw_concepts(subject: Subject, index: ja.Index, result: Result, path: Path)
     queries = {name: values[:SHOWN_QUERIES] for name, values in subject.full.items()}
     features = ja.query_features(index, queries)
     sides = [*ATTRIBUTES, "uniform"]
-    ratios = [1.5, *([0.35, *[1] * SHOWN_PROPONENTS] * len(sides))]
+    ratios = [1.3, *([0.4, *[1] * SHOWN_PROPONENTS] * len(sides))]
     figure, axes = plt.subplots(
         SHOWN_QUERIES, len(ratios), figsize=(18, 1.25 * SHOWN_QUERIES + 1),
-        gridspec_kw={"width_ratios": ratios},
+        gridspec_kw={"width_ratios": ratios, "wspace": 0.12, "hspace": 0.45,
+                     "left": 0.01, "right": 0.99, "bottom": 0.01, "top": 0.84},
     )  # fmt: skip
     for axis in axes.flat:
         axis.axis("off")
     for row in range(SHOWN_QUERIES):
         asked = [VALUES[name][queries[name][row]] for name in ATTRIBUTES]
-        pictures.draw_image(axes[row, 0], queries["image"][row], "\n".join(asked))
+        pictures.draw_image(axes[row, 0], queries["image"][row], " ".join(asked))
     for number, side in enumerate(sides):
         weights = None if side == "uniform" else result.fits[side].weights
         top = np.asarray(ja.top_k(index, features, k=SHOWN_PROPONENTS, weights=weights).ids)
@@ -50,16 +51,16 @@ def draw_concepts(subject: Subject, index: ja.Index, result: Result, path: Path)
                 pictures.draw_image(axis, image, *_shared(subject, queries, row, example, side))
         shown = "uniform weights" if side == "uniform" else f"weights of the {side}"
         axes[0, start + SHOWN_PROPONENTS // 2].annotate(
-            shown, (0.5, 1.55), xycoords="axes fraction", ha="center", fontsize=11,
+            shown, (0.5, 1.5), xycoords="axes fraction", ha="center", fontsize=11,
             color=COLORS.get(side, "black"),
         )  # fmt: skip
     assert index.method is not None
     figure.suptitle(
         f"Generated pictures, and the training pictures that taught the model the most about them "
         f"({index.method.name}); in colour: what the two share",
-        fontsize=11,
+        fontsize=12,
     )
-    pictures.save(figure, path)
+    pictures.save(figure, path, tight=False)
 
 
 def draw_weights(results: dict[str, Result], path: Path) -> None:

@@ -37,6 +37,8 @@ ATTRIBUTES = tuple(VALUES)
 # The value that stands for "not asked for".
 OPEN = {name: len(values) for name, values in VALUES.items()}
 TOP = 10
+# Of the sampler.
+STEPS, GUIDANCE = 25, 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +57,21 @@ class Config:
     """
 
     train: int = 1536
-    repeats: int = 4
-    full: int = 96
+    repeats: int = 3
+    full: int = 64
     checkpoints: int = 1
-    timesteps: int = 8
+    timesteps: int = 6
     dim: int = 128
-    unet: UNetConfig = UNetConfig(3, (48, 96), patch=4, conditions=tuple(OPEN.items()))
-    recipe: Recipe = Recipe(1200, 64, 2e-3, 0.995, dropped=0.4)
+    unet: UNetConfig = UNetConfig(
+        3, (32, 64), patch=2, conditions=tuple(OPEN.items()), predicts_image=True
+    )
+    recipe: Recipe = Recipe(3000, 32, 3e-3, 0.995, dropped=0.3)
 
 
 QUICK = Config()
 FULL = dataclasses.replace(
     QUICK, train=3072, repeats=8, full=384, checkpoints=2, timesteps=16, dim=256,
-    unet=QUICK.unet._replace(widths=(64, 128)), recipe=QUICK.recipe._replace(steps=6000),
+    recipe=QUICK.recipe._replace(steps=20_000, learning_rate=2e-3, averaging=0.999),
 )  # fmt: skip
 
 
@@ -146,7 +150,10 @@ class Generator(NamedTuple):
         """Generates a picture for each request."""
         count = len(asked[ATTRIBUTES[0]])
         noise = jax.random.normal(jax.random.key(seed), (count, drawing.SIZE, drawing.SIZE, 3))
-        made = process.sample(self.model, self.params, noise, jax.tree.map(jnp.asarray, asked))
+        asked = {name: np.asarray(values, np.int32) for name, values in asked.items()}
+        made = process.sample(
+            self.model, self.params, noise, jax.tree.map(jnp.asarray, asked), STEPS, GUIDANCE
+        )
         return {"image": np.asarray(made.image), **asked}
 
     def alone(self, name: str, repeats: int) -> Pictures:
@@ -258,10 +265,7 @@ def measure(subject: Subject, index: ja.Index) -> Result:
     Returns:
       The figures.
     """
-    fits = {
-        name: ja.learn_weights(index, queries, top_k=TOP)
-        for name, queries in subject.learning.items()
-    }
+    fits = {name: ja.learn_weights(index, queries) for name, queries in subject.learning.items()}
     features = ja.query_features(index, subject.full)
     alone = {name: ja.query_features(index, ask_alone(subject.full, name)) for name in ATTRIBUTES}
 
@@ -305,7 +309,7 @@ def baselines(subject: Subject) -> dict[str, dict[str, Retrieval]]:
     return found
 
 
-def index_of(subject: Subject, method: ja.Method, block: int = 96) -> ja.Index:
+def index_of(subject: Subject, method: ja.Method, block: int = 64) -> ja.Index:
     """Builds an index of the training pictures, with a group per parameter array."""
     return ja.build_index(
         method, subject.checkpoints, subject.train, groups=ja.by_leaf, batch_size=block

@@ -50,9 +50,14 @@ def sampling_timesteps(steps: int) -> np.ndarray:
 
 
 def sample(
-    model: Model, params: Any, noise: jax.Array, asked: Mapping[str, jax.Array], steps: int = 50
+    model: Model,
+    params: Any,
+    noise: jax.Array,
+    asked: Mapping[str, jax.Array],
+    steps: int = 50,
+    guidance: float = 1.0,
 ) -> Samples:
-    """Generates images by DDIM, without noise of its own and without guidance.
+    """Generates images by DDIM, without noise of its own.
 
     Args:
       model: the network.
@@ -60,15 +65,16 @@ def sample(
       noise: to begin with, [b, h, w, c].
       asked: {attribute: value [b]}.
       steps: of the sampler.
+      guidance: how far to go from what is predicted when nothing is asked for; 1 for no guidance.
 
     Returns:
       Images with their trajectories. The same noise gives the same image.
     """
-    return _sampler(model, steps)(params, noise, dict(asked))
+    return _sampler(model, steps, guidance)(params, noise, dict(asked))
 
 
 @functools.lru_cache(maxsize=8)
-def _sampler(model: Model, steps: int) -> Callable[..., Samples]:
+def _sampler(model: Model, steps: int, guidance: float) -> Callable[..., Samples]:
     timesteps = sampling_timesteps(steps)
     now = ALPHA_BAR[timesteps]
     after = np.append(now[1:], 1.0).astype(np.float32)
@@ -79,6 +85,10 @@ def _sampler(model: Model, steps: int) -> Callable[..., Samples]:
             timestep, left, left_after = at
             every = jnp.full(len(noise), timestep)
             predicted = model.apply(params, noisy, every, asked)
+            if guidance != 1:
+                nothing = {name: jnp.full(len(noise), n) for name, n in model.config.conditions}
+                unasked = model.apply(params, noisy, every, nothing)
+                predicted = unasked + guidance * (predicted - unasked)
             clean = (noisy - jnp.sqrt(1 - left) * predicted) / jnp.sqrt(left)
             clean = jnp.clip(clean, -1, 1)
             # The noise that belongs to the clipped guess, so that the two add up.
