@@ -26,7 +26,7 @@ def draw_concepts(subject: Subject, index: ja.Index, result: Result, path: Path)
       result: its figures.
       path: of the PNG.
     """
-    queries = {name: values[:SHOWN_QUERIES] for name, values in subject.full.items()}
+    queries = subject.full
     features = ja.query_features(index, queries)
     sides = [*ATTRIBUTES, "uniform"]
     ratios = [1.3, *([0.4, *[1] * SHOWN_PROPONENTS] * len(sides))]
@@ -44,7 +44,7 @@ def draw_concepts(subject: Subject, index: ja.Index, result: Result, path: Path)
         weights = None if side == "uniform" else result.fits[side].weights
         top = np.asarray(ja.top_k(index, features, k=SHOWN_PROPONENTS, weights=weights).ids)
         start = 2 + number * (SHOWN_PROPONENTS + 1)
-        for row, ids in enumerate(top):
+        for row, ids in enumerate(top[:SHOWN_QUERIES]):
             for place, example in enumerate(ids):
                 image = subject.train["image"][example]
                 axis = axes[row, start + place]

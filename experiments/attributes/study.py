@@ -25,6 +25,7 @@ from experiments.diffusion.training import Recipe
 from experiments.diffusion.unet import Model, UNetConfig, make_model
 from jaxattr import diffusion, evaluation
 from jaxattr.diffusion import Denoiser
+from jaxattr.index import QueryFeatures
 from jaxattr.typing import Weights
 from jaxattr.weight_fits import WeightFit
 
@@ -265,21 +266,24 @@ def measure(subject: Subject, index: ja.Index) -> Result:
     Returns:
       The figures.
     """
-    fits = {name: ja.learn_weights(index, queries) for name, queries in subject.learning.items()}
-    features = ja.query_features(index, subject.full)
-    alone = {name: ja.query_features(index, ask_alone(subject.full, name)) for name in ATTRIBUTES}
+    alone = {f"{name} alone": ask_alone(subject.full, name) for name in ATTRIBUTES}
+    features = _features(index, subject.learning | {"full": subject.full} | alone)
+    fits = {name: ja.learn_weights(index, features[name]) for name in ATTRIBUTES}
 
     def of_all(score: Callable[[str], Any]) -> dict[str, Retrieval]:
         return {name: retrieval(score(name), subject.train, subject.full, name)
                 for name in ATTRIBUTES}  # fmt: skip
 
-    table = {"uniform": of_all(lambda name: ja.score(index, features))}
+    full = features["full"]
+    table = {"uniform": of_all(lambda name: ja.score(index, full))}
     for name, fit in fits.items():
-        scores = ja.score(index, features, weights=fit.weights)
+        scores = ja.score(index, full, weights=fit.weights)
         table[f"w_{name}"] = of_all(_constant(scores))
-    table["uniform, attribute alone"] = of_all(lambda name: ja.score(index, alone[name]))
+    table["uniform, attribute alone"] = of_all(
+        lambda name: ja.score(index, features[f"{name} alone"])
+    )
     table["own w, attribute alone"] = of_all(
-        lambda name: ja.score(index, alone[name], weights=fits[name].weights)
+        lambda name: ja.score(index, features[f"{name} alone"], weights=fits[name].weights)
     )
     return Result(table, fits)
 
@@ -319,6 +323,20 @@ def index_of(subject: Subject, method: ja.Method, block: int = 64) -> ja.Index:
 def relative_weights(weights: Weights) -> dict[str, float]:
     """Base-2 logarithms of weights, for pictures; weights below 1/16 count as that."""
     return {name: float(np.log2(max(float(w), 1 / 16))) for name, w in weights.items()}
+
+
+def _features(index: ja.Index, parts: dict[str, Pictures]) -> dict[str, QueryFeatures]:
+    """Features of several sets of queries at once, so that one compiled program serves all."""
+    names = ("image", *ATTRIBUTES)
+    joined = {name: np.concatenate([part[name] for part in parts.values()]) for name in names}
+    found = ja.query_features(index, joined)
+    ends = np.cumsum([len(part["image"]) for part in parts.values()])
+    split = {}
+    for name, end in zip(parts, ends, strict=True):
+        start = end - len(parts[name]["image"])
+        lost = found.non_finite[(found.non_finite >= start) & (found.non_finite < end)] - start
+        split[name] = QueryFeatures(found.features[start:end], lost)
+    return split
 
 
 def _constant(scores: Any) -> Callable[[str], Any]:
