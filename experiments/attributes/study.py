@@ -48,7 +48,7 @@ class Config:
 
     Attributes:
       train: training pictures.
-      repeats: queries to learn from, and as many to measure on, for each value of each attribute.
+      repeats: queries to learn from for each value of each attribute.
       full: generated pictures with all three attributes, to measure on.
       checkpoints: models, that scores are averaged over.
       timesteps: at which features are taken.
@@ -58,7 +58,7 @@ class Config:
     """
 
     train: int = 1536
-    repeats: int = 3
+    repeats: int = 4
     full: int = 64
     checkpoints: int = 1
     timesteps: int = 6
@@ -85,7 +85,6 @@ class Subject(NamedTuple):
       train: the training pictures.
       checkpoints: the trained models.
       learning: {attribute: generated queries that ask for it alone, to learn weights from}.
-      alone: {attribute: the same, to measure on}.
       full: generated pictures that were asked for with all attributes.
     """
 
@@ -94,7 +93,6 @@ class Subject(NamedTuple):
     train: Pictures
     checkpoints: list[Any]
     learning: dict[str, Pictures]
-    alone: dict[str, Pictures]
     full: Pictures
 
 
@@ -122,16 +120,13 @@ def prepare(config: Config, folder: Path) -> Subject:
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained)):
         raise ValueError(f"The model at {path} has parameters that are not finite: it diverged.")
     generate = Generator(model, trained[0])
-    pairs = {name: generate.alone(name, 2 * config.repeats) for name in ATTRIBUTES}
-    uses = [{name: _every_second(pair, use) for name, pair in pairs.items()} for use in (0, 1)]
     asked = drawing.draw(config.full, 1)
     return Subject(
         model=model,
         denoiser=process.denoiser(model),
         train=train,
         checkpoints=trained,
-        learning=uses[0],
-        alone=uses[1],
+        learning={name: generate.alone(name, config.repeats) for name in ATTRIBUTES},
         full=generate({name: asked[name] for name in ATTRIBUTES}, 1),
     )
 
@@ -362,7 +357,3 @@ def _cosine(queries: np.ndarray, train: np.ndarray) -> np.ndarray:
 def _random_scores(subject: Subject) -> np.ndarray:
     shape = len(subject.full["image"]), len(subject.train["image"])
     return np.random.default_rng(0).random(shape)
-
-
-def _every_second(pictures: Pictures, start: int) -> Pictures:
-    return {name: values[start::2] for name, values in pictures.items()}
