@@ -99,12 +99,11 @@ def draw_one(subject: int, style: int, background: int, rng: Generator) -> np.nd
 
 def _scene(subject: Subject, ground: np.ndarray, rng: Generator) -> Scene:
     """Places a subject on a background, in colours that stand out of it."""
-    scale, angle = rng.uniform(0.74, 0.88), np.deg2rad(rng.uniform(-20, 20))
+    scale, angle = rng.uniform(0.78, 0.9), np.deg2rad(rng.uniform(-8, 8))
     plane = _plane()
-    x, y = (each - rng.uniform(-0.8, 0.8) * (1 - scale) for each in plane)
-    mirrored = rng.choice([-1, 1])
+    x, y = (each - rng.uniform(-0.5, 0.5) * (1 - scale) for each in plane)
     u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
-    parts = [(scale * d, kind) for d, kind in subject(Plane(mirrored * u / scale, v / scale), rng)]
+    parts = [(scale * d, kind) for d, kind in subject(Plane(u / scale, v / scale), rng)]
 
     distance = _union(*(part for part, _ in parts))
     is_dark = _luminance(ground)[distance < 2 * PIXEL].mean() < 0.45

@@ -33,7 +33,7 @@ def draw_concepts(subject: Subject, index: ja.Index, result: Result, path: Path)
     figure, axes = plt.subplots(
         SHOWN_QUERIES, len(ratios), figsize=(18, 1.25 * SHOWN_QUERIES + 1),
         gridspec_kw={"width_ratios": ratios, "wspace": 0.12, "hspace": 0.45,
-                     "left": 0.01, "right": 0.99, "bottom": 0.01, "top": 0.84},
+                     "left": 0.01, "right": 0.99, "bottom": 0.01, "top": 0.87},
     )  # fmt: skip
     for axis in axes.flat:
         axis.axis("off")
@@ -57,7 +57,7 @@ def draw_concepts(subject: Subject, index: ja.Index, result: Result, path: Path)
     assert index.method is not None
     figure.suptitle(
         f"Generated pictures, and the training pictures that taught the model the most about them "
-        f"({index.method.name}); in colour: what the two share",
+        f"({index.method.name}); named: what the two share",
         fontsize=12,
     )
     pictures.save(figure, path, tight=False)
@@ -93,8 +93,9 @@ def _shared(
 ) -> tuple[str, str]:
     """What a training picture shares with a query, in words, and a colour for it."""
     shared = [name for name in ATTRIBUTES if subject.train[name][example] == queries[name][row]]
-    color = COLORS[side] if side in shared else "#57606a"
-    return " ".join(VALUES[name][queries[name][row]] for name in shared) or "-", color
+    if side == "uniform":
+        return f"shares {len(shared)}", "#57606a"
+    return (VALUES[side][queries[side][row]] if side in shared else ""), COLORS[side]
 
 
 def _by_layer(weights: dict[str, float]) -> dict[str, float]:

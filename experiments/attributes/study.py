@@ -66,7 +66,7 @@ class Config:
     unet: UNetConfig = UNetConfig(
         3, (32, 64), patch=2, conditions=tuple(OPEN.items()), predicts_image=True
     )
-    recipe: Recipe = Recipe(3000, 32, 3e-3, 0.995, dropped=0.3)
+    recipe: Recipe = Recipe(2800, 32, 3e-3, 0.995, dropped=0.3)
 
 
 QUICK = Config()
@@ -107,7 +107,7 @@ def prepare(config: Config, folder: Path) -> Subject:
       The subject.
     """
     model, train = make_model(config.unet), drawing.draw(config.train, 0)
-    settings = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    settings = json.dumps([config.train, config.checkpoints, config.unet, config.recipe])
     path = folder / f"model-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
     keys = jax.random.split(jax.random.key(0), config.checkpoints)
     train_fn = jax.jit(training.trainer(model, train, config.recipe))
@@ -263,7 +263,8 @@ def measure(subject: Subject, index: ja.Index) -> Result:
     """
     alone = {f"{name} alone": ask_alone(subject.full, name) for name in ATTRIBUTES}
     features = _features(index, subject.learning | {"full": subject.full} | alone)
-    fits = {name: ja.learn_weights(index, features[name]) for name in ATTRIBUTES}
+    # No pull towards uniform weights: where an attribute is may be far from those.
+    fits = {name: ja.learn_weights(index, features[name], l2=0.0) for name in ATTRIBUTES}
 
     def of_all(score: Callable[[str], Any]) -> dict[str, Retrieval]:
         return {name: retrieval(score(name), subject.train, subject.full, name)

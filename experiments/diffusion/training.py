@@ -112,6 +112,6 @@ def batch_loss(
         asked[name] = jnp.where(drops, values, batch[name])
     errors = (model.apply(params, noisy, timesteps, asked) - noise) ** 2
     if model.config.predicts_image:
-        # Errors of the image over the noise that is in it, as in Li and He (2025).
-        errors = errors * (1 - left) / left / jnp.maximum(1 - left, 0.05)
+        # Those of the image: what is in it is decided where noise is strong, and counts there too.
+        errors = errors * (1 - left) / left
     return jnp.mean(errors)
