@@ -146,7 +146,7 @@ class Featurizer:
                 "index, and pass fitted=index.fitted[checkpoint]."
             )
         fitted = NOTHING if fitted is None else fitted
-        ids, checkpoint = jnp.asarray(ids), jnp.asarray(checkpoint)
+        ids, checkpoint = jnp.asarray(ids), jnp.asarray(checkpoint, int)
         return self.with_residual(params, batch, ids, checkpoint, fitted).features
 
 

@@ -249,9 +249,9 @@ def features_of_batch(
     """
     columns = []
     for number, params in enumerate(state.checkpoints):
-        got = functions.step(
-            state.key, params, batch, ids, jnp.asarray(number), state.fitted[number]
-        )
+        # Of no weak type, like the training side's: one program serves both.
+        numbered = jnp.asarray(number, int)
+        got = functions.step(state.key, params, batch, ids, numbered, state.fitted[number])
         phi, of_queries = got.features, functions.of_queries
         columns.append(phi if of_queries is None else of_queries(state.operators[number], phi))
     features = jnp.concatenate(columns, axis=1)

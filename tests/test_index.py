@@ -169,3 +169,16 @@ def test_no_warnings_in_ordinary_use():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ja.build_index(ja.grad_cos(models.loss), CHECKPOINTS, TRAIN)
+
+
+def test_queries_and_training_examples_share_a_program():
+    traced = []
+
+    def loss(params, example, key):
+        traced.append(None)
+        return models.loss(params, example, key)
+
+    index = ja.build_index(ja.tracin(loss), models.mlp_params(), models.data(8), batch_size=4)
+    before = len(traced)
+    ja.query_features(index, models.data(4, seed=1))
+    assert len(traced) == before

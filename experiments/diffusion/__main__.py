@@ -28,6 +28,8 @@ from jaxattr.evaluation import LDS
 from jaxattr.weight_fits import WeightWarning
 
 ADAPTED = ("TracIn", "D-TRAK", "DAS")
+# Measured in the larger study alone.
+SLOW = ("DAS, signed",)
 DAMPED = ("D-TRAK", "DAS")
 DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0)
 # What removes proponents, by which method and weights.
@@ -49,7 +51,7 @@ def main() -> None:
     everything: dict[str, Results] = {}
     for name in ("UNet", "adapters"):
         subject = _prepare(name, found, config, folder, console)
-        everything[name], indexes = _measure(subject, config, console)
+        everything[name], indexes = _measure(subject, config, arguments.full, console)
         if name == "UNet":
             results = everything[name]["generated"]
             for method in ("D-TRAK", "DAS"):
@@ -152,12 +154,12 @@ def _prepare(name: str, found: Data, config: Config, folder: Path, console: Cons
 
 
 def _measure(
-    subject: Subject, config: Config, console: Console
+    subject: Subject, config: Config, full: bool, console: Console
 ) -> tuple[Results, dict[str, ja.Index]]:
     results: Results = {kind: {} for kind in KINDS}
     indexes = {}
     for name, method in study.methods(subject.denoiser, config).items():
-        if subject.name == "adapters" and name not in ADAPTED:
+        if (subject.name == "adapters" and name not in ADAPTED) or (name in SLOW and not full):
             continue
         console.print(f"  {name}")
         indexes[name] = study.index_of(subject, method)

@@ -67,8 +67,8 @@ class Config:
     noises: int = 2
     dim: int = 256
     unet: UNetConfig = UNetConfig()
-    recipe: Recipe = Recipe(750, learning_rate=3e-3)
-    adapters: Recipe = Recipe(300, learning_rate=1e-2)
+    recipe: Recipe = Recipe(500, learning_rate=3e-3)
+    adapters: Recipe = Recipe(200, learning_rate=1e-2)
     removals: int = 4
     removed: int = 80
     removal_seeds: int = 1
@@ -78,7 +78,7 @@ class Config:
 QUICK = Config()
 FULL = dataclasses.replace(
     QUICK, train=800, queries=96, subsets=48, seeds=2, checkpoints=4, timesteps=20,
-    recipe=Recipe(1500, learning_rate=3e-3), removals=16, removed=160, removal_seeds=3,
+    recipe=Recipe(1500, learning_rate=3e-3), adapters=Recipe(600, learning_rate=1e-2), removals=16, removed=160, removal_seeds=3,
 )  # fmt: skip
 # For --data cifar2.npz --full, on a GPU: 9.5 million parameters, data and subsets of Zheng et al.
 CIFAR = dataclasses.replace(
