@@ -79,7 +79,7 @@ def open_index(
         layout=provenance.layout_from(described["layout"]),
         rows=in_device_memory(rows) if in_memory else rows,
         path=folder.path,
-        link=described["method"]["link"],
+        link=described["method"].get("link", "identity"),
         **load_finished(folder, complete, layout.checkpoints, place)._asdict(),
     )
 

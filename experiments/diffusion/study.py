@@ -78,7 +78,8 @@ class Config:
 QUICK = Config()
 FULL = dataclasses.replace(
     QUICK, train=800, queries=96, subsets=48, seeds=2, checkpoints=4, timesteps=20,
-    recipe=Recipe(1500, learning_rate=3e-3), adapters=Recipe(600, learning_rate=1e-2), removals=16, removed=160, removal_seeds=3,
+    recipe=Recipe(1500, learning_rate=3e-3), adapters=Recipe(600, learning_rate=1e-2),
+    removals=16, removed=160, removal_seeds=3,
 )  # fmt: skip
 # For --data cifar2.npz --full, on a GPU: 9.5 million parameters, data and subsets of Zheng et al.
 CIFAR = dataclasses.replace(

@@ -30,7 +30,8 @@ def subset_contributions(index: Index, queries: Any, masks: Any) -> np.ndarray:
       masks: bool [s, n].
 
     Returns:
-      Float [q, s, m]; `@ weights` gives the predictions that LDS correlates.
+      Float [q, s, m]; `@ weights` gives the predictions that LDS correlates. Of a squared method
+      (DAS) it does not: see `subset_products`.
     """
     masks = np.asarray(masks)
     if masks.ndim != 2 or masks.shape[1] != index.size:
