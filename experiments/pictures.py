@@ -65,7 +65,7 @@ def draw_lds(results: Mapping[str, Mapping[str, Measured]], path: Path) -> None:
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_yticks(places, methods)
-    axes[0, -1].legend(fontsize=8, loc="lower right")
+    axes[0, -1].legend(fontsize=8, loc="best")
     figure.suptitle("How well scores predict models retrained on half of the data")
     save(figure, path)
 

@@ -17,7 +17,12 @@ import numpy as np
 
 from jaxattr import linear_maps
 from jaxattr.bases import Basis, Factored, Fitted, Sides
-from jaxattr.expectations import Expectation, at_one_draw, sum_over_draws
+from jaxattr.expectations import (
+    Expectation,
+    at_one_draw,
+    refuse_unit_norm,
+    sum_over_draws,
+)
 from jaxattr.features import FeatureRule, shapes_of_one
 from jaxattr.kernels.diagonal import sum_of_squares
 from jaxattr.keys import example_keys, named_key
@@ -224,6 +229,7 @@ def _sums_of_batch(
             for leaf, each in uses.items()
         }
 
+    refuse_unit_norm(output, "A basis of covariances (ja.kfac, ja.ekfac, ja.logra)")
     if not isinstance(output, Expectation):
         return sums(output, numbered.batch, keys)
     of_draw = at_one_draw(output)

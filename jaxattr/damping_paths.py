@@ -31,8 +31,8 @@ def damping_path(
     LDS, or without retraining by the held-out loss of `ja.learn_weights`.
 
     Guarantees: each index equals that of `build_index` with that damping, up to rounding.
-    Cost: n^2 p + min(n, p)^3 once per block, and n p min(n, p) per damping; in memory, twice n p
-    numbers.
+    Cost: n^2 p + min(n, p)^3 once per block, and n p min(n, p) per damping; in memory, twice n c p
+    numbers, and the eigenvectors in float64.
 
     Args:
       method: with a Gram kernel: `trak`, `d_trak`, `journey_trak`, `das`. Its damping is not used.
@@ -82,9 +82,7 @@ def _indexes(
     numbers = range(layout.checkpoints)
 
     def features(number: int, columns: slice) -> np.ndarray:
-        found = all_rows(raw.rows, FEATURES, number, columns).astype(dtype)
-        found[raw.non_finite] = 0
-        return found
+        return all_rows(raw.rows, FEATURES, number, columns).astype(dtype)
 
     def surroundings(number: int) -> Surroundings:
         return Surroundings(raw.layout, lambda part: features(number, part), None, _none, _none)

@@ -56,8 +56,10 @@ class Denoiser(NamedTuple):
           timestep: integer.
           noise: of the image's shape.
         """
-        left = jnp.asarray(self.alpha_bar, image.dtype)[timestep]
-        return jnp.sqrt(left) * image + jnp.sqrt(1 - left) * noise
+        # A narrow type would round the first of them to one.
+        wide = jnp.promote_types(image.dtype, jnp.float32)
+        left = jnp.asarray(self.alpha_bar, wide)[timestep]
+        return (jnp.sqrt(left) * image + jnp.sqrt(1 - left) * noise).astype(image.dtype)
 
 
 def loss(denoiser: Denoiser) -> TimestepFn:
@@ -115,16 +117,19 @@ def output(denoiser: Denoiser, name: Output = "squared_norm") -> TimestepFn:
     return _knowing_steps(of_timestep, denoiser.steps)
 
 
-def journey(denoiser: Denoiser, *, steps: int, draws: int = 1) -> Expectation:
+def journey(
+    denoiser: Denoiser, *, steps: int, draws: int = 1, clip: float | None = 1.0
+) -> Expectation:
     """Makes the loss along the trajectory of a generated image, Journey-TRAK's query side.
 
-    At each step of the sampler its present guess of the clean image, kept within -1 and 1 as the
-    published code does, is mixed with fresh noise of that step's timestep.
+    At each step of the sampler its present guess of the clean image is mixed with fresh noise of
+    that step's timestep. A query with a timestep that the model does not know is not finite.
 
     Args:
       denoiser: the model.
       steps: of the sampler.
       draws: of noise per step.
+      clip: guesses are kept within -clip and clip, as in the published code; None for latents.
 
     Returns:
       (params, query, key) -> scalar, for `ja.journey_trak`. A query has, beside what conditions it,
@@ -137,8 +142,11 @@ def journey(denoiser: Denoiser, *, steps: int, draws: int = 1) -> Expectation:
 
     def at_step(params: Params, example: Example, key: Key, step: jax.Array) -> jax.Array:
         trajectory, timesteps = _trajectory(example, steps)
-        image = jnp.clip(trajectory[step], -1, 1)
-        return _mse(*_predicted_of(denoiser, params, example, image, key, timesteps[step]))
+        image = trajectory[step] if clip is None else jnp.clip(trajectory[step], -clip, clip)
+        timestep = timesteps[step]
+        value = _mse(*_predicted_of(denoiser, params, example, image, key, timestep))
+        known = (timestep >= 0) & (timestep < denoiser.steps)
+        return value * jnp.where(known, 1, jnp.nan)
 
     return expectation(at_step, timesteps=range(steps), draws=draws, steps=steps)
 
@@ -160,7 +168,7 @@ def error_profile(denoiser: Denoiser, *, timesteps: Iterable[int], draws: int = 
     Returns:
       (params, example, key) -> scalar, for `ja.das`. Cost: a forward pass per draw.
     """
-    squared = expectation(loss(denoiser), timesteps=timesteps, draws=draws)
+    squared = expectation(loss(denoiser), timesteps=list(timesteps), draws=draws)
 
     def of_example(params: Params, example: Example, key: Key) -> jax.Array:
         drawn = squared.draw(key)
@@ -225,6 +233,8 @@ _OUTPUTS: Mapping[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 def _bound_weights(denoiser: Denoiser) -> np.ndarray:
     alpha_bar = np.asarray(denoiser.alpha_bar, np.float64)
+    if not ((alpha_bar > 0) & (alpha_bar < 1)).all():
+        raise ValueError("The weights of the bound need an alpha_bar above 0 and below 1.")
     alpha = alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
     return (1 - alpha) / (2 * alpha * (1 - alpha_bar))
 
@@ -254,9 +264,11 @@ def _trajectory(example: Example, steps: int) -> tuple[jax.Array, jax.Array]:
 
 def _check_schedule(denoiser: Denoiser) -> None:
     alpha_bar = np.asarray(denoiser.alpha_bar, np.float64)
-    if alpha_bar.ndim != 1 or not ((alpha_bar >= 0) & (alpha_bar <= 1)).all():
+    inside = ((alpha_bar >= 0) & (alpha_bar <= 1)).all()
+    if alpha_bar.ndim != 1 or not inside or (np.diff(alpha_bar) > 0).any():
         raise ValueError(
             "alpha_bar must be the share of the signal's variance at each timestep, the running "
-            f"product of 1 - beta: between 0 and 1, of shape [steps]. Got {list(alpha_bar.shape)} "
-            f"and values from {alpha_bar.min():.3g} to {alpha_bar.max():.3g}."
+            "product of 1 - beta: between 0 and 1, never rising, of shape [steps]. Got "
+            f"{list(alpha_bar.shape)} and values from {alpha_bar.min():.3g} to "
+            f"{alpha_bar.max():.3g}."
         )

@@ -5,7 +5,8 @@ alone: not on the batch that it is in, nor on what other timesteps there are.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -145,8 +146,9 @@ def expectation(
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}.")
     if callable(timesteps):
+        _check_drawn(timesteps, known)
         return Expectation(loss, timesteps, draws, unit_norm)
-    listed = tuple(int(timestep) for timestep in timesteps)
+    listed = tuple(operator.index(timestep) for timestep in timesteps)
     _check_timesteps(listed, known)
     return Expectation(loss, listed, draws, unit_norm)
 
@@ -207,18 +209,46 @@ def sum_over_draws(output: Expectation, keys: Key, function: Callable[[Draws], A
     return jax.lax.scan(add, zeros, draws)[0]
 
 
+def refuse_unit_norm(output: OutputFn, what: str) -> None:
+    """Raises where a gradient is asked for, and unit norm per draw makes features none.
+
+    Args:
+      output: any output function.
+      what: asks.
+    """
+    if isinstance(output, Expectation) and output.unit_norm:
+        raise ValueError(
+            f"{what} needs features that are gradients, and those of an expectation with "
+            "unit_norm=True are not: leave unit_norm out."
+        )
+
+
+def _check_drawn(timesteps: Callable[[Key], jax.Array], steps: int | None) -> None:
+    """Looks at a few hundred timesteps as a function draws them."""
+    drawn = jax.vmap(timesteps)(jax.random.split(jax.random.key(0), 256))
+    if drawn.shape != (256,) or not jnp.issubdtype(drawn.dtype, jnp.integer):
+        raise ValueError(
+            f"timesteps must draw one integer from a key, got {drawn.dtype}{list(drawn.shape[1:])}."
+        )
+    _check_range([int(drawn.min()), int(drawn.max())], steps)
+
+
 def _check_timesteps(timesteps: tuple[int, ...], steps: int | None) -> None:
     if not timesteps:
         raise ValueError("timesteps is empty: an expectation needs at least one.")
+    _check_range(timesteps, steps)
+    if len(set(timesteps)) < len(timesteps):
+        raise ValueError(
+            f"A timestep is given twice in {list(timesteps)}: its noise would be the same both "
+            "times. Use draws= for more noise per timestep."
+        )
+
+
+def _check_range(timesteps: Sequence[int], steps: int | None) -> None:
     wrong = [t for t in timesteps if t < 0 or (steps is not None and t >= steps)]
     if wrong:
         known = "0 and up" if steps is None else f"0 to {steps - 1}"
         raise ValueError(
             f"Timestep {wrong[0]} is out of range: the model knows {known}. Where JAX reads past "
             "the end of a noise schedule it takes the last entry without a word."
-        )
-    if len(set(timesteps)) < len(timesteps):
-        raise ValueError(
-            f"A timestep is given twice in {list(timesteps)}: its noise would be the same both "
-            "times. Use draws= for more noise per timestep."
         )

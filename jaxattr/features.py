@@ -432,7 +432,10 @@ def _features(
 
     def gradients(draw: Draws) -> Any:
         found = z_and_rest(of_draw, (batch, draw.timesteps), draw.keys)
-        return unit_norm(assemble(*found)) if of_each_draw else found
+        if of_each_draw:
+            return unit_norm(assemble(*found))
+        # Sums of many draws would stand still in a narrow type.
+        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), found)
 
     total = sum_over_draws(output, keys, gradients)
     mean = jax.tree.map(lambda x: x / output.count, total)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxattr.bases import Fitted
+from jaxattr.expectations import refuse_unit_norm
 from jaxattr.features import as_function_of, project_gradients, sides_of
 from jaxattr.keys import example_keys
 from jaxattr.training_passes import TrainingPass
@@ -35,6 +36,7 @@ def hessian_products(
     """
     featurizer = over.featurizer
     rule, plan, key = featurizer.rule, featurizer.plan, featurizer.key
+    refuse_unit_norm(rule.output, "A Hessian")
     numbered = over.whole()
     number = over.number
 

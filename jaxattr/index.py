@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.bases import Fitted
+from jaxattr.expectations import refuse_unit_norm
 from jaxattr.features import Featurized, Featurizer, leading_size
 from jaxattr.kernels import Kernel
 from jaxattr.methods import Method
@@ -178,9 +179,13 @@ def part_features(index: Index, queries: Any, split: Callable[[Example], Batch])
       together. Queries that are not finite are marked in all of their parts.
 
     Raises:
-      ValueError: if the index was opened without its method and checkpoints.
+      ValueError: if the index was opened without its method and checkpoints, or parts do not add
+        up: squared scores, unit norm per draw.
     """
     featurize, method = _functions(index)
+    refuse_unit_norm(featurize.rule.output, "Scoring the parts of a query")
+    if index.link == "square":
+        raise ValueError("Squares of parts do not add up: scores of this index are squares.")
     state, q = state_of(index), leading_size(queries)
     step = _part_step(featurize.unscaled(), featurize.rule.normalize, method.kernel, split)
     found, finite = [], []

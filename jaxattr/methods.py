@@ -46,6 +46,10 @@ class Method:
     query_output: OutputFn | None = None
     link: Link = "identity"
 
+    def __post_init__(self) -> None:
+        if self.link not in ("identity", "square"):
+            raise ValueError(f'link must be "identity" or "square", got {self.link!r}.')
+
     def weights_of(self, checkpoints: int) -> tuple[float, ...]:
         """Returns eta for a number of checkpoints."""
         if self.checkpoint_weights is None:

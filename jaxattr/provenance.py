@@ -92,7 +92,13 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str =
 def describe_method(method: Method, params: Params, example: Example) -> dict[str, Any]:
     """Describes a method: its name, its parts, and fingerprints of the user's functions."""
     rule, eta = method.rule, method.checkpoint_weights
-    return {
+    # Named where they are not as usual, so that indexes from before they existed still match.
+    unusual: dict[str, Any] = {}
+    if method.link != "identity":
+        unusual["link"] = method.link
+    if getattr(rule.output, "unit_norm", False):
+        unusual["unit_norm_per_draw"] = True
+    return unusual | {
         "name": method.name,
         "kernel": method.kernel.name,
         "projection": rule.projection.name,
@@ -100,7 +106,6 @@ def describe_method(method: Method, params: Params, example: Example) -> dict[st
         "unit_norm": rule.normalize,
         "checkpoint_weights": None if eta is None else list(eta),
         "average_checkpoints": method.average_checkpoints,
-        "link": method.link,
         "output": _fingerprint_function(rule.output, params, example),
         "residual": None
         if rule.residual is None

@@ -55,6 +55,8 @@ def score(
 
     .. math:: \tau(q, n) = r_n \sum_c \eta_c \phi_c(q)^\top \mathrm{Diag}(w) K_c \phi_c(n)
 
+    and its square for squared methods (DAS).
+
     Args:
       index: the index.
       queries: a pytree of arrays, a random-access source, or `query_features(index, ...)`.
@@ -173,7 +175,8 @@ def self_influence(index: Index, *, weights: Weights | None = None) -> jax.Array
       weights: as in `score`.
 
     Returns:
-      Float [n]: r_n sum_c eta_c phi_c(n)^T Diag(w) K_c phi_c(n). NaN where not finite.
+      Float [n]: r_n sum_c eta_c phi_c(n)^T Diag(w) K_c phi_c(n), or its square. NaN where not
+      finite.
     """
     w = np.asarray(weight_array(index.layout, weights))
     parts = []

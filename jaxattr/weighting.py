@@ -322,7 +322,7 @@ def _fit(
 
     listed, passes = _listed_at(problem, listed, w, options, passes)
     end = [_loss(listed.rows(rows), w, options) for rows in (learned_from, held_from)]
-    hub, hub_share = _hub(listed, w, options.top_k)
+    hub, hub_share = _hub(listed, w, options)
     found = Found(
         gauge, w, np.asarray(carry.losses), (begin[0], end[0]),
         (begin[1], end[1]) if held else None, hub, hub_share, options.top_k, passes,
@@ -459,10 +459,15 @@ def _loss(listed: Shortlist, w: np.ndarray, options: _Options) -> float:
     return float(_loss_of_list(listed, jnp.asarray(w), options.top_k, options.signal))
 
 
-def _hub(listed: Shortlist, w: np.ndarray, top_k: int) -> tuple[int, float]:
-    scores = shortlists.signed_scores(listed, jnp.asarray(w), (1, -1)[: len(listed.ids)])[0]
-    places = jax.lax.top_k(scores, top_k)[1]
-    ids = np.asarray(jnp.take_along_axis(listed.ids[0], places, axis=1))
+def _hub(listed: Shortlist, w: np.ndarray, options: _Options) -> tuple[int, float]:
+    """The example that is among the strongest of the most queries, and of what share of them."""
+    signs = signs_of(options.signal)
+    scores = shortlists.signed_scores(listed, jnp.asarray(w), signs)  # [l, q, s]
+    lists = [listed.ids[0 if listed.complete else i] for i in range(len(signs))]
+    if options.signal != "top_k_abs":
+        scores, lists = scores[:1], lists[:1]
+    places = jax.lax.top_k(jnp.concatenate(list(scores), axis=-1), options.top_k)[1]
+    ids = np.asarray(jnp.take_along_axis(jnp.concatenate(lists, axis=-1), places, axis=1))
     found, counts = np.unique(ids[ids >= 0], return_counts=True)
     return int(found[counts.argmax()]), float(counts.max() / len(ids))
 

@@ -222,6 +222,19 @@ def test_a_query_without_its_trajectory():
         ja.query_features(index, journey_queries(3))
 
 
+def test_a_timestep_that_the_model_does_not_know_is_not_finite():
+    method = ja.journey_trak(toy.expected_loss(), diffusion.journey(toy.DENOISER, steps=4))
+    queries = journey_queries()
+    queries["timesteps"][2, 1] = toy.STEPS
+    with pytest.warns(NonFiniteWarning, match="1 of 5 queries .* ids 2"):
+        ja.query_features(index_of(method), queries)
+
+
+def test_an_unknown_link_is_refused():
+    with pytest.raises(ValueError, match='link must be "identity" or "square", got \'squared\''):
+        das(link="squared")
+
+
 @pytest.mark.parametrize("make", [ja.d_trak, das], ids=["d_trak", "das"])
 @pytest.mark.parametrize("n", [24, 200])  # dual, and primal
 def test_a_damping_path_is_as_many_indexes(make, n):
@@ -278,7 +291,11 @@ def test_examples_without_a_gradient_are_counted_by_checkpoint():
 
 @pytest.mark.parametrize(
     ("alpha_bar", "message"),
-    [(np.linspace(1.5, 0, 9), "values from 0 to 1.5"), (np.ones((3, 3)), r"Got \[3, 3\]")],
+    [
+        (np.linspace(1.5, 0, 9), "values from 0 to 1.5"),
+        (np.ones((3, 3)), r"Got \[3, 3\]"),
+        (np.linspace(1e-4, 0.02, 9), "never rising"),  # betas
+    ],
 )
 def test_a_schedule_that_is_none(alpha_bar, message):
     with pytest.raises(ValueError, match=f"alpha_bar must be the share.*{message}"):

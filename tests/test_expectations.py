@@ -6,6 +6,7 @@ import pytest
 import jaxattr as ja
 from jaxattr import bases, projections
 from jaxattr.keys import example_keys
+from jaxattr.store import StoreError
 from tests import diffusion_models as toy
 from tests import models
 
@@ -148,3 +149,46 @@ def test_without_a_known_number_of_steps_only_negative_timesteps_are_refused():
     assert ja.expectation(loss, timesteps=[10**6]).count == 1
     with pytest.raises(ValueError, match="the model knows 0 and up"):
         ja.expectation(loss, timesteps=[-3])
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda key: jax.random.randint(key, (), 0, 2000), "is out of range: the model knows 0 to"),
+        (
+            lambda key: jax.random.uniform(key),
+            r"draw one integer from a key, got float\d+\[\]",
+        ),
+        (lambda key: jax.random.randint(key, (2,), 0, 9), r"got int\d+\[2\]"),
+    ],
+)
+def test_bad_functions_that_draw_timesteps(draw, message):
+    with pytest.raises(ValueError, match=message):
+        toy.expected_loss(timesteps=draw)
+
+
+def test_sums_of_draws_are_wide():
+    """In bfloat16 a running sum of equal terms stands still at 256 of them."""
+
+    def loss(params, example, key, timestep):
+        return params["w"] * example.astype(params["w"].dtype)
+
+    params, batch = {"w": jnp.ones((), jnp.bfloat16)}, jnp.ones(2)
+    method = ja.tracin(ja.expectation(loss, timesteps=range(1000)))
+    np.testing.assert_allclose(ja.featurizer(method, params, batch[0])(params, batch), 1)
+
+
+def test_what_needs_gradients_refuses_unit_norm_per_draw():
+    output, train = toy.expected_loss(unit_norm=True), toy.images(9)
+    for method in (ja.kfac(output), ja.influence(output, damping=ja.absolute(0.1))):
+        with pytest.raises(ValueError, match="needs features that are gradients.*unit_norm=True"):
+            ja.build_index(method, toy.params(), train)
+
+
+def test_an_index_knows_whether_draws_had_unit_norm(tmp_path):
+    def method(unit_norm):
+        return ja.tracin(toy.expected_loss(unit_norm=unit_norm))
+
+    ja.build_index(method(True), toy.params(), toy.images(9), path=tmp_path / "index")
+    with pytest.raises(StoreError, match="unit_norm_per_draw: the index has True, got None"):
+        ja.open_index(tmp_path / "index", method(False), toy.params())

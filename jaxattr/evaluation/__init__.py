@@ -11,6 +11,7 @@ retrieval.py      do the strongest proponents hold what the query asks for?
 from jaxattr.damping_paths import damping_path as damping_path
 from jaxattr.evaluation.heterogeneity import group_lds as group_lds
 from jaxattr.evaluation.heterogeneity import subset_contributions as subset_contributions
+from jaxattr.evaluation.heterogeneity import subset_products as subset_products
 from jaxattr.evaluation.heterogeneity import upper_bound_weights as upper_bound_weights
 from jaxattr.evaluation.lds import LDS as LDS
 from jaxattr.evaluation.lds import Difference as Difference

@@ -33,9 +33,7 @@ def subset_contributions(index: Index, queries: Any, masks: Any) -> np.ndarray:
       Float [q, s, m]; `@ weights` gives the predictions that LDS correlates. Of a squared method
       (DAS) it does not: see `subset_products`.
     """
-    masks = np.asarray(masks)
-    if masks.ndim != 2 or masks.shape[1] != index.size:
-        raise ValueError(f"masks must be bool [subsets, {index.size}], got shape {masks.shape}.")
+    masks = _checked(masks, index)
     prepared = query_features(index, queries)
     layout = index.rows.layout
     chosen = np.zeros((len(masks), layout.blocks * layout.block), bool)
@@ -70,8 +68,8 @@ def subset_products(index: Index, queries: Any, masks: Any) -> np.ndarray:
     Returns:
       Float [q, s, m, m]; w^T (...) w is the sum of squared scores. Needs contributions [q, n, m].
     """
+    chosen = [np.flatnonzero(mask) for mask in _checked(masks, index)]
     parts = np.asarray(scoring.contributions(index, queries), np.float64)
-    chosen = [np.flatnonzero(mask) for mask in np.asarray(masks)]
     sums = [[each[ids].T @ each[ids] for ids in chosen] for each in parts]
     return np.asarray(sums)
 
@@ -142,6 +140,15 @@ def upper_bound_weights(
     w = gauge * np.asarray(best, np.float64)
     w = w / w.mean()
     return {name: float(value) for name, value in zip(index.layout.names, w, strict=True)}
+
+
+def _checked(masks: Any, index: Index) -> np.ndarray:
+    masks = np.asarray(masks)
+    if masks.dtype != bool or masks.ndim != 2 or masks.shape[1] != index.size:
+        raise ValueError(
+            f"masks must be bool [subsets, {index.size}], got {masks.dtype} of shape {masks.shape}."
+        )
+    return masks
 
 
 def _gauge(sums: np.ndarray, power: float) -> np.ndarray:
