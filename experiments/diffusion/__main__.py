@@ -202,7 +202,8 @@ def _remove(
         [rng.choice(n, config.removed, replace=False) for _ in range(config.removals)]
     )
     removal = study.remove(subject, chosen, config)
-    embed = embeddings.embedding(found.spare["image"], found.spare["label"])
+    known = found.spare if len(found.spare["label"]) else found.train
+    embed = embeddings.embedding(known["image"], known["label"])
     before = embed(removal.before)
     moved = {}
     for name, images in removal.after.items():
