@@ -17,12 +17,7 @@ import numpy as np
 
 from jaxattr import linear_maps
 from jaxattr.bases import Basis, Factored, Fitted, Sides
-from jaxattr.expectations import (
-    Expectation,
-    at_one_draw,
-    refuse_unit_norm,
-    sum_over_draws,
-)
+from jaxattr.expectations import refuse_unit_norm, sum_over_draws
 from jaxattr.features import FeatureRule, shapes_of_one
 from jaxattr.kernels.diagonal import sum_of_squares
 from jaxattr.keys import example_keys, named_key
@@ -230,13 +225,8 @@ def _sums_of_batch(
         }
 
     refuse_unit_norm(output, "A basis of covariances (ja.kfac, ja.ekfac, ja.logra)")
-    if not isinstance(output, Expectation):
-        return sums(output, numbered.batch, keys)
-    of_draw = at_one_draw(output)
     # Each draw counts as a position, like the tokens of a text.
-    return sum_over_draws(
-        output, keys, lambda draw: sums(of_draw, (numbered.batch, draw.timesteps), draw.keys)
-    )
+    return sum_over_draws(output, numbered.batch, keys, sums)
 
 
 def _all_finite(uses: Mapping[str, tuple[Captured, ...]]) -> jax.Array:

@@ -1,6 +1,7 @@
 """Indexes that differ in their damping alone, for the price of little more than one."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from jaxattr import kernels
 from jaxattr.building import build_index
 from jaxattr.checkpoint_builds import apply_kernel
 from jaxattr.index import Index
-from jaxattr.kernels import Damping, Surroundings
+from jaxattr.kernels import Damping
 from jaxattr.methods import Method
 from jaxattr.rows import EXAMPLES, FEATURES, MemoryRows, all_rows
 from jaxattr.typing import Params
@@ -84,10 +85,9 @@ def _indexes(
     def features(number: int, columns: slice) -> np.ndarray:
         return all_rows(raw.rows, FEATURES, number, columns).astype(dtype)
 
-    def surroundings(number: int) -> Surroundings:
-        return Surroundings(raw.layout, lambda part: features(number, part), None, _none, _none)
-
-    spectra = [family.spectrum(surroundings(number)) for number in numbers]
+    spectra = [
+        family.spectrum(raw.layout, functools.partial(features, number)) for number in numbers
+    ]
     etas = method.weights_of(layout.checkpoints)
     for damping in dampings:
         rows = MemoryRows(layout, raw.place)
@@ -99,7 +99,7 @@ def _indexes(
                 phi = raw.rows.read(FEATURES, block, number).astype(dtype)
                 rows.write(block, number, apply(operator, phi)[1])
         made = dataclasses.replace(method, kernel=family.kernel(damping))
-        yield damping, dataclasses.replace(raw, method=made, rows=rows, link=method.link)
+        yield damping, dataclasses.replace(raw, method=made, rows=rows)
 
 
 def _without_kernel(method: Method) -> Method:
@@ -107,7 +107,3 @@ def _without_kernel(method: Method) -> Method:
     return dataclasses.replace(
         method, kernel=kernels.identity(), checkpoint_weights=None, average_checkpoints=False
     )
-
-
-def _none(*arguments: Any) -> Any:
-    raise NotImplementedError("Gram kernels ask for rows alone.")

@@ -171,10 +171,7 @@ def error_profile(denoiser: Denoiser, *, timesteps: Iterable[int], draws: int = 
     squared = expectation(loss(denoiser), timesteps=list(timesteps), draws=draws)
 
     def of_example(params: Params, example: Example, key: Key) -> jax.Array:
-        drawn = squared.draw(key)
-        errors = jax.lax.map(
-            lambda draw: squared.loss(params, example, draw.keys, draw.timesteps), drawn
-        )
+        errors = squared.each(params, example, key)
         each = jnp.sqrt(errors.reshape(-1, squared.draws).mean(axis=1))  # [t]
         norm = jnp.linalg.norm(each)
         return each.mean() / jnp.where(norm == 0, 1, norm)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxattr.typing import Example, Key, OutputFn, Params
+from jaxattr.typing import Batch, Example, Key, OutputFn, Params
 
 
 class TimestepFn(Protocol):
@@ -67,12 +67,20 @@ class Expectation:
         Returns:
           A scalar. Its gradient keeps nothing of a draw but its inputs.
         """
+        return jnp.mean(self.each(params, example, key))
+
+    def each(self, params: Params, example: Example, key: Key) -> jax.Array:
+        """Computes the loss of each draw, one after the other; arguments as in a call.
+
+        Returns:
+          Float [j], the draws of a timestep side by side.
+        """
 
         @jax.checkpoint
         def of_draw(draw: Draws) -> jax.Array:
             return self.loss(params, example, draw.keys, draw.timesteps)
 
-        return jnp.mean(jax.lax.map(of_draw, self.draw(key)))
+        return jax.lax.map(of_draw, self.draw(key))
 
     @property
     def count(self) -> int:
@@ -186,26 +194,46 @@ def example_at_one_draw(output: OutputFn, example: Example) -> Example:
     return example, jax.ShapeDtypeStruct((), jnp.asarray(0).dtype)
 
 
-def sum_over_draws(output: Expectation, keys: Key, function: Callable[[Draws], Any]) -> Any:
+def draws_of(output: OutputFn) -> int:
+    """Returns the number of draws of an output function; 1 if it is no expectation."""
+    return output.count if isinstance(output, Expectation) else 1
+
+
+def has_unit_norm(output: OutputFn) -> bool:
+    """Returns whether the gradient of each draw gets unit norm."""
+    return isinstance(output, Expectation) and output.unit_norm
+
+
+def sum_over_draws(
+    output: OutputFn, batch: Batch, keys: Key, function: Callable[[OutputFn, Batch, Key], Any]
+) -> Any:
     """Adds up what a function makes of one draw of every example, one draw after the other.
 
     Args:
-      output: the expectation.
+      output: any output function; one that is no expectation is a single draw.
+      batch: a pytree of arrays [b, ...].
       keys: of the examples, [b].
-      function: the draws [b] -> a pytree.
+      function: (output of one draw, its batch, its keys) -> a pytree.
 
     Returns:
-      The sum over the draws j.
+      The sum over the draws.
     """
+    if not isinstance(output, Expectation):
+        return function(output, batch, keys)
+    of_draw = at_one_draw(output)
+
+    def at(draw: Draws) -> Any:
+        return function(of_draw, (batch, draw.timesteps), draw.keys)
+
     draws = jax.vmap(output.draw, out_axes=1)(keys)  # [j, b]
     first = jax.tree.map(lambda x: x[0], draws)
     if output.count == 1:
-        return function(first)
+        return at(first)
 
     def add(total: Any, draw: Draws) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(draw)), None
+        return jax.tree.map(jnp.add, total, at(draw)), None
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(at, first))
     return jax.lax.scan(add, zeros, draws)[0]
 
 
@@ -216,7 +244,7 @@ def refuse_unit_norm(output: OutputFn, what: str) -> None:
       output: any output function.
       what: asks.
     """
-    if isinstance(output, Expectation) and output.unit_norm:
+    if has_unit_norm(output):
         raise ValueError(
             f"{what} needs features that are gradients, and those of an expectation with "
             "unit_norm=True are not: leave unit_norm out."

@@ -22,10 +22,11 @@ from jaxattr import groups as groups_lib
 from jaxattr import linear_maps
 from jaxattr.bases import NOTHING, Fitted, Sides, apply_sides
 from jaxattr.expectations import (
-    Draws,
     Expectation,
     at_one_draw,
+    draws_of,
     example_at_one_draw,
+    has_unit_norm,
     sum_over_draws,
 )
 from jaxattr.groups import GroupLayout, Groups
@@ -425,20 +426,19 @@ def _features(
     z_and_rest: Callable[..., tuple[dict, dict]],
     assemble: Callable[..., Features],
 ) -> Features:
-    """Features of a batch; of an expectation, the mean over its draws."""
-    if not isinstance(output, Expectation):
-        return assemble(*z_and_rest(output, batch, keys))
-    of_draw, of_each_draw = at_one_draw(output), output.unit_norm
+    """Features of a batch, the mean over the draws of the output."""
+    of_each_draw = has_unit_norm(output)
 
-    def gradients(draw: Draws) -> Any:
-        found = z_and_rest(of_draw, (batch, draw.timesteps), draw.keys)
+    def gradients(output: OutputFn, batch: Batch, keys: Key) -> Any:
+        found = z_and_rest(output, batch, keys)
         if of_each_draw:
             return unit_norm(assemble(*found))
         # Sums of many draws would stand still in a narrow type.
         return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), found)
 
-    total = sum_over_draws(output, keys, gradients)
-    mean = jax.tree.map(lambda x: x / output.count, total)
+    count = draws_of(output)
+    total = sum_over_draws(output, batch, keys, gradients)
+    mean = jax.tree.map(lambda x: x / count, total) if count > 1 else total
     # Projecting is linear, so it is done once, for the mean.
     return mean if of_each_draw else assemble(*mean)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattr.expectations import has_unit_norm
 from jaxattr.features import Featurizer
 from jaxattr.groups import GroupLayout, Member, leaf_names
 from jaxattr.methods import Method
@@ -96,7 +97,7 @@ def describe_method(method: Method, params: Params, example: Example) -> dict[st
     unusual: dict[str, Any] = {}
     if method.link != "identity":
         unusual["link"] = method.link
-    if getattr(rule.output, "unit_norm", False):
+    if has_unit_norm(rule.output):
         unusual["unit_norm_per_draw"] = True
     return unusual | {
         "name": method.name,

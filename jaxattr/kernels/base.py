@@ -87,12 +87,13 @@ class DampingFamily(NamedTuple):
     """Kernels that differ in their damping alone, and share one eigendecomposition.
 
     Attributes:
-      spectrum: (surroundings) -> what all of them need, on the host; the costly part.
+      spectrum: (feature layout, rows as in `Surroundings`) -> what all of them need, on the host;
+        the costly part.
       operator: (spectrum, damping) -> the operator of one.
       kernel: (damping) -> the kernel.
     """
 
-    spectrum: Callable[[Surroundings], Any]
+    spectrum: Callable[[FeatureLayout, Callable[[slice], np.ndarray]], Any]
     operator: Callable[[Any, Damping], Any]
     kernel: Callable[[Damping], "Kernel"]
 

@@ -1,6 +1,7 @@
 """The inverse of the features' Gram matrix, dense or block-diagonal, primal or dual."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -111,8 +112,8 @@ def gram(damping: Damping, *, dense: bool = False, leverage: bool = False) -> Ke
                 operators.append(_dual(rows, damping, gram.dtype))
         return operators
 
-    def spectrum(surroundings: Surroundings) -> list[Spectrum]:
-        return [_spectrum(surroundings.rows(part)) for part in columns(surroundings.layout)]
+    def spectrum(layout: FeatureLayout, rows: Callable[[slice], np.ndarray]) -> list[Spectrum]:
+        return [_spectrum(rows(part)) for part in columns(layout)]
 
     def apply(operator: list[GramOperator], phi: Features) -> Features:
         parts = split_columns(phi, [block.vectors.shape[0] for block in operator])
