@@ -1,6 +1,6 @@
 """Models trained on subsets, kept on disk, and how well weighted scores predict them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +10,12 @@ from jax.sharding import AxisType, Mesh
 
 import jaxattr as ja
 from experiments import files
-from jaxattr import evaluation
-from jaxattr.evaluation import LDS
+from jaxattr import evaluation, scoring, weighting
+from jaxattr.evaluation import LDS, Difference
 from jaxattr.evaluation.retraining import TrainFn
+from jaxattr.index import QueryFeatures
 from jaxattr.typing import OutputFn
+from jaxattr.weight_fits import WeightFit
 
 
 class Truth(NamedTuple):
@@ -79,6 +81,54 @@ def retrained(
     both = {name: np.concatenate([learning[name], queries[name]]) for name in learning}
     outputs = np.asarray(evaluation.outputs(output, params, both))
     return Truth(masks, *np.split(outputs, 2, axis=1))
+
+
+class Comparison(NamedTuple):
+    """What weights do to the LDS of one method.
+
+    Attributes:
+      weights: {name of weights: {group: weight}}.
+      lds: {name of weights: LDS on the evaluation queries}.
+      difference: learned minus uniform.
+      fit: what learning reported.
+    """
+
+    weights: dict[str, dict[str, float]]
+    lds: dict[str, LDS]
+    difference: Difference
+    fit: WeightFit
+
+
+def compare(
+    index: ja.Index,
+    learning: QueryFeatures,
+    queries: QueryFeatures,
+    truth: Truth,
+    more: Mapping[str, dict[str, float]] | None = None,
+) -> Comparison:
+    """Learns weights, and measures them beside those that learn nothing, or from ground truth.
+
+    Args:
+      index: of the method.
+      learning: features of the queries to learn from.
+      queries: features of those to measure on.
+      truth: outputs of retrained models on both.
+      more: other weights to measure.
+
+    Returns:
+      The figures; those of ground truth come last.
+    """  # fmt: skip
+    fit = ja.learn_weights(index, learning)
+    weights = {
+        "uniform": scoring.uniform_weights(index),
+        "unit RMS": weighting.unit_rms_weights(index, learning),
+        "learned": fit.weights,
+        **(more or {}),
+        "upper bound": evaluation.upper_bound_weights(index, learning, truth.masks, truth.learning),
+    }
+    lds = dict(lds_of_weights(index, queries, truth, weights))
+    difference = evaluation.paired_difference(lds["learned"], lds["uniform"])
+    return Comparison(weights, lds, difference, fit)
 
 
 def lds_of_weights(

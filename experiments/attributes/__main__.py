@@ -4,19 +4,17 @@ python -m experiments.attributes            # under ten minutes on two cores
 python -m experiments.attributes --full     # twice the pictures, a larger model trained for longer
 """
 
-import argparse
 import json
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import files
+from experiments import command_line, files
 from experiments.attributes import figures, study
 from experiments.attributes.study import ATTRIBUTES, TOP, Result, Retrieval
 from jaxattr import evaluation
@@ -28,7 +26,7 @@ Rows = dict[str, dict[str, Retrieval]]
 
 def main() -> None:
     """Runs the study."""
-    arguments = _arguments()
+    arguments = command_line.parser("attributes", __doc__).parse_args()
     folder, console, started = arguments.folder, Console(), time.monotonic()
     warnings.simplefilter("ignore", WeightWarning)  # they stand in the file of results
     config = study.FULL if arguments.full else study.QUICK
@@ -116,19 +114,6 @@ def _cell(found: Retrieval) -> str:
         f"{100 * found.precision.mean():.0f} [{100 * low:.0f}, {100 * high:.0f}]  "
         f"hit {100 * found.hit.mean():.0f}  recall {100 * found.recall.mean():.1f}"
     )
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.attributes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--full", action="store_true", help="the larger study")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("runs/attributes"), help="for all results"
-    )
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ the weights of one attribute share that attribute?
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,8 +154,7 @@ class Generator(NamedTuple):
     def alone(self, name: str, repeats: int) -> Pictures:
         """Generates pictures with each value of one attribute, the others left open."""
         values = np.repeat(np.arange(OPEN[name], dtype=np.int32), repeats)
-        asked = {other: np.full_like(values, OPEN[other]) for other in ATTRIBUTES}
-        return self(asked | {name: values}, 2 + ATTRIBUTES.index(name))
+        return self(_alone(name, values), 2 + ATTRIBUTES.index(name))
 
 
 def ask_alone(queries: Pictures, name: str) -> Pictures:
@@ -183,8 +181,12 @@ def ask_alone(queries: Pictures, name: str) -> Pictures:
             f"{len(left_open)} queries leave {name} open, at positions {left_open[:10].tolist()}: "
             f"they ask for nothing that {name} could be attributed by."
         )
-    others = {other: np.full_like(queries[other], OPEN[other]) for other in ATTRIBUTES}
-    return queries | others | {name: queries[name]}
+    return queries | _alone(name, queries[name])
+
+
+def _alone(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    """Values of one attribute, the others left open."""
+    return {other: np.full_like(values, OPEN[other]) for other in ATTRIBUTES} | {name: values}
 
 
 def methods(denoiser: Denoiser, config: Config) -> dict[str, ja.Method]:
@@ -266,21 +268,17 @@ def measure(subject: Subject, index: ja.Index) -> Result:
     # No pull towards uniform weights: where an attribute is may be far from those.
     fits = {name: ja.learn_weights(index, features[name], l2=0.0) for name in ATTRIBUTES}
 
-    def of_all(score: Callable[[str], Any]) -> dict[str, Retrieval]:
-        return {name: retrieval(score(name), subject.train, subject.full, name)
-                for name in ATTRIBUTES}  # fmt: skip
-
     full = features["full"]
-    table = {"uniform": of_all(lambda name: ja.score(index, full))}
+    table = {"uniform": _of_all(subject, ja.score(index, full))}
     for name, fit in fits.items():
-        scores = ja.score(index, full, weights=fit.weights)
-        table[f"w_{name}"] = of_all(_constant(scores))
-    table["uniform, attribute alone"] = of_all(
-        lambda name: ja.score(index, features[f"{name} alone"])
-    )
-    table["own w, attribute alone"] = of_all(
-        lambda name: ja.score(index, features[f"{name} alone"], weights=fits[name].weights)
-    )
+        table[f"w_{name}"] = _of_all(subject, ja.score(index, full, weights=fit.weights))
+    scores = {name: ja.score(index, features[f"{name} alone"]) for name in ATTRIBUTES}
+    table["uniform, attribute alone"] = _of_each(subject, scores)
+    scores = {
+        name: ja.score(index, features[f"{name} alone"], weights=fit.weights)
+        for name, fit in fits.items()
+    }
+    table["own w, attribute alone"] = _of_each(subject, scores)
     return Result(table, fits)
 
 
@@ -294,19 +292,13 @@ def baselines(subject: Subject) -> dict[str, dict[str, Retrieval]]:
       {kind of embedding: {attribute: retrieval}}.
     """
     pixels = [x["image"].reshape(len(x["image"]), -1) for x in (subject.full, subject.train)]
-    embeddings = {
-        "chance": None,
-        "pixels": pixels,
-        "middle of the UNet": [_middle(subject, x["image"]) for x in (subject.full, subject.train)],
+    middles = [_middle(subject, x["image"]) for x in (subject.full, subject.train)]
+    scores = {
+        "chance": _random_scores(subject),
+        "pixels": _cosine(*pixels),
+        "middle of the UNet": _cosine(*middles),
     }
-    found = {}
-    for name, pair in embeddings.items():
-        scores = _random_scores(subject) if pair is None else _cosine(*pair)
-        found[name] = {
-            attribute: retrieval(scores, subject.train, subject.full, attribute)
-            for attribute in ATTRIBUTES
-        }
-    return found
+    return {name: _of_all(subject, each) for name, each in scores.items()}
 
 
 def index_of(subject: Subject, method: ja.Method, block: int = 64) -> ja.Index:
@@ -335,8 +327,16 @@ def _features(index: ja.Index, parts: dict[str, Pictures]) -> dict[str, QueryFea
     return split
 
 
-def _constant(scores: Any) -> Callable[[str], Any]:
-    return lambda name: scores
+def _of_each(subject: Subject, scores: dict[str, Any]) -> dict[str, Retrieval]:
+    """Retrieval of each attribute on the fully specified pictures, by scores of its own."""
+    return {
+        name: retrieval(each, subject.train, subject.full, name) for name, each in scores.items()
+    }
+
+
+def _of_all(subject: Subject, scores: Any) -> dict[str, Retrieval]:
+    """The same by the same scores for all."""
+    return _of_each(subject, dict.fromkeys(ATTRIBUTES, scores))
 
 
 def _middle(subject: Subject, images: np.ndarray) -> np.ndarray:

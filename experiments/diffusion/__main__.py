@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxattr as ja
-from experiments import files, pictures
+from experiments import command_line, files, pictures
 from experiments.diffusion import data, embeddings, figures, study
 from experiments.diffusion.data import Data
-from experiments.diffusion.study import KINDS, Config, Removal, Result, Subject
+from experiments.diffusion.study import KINDS, Config, Removal, Subject
+from experiments.ground_truth import Comparison
 from jaxattr.evaluation import LDS
 from jaxattr.weight_fits import WeightWarning
 
@@ -35,7 +36,7 @@ DAMPINGS = (0.01, 0.1, 1.0, 10.0, 100.0)
 # What removes proponents, by which method and weights.
 REMOVED = (("D-TRAK", "uniform"), ("D-TRAK", "learned"))
 
-Results = dict[str, dict[str, Result]]
+Results = dict[str, dict[str, Comparison]]
 """{kind of queries: {method: figures}}."""
 
 
@@ -185,7 +186,7 @@ def _remove(
     subject: Subject,
     found: Data,
     indexes: dict[str, ja.Index],
-    results: dict[str, Result],
+    results: dict[str, Comparison],
     config: Config,
     console: Console,
 ) -> tuple[Removal, dict[str, dict[str, np.ndarray]]]:
@@ -215,7 +216,7 @@ def _remove(
     return removal, moved
 
 
-def _result_as_json(result: Result) -> dict[str, Any]:
+def _result_as_json(result: Comparison) -> dict[str, Any]:
     return {
         "lds": {name: [lds.mean, lds.low, lds.high] for name, lds in result.lds.items()},
         "learned_minus_uniform": vars(result.difference),
@@ -230,16 +231,8 @@ def _mean(values: np.ndarray) -> str:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.diffusion",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--full", action="store_true", help="the larger study")
+    parser = command_line.parser("diffusion", __doc__)
     parser.add_argument("--data", type=Path, help="an .npz file with x_train, y_train, ...")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("runs/diffusion"), help="for all results"
-    )
     return parser.parse_args()
 
 

@@ -7,13 +7,14 @@ from matplotlib import pyplot as plt
 
 import jaxattr as ja
 from experiments import pictures
-from experiments.diffusion.study import Removal, Result, Subject, images_of
+from experiments.diffusion.study import Removal, Subject, images_of
+from experiments.ground_truth import Comparison
 from jaxattr.evaluation import LDS
 
 SHOWN_QUERIES, SHOWN_PROPONENTS = 8, 6
 
 
-def draw_proponents(subject: Subject, index: ja.Index, result: Result, path: Path) -> None:
+def draw_proponents(subject: Subject, index: ja.Index, result: Comparison, path: Path) -> None:
     """Draws generated images beside their top proponents, before and after weighting.
 
     Args:

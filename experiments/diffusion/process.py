@@ -44,11 +44,6 @@ class Samples(NamedTuple):
     timesteps: jax.Array
 
 
-def sampling_timesteps(steps: int) -> np.ndarray:
-    """Timesteps of the sampler, from noise to image."""
-    return np.linspace(STEPS - 1, 0, steps).round().astype(np.int32)
-
-
 def sample(
     model: Model,
     params: Any,
@@ -75,7 +70,7 @@ def sample(
 
 @functools.lru_cache(maxsize=8)
 def _sampler(model: Model, steps: int, guidance: float) -> Callable[..., Samples]:
-    timesteps = sampling_timesteps(steps)
+    timesteps = np.linspace(STEPS - 1, 0, steps).round().astype(np.int32)  # from noise to image
     now = ALPHA_BAR[timesteps]
     after = np.append(now[1:], 1.0).astype(np.float32)
 

@@ -21,12 +21,11 @@ from experiments.diffusion import data, process, schedule, training
 from experiments.diffusion.data import Data
 from experiments.diffusion.training import Recipe
 from experiments.diffusion.unet import UNetConfig, make_model
-from experiments.ground_truth import Truth
-from jaxattr import diffusion, evaluation, scoring, weighting
+from experiments.ground_truth import Comparison, Truth
+from jaxattr import diffusion, evaluation
 from jaxattr.diffusion import Denoiser
 from jaxattr.evaluation import LDS
 from jaxattr.typing import OutputFn
-from jaxattr.weight_fits import WeightFit
 
 KINDS = ("generated", "held-out")
 # The same seeds for all, so that models differ by their data and not by their luck.
@@ -214,32 +213,18 @@ def methods(denoiser: Denoiser, config: Config) -> dict[str, ja.Method]:
     }
 
 
-class Result(NamedTuple):
-    """One method and one kind of queries.
-
-    Attributes:
-      lds: {name of weights: LDS on the evaluation queries}.
-      difference: learned minus uniform.
-      weights: {name of weights: {group: weight}}.
-      fit: what learning reported.
-    """
-
-    lds: dict[str, LDS]
-    difference: evaluation.Difference
-    weights: dict[str, dict[str, float]]
-    fit: WeightFit
-
-
 def index_of(subject: Subject, method: ja.Method) -> ja.Index:
     """Builds an index of the training images, with a group per parameter array."""
+    return ja.build_index(method, subject.checkpoints, subject.train, **_index_options(subject))
+
+
+def _index_options(subject: Subject) -> dict[str, Any]:
     # As many per step as there are queries: one compiled program serves both.
     block = len(subject.evaluation["held-out"]["image"])
-    return ja.build_index(
-        method, subject.checkpoints, subject.train, groups=ja.by_leaf, batch_size=block
-    )
+    return {"groups": ja.by_leaf, "batch_size": block}
 
 
-def measure(subject: Subject, index: ja.Index) -> Iterator[tuple[str, Result]]:
+def measure(subject: Subject, index: ja.Index) -> Iterator[tuple[str, Comparison]]:
     """Measures one method, with and without weights.
 
     Args:
@@ -257,18 +242,7 @@ def measure(subject: Subject, index: ja.Index) -> Iterator[tuple[str, Result]]:
             ja.query_features(index, each[kind] if needs_trajectory else images_of(each[kind]))
             for each in (subject.learning, subject.evaluation)
         )
-        fit = ja.learn_weights(index, learning)
-        weights = {
-            "uniform": scoring.uniform_weights(index),
-            "unit RMS": weighting.unit_rms_weights(index, learning),
-            "learned": fit.weights,
-            "upper bound": evaluation.upper_bound_weights(
-                index, learning, truth.masks, truth.learning
-            ),
-        }
-        lds = dict(ground_truth.lds_of_weights(index, queries, truth, weights))
-        difference = evaluation.paired_difference(lds["learned"], lds["uniform"])
-        yield kind, Result(lds, difference, weights, fit)
+        yield kind, ground_truth.compare(index, learning, queries, truth)
 
 
 def images_of(queries: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -289,10 +263,9 @@ def damping_path(
     Yields:
       Damping, and {kind: LDS on the LEARNING queries}, by which it may be chosen.
     """
-    block = len(subject.evaluation["held-out"]["image"])
     path = evaluation.damping_path(
         method, subject.checkpoints, subject.train, [ja.relative(value) for value in values],
-        groups=ja.by_leaf, batch_size=block,
+        **_index_options(subject),
     )  # fmt: skip
     features: dict[str, ja.index.QueryFeatures] = {}
     for damping, index in path:

@@ -37,7 +37,6 @@ def trainer(
     train: Images,
     recipe: Recipe,
     *,
-    start: Any = None,
     adapters_of: Any = None,
 ) -> Callable[[jax.Array, jax.Array], Any]:
     """Makes the function that `jaxattr.retrain` maps over subsets.
@@ -46,7 +45,6 @@ def trainer(
       model: the network.
       train: the training set that ids refer to.
       recipe: how it is trained.
-      start: parameters to go on from. Default: drawn from the key.
       adapters_of: parameters that stay as they are, while adapters are trained beside them.
 
     Returns:
@@ -79,7 +77,7 @@ def trainer(
 
         init_key, steps_key = jax.random.split(key)
         draw = model.init if adapters_of is None else model.init_adapters
-        params = draw(init_key) if start is None else start
+        params = draw(init_key)
         state = (params, params, optimizer.init(params), average.init(params))
         keys = jax.random.split(steps_key, recipe.steps)
         return jax.lax.scan(step, state, keys)[0][1]

@@ -4,19 +4,17 @@ python -m experiments.digits            # a ViT and a ResNet, under two minutes 
 python -m experiments.digits --full     # more of everything, an MLP, and methods with curvature
 """
 
-import argparse
 import json
 import os
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 from rich.table import Table
 
-from experiments import pictures
+from experiments import command_line, pictures
 from experiments.digits import figures, study
 from experiments.digits.study import Result
 from jaxattr.weight_fits import WeightWarning
@@ -26,10 +24,7 @@ def main() -> None:
     """Runs the study."""
     # A device per core, for retraining: XLA leaves cores idle in the many small steps of one.
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-    parser = argparse.ArgumentParser(prog="python -m experiments.digits", description=__doc__)
-    parser.add_argument("--full", action="store_true", help="the larger study")
-    parser.add_argument("--folder", type=Path, default=Path("runs/digits"), help="for all results")
-    arguments = parser.parse_args()
+    arguments = command_line.parser("digits", __doc__).parse_args()
     warnings.simplefilter("ignore", WeightWarning)  # they stand in the file of results
     config = study.FULL if arguments.full else study.QUICK
     methods = study.METHODS | (study.CURVATURE if arguments.full else {})

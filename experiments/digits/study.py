@@ -16,7 +16,7 @@ from experiments.digits import data, training
 from experiments.digits.data import Digits
 from experiments.digits.models import Model, make_model
 from experiments.ground_truth import Truth
-from jaxattr import evaluation, scoring, weighting
+from jaxattr import evaluation
 from jaxattr.evaluation import LDS
 from jaxattr.weight_fits import WeightFit
 
@@ -174,26 +174,18 @@ def measure(subject: Subject, choice: Choice) -> Result:
     index = index_of(method, subject.checkpoints, digits.train, choice.groups)
     learning = ja.query_features(index, digits.learning)
     queries = ja.query_features(index, digits.evaluation)
-    fit = ja.learn_weights(index, learning)
     alone = evaluation.group_lds(index, learning, truth.masks, truth.learning)
     best = max(alone, key=lambda name: alone[name].mean)
-    uniform = scoring.uniform_weights(index)
-    weights = {
-        "uniform": uniform,
-        "unit RMS": weighting.unit_rms_weights(index, learning),
-        "learned": fit.weights,
-        "best group": dict.fromkeys(uniform, 0.0) | {best: 1.0},
-        "upper bound": evaluation.upper_bound_weights(index, learning, truth.masks, truth.learning),
-    }
-    lds = dict(ground_truth.lds_of_weights(index, queries, truth, weights))
+    best_group = dict.fromkeys(index.layout.names, 0.0) | {best: 1.0}
+    found = ground_truth.compare(index, learning, queries, truth, {"best group": best_group})
     groups = evaluation.group_lds(index, queries, truth.masks, truth.evaluation)
     return Result(
-        lds=lds,
-        difference=evaluation.paired_difference(lds["learned"], lds["uniform"]),
-        auc=_mislabel_auc(subject, method, choice.groups, weights),
-        weights=weights,
-        group_lds={name: found.mean for name, found in groups.items()},
-        fit=fit,
+        lds=found.lds,
+        difference=found.difference,
+        auc=_mislabel_auc(subject, method, choice.groups, found.weights),
+        weights=found.weights,
+        group_lds={name: lds.mean for name, lds in groups.items()},
+        fit=found.fit,
     )
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import files, ground_truth
+from experiments import command_line, files, ground_truth
 from experiments.language import corpus, costs, figures, pretrained, rendering, study, text
 from experiments.language.study import Config, Result, Retrieval, Subject
 from experiments.language.text import Tokenizer
@@ -263,18 +263,10 @@ def _print_plans(console: Console) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.language",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--full", action="store_true", help="the larger study")
+    parser = command_line.parser("language", __doc__)
     parser.add_argument("--data", type=Path, help="text, WikiText or .jsonl file, or a folder")
     parser.add_argument("--weights", type=Path, help="a GPT-2 as Hugging Face stores it")
     parser.add_argument("--plan", action="store_true", help="GPT-2 small on WikiText-103: the cost")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("runs/language"), help="for all results"
-    )
     return parser.parse_args()
 
 

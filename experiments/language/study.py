@@ -17,7 +17,7 @@ from experiments.ground_truth import Truth
 from experiments.language import baselines, gpt2, training
 from experiments.language.corpus import Corpus
 from experiments.language.training import Recipe
-from jaxattr import evaluation, language, scoring, weighting
+from jaxattr import evaluation, language
 from jaxattr.evaluation import LDS, Difference
 from jaxattr.language import LogitsFn, Rows
 
@@ -214,14 +214,8 @@ def measure(subject: Subject, name: str, config: Config, groups: Any = ja.by_lay
     learning = ja.query_features(index, corpus.learning)
     queries = ja.query_features(index, corpus.evaluation)
     questions = ja.query_features(index, corpus.questions)
-    fit = ja.learn_weights(index, learning)
-    weights = {
-        "uniform": scoring.uniform_weights(index),
-        "unit RMS": weighting.unit_rms_weights(index, learning),
-        "learned": fit.weights,
-        "upper bound": evaluation.upper_bound_weights(index, learning, truth.masks, truth.learning),
-    }
-    lds = dict(ground_truth.lds_of_weights(index, queries, truth, weights))
+    found = ground_truth.compare(index, learning, queries, truth)
+    weights, lds, fit = found.weights, found.lds, found.fit
     compared = {kind: weights[kind] for kind in ("uniform", "learned")}
     return Result(
         lds=lds,
