@@ -10,12 +10,14 @@ from jax.sharding import AxisType, Mesh
 
 import jaxattr as ja
 from experiments import files
-from jaxattr import evaluation, scoring, weighting
+from jaxattr import evaluation
 from jaxattr.evaluation import LDS, Difference
 from jaxattr.evaluation.retraining import TrainFn
-from jaxattr.index import QueryFeatures
+from jaxattr.index.queries import QueryFeatures
+from jaxattr.scores import scoring
 from jaxattr.typing import OutputFn
-from jaxattr.weight_fits import WeightFit
+from jaxattr.weights.learning import unit_rms_weights
+from jaxattr.weights.report import WeightFit
 
 
 class Truth(NamedTuple):
@@ -121,7 +123,7 @@ def compare(
     fit = ja.learn_weights(index, learning)
     weights = {
         "uniform": scoring.uniform_weights(index),
-        "unit RMS": weighting.unit_rms_weights(index, learning),
+        "unit RMS": unit_rms_weights(index, learning),
         "learned": fit.weights,
         **(more or {}),
         "upper bound": evaluation.upper_bound_weights(index, learning, truth.masks, truth.learning),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.expectations import Expectation, TimestepFn, expectation
+from jaxattr.features.expectations import Expectation, TimestepFn, expectation
 from jaxattr.typing import Example, Key, OutputFn, Params
 
 PredictFn: TypeAlias = Callable[[Params, jax.Array, jax.Array, Example], jax.Array]

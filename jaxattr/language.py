@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.index import Index, QueryFeatures, part_features
+from jaxattr.index.index import Index
+from jaxattr.index.queries import QueryFeatures, part_features
 from jaxattr.typing import Example, Key, OutputFn, Params
 
 LogitsFn: TypeAlias = Callable[[Params, Example], jax.Array]

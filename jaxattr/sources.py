@@ -10,7 +10,7 @@ import numpy as np
 from rich import console as rich_console
 from rich import progress as rich_progress
 
-from jaxattr.features import leading_size
+from jaxattr.batches import leading_size
 from jaxattr.sharding import Placement, split_rows
 from jaxattr.typing import Batch, Example, Params, RandomAccess
 

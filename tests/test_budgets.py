@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 import jaxattr as ja
-from jaxattr import budgets, projections
+from jaxattr.features import projections
+from jaxattr.index import budgets
 from tests import models
 
 TRAIN = models.data(200, features=64, dtype=jnp.float32)

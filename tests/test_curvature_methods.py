@@ -11,9 +11,11 @@ import optax
 import pytest
 
 import jaxattr as ja
-from jaxattr import covariances, kernels, linear_maps, projections, second_moments
-from jaxattr.features import FeatureRule
-from jaxattr.index import ConvergenceWarning
+from jaxattr import kernels, linear_maps
+from jaxattr.features import projections
+from jaxattr.features.featurizer import FeatureRule
+from jaxattr.fitting import eigenbases, optimizer_moments
+from jaxattr.index.index import ConvergenceWarning
 from tests import models
 
 PARAMS = models.mlp_params()
@@ -81,7 +83,7 @@ def test_batches_and_order_do_not_matter(name):
         np.testing.assert_allclose(got, whole, rtol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore::jaxattr.weight_fits.WeightWarning")
+@pytest.mark.filterwarnings("ignore::jaxattr.weights.report.WeightWarning")
 @pytest.mark.parametrize("name", METHODS)
 def test_contributions_and_self_influence_fit_the_scores(name):
     index = index_of(name)
@@ -122,13 +124,13 @@ def test_without_curvature_ekfac_is_tracin():
 @pytest.mark.parametrize("method", [ja.kfac, ja.ekfac])
 def test_signs_of_eigenvectors_do_not_matter(method, monkeypatch):
     expected = ja.score(FEW(method(models.loss), PARAMS, TRAIN), QUERIES)
-    eigen = covariances._eigen
+    eigen = eigenbases._eigen
 
     def flipped(matrix):
         values, vectors = eigen(matrix)
         return values, vectors * np.where(np.arange(values.shape[-1]) % 2, 1, -1)[None]
 
-    monkeypatch.setattr(covariances, "_eigen", flipped)
+    monkeypatch.setattr(eigenbases, "_eigen", flipped)
     got = ja.score(FEW(method(models.loss), PARAMS, TRAIN), QUERIES)
     np.testing.assert_allclose(got, expected, rtol=1e-10)
 
@@ -246,7 +248,7 @@ def test_parameters_of_no_linear_map_have_a_diagonal_fisher():
 
 
 def test_leading_eigenvectors_are_kept_and_their_share_reported():
-    with pytest.warns(covariances.TruncationWarning, match="less than half.*layer"):
+    with pytest.warns(eigenbases.TruncationWarning, match="less than half.*layer"):
         index = FEW(ja.ekfac(models.loss, rank=1), PARAMS, TRAIN)
     inputs = jnp.concatenate([TRAIN["x"], jnp.ones((20, 1))], axis=1)
     values, vectors = np.linalg.eigh(inputs.T @ inputs / 20)
@@ -257,8 +259,8 @@ def test_leading_eigenvectors_are_kept_and_their_share_reported():
 
 
 def test_a_wide_side_is_narrowed_before_its_covariance_is_taken(monkeypatch):
-    monkeypatch.setattr(covariances, "_WIDE", 20)
-    monkeypatch.setattr(covariances, "_NARROW", 8)
+    monkeypatch.setattr(eigenbases, "_WIDE", 20)
+    monkeypatch.setattr(eigenbases, "_NARROW", 8)
     rows, width = 30, 4
 
     def loss(params, example, key):
@@ -292,7 +294,7 @@ def test_trackstar_is_its_formula(mixing):
         models.loss, state, PARAMS, rank=99, queries=QUERIES, mixing=mixing, epsilon=1e-3
     )
     index = FEW(method, PARAMS, TRAIN)
-    nu = second_moments.second_moments(state, PARAMS)
+    nu = optimizer_moments.second_moments(state, PARAMS)
     scaled = [
         jax.vmap(
             lambda x: jax.tree.map(
@@ -347,7 +349,7 @@ def test_adafactor_moments_are_restored():
     optimizer = optax.adafactor(1e-3, min_dim_size_to_factor=2)
     gradient = jax.tree.map(lambda x: jnp.arange(1.0, x.size + 1).reshape(x.shape) / x.size, params)
     _, state = optimizer.update(gradient, optimizer.init(params), params)
-    found = second_moments.second_moments(state, params)
+    found = optimizer_moments.second_moments(state, params)
     square = gradient["w"] ** 2
     row, column = square.mean(1), square.mean(0)
     expected = row[:, None] * column[None] / row.mean()
@@ -446,15 +448,15 @@ def test_second_moments_in_parts_and_those_that_the_optimizer_divides_by():
     optimizers = {"fast": optax.adam(0.1), "slow": optax.rmsprop(0.1, decay=0.999)}
     parts = optax.multi_transform(optimizers, {"a": "fast", "b": "slow"})
     found = [
-        second_moments.second_moments(opt.update(gradient, opt.init(params), params)[1], params)
+        optimizer_moments.second_moments(opt.update(gradient, opt.init(params), params)[1], params)
         for opt in (parts, optax.adam(0.1))
     ]
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), *found)
-    assert second_moments.second_moments(gradient, params) is gradient
+    assert optimizer_moments.second_moments(gradient, params) is gradient
     amsgrad = optax.amsgrad(0.1)
     _, state = amsgrad.update(gradient, amsgrad.init(params), params)
     _, state = amsgrad.update(jax.tree.map(jnp.zeros_like, params), state, params)
-    largest = second_moments.second_moments(state, params)
+    largest = optimizer_moments.second_moments(state, params)
     np.testing.assert_allclose(largest["a"], gradient["a"] ** 2, rtol=1e-6)
 
 
@@ -497,8 +499,8 @@ def looked_up(params, example, key):
 @pytest.mark.parametrize("narrow", [False, True])
 def test_the_bias_of_a_looked_up_row_counts(narrow, monkeypatch):
     if narrow:
-        monkeypatch.setattr(covariances, "_WIDE", 4)
-        monkeypatch.setattr(covariances, "_NARROW", 4)
+        monkeypatch.setattr(eigenbases, "_WIDE", 4)
+        monkeypatch.setattr(eigenbases, "_NARROW", 4)
     keys = jax.random.split(jax.random.key(0), 3)
     table, bias = jax.random.normal(keys[0], (7, 3)), jax.random.normal(keys[1], (3,))
     params = {"m": {"table": table, "bias": bias}, "o": jax.random.normal(keys[2], (3, 3))}
@@ -594,8 +596,8 @@ def test_feature_groups_of_a_convolution_do_not_dilute_its_curvature():
 
 
 def test_a_rank_above_what_a_wide_side_is_narrowed_to(monkeypatch):
-    monkeypatch.setattr(covariances, "_WIDE", 4)
-    monkeypatch.setattr(covariances, "_NARROW", 3)
+    monkeypatch.setattr(eigenbases, "_WIDE", 4)
+    monkeypatch.setattr(eigenbases, "_NARROW", 3)
     index = FEW(ja.ekfac(models.loss, rank=6), PARAMS, TRAIN)
     a, b = index.fitted[0].sides["layer0/kernel"]
     assert a.shape == (7, 3) and b.shape == (7, 3)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import jaxattr as ja
-from jaxattr import diffusion, evaluation, kernels, projections
-from jaxattr.index import NonFiniteWarning
+from jaxattr import diffusion, evaluation, kernels
+from jaxattr.features import projections
+from jaxattr.index.index import NonFiniteWarning
 from tests import diffusion_models as toy
 from tests import models
 

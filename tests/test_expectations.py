@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import jaxattr as ja
-from jaxattr import bases, projections
+from jaxattr.features import bases, projections
 from jaxattr.keys import example_keys
 from jaxattr.store import StoreError
 from tests import diffusion_models as toy

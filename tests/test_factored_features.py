@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import jaxattr as ja
-from jaxattr import bases, linear_maps, projections
 from jaxattr import groups as groups_lib
-from jaxattr.plans import FeatureLayout
+from jaxattr import linear_maps
+from jaxattr.features import bases, projections
+from jaxattr.features.plans import FeatureLayout
 from tests import architectures, models
 
 RANK = 3

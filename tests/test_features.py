@@ -6,8 +6,8 @@ import pytest
 from flax import linen, nnx
 
 import jaxattr as ja
-from jaxattr import projections
-from jaxattr.bases import NOTHING
+from jaxattr.features import projections
+from jaxattr.features.bases import NOTHING
 from tests import models
 
 PARAMS = models.mlp_params()

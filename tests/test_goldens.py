@@ -13,9 +13,10 @@ import optax
 import pytest
 
 import jaxattr as ja
-from jaxattr import kernels, projections
-from jaxattr.features import FeatureRule
-from jaxattr.projections import Projection
+from jaxattr import kernels
+from jaxattr.features import projections
+from jaxattr.features.featurizer import FeatureRule
+from jaxattr.features.projections import Projection
 from tests.models import margin_of, one, relative_error
 
 GOLDENS = np.load(pathlib.Path(__file__).parent / "goldens" / "peer_goldens.npz")

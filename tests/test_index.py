@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import jaxattr as ja
-from jaxattr import projections, sources
+from jaxattr import sources
+from jaxattr.features import projections
 from tests import models
 
 CHECKPOINTS = [models.mlp_params(jax.random.key(i)) for i in range(2)]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from jaxattr import kernels
+from jaxattr.features.plans import FeatureLayout
 from jaxattr.kernels import gram_matrix
-from jaxattr.plans import FeatureLayout
 
 LAYOUT = FeatureLayout(("a", "b", "c"), (9, 9, 9), (4, 3, 5))
 

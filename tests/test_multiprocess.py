@@ -18,7 +18,7 @@ import pytest
 
 import jaxattr as ja
 from jaxattr.store import Folder, finished
-from jaxattr.weight_fits import WeightWarning
+from jaxattr.weights.report import WeightWarning
 from tests import models
 from tests.multiprocess import worker
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxattr import projections
+from jaxattr.features import projections
 from jaxattr.keys import named_key
 
 RANDOM = [

@@ -5,7 +5,7 @@ import jax
 import pytest
 
 
-@pytest.mark.filterwarnings("ignore::jaxattr.weight_fits.WeightWarning")
+@pytest.mark.filterwarnings("ignore::jaxattr.weights.report.WeightWarning")
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
 def test_the_code_in_the_readme_runs():
     text = (Path(__file__).parent.parent / "README.md").read_text()

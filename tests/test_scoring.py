@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import jaxattr as ja
-from jaxattr import projections, scoring
+from jaxattr.features import projections
+from jaxattr.scores import scoring
 from tests import models
 
 CHECKPOINTS = [models.mlp_params(jax.random.key(i)) for i in range(2)]

@@ -11,11 +11,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxattr as ja
-from jaxattr import projections, ranking, shortlists, training_passes, weighting
-from jaxattr.bases import NOTHING
-from jaxattr.checkpoint_builds import _kernel_sums
+from jaxattr.features import projections
+from jaxattr.features.bases import NOTHING
+from jaxattr.fitting import passes
+from jaxattr.index.checkpoint_builds import _kernel_sums
+from jaxattr.scores import ranking
 from jaxattr.sharding import DATA, Placement, placement
 from jaxattr.sources import as_source
+from jaxattr.weights import learning, shortlists
 from tests import models
 
 SIZE, BATCH = 101, 16
@@ -27,7 +30,7 @@ METHODS = {
     "ekfac": ja.ekfac(models.loss),
 }
 MESHES = {"1": ((1,), ("data",)), "8": ((8,), ("data",)), "4x2": ((4, 2), ("data", "model"))}
-QUIET = pytest.mark.filterwarnings("ignore::jaxattr.weight_fits.WeightWarning")
+QUIET = pytest.mark.filterwarnings("ignore::jaxattr.weights.report.WeightWarning")
 
 
 def mesh_of(name):
@@ -126,7 +129,7 @@ def test_only_sums_and_merges_move_between_devices(mesh):
     index = built("trak", mesh)
     place, layout = index.place, index.layout
     columns = {"all-reduce"} if mesh == "4x2" else set()  # sums over the columns of features
-    features = training_passes._compiled_features(place, index.featurizer.step)
+    features = passes._compiled_features(place, index.featurizer.step)
     arguments = step_arguments(index, place)
     assert not collectives(features, *arguments)
 
@@ -151,8 +154,8 @@ def test_only_sums_and_merges_move_between_devices(mesh):
     listed = start(w, queries)
     assert set(collectives(absorb, listed, queries, arrays, 0, 0)) == columns
     assert set(collectives(merge, listed)) == {"all-gather", "all-reduce"}
-    options = weighting._Options(5, 0.1, "top_k", "uniform", None, 4, None, 0.0)
-    run, carry = weighting._optimiser(3, np.ones(3), 1.0, options, 6, jax.random.key(0))
+    options = learning._Options(5, 0.1, "top_k", "uniform", None, 4, None, 0.0)
+    run, carry = learning._optimiser(3, np.ones(3), 1.0, options, 6, jax.random.key(0))
     assert not collectives(run, merge(listed), carry)
 
 
@@ -173,7 +176,7 @@ def test_steps_lower_for_accelerators(mesh, platform):
         exported = jax.export.export(jax.jit(function), platforms=[platform])(*arguments)
         assert len(exported.mlir_module_serialized) > 0
 
-    features = training_passes._compiled_features(place, index.featurizer.step)
+    features = passes._compiled_features(place, index.featurizer.step)
     lowers(features, *step_arguments(index, place))
     w, queries = place.whole((jnp.ones(3), ja.query_features(index, QUERIES).features))
     arrays = {name: index.rows.arrays[name] for name in ("features", "examples")}
@@ -182,8 +185,8 @@ def test_steps_lower_for_accelerators(mesh, platform):
     start, absorb, merge = shortlists.compiled_pass(place, index.layout, 7, (1,))
     listed = start(w, queries)
     lowers(absorb, listed, queries, arrays, 0, 0)
-    options = weighting._Options(5, 0.1, "top_k", "uniform", None, 4, None, 0.0)
-    run, carry = weighting._optimiser(3, np.ones(3), 1.0, options, 6, jax.random.key(0))
+    options = learning._Options(5, 0.1, "top_k", "uniform", None, 4, None, 0.0)
+    run, carry = learning._optimiser(3, np.ones(3), 1.0, options, 6, jax.random.key(0))
     lowers(run, merge(listed), carry)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import jaxattr as ja
-from jaxattr import projections, rows
+from jaxattr.features import projections
 from jaxattr.sharding import Placement
-from jaxattr.store import Folder, Lease, Ledger, StoreError, finished
+from jaxattr.store import Folder, Lease, Ledger, StoreError, finished, rows
 from tests import models
 
 SIZE, BATCH = 53, 8
@@ -94,7 +94,7 @@ def test_bfloat16(path):
 
 
 def test_scores_into_a_zarr(finished_index, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxattr.scoring.SLAB", 16)
+    monkeypatch.setattr("jaxattr.scores.scoring.SLAB", 16)
     index = ja.open_index(finished_index, IDENTITY, CHECKPOINTS)
     scores = ja.score(index, QUERIES, path=tmp_path / "scores")
     np.testing.assert_array_equal(scores.read().result(), ja.score(index, QUERIES))
@@ -103,13 +103,13 @@ def test_scores_into_a_zarr(finished_index, tmp_path, monkeypatch):
         ja.score(index, QUERIES, path=tmp_path / "scores")
 
 
-@pytest.mark.filterwarnings("ignore::jaxattr.weight_fits.WeightWarning")
+@pytest.mark.filterwarnings("ignore::jaxattr.weights.report.WeightWarning")
 @pytest.mark.parametrize("signal", ["top_k", "top_k_abs", "top_minus_bottom"])
 def test_weights_from_disk(finished_index, monkeypatch, signal):
     """With a shortlist so short, and slabs so small, that several passes are due."""
-    monkeypatch.setattr("jaxattr.weighting._SHORTEST", 8)
-    monkeypatch.setattr("jaxattr.weighting._PER_TOP", 1)
-    monkeypatch.setattr("jaxattr.scoring.SLAB", 16)
+    monkeypatch.setattr("jaxattr.weights.learning._SHORTEST", 8)
+    monkeypatch.setattr("jaxattr.weights.learning._PER_TOP", 1)
+    monkeypatch.setattr("jaxattr.scores.scoring.SLAB", 16)
     index = ja.open_index(finished_index, IDENTITY, CHECKPOINTS)
     options = {"steps": 20, "top_k": 5, "signal": signal}
     memory = ja.learn_weights(index, QUERIES, **options)
@@ -163,7 +163,7 @@ class Interrupted:
 
 @pytest.mark.parametrize("method", [IDENTITY, TRAK], ids=lambda m: m.name)
 def test_a_build_that_stops_goes_on_where_it_was(path, method, monkeypatch):
-    monkeypatch.setattr("jaxattr.provenance._SAMPLES", 2)
+    monkeypatch.setattr("jaxattr.index.provenance._SAMPLES", 2)
     expected = ja.build_index(method, CHECKPOINTS, TRAIN, batch_size=BATCH)
     for stop in (19, 35):
         with pytest.raises(Stops):
@@ -374,7 +374,7 @@ def test_extending_is_refused_where_the_kernel_depends_on_all(path):
 
 
 def test_a_build_goes_on_with_other_hosts_if_they_share_no_chunk(path, monkeypatch):
-    monkeypatch.setattr("jaxattr.provenance._SAMPLES", 2)
+    monkeypatch.setattr("jaxattr.index.provenance._SAMPLES", 2)
     expected = ja.build_index(IDENTITY, CHECKPOINTS, TRAIN, batch_size=BATCH)
     halves = lambda self, rows: [0, rows // 2, rows]  # noqa: E731
     with monkeypatch.context() as patched:

@@ -7,14 +7,14 @@ import pytest
 from scipy import stats
 
 import jaxattr as ja
-from jaxattr import weighting
-from jaxattr.weight_fits import WeightWarning
-from jaxattr.weighting import self_supervised_loss
+from jaxattr.weights import learning
+from jaxattr.weights.loss import self_supervised_loss
+from jaxattr.weights.report import WeightWarning
 from tests import models
 
 TRAIN, QUERIES = models.data(40), models.data(12, seed=1)
 NAMES = ("a", "b", "c")
-QUIET = pytest.mark.filterwarnings("ignore::jaxattr.weight_fits.WeightWarning")
+QUIET = pytest.mark.filterwarnings("ignore::jaxattr.weights.report.WeightWarning")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_the_same_weights_with_and_without_contributions(index, batch_size, sign
         chex.assert_trees_all_close(fit.weights, fits[0].weights, rtol=1e-6)
         np.testing.assert_allclose(fit.losses, fits[0].losses, rtol=1e-6)
     parts = ja.contributions(index, QUERIES)
-    elsewhere = weighting.fit_weights(
+    elsewhere = learning.fit_weights(
         parts, index.layout.names, steps=30, batch_size=batch_size, signal=signal
     )
     chex.assert_trees_all_close(elsewhere.weights, fits[0].weights, rtol=1e-6)
@@ -101,7 +101,7 @@ def test_the_same_weights_with_and_without_contributions(index, batch_size, sign
 @QUIET
 def test_one_step_by_hand():
     parts = random_contributions(q=6)
-    fit = weighting.fit_weights(
+    fit = learning.fit_weights(
         parts, NAMES, optimizer=optax.sgd(2.0), steps=1, held_out=0, start="uniform", l2=0.0
     )
 
@@ -120,7 +120,7 @@ def test_the_start_is_unit_rms_and_l2_pulls_to_it():
     parts = random_contributions() * jnp.array([[[1.0, 10.0, 100.0]]])
     rms = np.sqrt((np.asarray(parts) ** 2).mean(axis=(0, 1)))
     free, held = (
-        weighting.fit_weights(parts, NAMES, l2=l2, held_out=0, steps=100, start="unit_rms")
+        learning.fit_weights(parts, NAMES, l2=l2, held_out=0, steps=100, start="unit_rms")
         for l2 in (0.0, 1e4)
     )
     gauge = (1 / rms) / (1 / rms).mean()
@@ -136,10 +136,10 @@ def test_the_start_is_unit_rms_and_l2_pulls_to_it():
 def test_scale_of_the_groups_and_order_of_queries_do_not_matter():
     parts = random_contributions(q=8)
     options = {"held_out": 0, "steps": 50, "start": "unit_rms"}
-    fit = weighting.fit_weights(parts, NAMES, **options)
-    scaled = weighting.fit_weights(parts * jnp.array([[[1.0, 10.0, 0.1]]]), NAMES, **options)
+    fit = learning.fit_weights(parts, NAMES, **options)
+    scaled = learning.fit_weights(parts * jnp.array([[[1.0, 10.0, 0.1]]]), NAMES, **options)
     chex.assert_trees_all_close(scaled.shares, fit.shares, rtol=1e-5)
-    turned = weighting.fit_weights(parts[::-1], NAMES, **options)
+    turned = learning.fit_weights(parts[::-1], NAMES, **options)
     chex.assert_trees_all_close(turned.weights, fit.weights, rtol=1e-5)
 
 
@@ -162,7 +162,7 @@ def correlation(truth, parts, weights):
 def test_planted_influence_is_found():
     _, learning = planted(0)
     truth, parts = planted(1)
-    fit = weighting.fit_weights(learning, top_k=10, l2=0.0, steps=300)
+    fit = learning.fit_weights(learning, top_k=10, l2=0.0, steps=300)
     ones = dict.fromkeys(fit.weights, 1.0)
     oracle = dict(zip(fit.weights, 1 / np.geomspace(0.5, 10, 8) ** 2, strict=True))
     uniform, learned, best = (correlation(truth, parts, w) for w in (ones, fit.weights, oracle))
@@ -173,7 +173,7 @@ def test_planted_influence_is_found():
 def test_a_heavy_tailed_group_without_signal_is_reported():
     _, parts = planted(0, adversary=1.5)
     with pytest.warns(WeightWarning, match="collapse: group '8' went from"):
-        fit = weighting.fit_weights(parts, top_k=10, l2=0.0)
+        fit = learning.fit_weights(parts, top_k=10, l2=0.0)
     assert fit.largest == "8" and fit.tail_ratio["8"] == max(fit.tail_ratio.values())
     assert "warning: collapse" in str(fit)
 
@@ -181,14 +181,14 @@ def test_a_heavy_tailed_group_without_signal_is_reported():
 def test_a_hub_is_reported():
     parts = random_contributions(q=20, n=200)
     with pytest.warns(WeightWarning, match="hub: training example 17 is among the top 10 of"):
-        fit = weighting.fit_weights(parts.at[:, 17].add(10), top_k=10, l2=1.0)
+        fit = learning.fit_weights(parts.at[:, 17].add(10), top_k=10, l2=1.0)
     assert fit.hub == 17 and fit.hub_share == 1
 
 
 def test_over_fitting_is_reported():
     parts = random_contributions(q=5, n=30, m=20)
     with pytest.warns(WeightWarning, match="over-fitting: the held-out loss rose"):
-        weighting.fit_weights(parts, l2=0.0, steps=400, top_k=1, held_out=0.4)
+        learning.fit_weights(parts, l2=0.0, steps=400, top_k=1, held_out=0.4)
 
 
 @pytest.mark.parametrize(
@@ -214,18 +214,18 @@ def test_bad_contributions():
     with pytest.raises(ValueError, match="m = 2 weights, got shape"):
         self_supervised_loss((1.0, 1.0), random_contributions())
     with pytest.raises(ValueError, match="2 names for 3 groups"):
-        weighting.fit_weights(random_contributions(), ("a", "b"))
+        learning.fit_weights(random_contributions(), ("a", "b"))
     with pytest.raises(ValueError, match="not all finite"):
-        weighting.fit_weights(random_contributions().at[0, 0, 0].set(jnp.nan))
+        learning.fit_weights(random_contributions().at[0, 0, 0].set(jnp.nan))
     with pytest.raises(ValueError, match="Every contribution is zero"):
-        weighting.fit_weights(jnp.zeros((4, 20, 3)))
+        learning.fit_weights(jnp.zeros((4, 20, 3)))
     with pytest.raises(ValueError, match=r"contributions must be \[q, n, m\], got shape"):
-        weighting.fit_weights(jnp.zeros((4, 20)))
+        learning.fit_weights(jnp.zeros((4, 20)))
 
 
 def test_unit_rms_weights(index):
     parts = np.asarray(ja.contributions(index, QUERIES))
-    weights = np.array(list(weighting.unit_rms_weights(index, QUERIES).values()))
+    weights = np.array(list(learning.unit_rms_weights(index, QUERIES).values()))
     rms = np.sqrt(((parts * weights) ** 2).mean(axis=(0, 1)))
     np.testing.assert_allclose(rms, rms[0], rtol=1e-9)
     assert weights.mean() == pytest.approx(1)

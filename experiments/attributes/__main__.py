@@ -18,7 +18,7 @@ from experiments import command_line, files
 from experiments.attributes import figures, study
 from experiments.attributes.study import ATTRIBUTES, TOP, Result, Retrieval
 from jaxattr import evaluation
-from jaxattr.weight_fits import WeightWarning
+from jaxattr.weights.report import WeightWarning
 
 Rows = dict[str, dict[str, Retrieval]]
 """{what scores: {attribute: retrieval}}."""

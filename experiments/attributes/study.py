@@ -24,9 +24,9 @@ from experiments.diffusion.training import Recipe
 from experiments.diffusion.unet import Model, UNetConfig, make_model
 from jaxattr import diffusion, evaluation
 from jaxattr.diffusion import Denoiser
-from jaxattr.index import QueryFeatures
+from jaxattr.index.queries import QueryFeatures
 from jaxattr.typing import Weights
-from jaxattr.weight_fits import WeightFit
+from jaxattr.weights.report import WeightFit
 
 VALUES = {
     "subject": drawing.SUBJECTS,

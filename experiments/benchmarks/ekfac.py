@@ -18,7 +18,7 @@ from rich.table import Table
 import jaxattr as ja
 from experiments.benchmarks import features, models, timing
 from experiments.benchmarks.models import Subject
-from jaxattr import covariances
+from jaxattr.fitting import eigenbases
 from jaxattr.typing import OutputFn
 
 QUERIES = 16
@@ -65,7 +65,7 @@ def best_stages(subject: Subject, batch: int, repeats: int) -> dict[str, float]:
 def _stages(subject: Subject, method: ja.Method, batch: int) -> dict[str, float]:
     spent: dict[str, float] = {}
     names = {"_covariances": "covariances", "_eigen": "eigenvectors"}
-    with _timed(covariances, names, spent):
+    with _timed(eigenbases, names, spent):
         started = time.perf_counter()
         index = ja.build_index(
             method, subject.params, subject.batch, groups=models.dense_layers, batch_size=batch

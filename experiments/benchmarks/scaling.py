@@ -69,9 +69,11 @@ def count(devices: int) -> dict[str, str]:
     import numpy as np
 
     import jaxattr as ja
-    from jaxattr import ranking, shortlists, training_passes
-    from jaxattr.bases import NOTHING
-    from jaxattr.checkpoint_builds import _kernel_sums
+    from jaxattr.features.bases import NOTHING
+    from jaxattr.fitting import passes
+    from jaxattr.index.checkpoint_builds import _kernel_sums
+    from jaxattr.scores import ranking
+    from jaxattr.weights import shortlists
 
     sizes = (64, 256, 256, 10)
     pairs = zip(sizes[:-1], sizes[1:], strict=True)
@@ -91,7 +93,7 @@ def count(devices: int) -> dict[str, str]:
     assert featurize is not None
     ids = place.batch(lambda rows: rows, np.arange(64))
     batch = place.batch(lambda rows: jax.tree.map(lambda x: x[rows], data), np.arange(64))
-    step = training_passes._compiled_features(place, featurize.step)
+    step = passes._compiled_features(place, featurize.step)
     given = (
         featurize.key,
         index.checkpoints[0],

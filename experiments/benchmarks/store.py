@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.benchmarks import timing
-from jaxattr.rows import FEATURES, RowLayout
 from jaxattr.sharding import Placement
 from jaxattr.store import DiskRows, Folder
+from jaxattr.store.rows import FEATURES, RowLayout
 
 GOAL = 0.8
 

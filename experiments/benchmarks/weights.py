@@ -22,7 +22,7 @@ from rich.table import Table
 
 import jaxattr as ja
 from experiments.benchmarks import synthetic, timing
-from jaxattr import shortlists, weighting
+from jaxattr.weights import learning, shortlists
 
 GOAL = 1.5
 GROUPS, TOP_K = 8, 20
@@ -80,8 +80,8 @@ def _time_step(
         gram = jnp.einsum("qsm,qsk->qmk", parts, parts)
         none = jnp.full((1, q), -1e30, parts.dtype)
         whole = whole._replace(gram=gram, dropped=none, radius=jnp.zeros((1, q)))
-    options = weighting._Options(TOP_K, 0.1, "top_k", "uniform", None, arguments.steps, None, 0.0)
-    run, carry = weighting._optimiser(m, np.ones(m), 1.0, options, q, jax.random.key(0))
+    options = learning._Options(TOP_K, 0.1, "top_k", "uniform", None, arguments.steps, None, 0.0)
+    run, carry = learning._optimiser(m, np.ones(m), 1.0, options, q, jax.random.key(0))
 
     @jax.jit
     def bare(parts: jax.Array, gram: Any) -> jax.Array:

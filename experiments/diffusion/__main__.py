@@ -26,7 +26,7 @@ from experiments.diffusion.data import Data
 from experiments.diffusion.study import KINDS, Config, Removal, Subject
 from experiments.ground_truth import Comparison
 from jaxattr.evaluation import LDS
-from jaxattr.weight_fits import WeightWarning
+from jaxattr.weights.report import WeightWarning
 
 ADAPTED = ("TracIn", "D-TRAK", "DAS")
 # Measured in the larger study alone.

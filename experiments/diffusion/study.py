@@ -25,6 +25,7 @@ from experiments.ground_truth import Comparison, Truth
 from jaxattr import diffusion, evaluation
 from jaxattr.diffusion import Denoiser
 from jaxattr.evaluation import LDS
+from jaxattr.index.queries import QueryFeatures
 from jaxattr.typing import OutputFn
 
 KINDS = ("generated", "held-out")
@@ -267,7 +268,7 @@ def damping_path(
         method, subject.checkpoints, subject.train, [ja.relative(value) for value in values],
         **_index_options(subject),
     )  # fmt: skip
-    features: dict[str, ja.index.QueryFeatures] = {}
+    features: dict[str, QueryFeatures] = {}
     for damping, index in path:
         found = {}
         for kind, truth in subject.truth.items():

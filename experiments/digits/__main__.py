@@ -17,7 +17,7 @@ from rich.table import Table
 from experiments import command_line, pictures
 from experiments.digits import figures, study
 from experiments.digits.study import Result
-from jaxattr.weight_fits import WeightWarning
+from jaxattr.weights.report import WeightWarning
 
 
 def main() -> None:

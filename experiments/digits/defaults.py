@@ -19,8 +19,9 @@ import jaxattr as ja
 from experiments import ground_truth
 from experiments.digits import study
 from experiments.digits.study import Subject
-from jaxattr import scoring, weighting
-from jaxattr.weight_fits import WeightWarning
+from jaxattr.scores import scoring
+from jaxattr.weights.learning import unit_rms_weights
+from jaxattr.weights.report import WeightWarning
 
 STARTS = ("uniform", "unit_rms")
 TOP_KS = (5, 10, 20, 50)
@@ -63,7 +64,7 @@ def change_by_setting(subject: Subject, method: ja.Method) -> dict[str, float]:
     learning = ja.query_features(index, subject.digits.learning)
     weights = {
         "uniform": scoring.uniform_weights(index),
-        "unit RMS": weighting.unit_rms_weights(index, learning),
+        "unit RMS": unit_rms_weights(index, learning),
     }
     for start, top_k, l2 in itertools.product(STARTS, TOP_KS, L2S):
         options: dict[str, Any] = {"start": start, "top_k": top_k, "l2": l2}

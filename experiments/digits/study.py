@@ -18,7 +18,7 @@ from experiments.digits.models import Model, make_model
 from experiments.ground_truth import Truth
 from jaxattr import evaluation
 from jaxattr.evaluation import LDS
-from jaxattr.weight_fits import WeightFit
+from jaxattr.weights.report import WeightFit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import optax
 
 from experiments.digits.data import Images
 from experiments.digits.models import Model
-from jaxattr.covariances import SampleFn
+from jaxattr.fitting.eigenbases import SampleFn
 from jaxattr.typing import OutputFn
 
 

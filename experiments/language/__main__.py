@@ -27,8 +27,8 @@ from experiments.language.study import Config, Result, Retrieval, Subject
 from experiments.language.text import Tokenizer
 from experiments.language.training import Recipe, perplexity
 from jaxattr import evaluation
-from jaxattr.covariances import TruncationWarning
-from jaxattr.weight_fits import WeightWarning
+from jaxattr.fitting.eigenbases import TruncationWarning
+from jaxattr.weights.report import WeightWarning
 
 NOTE = "TracIn with learned weights: a score is the sum over tokens of the query, or the document."
 

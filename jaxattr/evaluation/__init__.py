@@ -8,7 +8,7 @@ tail_patch.py     does one more step on a proponent help the query?
 retrieval.py      do the strongest proponents hold what the query asks for?
 """
 
-from jaxattr.damping_paths import damping_path as damping_path
+from jaxattr.evaluation.damping_paths import damping_path as damping_path
 from jaxattr.evaluation.heterogeneity import group_lds as group_lds
 from jaxattr.evaluation.heterogeneity import subset_contributions as subset_contributions
 from jaxattr.evaluation.heterogeneity import subset_products as subset_products

@@ -14,11 +14,12 @@ import numpy as np
 import optax
 from scipy import stats
 
-from jaxattr import ranking, scoring
 from jaxattr.evaluation.lds import LDS, lds_of_predictions
-from jaxattr.index import Index, query_features
-from jaxattr.rows import EXAMPLES, FEATURES
+from jaxattr.index.index import Index
+from jaxattr.index.queries import query_features
+from jaxattr.scores import ranking, scoring
 from jaxattr.sharding import Placement
+from jaxattr.store.rows import EXAMPLES, FEATURES
 
 
 def subset_contributions(index: Index, queries: Any, masks: Any) -> np.ndarray:

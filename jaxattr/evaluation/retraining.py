@@ -11,7 +11,8 @@ import numpy as np
 from jax.extend.core import Jaxpr, Literal
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxattr.features import check_output, leading_size
+from jaxattr.batches import leading_size
+from jaxattr.features.featurizer import check_output
 from jaxattr.sources import track
 from jaxattr.typing import Batch, Key, OutputFn, Params
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxattr.features import check_output, leading_size, shapes_of_one
+from jaxattr.batches import leading_size, shapes_of_one
+from jaxattr.features.featurizer import check_output
 from jaxattr.sources import track
 from jaxattr.typing import Batch, OutputFn, Params
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.plans import FeatureLayout
+from jaxattr.features.plans import FeatureLayout
 from jaxattr.typing import Features
 
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattr.features.plans import FeatureLayout
 from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping
-from jaxattr.plans import FeatureLayout
 from jaxattr.typing import Features
 
 

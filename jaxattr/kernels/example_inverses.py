@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxattr.features.plans import FeatureLayout
 from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping, split_columns
-from jaxattr.plans import FeatureLayout
 from jaxattr.typing import Features
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
+from jaxattr.features.plans import FeatureLayout
 from jaxattr.kernels.base import (
     Damping,
     DampingFamily,
@@ -17,7 +18,6 @@ from jaxattr.kernels.base import (
     check_damping,
     split_columns,
 )
-from jaxattr.plans import FeatureLayout
 from jaxattr.typing import Features
 
 

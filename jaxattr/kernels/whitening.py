@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.features import unit_norm
+from jaxattr.features.featurizer import unit_norm
+from jaxattr.features.plans import FeatureLayout
 from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping, split_columns
-from jaxattr.plans import FeatureLayout
 from jaxattr.typing import Features
 
 

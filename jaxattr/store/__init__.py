@@ -6,8 +6,8 @@ lease     one writer at a time
 state     what was fitted, through Orbax
 """
 
-from jaxattr.store.arrays import DiskRows as DiskRows
-from jaxattr.store.arrays import score_array as score_array
+from jaxattr.store.disk_rows import DiskRows as DiskRows
+from jaxattr.store.disk_rows import score_array as score_array
 from jaxattr.store.folder import Folder as Folder
 from jaxattr.store.folder import StoreError as StoreError
 from jaxattr.store.folder import on_first_process as on_first_process

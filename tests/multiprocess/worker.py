@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import jaxattr as ja
-from jaxattr import projections
+from jaxattr.features import projections
 from tests import models
 
 SIZE, BATCH = 61, 8

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxattr.plans import FeatureLayout
-from jaxattr.ranking import SIDE, local_contributions, slab_ids, train_side
-from jaxattr.rows import EXAMPLES
+from jaxattr.features.plans import FeatureLayout
+from jaxattr.scores.ranking import SIDE, local_contributions, slab_ids, train_side
 from jaxattr.sharding import DATA, Placement
+from jaxattr.store.rows import EXAMPLES
 from jaxattr.typing import Features
 
 

@@ -1,119 +1,16 @@
-"""Attribution methods, each a composition of an output function, a projection and a kernel.
-
-The score of every method is, over checkpoints c and with one weight per parameter group,
-
-    score(q, n) = r(n) * sum_c eta_c phi_c(q)^T Diag(w) K_c phi_c(n)
-
-and the functions below say what phi, K, r and eta are. Positive: training on n makes the model do
-more of what the query did.
-"""
+"""TRAK and its kin for diffusion models: inverse Gram matrices of projected gradients."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 
-from jaxattr import features, groups, kernels, projections
-from jaxattr.citations import BIBTEX
-from jaxattr.features import FeatureRule, Featurizer
-from jaxattr.groups import Groups
+from jaxattr import kernels
+from jaxattr.features import projections
+from jaxattr.features.featurizer import FeatureRule
+from jaxattr.features.projections import Projection
 from jaxattr.kernels import Damping, Kernel
-from jaxattr.projections import Projection
+from jaxattr.methods.method import Method
 from jaxattr.typing import Example, Key, Link, OutputFn, Params
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """An attribution method, ready for `build_index`.
-
-    Attributes:
-      name: what tables show.
-      rule: how one example becomes features.
-      kernel: what multiplies the training side.
-      checkpoint_weights: eta, one per checkpoint; or None for the same for all.
-      average_checkpoints: whether that same eta is 1/C (an ensemble's mean) or 1 (a sum).
-      references: keys of `citation`.
-      query_output: output function of queries, where it is another than that of training examples.
-      link: "square" if scores are squares of sums of contributions, else "identity".
-    """
-
-    name: str
-    rule: FeatureRule
-    kernel: Kernel
-    checkpoint_weights: tuple[float, ...] | None = None
-    average_checkpoints: bool = False
-    references: tuple[str, ...] = ()
-    query_output: OutputFn | None = None
-    link: Link = "identity"
-
-    def __post_init__(self) -> None:
-        if self.link not in ("identity", "square"):
-            raise ValueError(f'link must be "identity" or "square", got {self.link!r}.')
-
-    def weights_of(self, checkpoints: int) -> tuple[float, ...]:
-        """Returns eta for a number of checkpoints."""
-        if self.checkpoint_weights is None:
-            return (1 / checkpoints if self.average_checkpoints else 1.0,) * checkpoints
-        if len(self.checkpoint_weights) != checkpoints:
-            raise ValueError(
-                f"{self.name} was given {len(self.checkpoint_weights)} checkpoint weights for "
-                f"{checkpoints} checkpoints."
-            )
-        return self.checkpoint_weights
-
-
-def tracin(
-    loss: OutputFn,
-    *,
-    checkpoint_weights: Sequence[float] | None = None,
-    projection: Projection | None = None,
-) -> Method:
-    r"""TracIn: inner products of loss gradients, summed over checkpoints.
-
-    .. math:: \tau(q, n) = \sum_c \eta_c \nabla\ell(\theta_c, q)^\top \nabla\ell(\theta_c, n)
-
-    Guarantees: exact for groups of at most `dim` parameters of the projection, unbiased for larger.
-
-    Args:
-      loss: (params, example, key) -> scalar, summed over the example's tokens or pixels.
-      checkpoint_weights: eta, for instance the learning rates. Default: one each.
-      projection: of each group's gradient. Default: `rademacher(1024)`.
-
-    Returns:
-      The method.
-
-    References:
-      Pruthi et al. (2020), arXiv:2002.08484, Eq. 5.
-    """
-    rule = FeatureRule(loss, projections.rademacher(1024) if projection is None else projection)
-    eta = _checkpoint_weights(checkpoint_weights)
-    return Method("TracIn", rule, kernels.identity(), eta, references=("tracin",))
-
-
-def grad_cos(
-    loss: OutputFn,
-    *,
-    checkpoint_weights: Sequence[float] | None = None,
-    projection: Projection | None = None,
-) -> Method:
-    r"""Cosine similarity of loss gradients, summed over checkpoints.
-
-    All groups together are scaled to unit norm, per checkpoint, after projection.
-
-    Args:
-      loss: (params, example, key) -> scalar, summed over the example's tokens or pixels.
-      checkpoint_weights: as in `tracin`.
-      projection: of each group's gradient. Default: `rademacher(1024)`.
-
-    Returns:
-      The method.
-
-    References:
-      Charpiat et al. (2019), arXiv:1906.01930; Hammoudeh and Lowd (2022), arXiv:2201.10055.
-    """
-    base = tracin(loss, checkpoint_weights=checkpoint_weights, projection=projection)
-    rule = base.rule._replace(normalize=True)
-    return dataclasses.replace(base, name="GradCos", rule=rule, references=("grad_cos",))
 
 
 def trak(
@@ -269,64 +166,6 @@ def das(
     return dataclasses.replace(method, rule=rule, link=link, references=("das",))
 
 
-def featurizer(
-    method: Method,
-    params: Params,
-    example: Example,
-    *,
-    groups: Groups = groups.by_layer,
-    key: Key | None = None,
-    microbatch: int | None = None,
-) -> Featurizer:
-    """Makes the step that everything streams: a batch to its features.
-
-    Args:
-      method: the attribution method.
-      params: parameters, or their shapes.
-      example: ONE example, without a batch axis, or its shapes.
-      groups: a function such as `by_layer`, a layout, or a pytree of labels.
-      key: key of the projections and of stochastic outputs. Default: `jax.random.key(0)`.
-      microbatch: examples whose gradients are in memory at once. Default: as many as fit 256 MiB.
-
-    Returns:
-      `featurize(params, batch, ids) -> [b, p]`, pure and jittable, with a `.layout`.
-
-    Raises:
-      ValueError: if the output is not a float scalar, the parameters are not float arrays, or the
-        groups are no partition of them.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> def loss(params, example, key):
-      ...     return 0.5 * (params["w"] @ example["x"] - example["y"]) ** 2
-      >>> batch = {"x": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "y": jnp.ones(2)}
-      >>> params = {"w": jnp.zeros(2)}
-      >>> featurize = featurizer(tracin(loss), params, {"x": jnp.ones(2), "y": jnp.ones(())})
-      >>> print(featurize(params, batch))
-      [[-1. -2.]
-       [-3. -4.]]
-    """
-    return features.featurize_with(
-        method.rule, params, example, groups=groups, key=key, microbatch=microbatch
-    )
-
-
-def citation(method: Method) -> str:
-    """Returns BibTeX for the method and for learned weights.
-
-    Args:
-      method: the attribution method.
-
-    Returns:
-      BibTeX entries, separated by blank lines.
-
-    Example:
-      >>> print(citation(tracin(lambda params, example, key: 0.0)).splitlines()[0])
-      @inproceedings{pruthi2020tracin,
-    """
-    return "\n\n".join(BIBTEX[reference] for reference in (*method.references, "weights"))
-
-
 def _trak_like(
     name: str, output: OutputFn, kernel: Kernel, projection: Projection | None
 ) -> Method:
@@ -336,7 +175,3 @@ def _trak_like(
 
 def _damping(damping: Damping | None) -> Damping:
     return kernels.relative(0.1) if damping is None else damping
-
-
-def _checkpoint_weights(weights: Sequence[float] | None) -> tuple[float, ...] | None:
-    return None if weights is None else tuple(float(weight) for weight in weights)

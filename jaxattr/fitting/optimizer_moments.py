@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr import linear_maps
-from jaxattr.bases import Basis, Factored, Fitted, Sides, draw_signs
+from jaxattr.features.bases import Basis, Factored, Fitted, Sides, draw_signs
+from jaxattr.fitting.passes import TrainingPass
 from jaxattr.groups import named_leaves
-from jaxattr.training_passes import TrainingPass
 from jaxattr.typing import Params
 
 

@@ -1,13 +1,7 @@
-r"""Weights per parameter group, learned from unlabelled queries.
+"""Weights per parameter group, learned from unlabelled queries.
 
-Li et al. (2025, arXiv:2506.05647) maximise, over the simplex, the mean of each query's largest
-scores relative to the norm of all of them:
-
-.. math:: L(w) = E_q\Big[-\frac{\frac1k \sum_{n \in \mathrm{top}_k} s_n}{\|s\|_2}\Big]
-          + \lambda \|w\|_2^2, \qquad s = \tau(q, \cdot; w)
-
-The loss is a pure function of a weight pytree; `learn_weights` is an Optax loop over it. The loss
-does not see the scale of w; results have mean one, so that ones are the base method.
+The loss is a pure function of a weight pytree (see `loss`); `learn_weights` is an Optax loop over
+it. The loss does not see the scale of w; results have mean one, so that ones are the base method.
 """
 
 import functools
@@ -20,59 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxattr import scoring, shortlists
-from jaxattr.index import Index, QueryFeatures, query_features
-from jaxattr.rows import EXAMPLES, FEATURES
-from jaxattr.shortlists import Shortlist
+from jaxattr.index.index import Index
+from jaxattr.index.queries import QueryFeatures, query_features
+from jaxattr.scores import scoring
+from jaxattr.store.rows import EXAMPLES, FEATURES
 from jaxattr.typing import Key
-from jaxattr.weight_fits import ContributionStatistics, Found, WeightFit, named, report
+from jaxattr.weights import shortlists
+from jaxattr.weights.loss import Signal, certain, check_signal, loss_of_list, signs_of
+from jaxattr.weights.report import ContributionStatistics, Found, WeightFit, named, report
+from jaxattr.weights.shortlists import Shortlist
 
-Signal = Literal["top_k", "top_k_abs", "top_minus_bottom"]
 Start = Literal["unit_rms", "uniform"]
-
-
-def self_supervised_loss(
-    weights: Any,
-    contributions: jax.Array,
-    *,
-    top_k: int = 20,
-    l2: float = 0.0,
-    signal: Signal = "top_k",
-) -> jax.Array:
-    r"""The paper's loss, a pure function of a weight pytree.
-
-    Guarantees: invariant to the scale of the weights if `l2` is zero; with non-negative signal
-    between -1/sqrt(k) and 0. The set of the top k is piecewise constant in the weights, so the
-    gradient is that of the set found with the present ones.
-
-    Args:
-      weights: a pytree of m scalars, such as {group name: weight}, whose leaves are in the order of
-        the groups (group names are sorted, as the keys of a dict pytree are).
-      contributions: float [q, n, m], as `ja.contributions` returns them.
-      top_k: number of training examples taken for the signal, at most n.
-      l2: weight of ||w||^2.
-      signal: "top_k", the paper's; "top_k_abs", of absolute scores; "top_minus_bottom", half the
-        distance between the means of the k largest and the k smallest.
-
-    Returns:
-      A scalar, the mean over queries.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> contributions = jnp.array([[[3.0, 0.0], [0.0, 1.0], [0.0, 1.0]]])
-      >>> print(self_supervised_loss({"a": 1.0, "b": 0.0}, contributions, top_k=1))
-      -1.0
-    """
-    w = jnp.stack([jnp.asarray(leaf) for leaf in jax.tree.leaves(weights)])
-    w = w.astype(contributions.dtype)
-    if contributions.ndim != 3 or contributions.shape[-1] != len(w):
-        raise ValueError(
-            f"contributions must be [q, n, m] with m = {len(w)} weights, got shape "
-            f"{contributions.shape}."
-        )
-    _check_signal(signal, top_k, contributions.shape[1])
-    listed = shortlists.everything(contributions, w)
-    return _loss_of_list(listed, w, top_k, signal) + l2 * jnp.sum(w**2)
 
 
 def unit_rms_weights(index: Index, queries: Any) -> dict[str, float]:
@@ -269,11 +221,6 @@ def _pass_over(
     return merge(state)
 
 
-def signs_of(signal: Signal) -> tuple[int, ...]:
-    """Which ends of the scores a signal looks at: the largest, or the smallest too."""
-    return (1,) if signal == "top_k" else (1, -1)
-
-
 def _ones(problem: _Problem) -> jax.Array:
     return jnp.ones(problem.groups)
 
@@ -334,7 +281,7 @@ def _listed_at(
     problem: _Problem, listed: Shortlist, w: np.ndarray, options: _Options, passes: int
 ) -> tuple[Shortlist, int]:
     """A shortlist that is certain at some weights; and how many passes there were."""
-    if bool(_certain(listed, jnp.asarray(w), options.top_k, options.signal)):
+    if bool(certain(listed, jnp.asarray(w), options.top_k, options.signal)):
         return listed, passes
     return problem.listed(jnp.asarray(w)), passes + 1
 
@@ -371,7 +318,7 @@ def _optimiser(
         return jnp.asarray(gauge) * m * jax.nn.softmax(theta)
 
     def objective(theta: jax.Array, listed: Shortlist) -> jax.Array:
-        loss = _loss_of_list(listed, weights(theta), options.top_k, options.signal)
+        loss = loss_of_list(listed, weights(theta), options.top_k, options.signal)
         spread = jnp.mean((m * jax.nn.softmax(theta)) ** 2) - 1  # squared coefficient of variation
         return loss / scale + options.l2 * spread
 
@@ -383,9 +330,9 @@ def _optimiser(
         loss, gradient = jax.value_and_grad(objective)(carry.theta, chosen)
         updates, state = optimizer.update(gradient, carry.optimizer, carry.theta)
         theta = optax.apply_updates(carry.theta, updates)
-        certain = _certain(listed, weights(theta), options.top_k, options.signal)
+        still_certain = certain(listed, weights(theta), options.top_k, options.signal)
         losses = carry.losses.at[carry.step].set(loss.astype(carry.losses.dtype))
-        return _Carry(theta, state, carry.step + 1, losses, certain)
+        return _Carry(theta, state, carry.step + 1, losses, still_certain)
 
     @jax.jit
     def run(listed: Shortlist, carry: _Carry) -> _Carry:
@@ -402,61 +349,10 @@ def _optimiser(
     return run, carry
 
 
-def _certain(listed: Shortlist, w: jax.Array, top_k: int, signal: Signal) -> jax.Array:
-    """Whether the strongest examples of every query are certainly on its list."""
-    if listed.complete:
-        return jnp.asarray(True)
-    limits = shortlists.bounds(listed, w)  # [l, q]
-    scores = shortlists.signed_scores(listed, w, signs_of(signal))  # [l, q, s]
-    if signal == "top_k_abs":
-        scores = jnp.concatenate(list(scores), axis=-1)[None]
-    # Not the last of the k: for a slice of them XLA sorts everything, at thirty times the cost.
-    kth = jax.lax.top_k(scores, top_k)[0].min(axis=-1)
-    return jnp.all(kth >= limits)
-
-
-def _loss_of_list(listed: Shortlist, w: jax.Array, top_k: int, signal: Signal) -> jax.Array:
-    """The loss without its penalty."""
-    signs = signs_of(signal)
-    scores = shortlists.signed_scores(listed, jax.lax.stop_gradient(w), signs)  # [l, q, s]
-    lists = [(i, sign) for i, sign in enumerate(signs)]
-    if signal == "top_k_abs":
-        length = scores.shape[2]
-        places = jax.lax.top_k(jnp.concatenate(list(scores), axis=-1), top_k)[1]  # [q, k]
-        each = [_signal(listed, w, i, sign, places - i * length) for i, sign in lists]
-        found = jnp.stack(each).sum(axis=0)
-    else:
-        places = jax.lax.top_k(scores, top_k)[1]  # [l, q, k]
-        each = [_signal(listed, w, i, sign, places[i]) for i, sign in lists]
-        found = jnp.stack(each).mean(axis=0)
-    return _relative(found, shortlists.sum_of_squares(listed, w))
-
-
-def _signal(
-    listed: Shortlist, w: jax.Array, number: int, sign: int, places: jax.Array
-) -> jax.Array:
-    """The mean signed score of some places of a list, [q]; those beyond its ends count as zero.
-
-    Their contributions are gathered before they meet the weights, so that the gradient is they
-    themselves: that of sorted scores would be scattered over the whole list.
-    """
-    parts = listed.parts[0 if listed.complete else number]
-    inside = (places >= 0) & (places < parts.shape[1])
-    picked = jnp.take_along_axis(parts, jnp.where(inside, places, 0)[..., None], axis=1)
-    mean = jnp.where(inside[..., None], picked, 0).mean(axis=1)  # [q, m]
-    return sign * jnp.matmul(mean, w.astype(mean.dtype), precision="highest")
-
-
-def _relative(found: jax.Array, squares: jax.Array) -> jax.Array:
-    # A query whose scores are all zero has no signal; the inner `where` keeps its gradient finite.
-    norm = jnp.sqrt(jnp.where(squares > 0, squares, 1))
-    return -jnp.mean(jnp.where(squares > 0, found / norm, 0))
-
-
 def _loss(listed: Shortlist, w: np.ndarray, options: _Options) -> float:
     if not listed.ids.shape[1]:
         return 0.0
-    return float(_loss_of_list(listed, jnp.asarray(w), options.top_k, options.signal))
+    return float(loss_of_list(listed, jnp.asarray(w), options.top_k, options.signal))
 
 
 def _hub(listed: Shortlist, w: np.ndarray, options: _Options) -> tuple[int, float]:
@@ -472,17 +368,8 @@ def _hub(listed: Shortlist, w: np.ndarray, options: _Options) -> tuple[int, floa
     return int(found[counts.argmax()]), float(counts.max() / len(ids))
 
 
-def _check_signal(signal: str, top_k: int, n: int) -> None:
-    if signal not in ("top_k", "top_k_abs", "top_minus_bottom"):
-        raise ValueError(
-            f'signal must be "top_k", "top_k_abs" or "top_minus_bottom", got {signal!r}.'
-        )
-    if not 1 <= top_k <= n:
-        raise ValueError(f"top_k must be between 1 and the {n} training examples, got {top_k}.")
-
-
 def _check_options(options: _Options, n: int) -> None:
-    _check_signal(options.signal, options.top_k, n)
+    check_signal(options.signal, options.top_k, n)
     if options.start not in ("unit_rms", "uniform"):
         raise ValueError(f'start must be "unit_rms" or "uniform", got {options.start!r}.')
     if not (math.isfinite(options.l2) and options.l2 >= 0):

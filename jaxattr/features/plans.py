@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.bases import Basis, Factored
+from jaxattr.features.bases import Basis, Factored
+from jaxattr.features.projections import Projection
 from jaxattr.groups import GroupLayout, Member
 from jaxattr.keys import named_key
 from jaxattr.linear_maps import LinearMaps
-from jaxattr.projections import Projection
 from jaxattr.typing import Features, Key
 
 

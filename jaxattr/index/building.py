@@ -18,23 +18,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxattr import groups as groups_lib
-from jaxattr import provenance
-from jaxattr.budgets import Request, check_device
-from jaxattr.checkpoint_builds import Job, Session, build_checkpoint
 from jaxattr.groups import Groups
-from jaxattr.index import ConvergenceWarning, Index, first_ids, report_non_finite
-from jaxattr.methods import Method
-from jaxattr.rows import (
-    COLUMNS,
-    ERRORS,
-    EXAMPLES,
-    RAW,
-    MemoryRows,
-    RowLayout,
-    Rows,
-    all_rows,
-)
-from jaxattr.saving import (
+from jaxattr.index import provenance
+from jaxattr.index.budgets import Request, check_device
+from jaxattr.index.checkpoint_builds import Job, Session, build_checkpoint
+from jaxattr.index.index import ConvergenceWarning, Index, first_ids, report_non_finite
+from jaxattr.index.saving import (
     COMPLETE,
     MANIFEST,
     Finished,
@@ -43,9 +32,11 @@ from jaxattr.saving import (
     refuse_others,
     save_finished,
 )
+from jaxattr.methods.method import Method
 from jaxattr.sharding import barrier, placement, process
 from jaxattr.sources import as_checkpoints, as_source
 from jaxattr.store import DiskRows, Folder, Lease, Ledger, StoreError, on_first_process
+from jaxattr.store.rows import COLUMNS, ERRORS, EXAMPLES, RAW, MemoryRows, RowLayout, Rows, all_rows
 from jaxattr.typing import Key, Params
 
 

@@ -10,18 +10,17 @@ memory is set by the microbatch and not by the batch.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxattr import groups as groups_lib
 from jaxattr import linear_maps
-from jaxattr.bases import NOTHING, Fitted, Sides, apply_sides
-from jaxattr.expectations import (
+from jaxattr.batches import in_microbatches, leading_size, shapes_of_one
+from jaxattr.features.bases import NOTHING, Fitted, Sides, apply_sides
+from jaxattr.features.expectations import (
     Expectation,
     at_one_draw,
     draws_of,
@@ -29,10 +28,10 @@ from jaxattr.expectations import (
     has_unit_norm,
     sum_over_draws,
 )
+from jaxattr.features.plans import FeatureLayout, Plan, make_plan
+from jaxattr.features.projections import Projection
 from jaxattr.groups import GroupLayout, Groups
 from jaxattr.keys import example_keys
-from jaxattr.plans import FeatureLayout, Plan, make_plan
-from jaxattr.projections import Projection
 from jaxattr.typing import Batch, Example, Features, Key, OutputFn, Params
 
 
@@ -214,28 +213,6 @@ def _hashable(rule: FeatureRule) -> FeatureRule:
     return rule
 
 
-def leading_size(batch: Batch) -> int:
-    """Returns the size of the leading axis that all arrays of a batch share.
-
-    Args:
-      batch: a pytree of arrays [b, ...].
-
-    Returns:
-      b.
-
-    Raises:
-      ValueError: if there is no array, a scalar, or two arrays differ.
-    """
-    shapes = {name: jnp.shape(leaf) for name, leaf in groups_lib.named_leaves(batch).items()}
-    scalars = [name for name, shape in shapes.items() if not shape]
-    if scalars or len({shape[0] for shape in shapes.values() if shape}) != 1:
-        raise ValueError(
-            "All arrays of a data set need the same leading axis, one row per example. "
-            f"Got shapes {shapes}."
-        )
-    return next(iter(shapes.values()))[0]
-
-
 def check_output(output: OutputFn, params: Params, example: Example, key: Key) -> None:
     """Checks that a function of one example returns a float scalar.
 
@@ -358,18 +335,6 @@ def as_function_of(
     return of_leaves, {name: leaf for name, leaf in leaves.items() if name in chosen}
 
 
-def shapes_of_one(batch: Batch) -> Example:
-    """Returns the shapes of one example of a batch.
-
-    Args:
-      batch: a pytree of arrays or keys [b, ...].
-
-    Returns:
-      The pytree without its batch axis, as shapes.
-    """
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-
-
 def unit_norm(phi: Features) -> Features:
     """Scales rows to unit norm; rows of zeros stay.
 
@@ -384,39 +349,6 @@ def unit_norm(phi: Features) -> Features:
     phi = phi / jnp.where(largest == 0, 1, largest)
     norm = jnp.linalg.norm(phi, axis=1, keepdims=True)
     return phi / jnp.where(norm == 0, 1, norm)
-
-
-def in_microbatches(chunk: Callable[..., Any], size: int) -> Callable[..., Any]:
-    """Runs a function of batched arguments a microbatch at a time.
-
-    A last microbatch that is not full repeats the first examples; what belongs to those is cut off.
-
-    Args:
-      chunk: function of arguments with a leading batch axis.
-      size: largest number of examples at once.
-
-    Returns:
-      The same function, of any number of examples.
-    """
-
-    def run(*arguments: Any) -> Any:
-        b = jax.tree.leaves(arguments)[0].shape[0]
-        if b <= size:
-            # Not a loop of one step: XLA runs the convolutions of a loop on one CPU core.
-            return chunk(*arguments)
-        fitted = math.ceil(b / math.ceil(b / size))  # evens the microbatches out: least padding
-        padding = -b % fitted
-        rows = jnp.arange(b + padding) % b
-        padded = jax.tree.map(lambda x: x[rows] if padding else x, arguments)
-        mapped = optax.microbatching.microbatch(
-            chunk,
-            argnums=tuple(range(len(arguments))),
-            microbatch_size=fitted,
-            accumulator=optax.microbatching.AccumulationType.CONCAT,
-        )
-        return jax.tree.map(lambda x: x[:b], mapped(*padded))
-
-    return run
 
 
 def _features(

@@ -9,7 +9,10 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from jaxattr.rows import (
+from jaxattr.sharding import Placement
+from jaxattr.store.folder import Folder, StoreError, cannot_write, first_line
+from jaxattr.store.ledger import Ledger
+from jaxattr.store.rows import (
     FEATURES,
     RAW,
     RowLayout,
@@ -19,9 +22,6 @@ from jaxattr.rows import (
     padded,
     slab_starts,
 )
-from jaxattr.sharding import Placement
-from jaxattr.store.folder import Folder, StoreError, cannot_write, first_line
-from jaxattr.store.ledger import Ledger
 
 # Slabs that are being read while one is worked on.
 _AHEAD = 2

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.plans import FeatureLayout
-from jaxattr.rows import COLUMNS, EXAMPLES, FEATURES, axes_of, pad_columns
+from jaxattr.features.plans import FeatureLayout
 from jaxattr.sharding import DATA, MODEL, Placement
+from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES, axes_of, pad_columns
 from jaxattr.typing import Features, Link
 
 QUERIES = (None, None, MODEL)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxattr import groups as groups_lib
-from jaxattr.features import Featurizer
+from jaxattr.features.featurizer import Featurizer
+from jaxattr.features.projections import Projection
 from jaxattr.groups import Groups
-from jaxattr.methods import Method, featurizer
-from jaxattr.projections import Projection
+from jaxattr.methods.method import Method, featurizer
 from jaxattr.typing import Example, Params
 
 

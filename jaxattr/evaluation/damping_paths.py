@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from jaxattr import kernels
-from jaxattr.building import build_index
-from jaxattr.checkpoint_builds import apply_kernel
-from jaxattr.index import Index
+from jaxattr.index.building import build_index
+from jaxattr.index.checkpoint_builds import apply_kernel
+from jaxattr.index.index import Index
 from jaxattr.kernels import Damping
-from jaxattr.methods import Method
-from jaxattr.rows import EXAMPLES, FEATURES, MemoryRows, all_rows
+from jaxattr.methods.method import Method
+from jaxattr.store.rows import EXAMPLES, FEATURES, MemoryRows, all_rows
 from jaxattr.typing import Params
 
 

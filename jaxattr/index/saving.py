@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr import provenance
-from jaxattr.bases import Fitted
+from jaxattr.features.bases import Fitted
+from jaxattr.index import provenance
 from jaxattr.sharding import Placement
 from jaxattr.store import Folder, StoreError, load_state, save_state
 

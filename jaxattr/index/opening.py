@@ -8,15 +8,15 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxattr import provenance
-from jaxattr.features import Featurizer
-from jaxattr.index import Index
-from jaxattr.methods import Method, featurizer
-from jaxattr.rows import EXAMPLES, FEATURES, SELF, MemoryRows, RowLayout, Rows
-from jaxattr.saving import COMPLETE, MANIFEST, load_finished, read_manifest, refuse_others
+from jaxattr.features.featurizer import Featurizer
+from jaxattr.index import provenance
+from jaxattr.index.index import Index
+from jaxattr.index.saving import COMPLETE, MANIFEST, load_finished, read_manifest, refuse_others
+from jaxattr.methods.method import Method, featurizer
 from jaxattr.sharding import Placement, placement
 from jaxattr.sources import as_checkpoints
 from jaxattr.store import DiskRows, Folder, StoreError, finished
+from jaxattr.store.rows import EXAMPLES, FEATURES, SELF, MemoryRows, RowLayout, Rows
 from jaxattr.typing import Example, Params
 
 

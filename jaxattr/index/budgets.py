@@ -12,15 +12,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxattr import groups as groups_lib
-from jaxattr.bases import Fitted
-from jaxattr.features import Featurizer
+from jaxattr.features.bases import Fitted
+from jaxattr.features.featurizer import Featurizer
+from jaxattr.features.plans import FeatureLayout
 from jaxattr.groups import Groups, named_leaves
 from jaxattr.kernels import Kernel
-from jaxattr.methods import Method, featurizer
-from jaxattr.plans import FeatureLayout
-from jaxattr.rows import ERRORS, EXAMPLES, FEATURES, RAW, SELF, RowLayout
+from jaxattr.methods.method import Method, featurizer
 from jaxattr.sharding import DATA, Placement, placement
 from jaxattr.sources import Source, as_checkpoints, as_source
+from jaxattr.store.rows import ERRORS, EXAMPLES, FEATURES, RAW, SELF, RowLayout
 from jaxattr.typing import Example, Key, Params
 
 # More examples than this at once do not make a step faster.

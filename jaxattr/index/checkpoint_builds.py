@@ -13,18 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.bases import NOTHING, Fitted
-from jaxattr.features import Featurizer
-from jaxattr.hessians import hessian_products
+from jaxattr.features.bases import NOTHING, Fitted
+from jaxattr.features.featurizer import Featurizer
+from jaxattr.features.plans import FeatureLayout
+from jaxattr.fitting.hessians import hessian_products
+from jaxattr.fitting.passes import CleanFeatures, NumberedBatch, TrainingPass
+from jaxattr.index.saving import load_fitted, load_operator, save_fitted, save_operator
 from jaxattr.kernels import Kernel, Surroundings
-from jaxattr.methods import Method
-from jaxattr.plans import FeatureLayout
-from jaxattr.rows import COLUMNS, ERRORS, EXAMPLES, FEATURES, RAW, SELF, Rows, all_rows
-from jaxattr.saving import load_fitted, load_operator, save_fitted, save_operator
+from jaxattr.methods.method import Method
 from jaxattr.sharding import DATA, Placement, barrier, process
 from jaxattr.sources import Source, as_source, track
 from jaxattr.store import DiskRows, Folder, Ledger
-from jaxattr.training_passes import CleanFeatures, NumberedBatch, TrainingPass
+from jaxattr.store.rows import COLUMNS, ERRORS, EXAMPLES, FEATURES, RAW, SELF, Rows, all_rows
 from jaxattr.typing import Features, Params
 
 

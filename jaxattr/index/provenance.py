@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.expectations import has_unit_norm
-from jaxattr.features import Featurizer
+from jaxattr.features.expectations import has_unit_norm
+from jaxattr.features.featurizer import Featurizer
+from jaxattr.features.plans import FeatureLayout
 from jaxattr.groups import GroupLayout, Member, leaf_names
-from jaxattr.methods import Method
-from jaxattr.plans import FeatureLayout
-from jaxattr.rows import RowLayout
+from jaxattr.methods.method import Method
 from jaxattr.sources import Source
+from jaxattr.store.rows import RowLayout
 from jaxattr.typing import Example, OutputFn, Params
 
 FORMAT = 1

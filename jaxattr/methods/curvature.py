@@ -5,12 +5,14 @@ As in `methods`, each is a composition of an output function, a projection and a
 
 from typing import Any, Literal, TypeAlias
 
-from jaxattr import covariances, kernels, projections, second_moments
-from jaxattr.covariances import MaskFn, SampleFn
-from jaxattr.features import FeatureRule
+from jaxattr import kernels
+from jaxattr.features import projections
+from jaxattr.features.featurizer import FeatureRule
+from jaxattr.features.projections import Projection
+from jaxattr.fitting import eigenbases, optimizer_moments
+from jaxattr.fitting.eigenbases import MaskFn, SampleFn
 from jaxattr.kernels import Damping
-from jaxattr.methods import Method
-from jaxattr.projections import Projection
+from jaxattr.methods.method import Method
 from jaxattr.typing import OutputFn, Params
 
 Fisher: TypeAlias = Literal["empirical", "true"]
@@ -63,7 +65,7 @@ def logra(
         raise ValueError(f"basis must be 'random' or 'pca', got {basis!r}.")
     chosen = None
     if basis == "pca":
-        chosen = covariances.eigenbasis(eigenvalues=False, name="leading eigenvectors")
+        chosen = eigenbases.eigenbasis(eigenvalues=False, name="leading eigenvectors")
     rule = FeatureRule(loss, projections.two_sided(rank, basis=chosen))
     kernel = kernels.gram(_or_relative(damping))
     return Method(
@@ -145,7 +147,7 @@ def ekfac(
     larger ones the leading eigenvectors of each side are kept, a heuristic;
     `index.fitted[c].captured` is the share of the trace that they hold, and `build_index` warns
     where it is below a half.
-    Cost: a pass for the covariances (see `covariances.eigenbasis`), one for the features, which are
+    Cost: a pass for the covariances (see `eigenbases.eigenbasis`), one for the features, which are
     in memory; one more for sampled labels.
 
     Args:
@@ -242,8 +244,8 @@ def trackstar(
     """
     several = isinstance(optimizer_states, list)
     states = optimizer_states if several else [optimizer_states]
-    moments = [second_moments.second_moments(state, params) for state in states]
-    basis = second_moments.scaled_signs(moments, rank_one=rank_one, epsilon=epsilon)
+    moments = [optimizer_moments.second_moments(state, params) for state in states]
+    basis = optimizer_moments.scaled_signs(moments, rank_one=rank_one, epsilon=epsilon)
     rule = FeatureRule(loss, projections.two_sided(rank, basis=basis))
     kernel = kernels.autocorrelation(_or_relative(damping), queries=queries, mixing=mixing)
     return Method("TrackStar", rule, kernel, average_checkpoints=True, references=("trackstar",))
@@ -364,7 +366,7 @@ def _eigen_rule(
             "The true Fisher needs labels drawn from the model: pass sample=, a function (params, "
             "example, key) -> the example with other labels, or use fisher='empirical'."
         )
-    basis = covariances.eigenbasis(
+    basis = eigenbases.eigenbasis(
         eigenvalues=eigenvalues,
         sample=sample if fisher == "true" else None,
         mask=mask,

@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxattr import bases
-from jaxattr.bases import Basis
+from jaxattr.features import bases
+from jaxattr.features.bases import Basis
 from jaxattr.keys import named_key
 from jaxattr.typing import Key
 

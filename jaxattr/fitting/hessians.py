@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxattr.bases import Fitted
-from jaxattr.expectations import refuse_unit_norm
-from jaxattr.features import as_function_of, project_gradients, sides_of
+from jaxattr.features.bases import Fitted
+from jaxattr.features.expectations import refuse_unit_norm
+from jaxattr.features.featurizer import as_function_of, project_gradients, sides_of
+from jaxattr.fitting.passes import TrainingPass
 from jaxattr.keys import example_keys
-from jaxattr.training_passes import TrainingPass
 
 # Examples whose second derivatives are in memory at once.
 _BLOCK = 64

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr import linear_maps
-from jaxattr.bases import Basis, Factored, Fitted, Sides
-from jaxattr.expectations import refuse_unit_norm, sum_over_draws
-from jaxattr.features import FeatureRule, shapes_of_one
+from jaxattr.batches import shapes_of_one
+from jaxattr.features.bases import Basis, Factored, Fitted, Sides
+from jaxattr.features.expectations import refuse_unit_norm, sum_over_draws
+from jaxattr.features.featurizer import FeatureRule
+from jaxattr.fitting.passes import NumberedBatch, TrainingPass
 from jaxattr.kernels.diagonal import sum_of_squares
 from jaxattr.keys import example_keys, named_key
 from jaxattr.linear_maps import Captured
-from jaxattr.training_passes import NumberedBatch, TrainingPass
 from jaxattr.typing import Batch, Example, Key, OutputFn, Params
 
 SampleFn = Callable[[Params, Example, Key], Example]

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr import ranking
-from jaxattr.features import leading_size
-from jaxattr.index import (
-    Index,
+from jaxattr.batches import leading_size
+from jaxattr.features.plans import FeatureLayout
+from jaxattr.index.index import Index
+from jaxattr.index.queries import (
     QueryFeatures,
     QueryFunctions,
     State,
@@ -21,11 +21,11 @@ from jaxattr.index import (
     query_features,
     state_of,
 )
-from jaxattr.plans import FeatureLayout
-from jaxattr.ranking import TopK
-from jaxattr.rows import COLUMNS, EXAMPLES, FEATURES, SELF, MemoryRows, Slab, blocks_at_once
+from jaxattr.scores import ranking
+from jaxattr.scores.ranking import TopK
 from jaxattr.sharding import DATA, Placement, barrier, process
 from jaxattr.store import Folder, on_first_process, score_array
+from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES, SELF, MemoryRows, Slab, blocks_at_once
 from jaxattr.typing import Batch, Features, Link, Weights
 
 # Training examples that are read from disk at once.

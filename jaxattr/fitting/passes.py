@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.bases import Fitted
-from jaxattr.features import Featurizer
+from jaxattr.features.bases import Fitted
+from jaxattr.features.featurizer import Featurizer
 from jaxattr.sharding import DATA, Placement
 from jaxattr.sources import Source, track
 from jaxattr.typing import Batch, Features, Params

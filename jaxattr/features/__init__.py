@@ -1,0 +1,1 @@
+"""A batch to its features phi [b, p]: gradients, projected, one slice of columns per group."""

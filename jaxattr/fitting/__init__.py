@@ -1,0 +1,1 @@
+"""What is fitted to the training data before features are final: eigenbases, moments, Hessians."""

@@ -1,0 +1,134 @@
+"""The index: features of the training set, multiplied by the kernel, ready to be scored against.
+
+Queries go through the featurizer alone, so weights multiply raw query features.
+"""
+
+import dataclasses
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+
+from jaxattr.features.bases import Fitted
+from jaxattr.features.featurizer import Featurizer
+from jaxattr.features.plans import FeatureLayout
+from jaxattr.methods.method import Method
+from jaxattr.sharding import Placement
+from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES, SELF, Rows, all_rows
+from jaxattr.typing import Link, Params
+
+
+class NonFiniteWarning(UserWarning):
+    """Examples were left out because their gradients, or scores, are not finite."""
+
+
+class ConvergenceWarning(UserWarning):
+    """An iterative solve ended before it reached its tolerance."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Index:
+    """A training set, featurised. Made by `build_index` and `open_index`.
+
+    Attributes:
+      method: the attribution method; None if the index was opened without.
+      featurizer: maps a batch to features [b, p], for one checkpoint; None likewise.
+      checkpoints: the parameters, one pytree per checkpoint; () likewise.
+      layout: group names and the columns of each, within one checkpoint.
+      rows: eta_c K_c phi_c(n) and what else there is per training example, in memory or on disk.
+      non_finite: ids of training examples that have no finite gradient, and so no score.
+      fitted: what the method's basis was fitted to, one per checkpoint; `captured` in it is the
+        share of the trace that leading eigenvectors hold.
+      operators: what the kernel applies to queries, one per checkpoint; () if it leaves them alone.
+      solve_errors: relative residual of each training example's solve, the worst of all
+        checkpoints, [n]; None for kernels that do not iterate.
+      path: where it is on disk; None if it is in memory.
+      link: what is done to sums of contributions to make them scores.
+    """
+
+    method: Method | None
+    featurizer: Featurizer | None
+    checkpoints: tuple[Params, ...]
+    layout: FeatureLayout
+    rows: Rows
+    non_finite: np.ndarray
+    fitted: tuple[Fitted, ...]
+    operators: tuple[Any, ...]
+    solve_errors: np.ndarray | None
+    path: str | os.PathLike[str] | None = None
+    link: Link = "identity"
+
+    @property
+    def size(self) -> int:
+        """Number of training examples n."""
+        return self.rows.layout.size
+
+    @property
+    def batch_size(self) -> int:
+        """Examples per block."""
+        return self.rows.layout.block
+
+    @property
+    def place(self) -> Placement:
+        """The devices that it is spread over."""
+        return self.rows.place
+
+    @property
+    def features(self) -> np.ndarray:
+        """eta_c K_c phi_c(n) of all checkpoints, [n, c * p]; on the host, so for small indexes."""
+        return self._counted(np.concatenate(self._each(FEATURES), axis=1))
+
+    @property
+    def residual(self) -> np.ndarray:
+        """r, multiplies each training example's scores, [n]; on the host."""
+        return self._counted(np.mean(self._each(EXAMPLES), axis=0)[:, COLUMNS.residual])
+
+    @property
+    def self_contributions(self) -> np.ndarray:
+        """Each example's contribution to its own score, per group, [n, m]; on the host."""
+        return self._counted(np.sum(self._each(SELF), axis=0))
+
+    def _each(self, name: str) -> list[np.ndarray]:
+        """One array [n, width] per checkpoint."""
+        return [all_rows(self.rows, name, c) for c in range(self.rows.layout.checkpoints)]
+
+    def _counted(self, values: np.ndarray) -> np.ndarray:
+        """With zeros for examples that do not count."""
+        values[self.non_finite] = 0
+        return values
+
+    def __repr__(self) -> str:
+        name = "opened without its method" if self.method is None else self.method.name
+        shards = self.place.shards
+        return (
+            f"Index({name}: {self.size} training examples, {len(self.layout.names)} "
+            f"groups, {self.layout.total} features, {self.rows.layout.checkpoints} checkpoints, "
+            f"{len(self.non_finite)} not finite"
+            + (f", over {shards} devices" if shards > 1 else "")
+            + (f", on disk at {self.path}" if self.path is not None else "")
+            + ")"
+        )
+
+
+def report_non_finite(positions: np.ndarray, total: int, what: str, where: str = "") -> None:
+    """Warns of examples that were left out, if there are any.
+
+    Args:
+      positions: theirs.
+      total: number of examples.
+      what: they are.
+      where: more about them.
+    """
+    if len(positions):
+        warnings.warn(
+            f"{len(positions)} of {total} {what} have gradients that are not finite and were left "
+            f"out{where}: ids {first_ids(positions)}.",
+            NonFiniteWarning,
+            stacklevel=3,
+        )
+
+
+def first_ids(ids: np.ndarray) -> str:
+    """Returns the first ids, for a message."""
+    return ", ".join(map(str, ids[:10])) + (", ..." if len(ids) > 10 else "")

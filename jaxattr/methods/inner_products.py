@@ -1,0 +1,69 @@
+"""Methods with inner products of gradients: TracIn and its cosine."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from jaxattr import kernels
+from jaxattr.features import projections
+from jaxattr.features.featurizer import FeatureRule
+from jaxattr.features.projections import Projection
+from jaxattr.methods.method import Method
+from jaxattr.typing import OutputFn
+
+
+def tracin(
+    loss: OutputFn,
+    *,
+    checkpoint_weights: Sequence[float] | None = None,
+    projection: Projection | None = None,
+) -> Method:
+    r"""TracIn: inner products of loss gradients, summed over checkpoints.
+
+    .. math:: \tau(q, n) = \sum_c \eta_c \nabla\ell(\theta_c, q)^\top \nabla\ell(\theta_c, n)
+
+    Guarantees: exact for groups of at most `dim` parameters of the projection, unbiased for larger.
+
+    Args:
+      loss: (params, example, key) -> scalar, summed over the example's tokens or pixels.
+      checkpoint_weights: eta, for instance the learning rates. Default: one each.
+      projection: of each group's gradient. Default: `rademacher(1024)`.
+
+    Returns:
+      The method.
+
+    References:
+      Pruthi et al. (2020), arXiv:2002.08484, Eq. 5.
+    """
+    rule = FeatureRule(loss, projections.rademacher(1024) if projection is None else projection)
+    eta = _checkpoint_weights(checkpoint_weights)
+    return Method("TracIn", rule, kernels.identity(), eta, references=("tracin",))
+
+
+def grad_cos(
+    loss: OutputFn,
+    *,
+    checkpoint_weights: Sequence[float] | None = None,
+    projection: Projection | None = None,
+) -> Method:
+    r"""Cosine similarity of loss gradients, summed over checkpoints.
+
+    All groups together are scaled to unit norm, per checkpoint, after projection.
+
+    Args:
+      loss: (params, example, key) -> scalar, summed over the example's tokens or pixels.
+      checkpoint_weights: as in `tracin`.
+      projection: of each group's gradient. Default: `rademacher(1024)`.
+
+    Returns:
+      The method.
+
+    References:
+      Charpiat et al. (2019), arXiv:1906.01930; Hammoudeh and Lowd (2022), arXiv:2201.10055.
+    """
+    base = tracin(loss, checkpoint_weights=checkpoint_weights, projection=projection)
+    rule = base.rule._replace(normalize=True)
+    return dataclasses.replace(base, name="GradCos", rule=rule, references=("grad_cos",))
+
+
+def _checkpoint_weights(weights: Sequence[float] | None) -> tuple[float, ...] | None:
+    return None if weights is None else tuple(float(weight) for weight in weights)

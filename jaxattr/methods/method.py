@@ -1,0 +1,117 @@
+"""Attribution methods, each a composition of an output function, a projection and a kernel.
+
+The score of every method is, over checkpoints c and with one weight per parameter group,
+
+    score(q, n) = r(n) * sum_c eta_c phi_c(q)^T Diag(w) K_c phi_c(n)
+
+and the functions below say what phi, K, r and eta are. Positive: training on n makes the model do
+more of what the query did.
+"""
+
+import dataclasses
+
+from jaxattr import groups
+from jaxattr.features import featurizer as features
+from jaxattr.features.featurizer import FeatureRule, Featurizer
+from jaxattr.groups import Groups
+from jaxattr.kernels import Kernel
+from jaxattr.methods.citations import BIBTEX
+from jaxattr.typing import Example, Key, Link, OutputFn, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """An attribution method, ready for `build_index`.
+
+    Attributes:
+      name: what tables show.
+      rule: how one example becomes features.
+      kernel: what multiplies the training side.
+      checkpoint_weights: eta, one per checkpoint; or None for the same for all.
+      average_checkpoints: whether that same eta is 1/C (an ensemble's mean) or 1 (a sum).
+      references: keys of `citation`.
+      query_output: output function of queries, where it is another than that of training examples.
+      link: "square" if scores are squares of sums of contributions, else "identity".
+    """
+
+    name: str
+    rule: FeatureRule
+    kernel: Kernel
+    checkpoint_weights: tuple[float, ...] | None = None
+    average_checkpoints: bool = False
+    references: tuple[str, ...] = ()
+    query_output: OutputFn | None = None
+    link: Link = "identity"
+
+    def __post_init__(self) -> None:
+        if self.link not in ("identity", "square"):
+            raise ValueError(f'link must be "identity" or "square", got {self.link!r}.')
+
+    def weights_of(self, checkpoints: int) -> tuple[float, ...]:
+        """Returns eta for a number of checkpoints."""
+        if self.checkpoint_weights is None:
+            return (1 / checkpoints if self.average_checkpoints else 1.0,) * checkpoints
+        if len(self.checkpoint_weights) != checkpoints:
+            raise ValueError(
+                f"{self.name} was given {len(self.checkpoint_weights)} checkpoint weights for "
+                f"{checkpoints} checkpoints."
+            )
+        return self.checkpoint_weights
+
+
+def featurizer(
+    method: Method,
+    params: Params,
+    example: Example,
+    *,
+    groups: Groups = groups.by_layer,
+    key: Key | None = None,
+    microbatch: int | None = None,
+) -> Featurizer:
+    """Makes the step that everything streams: a batch to its features.
+
+    Args:
+      method: the attribution method.
+      params: parameters, or their shapes.
+      example: ONE example, without a batch axis, or its shapes.
+      groups: a function such as `by_layer`, a layout, or a pytree of labels.
+      key: key of the projections and of stochastic outputs. Default: `jax.random.key(0)`.
+      microbatch: examples whose gradients are in memory at once. Default: as many as fit 256 MiB.
+
+    Returns:
+      `featurize(params, batch, ids) -> [b, p]`, pure and jittable, with a `.layout`.
+
+    Raises:
+      ValueError: if the output is not a float scalar, the parameters are not float arrays, or the
+        groups are no partition of them.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def loss(params, example, key):
+      ...     return 0.5 * (params["w"] @ example["x"] - example["y"]) ** 2
+      >>> batch = {"x": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "y": jnp.ones(2)}
+      >>> params = {"w": jnp.zeros(2)}
+      >>> featurize = featurizer(tracin(loss), params, {"x": jnp.ones(2), "y": jnp.ones(())})
+      >>> print(featurize(params, batch))
+      [[-1. -2.]
+       [-3. -4.]]
+    """
+    return features.featurize_with(
+        method.rule, params, example, groups=groups, key=key, microbatch=microbatch
+    )
+
+
+def citation(method: Method) -> str:
+    """Returns BibTeX for the method and for learned weights.
+
+    Args:
+      method: the attribution method.
+
+    Returns:
+      BibTeX entries, separated by blank lines.
+
+    Example:
+      >>> print(citation(tracin(lambda params, example, key: 0.0)).splitlines()[0])
+      @inproceedings{pruthi2020tracin,
+    """
+    return "\n\n".join(BIBTEX[reference] for reference in (*method.references, "weights"))

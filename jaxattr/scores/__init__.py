@@ -1,0 +1,1 @@
+"""Scores of training examples for queries, and the strongest of them."""

@@ -1,0 +1,1 @@
+"""Weights per parameter group: their losses, how they are learned, what is reported."""

@@ -1,0 +1,65 @@
+"""Imports point one way: each room knows those before it and none after."""
+
+import ast
+import pathlib
+
+import jaxattr
+
+ROOT = pathlib.Path(jaxattr.__file__).parent
+ROOMS = (
+    ("typing",),
+    ("keys",),
+    ("groups",),
+    ("sharding", "batches"),
+    ("sources",),
+    ("linear_maps",),
+    ("features",),
+    ("kernels",),
+    ("fitting",),
+    ("methods",),
+    ("diffusion",),
+    ("store",),
+    ("index",),
+    ("scores",),
+    ("weights",),
+    ("evaluation",),
+    ("language",),
+)
+PLACE = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}
+
+
+def imported(path):
+    """Rooms that a file imports from, at its top or inside its functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "jaxattr":
+            parts = node.module.split(".")[1:]
+            yield from [parts[0]] if parts else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                assert not alias.name.startswith("jaxattr."), f"{path}: from jaxattr.x import y"
+
+
+def modules():
+    return sorted(ROOT.rglob("*.py"))
+
+
+def test_imports_point_one_way():
+    wrong = []
+    for path in modules():
+        room = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for other in imported(path):
+            if other != room and PLACE[other] >= PLACE[room]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {other}")
+    assert not wrong
+
+
+def test_modules_are_small():
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for path in modules()
+        if path.name != "__init__.py"
+    }
+    assert max(lengths.values()) <= 500, max(lengths, key=lengths.get)
+    assert sorted(lengths.values())[len(lengths) // 2] < 250
