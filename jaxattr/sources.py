@@ -36,10 +36,12 @@ class Source:
     Attributes:
       size: number of examples, at least one.
       read: positions -> a batch.
+      in_memory: whether all of it is in memory, so that reading costs next to nothing.
     """
 
     size: int
     read: Callable[[np.ndarray], Batch]
+    in_memory: bool = False
 
     def blocks(self, size: int, place: Placement, first: int = 0) -> Iterator[Block]:
         """Yields blocks of `size` examples.
@@ -91,7 +93,7 @@ def as_source(data: Any, role: str) -> Source:
             raise ValueError(f"{role} is empty: got a pytree without arrays.")
         arrays = jax.tree.map(_as_array, data)
         size = leading_size(arrays)
-        source = Source(size, lambda rows: jax.tree.map(lambda x: x[rows], arrays))
+        source = Source(size, lambda rows: jax.tree.map(lambda x: x[rows], arrays), in_memory=True)
     if source.size == 0:
         raise ValueError(f"{role} is empty: it has no examples, and at least one is needed.")
     return source

@@ -1,5 +1,7 @@
 """Tiny models and data that several tests share."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -54,3 +56,18 @@ def one(batch):
 
 def relative_error(got, expected):
     return float(jnp.abs(jnp.asarray(got) - expected).max() / jnp.abs(expected).max())
+
+
+@contextlib.contextmanager
+def compilations():
+    """Counts the programs that are compiled meanwhile: call what it gives."""
+    found = []
+
+    def note(event, duration, **kwargs):
+        del duration, kwargs
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield lambda: len(found)
+    jax.monitoring.unregister_event_duration_listener(note)

@@ -10,6 +10,7 @@ ROOMS = (
     ("typing",),
     ("keys",),
     ("groups",),
+    ("identity",),
     ("sharding", "batches"),
     ("sources",),
     ("linear_maps",),

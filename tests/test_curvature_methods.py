@@ -114,7 +114,7 @@ def test_an_example_that_is_not_finite_does_no_harm(name):
 
 def test_without_curvature_ekfac_is_tracin():
     rule = ja.ekfac(models.loss).rule
-    rotated = ja.Method("rotated", rule, kernels.identity())
+    rotated = ja.Method("rotated", rule, kernels.Identity())
     expected = ja.score(FEW(ja.tracin(models.loss, projection=EXACT), PARAMS, TRAIN), QUERIES)
     index = FEW(rotated, PARAMS, TRAIN)
     np.testing.assert_allclose(ja.score(index, QUERIES), expected, rtol=1e-12)
@@ -480,7 +480,7 @@ def test_a_fitted_basis_is_needed_outside_of_an_index():
         lambda: ja.Method(
             "flat",
             FeatureRule(lambda p, x, key: jnp.sum(p["layer0"]["bias"]), EXACT),
-            kernels.inverse_hessian(ja.absolute(0.0)),
+            kernels.InverseHessian(ja.absolute(0.0)),
         ),
     ],
 )
@@ -505,7 +505,7 @@ def test_the_bias_of_a_looked_up_row_counts(narrow, monkeypatch):
     table, bias = jax.random.normal(keys[0], (7, 3)), jax.random.normal(keys[1], (3,))
     params = {"m": {"table": table, "bias": bias}, "o": jax.random.normal(keys[2], (3, 3))}
     data = {"id": jnp.arange(9) % 7, "y": jnp.arange(9) % 3}
-    method = ja.Method("rotated", ja.ekfac(looked_up, rank=8).rule, kernels.identity())
+    method = ja.Method("rotated", ja.ekfac(looked_up, rank=8).rule, kernels.Identity())
     index = FEW(method, params, data)
     gradient = jax.vmap(lambda x: jax.grad(looked_up)(params, x, None)["m"])(data)
     rows = jnp.concatenate([gradient["table"], gradient["bias"][:, None]], axis=1)

@@ -185,7 +185,7 @@ def test_opponents_of_squares_are_refused():
 
 def test_leverage_is_of_one_matrix():
     with pytest.raises(ValueError, match="leverage=True needs dense=True"):
-        kernels.gram(ja.relative(1.0), leverage=True)
+        kernels.Gram(ja.relative(1.0), leverage=True)
 
 
 def journey_queries(steps=4):

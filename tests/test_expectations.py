@@ -43,7 +43,7 @@ def test_features_are_those_of_a_loop_over_timesteps(draws, unit_norm):
 @pytest.mark.parametrize("unit_norm", [False, True])
 def test_factored_features_are_those_of_gradients_that_are_formed(unit_norm):
     batch, output = toy.images(6), toy.expected_loss(draws=2, unit_norm=unit_norm)
-    formed = projections.two_sided(3, basis=bases.signs()._replace(materialize=True))
+    formed = projections.two_sided(3, basis=bases.Signs(materialize=True))
     fast = featurizer(output, projections.two_sided(3))
     assert fast.plan.factored
     expected = featurizer(output, formed)(toy.params(), batch)
@@ -190,5 +190,5 @@ def test_an_index_knows_whether_draws_had_unit_norm(tmp_path):
         return ja.tracin(toy.expected_loss(unit_norm=unit_norm))
 
     ja.build_index(method(True), toy.params(), toy.images(9), path=tmp_path / "index")
-    with pytest.raises(StoreError, match="unit_norm_per_draw: the index has True, got None"):
+    with pytest.raises(StoreError, match="output.unit_norm: the index has True, got False"):
         ja.open_index(tmp_path / "index", method(False), toy.params())

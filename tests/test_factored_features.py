@@ -25,7 +25,7 @@ def model(name):
 
 def materialized(rank):
     """The same projection of gradients that are formed first."""
-    signs = bases.signs()._replace(materialize=True)
+    signs = bases.Signs(materialize=True)
     return projections.two_sided(rank, basis=signs)
 
 

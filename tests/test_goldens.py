@@ -4,6 +4,7 @@ goldens/peer_goldens.npz holds, for each library and setting, the score matrix i
 and the closed form of what it documents ("closed_form:...").
 """
 
+import dataclasses
 import pathlib
 
 import jax
@@ -16,7 +17,7 @@ import jaxattr as ja
 from jaxattr import kernels
 from jaxattr.features import projections
 from jaxattr.features.featurizer import FeatureRule
-from jaxattr.features.projections import Projection
+from jaxattr.identity import Contents
 from tests.models import margin_of, one, relative_error
 
 GOLDENS = np.load(pathlib.Path(__file__).parent / "goldens" / "peer_goldens.npz")
@@ -72,14 +73,22 @@ def index(method, params=PARAMS, groups=ja.by_leaf):
 
 
 def fixed(matrices):
-    """A projection by given matrices, one per checkpoint, on a single group."""
+    """A projection by a given matrix, on a single group."""
+    return Given(Contents(matrices))
 
-    def project(key, members):
-        del key
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    matrix: Contents
+    name = "given"
+    basis = None
+
+    def dim(self, size):
+        return self.matrix.value.shape[1]
+
+    def project(self, key, members):
         (x,) = members.values()
-        return x @ matrices
-
-    return Projection("given", lambda size: matrices.shape[1], project)
+        return x @ self.matrix.value
 
 
 @pytest.mark.parametrize("groups", [ja.by_leaf, {n: "all" for n in LEAVES}])
@@ -147,7 +156,7 @@ DAMPINGS = {"0.01": ja.absolute(0.01), "None": ja.relative(0.1)}
 def test_kronfluence(name, damping):
     if name == "diagonal":
         rule = FeatureRule(loss, EXACT)
-        method = ja.Method("diagonal", rule, kernels.second_moment(DAMPINGS[damping]))
+        method = ja.Method("diagonal", rule, kernels.SecondMoment(DAMPINGS[damping]))
     else:
         method = {"kfac": ja.kfac, "ekfac": ja.ekfac}[name](loss, damping=DAMPINGS[damping])
     scores = ja.score(index(method, groups=BY_LAYER), QUERIES)

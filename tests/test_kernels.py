@@ -49,7 +49,7 @@ BLOCKS = {False: [(0, 4), (4, 7), (7, 12)], True: [(0, 12)]}
 @pytest.mark.parametrize("n", [4, 11, 30])  # dual, partly dual or dual, primal
 def test_gram_is_the_damped_inverse(n, damping, dense):
     phi = features(n)
-    got = run(kernels.gram(damping, dense=dense), phi)
+    got = run(kernels.Gram(damping, dense=dense), phi)
     np.testing.assert_allclose(got, oracle(phi, damping, BLOCKS[dense]), rtol=1e-9, atol=1e-12)
 
 
@@ -62,7 +62,7 @@ def test_primal_equals_dual():
 
 @pytest.mark.parametrize("batch", [1, 7, 40])
 def test_batches_do_not_matter(batch):
-    kernel = kernels.gram(kernels.relative(0.1))
+    kernel = kernels.Gram(kernels.relative(0.1))
     np.testing.assert_allclose(
         run(kernel, features(30), batch), run(kernel, features(30)), rtol=1e-9
     )
@@ -70,7 +70,7 @@ def test_batches_do_not_matter(batch):
 
 def test_float32_statistics_stay_accurate():
     phi = features(200)
-    got = run(kernels.gram(kernels.relative(0.1)), phi.astype(jnp.float32))
+    got = run(kernels.Gram(kernels.relative(0.1)), phi.astype(jnp.float32))
     expected = oracle(phi, kernels.relative(0.1), BLOCKS[False])
     assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
 
@@ -78,14 +78,14 @@ def test_float32_statistics_stay_accurate():
 @pytest.mark.parametrize("n", [3, 30])
 def test_a_block_without_gradients_maps_to_zero(n):
     phi = features(n).at[:, 4:7].set(0)
-    got = run(kernels.gram(kernels.relative(0.1)), phi)
+    got = run(kernels.Gram(kernels.relative(0.1)), phi)
     assert (got[:, 4:7] == 0).all()
     assert np.isfinite(got).all() and (got[:, :4] != 0).any()
 
 
 def test_identity():
     phi = features(6)
-    np.testing.assert_array_equal(run(kernels.identity(), phi), phi)
+    np.testing.assert_array_equal(run(kernels.Identity(), phi), phi)
 
 
 @pytest.mark.parametrize("make", [kernels.absolute, kernels.relative])
@@ -97,7 +97,7 @@ def test_bad_damping(make, value):
 
 def test_damping_needs_a_unit():
     with pytest.raises(ValueError, match=r"ja.absolute\(x\) or ja.relative\(x\), got 0.1"):
-        kernels.gram(0.1)
+        kernels.Gram(0.1)
 
 
 @pytest.mark.parametrize(
@@ -110,4 +110,4 @@ def test_damping_needs_a_unit():
 )
 def test_singular_kernels_are_refused(phi, why):
     with pytest.raises(ValueError, match=f"is singular: .*({why}).*Use more damping"):
-        run(kernels.gram(kernels.absolute(0.0)), phi)
+        run(kernels.Gram(kernels.absolute(0.0)), phi)

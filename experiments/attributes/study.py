@@ -323,7 +323,7 @@ def _features(index: ja.Index, parts: dict[str, Pictures]) -> dict[str, QueryFea
     for name, end in zip(parts, ends, strict=True):
         start = end - len(parts[name]["image"])
         lost = found.non_finite[(found.non_finite >= start) & (found.non_finite < end)] - start
-        split[name] = QueryFeatures(found.features[start:end], lost)
+        split[name] = found._replace(features=found.features[start:end], non_finite=lost)
     return split
 
 

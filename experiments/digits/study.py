@@ -18,6 +18,7 @@ from experiments.digits.models import Model, make_model
 from experiments.ground_truth import Truth
 from jaxattr import evaluation
 from jaxattr.evaluation import LDS
+from jaxattr.kernels import MapsQueries
 from jaxattr.weights.report import WeightFit
 
 
@@ -200,7 +201,7 @@ def index_of(
 def _mislabel_auc(
     subject: Subject, method: ja.Method, groups: Any, weights: dict[str, dict[str, float]]
 ) -> dict[str, float]:
-    if method.rule.normalize or method.kernel.of_queries is not None:
+    if method.rule.normalize or isinstance(method.kernel, MapsQueries):
         return {}  # unit vectors: self-influence is one for all
     misled = index_of(method, subject.misled, subject.mislabelled, groups)
     return {

@@ -11,7 +11,7 @@ from jaxattr import kernels
 from jaxattr.index.building import build_index
 from jaxattr.index.checkpoint_builds import apply_kernel
 from jaxattr.index.index import Index
-from jaxattr.kernels import Damping
+from jaxattr.kernels import Damping, HasSpectrum
 from jaxattr.methods.method import Method
 from jaxattr.store.rows import EXAMPLES, FEATURES, MemoryRows, all_rows
 from jaxattr.typing import Params
@@ -58,8 +58,8 @@ def damping_path(
       >>> [index.method.kernel.name for damping, index in path][-1]
       'block-diagonal gram, damping 10 x mean eigenvalue'
     """
-    family = method.kernel.family
-    if family is None:
+    kernel = method.kernel
+    if not isinstance(kernel, HasSpectrum):
         raise ValueError(
             f"{method.name} has no damping path: its kernel ({method.kernel.name}) is not the "
             "inverse of a Gram matrix, as those of ja.trak, ja.d_trak, ja.journey_trak and ja.das."
@@ -69,7 +69,7 @@ def damping_path(
     if options.get("path") is not None or options.get("mesh") is not None:
         raise ValueError("A damping path is computed in memory on one device: no path, no mesh.")
     for damping in dampings:
-        family.operator([], damping)  # raises where it cannot be, before the work
+        kernel.operator_at([], damping)  # raises where it cannot be, before the work
     raw = build_index(_without_kernel(method), checkpoints, train, **options)
     return _indexes(method, raw, dampings)
 
@@ -77,8 +77,8 @@ def damping_path(
 def _indexes(
     method: Method, raw: Index, dampings: Sequence[Damping]
 ) -> Iterator[tuple[Damping, Index]]:
-    family = method.kernel.family
-    assert family is not None and isinstance(raw.rows, MemoryRows)
+    kernel: Any = method.kernel
+    assert isinstance(raw.rows, MemoryRows)
     layout, dtype = raw.rows.layout, raw.rows.layout.wide
     numbers = range(layout.checkpoints)
 
@@ -86,24 +86,24 @@ def _indexes(
         return all_rows(raw.rows, FEATURES, number, columns).astype(dtype)
 
     spectra = [
-        family.spectrum(raw.layout, functools.partial(features, number)) for number in numbers
+        kernel.spectrum(raw.layout, functools.partial(features, number)) for number in numbers
     ]
     etas = method.weights_of(layout.checkpoints)
     for damping in dampings:
         rows = MemoryRows(layout, raw.place)
         rows.arrays[EXAMPLES] = raw.rows.arrays[EXAMPLES]  # shared: those are not written
         for number in numbers:
-            operator = family.operator(spectra[number], damping)
+            operator = kernel.operator_at(spectra[number], damping)
             apply, _ = apply_kernel(raw.place, method.kernel, raw.layout, etas[number])
             for block in range(layout.blocks):
                 phi = raw.rows.read(FEATURES, block, number).astype(dtype)
                 rows.write(block, number, apply(operator, phi)[1])
-        made = dataclasses.replace(method, kernel=family.kernel(damping))
+        made = dataclasses.replace(method, kernel=dataclasses.replace(kernel, damping=damping))
         yield damping, dataclasses.replace(raw, method=made, rows=rows)
 
 
 def _without_kernel(method: Method) -> Method:
     """Its features as they are, so with a weight of one for each checkpoint."""
     return dataclasses.replace(
-        method, kernel=kernels.identity(), checkpoint_weights=None, average_checkpoints=False
+        method, kernel=kernels.Identity(), checkpoint_weights=None, average_checkpoints=False
     )

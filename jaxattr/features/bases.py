@@ -6,9 +6,9 @@ them (the eigenbasis of K-FAC and EK-FAC), or random signs scaled by an optimize
 (TrackStar).
 """
 
+import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -61,38 +61,42 @@ class Fitted(NamedTuple):
       curvature: eigenvalue of each feature [p], NaN where it is not known; or None.
       captured: {leaf: share of the trace of the covariances that A and B hold, [2]}; of a side
         that was narrowed at random first, of the trace that was left.
+      data: digest of the examples that it was fitted to, uint32 [k]; None if it saw none.
     """
 
     sides: dict[str, Sides]
     scales: dict[str, jax.Array]
     curvature: jax.Array | None
     captured: dict[str, jax.Array]
+    data: jax.Array | None = None
 
 
 NOTHING = Fitted({}, {}, None, {})
 
 
-class Basis(NamedTuple):
-    """Where A and B come from.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Basis:
+    """Where A and B come from: a frozen dataclass whose fields are all its parameters.
+
+    How they come about is a method that a basis has or has not: see `Draws` and `Fits`.
 
     Attributes:
-      name: what `describe` shows.
-      draw: (key, linear map) -> A and B, for a basis that needs no data; else None. Jittable.
-      fit: (a pass over the training data) -> what was fitted, for a basis that needs it; else None.
       rank: largest number of features per side; None for no limit.
-      narrow: (a, b): a side of more than a has at most b features; None for no such limit.
       bands: into how many groups each side is split.
       materialize: whether the gradient of a linear map must be formed, because it is scaled
         elementwise.
+      narrow: (a, b): a side of more than a has at most b features; None for no such limit.
     """
 
-    name: str
-    draw: Callable[[Key, Factored], Sides] | None
-    fit: Callable[[Any], Fitted] | None = None
     rank: int | None = None
-    narrow: tuple[int, int] | None = None
     bands: int = 1
     materialize: bool = False
+    narrow: ClassVar[tuple[int, int] | None] = None
+
+    @property
+    def name(self) -> str:
+        """What `describe` shows."""
+        return type(self).__name__
 
     def side(self, size: int) -> int:
         """Returns the number of features of a side with so many inputs or outputs."""
@@ -102,13 +106,36 @@ class Basis(NamedTuple):
         return kept
 
 
-def signs() -> Basis:
-    """Random signs, scaled so that inner products are unbiased; the identity on small sides.
+@runtime_checkable
+class Draws(Protocol):
+    """A basis that needs no data."""
 
-    Returns:
-      The basis.
-    """
-    return Basis("two-sided random signs", draw_signs)
+    def draw(self, key: Key, factored: Factored) -> Sides:
+        """Returns A and B of a linear map, from a key. Jittable."""
+        ...
+
+
+@runtime_checkable
+class Fits(Protocol):
+    """A basis that is fitted to each checkpoint."""
+
+    def fit(self, over: Any) -> Fitted:
+        """Returns what was fitted in a pass over the training data."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Signs(Basis):
+    """Random signs, scaled so that inner products are unbiased; the identity on small sides."""
+
+    @property
+    def name(self) -> str:
+        """See `Basis`."""
+        return "two-sided random signs"
+
+    def draw(self, key: Key, factored: Factored) -> Sides:
+        """See `Draws`."""
+        return draw_signs(key, factored)
 
 
 def draw_signs(key: Key, factored: Factored) -> Sides:

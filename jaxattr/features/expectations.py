@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxattr import identity
 from jaxattr.typing import Batch, Example, Key, OutputFn, Params
 
 
@@ -51,10 +52,10 @@ class Expectation:
       unit_norm: whether the gradient of each draw gets unit norm before the mean is taken.
     """
 
-    loss: TimestepFn
-    timesteps: Timesteps
-    draws: int
-    unit_norm: bool
+    loss: TimestepFn = identity.function("params", "example", "key", "timestep")
+    timesteps: Timesteps = identity.function("key")
+    draws: int = 1
+    unit_norm: bool = False
 
     def __call__(self, params: Params, example: Example, key: Key) -> jax.Array:
         """Computes the mean, one draw after the other.

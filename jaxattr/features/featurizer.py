@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxattr import groups as groups_lib
-from jaxattr import linear_maps
+from jaxattr import identity, linear_maps
 from jaxattr.batches import in_microbatches, leading_size, shapes_of_one
-from jaxattr.features.bases import NOTHING, Fitted, Sides, apply_sides
+from jaxattr.features import projections
+from jaxattr.features.bases import NOTHING, Draws, Fits, Fitted, Sides, apply_sides
 from jaxattr.features.expectations import (
-    Expectation,
     at_one_draw,
     draws_of,
     example_at_one_draw,
@@ -35,7 +35,8 @@ from jaxattr.keys import example_keys
 from jaxattr.typing import Batch, Example, Features, Key, OutputFn, Params
 
 
-class FeatureRule(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class FeatureRule:
     """How one example becomes features.
 
     Attributes:
@@ -45,10 +46,22 @@ class FeatureRule(NamedTuple):
       residual: scalar of one example that multiplies its column of scores, or None for one.
     """
 
-    output: OutputFn
-    projection: Projection
+    output: OutputFn = identity.function("params", "example", "key")
+    projection: Projection = dataclasses.field(default_factory=projections.identity)
     normalize: bool = False
-    residual: OutputFn | None = None
+    residual: OutputFn | None = identity.function("params", "example", "key", default=None)
+
+    def traced(self, params: Params, example: Example, key: Key) -> "FeatureRule":
+        """Returns the rule with the user's functions as what they compute now.
+
+        Args:
+          params: parameters, or their shapes.
+          example: ONE example, or its shapes.
+          key: any key.
+        """
+        timestep = jax.ShapeDtypeStruct((), jnp.asarray(0).dtype)
+        given = {"params": params, "example": example, "key": key, "timestep": timestep}
+        return identity.traced(self, given)
 
 
 class Featurized(NamedTuple):
@@ -102,15 +115,19 @@ class Featurizer:
 
     def unscaled(self) -> Callable[..., Featurized]:
         """Returns the step without unit norm, whose features are linear in the output."""
-        return _compiled_step(self.rule._replace(normalize=False), self.plan, self.microbatch)
+        return _compiled_step(
+            dataclasses.replace(self.rule, normalize=False), self.plan, self.microbatch
+        )
 
-    def of(self, output: OutputFn) -> "Featurizer":
+    def of(self, output: OutputFn, params: Params, example: Example) -> "Featurizer":
         """Returns the featurizer of another output function, with the same columns.
 
         Args:
           output: scalar function of one example, in which the same leaves are linear maps.
+          params: parameters, or their shapes.
+          example: ONE example, or its shapes.
         """
-        rule = _hashable(self.rule._replace(output=output))
+        rule = dataclasses.replace(self.rule, output=output).traced(params, example, self.key)
         step = _compiled_step(rule, self.plan, self.microbatch)
         return dataclasses.replace(self, rule=rule, step=step)
 
@@ -140,7 +157,7 @@ class Featurizer:
         if ids is None:
             ids = jnp.arange(leading_size(batch))
         basis = self.rule.projection.basis
-        if fitted is None and basis is not None and basis.fit is not None:
+        if fitted is None and isinstance(basis, Fits):
             raise ValueError(
                 f"The basis of these features ({basis.name}) is fitted to training data. Build an "
                 "index, and pass fitted=index.fitted[checkpoint]."
@@ -178,10 +195,10 @@ def featurize_with(
     """
     layout = groups_lib.resolve(groups, params)
     key = jax.random.key(0) if key is None else key
-    check_output(rule.output, params, example, key)
-    if rule.residual is not None:
-        check_output(rule.residual, params, example, key)
-    rule = _hashable(rule)
+    rule = rule.traced(params, example, key)
+    for function in (rule.output, rule.residual):
+        if function is not None:
+            check_output(function, params, example, key)
     if microbatch is not None and microbatch < 1:
         raise ValueError(f"microbatch must be at least 1, got {microbatch}.")
     found = None
@@ -194,23 +211,6 @@ def featurize_with(
     microbatch = microbatch or _default_microbatch(rule, layout, plan)
     step = _compiled_step(rule, plan, microbatch)
     return Featurizer(plan.layout, layout, plan, rule, key, microbatch, step)
-
-
-def _hashable(rule: FeatureRule) -> FeatureRule:
-    """The rule, fit to be the key of a cache: callable objects may have no hash."""
-
-    def wrapped(function: OutputFn) -> OutputFn:
-        if isinstance(function, Expectation):
-            loss = function.loss
-            return dataclasses.replace(function, loss=lambda *arguments: loss(*arguments))
-        return lambda params, example, key: function(params, example, key)
-
-    try:
-        hash(rule)
-    except TypeError:
-        residual = None if rule.residual is None else wrapped(rule.residual)
-        return rule._replace(output=wrapped(rule.output), residual=residual)
-    return rule
 
 
 def check_output(output: OutputFn, params: Params, example: Example, key: Key) -> None:
@@ -231,11 +231,15 @@ def check_output(output: OutputFn, params: Params, example: Example, key: Key) -
         return
     got = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves]
     raise ValueError(
-        f"The function {getattr(output, '__name__', output)!r} must map ONE example, without a "
+        f"The function {_name(output)!r} must map ONE example, without a "
         f"batch axis, to one float scalar; it returned {', '.join(got) or 'nothing'}. If the model "
         "wants a batch, add the axis inside (x[None]) and sum or index the result; return no "
         "auxiliary values, and let layers with batch statistics use their running averages."
     )
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "name", getattr(function, "__name__", repr(function)))
 
 
 @functools.lru_cache(maxsize=16)
@@ -280,8 +284,8 @@ def sides_of(rule: FeatureRule, plan: Plan, key: Key, fitted: Fitted) -> dict[st
     Returns:
       {leaf: (A, B)}.
     """
-    basis = rule.projection.basis
-    if fitted.sides or basis is None or basis.draw is None:
+    basis: Any = rule.projection.basis
+    if fitted.sides or not isinstance(basis, Draws):
         return dict(fitted.sides)
     return {factored.map.leaf: basis.draw(key, factored) for factored in plan.factored}
 

@@ -5,9 +5,10 @@ is stored: entries come from (key, group name, leaf name, block), so they are th
 device, for any batch size, and for any order or number of other groups.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,29 +19,32 @@ from jaxattr.keys import named_key
 from jaxattr.typing import Key
 
 
-class ProjectFn(Protocol):
-    """Projects one group's gradients."""
+class Projection(Protocol):
+    """What is done to gradients: a frozen dataclass whose fields are all its parameters.
 
-    def __call__(self, key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
-        """Returns features [b, p] of the members {leaf name: [b, size]}; `key` is the group's."""
-        ...
-
-
-class Projection(NamedTuple):
-    """A pair of pure functions; users may write their own.
-
-    Attributes:
-      name: what `describe` shows.
-      dim: number of features p of a group with the given number of parameters.
-      project: the linear map.
-      basis: how the gradients of linear maps are projected, from both sides and without being
-        formed; None if they are projected as all others are.
+    Users may write their own; arrays among its fields go in as `jaxattr.identity.Contents`.
     """
 
-    name: str
-    dim: Callable[[int], int]
-    project: ProjectFn
-    basis: Basis | None = None
+    @property
+    def name(self) -> str:
+        """What `describe` shows."""
+        ...
+
+    @property
+    def basis(self) -> Basis | None:
+        """How the gradients of linear maps are projected, from both sides and without being formed.
+
+        None if they are projected as all others are.
+        """
+        ...
+
+    def dim(self, size: int) -> int:
+        """Returns the number of features p of a group with so many parameters."""
+        ...
+
+    def project(self, key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
+        """Returns features [b, p] of the members {leaf name: [b, size]}; `key` is the group's."""
+        ...
 
 
 def identity() -> Projection:
@@ -49,7 +53,7 @@ def identity() -> Projection:
     Returns:
       The projection.
     """
-    return Projection("identity", lambda size: size, _concatenate)
+    return Identity()
 
 
 def rademacher(dim: int) -> Projection:
@@ -72,7 +76,7 @@ def rademacher(dim: int) -> Projection:
       >>> phi.shape, bool(abs((phi * phi).sum() / 10_000 - 1) < 0.2)
       ((1, 512), True)
     """
-    return _randomised("rademacher", dim, _dense(_signs))
+    return Rademacher(dim)
 
 
 def gaussian(dim: int) -> Projection:
@@ -86,7 +90,7 @@ def gaussian(dim: int) -> Projection:
     Returns:
       The projection.
     """
-    return _randomised("gaussian", dim, _dense(_normals))
+    return Gaussian(dim)
 
 
 def sjlt(dim: int, nonzeros: int = 4) -> Projection:
@@ -103,21 +107,7 @@ def sjlt(dim: int, nonzeros: int = 4) -> Projection:
     Returns:
       The projection.
     """
-    if nonzeros < 1:
-        raise ValueError(f"nonzeros must be at least 1, got {nonzeros}.")
-
-    def project(key: Key, x: jax.Array, p: int) -> jax.Array:
-        size = x.shape[1]
-        bucket_key, sign_key = jax.random.split(key)
-        buckets = jax.random.randint(bucket_key, (nonzeros, size), 0, p)
-        signs = jax.random.rademacher(sign_key, (nonzeros, size), x.dtype)
-        sums = [
-            jax.ops.segment_sum((x * sign[None]).T, bucket, p)  # [p, b]
-            for bucket, sign in zip(buckets, signs, strict=True)
-        ]
-        return sum(sums).T / math.sqrt(nonzeros)  # type: ignore[union-attr]
-
-    return _randomised(f"sjlt({nonzeros})", dim, project)
+    return Sjlt(dim, nonzeros)
 
 
 def srht(dim: int) -> Projection:
@@ -132,17 +122,7 @@ def srht(dim: int) -> Projection:
     Returns:
       The projection.
     """
-
-    def project(key: Key, x: jax.Array, p: int) -> jax.Array:
-        b, size = x.shape
-        padded = 1 << max(size - 1, 1).bit_length()
-        sign_key, row_key = jax.random.split(key)
-        signs = jax.random.rademacher(sign_key, (1, size), x.dtype)
-        mixed = _hadamard(jnp.pad(x * signs, ((0, 0), (0, padded - size))))  # [b, padded]
-        rows = jax.random.randint(row_key, (p,), 0, padded)
-        return mixed[:, rows] / math.sqrt(p)
-
-    return _randomised("srht", dim, project)
+    return Srht(dim)
 
 
 def two_sided(rank: int, *, basis: Basis | None = None) -> Projection:
@@ -169,29 +149,146 @@ def two_sided(rank: int, *, basis: Basis | None = None) -> Projection:
     References:
       Choe et al. (2024), LoGRA, arXiv:2405.13954, section 3. Deviation: scaled to be unbiased.
     """
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}.")
-    rest = rademacher(rank**2)
-    chosen = bases.signs() if basis is None else basis
-    name = f"{chosen.name}, rank {rank}"
-    return Projection(name, rest.dim, rest.project, chosen._replace(rank=rank))
+    chosen = bases.Signs() if basis is None else basis
+    return TwoSided(rank, dataclasses.replace(chosen, rank=rank))
 
 
-LeafProjectFn = Callable[[Key, jax.Array, int], jax.Array]
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """See `identity`."""
+
+    name: ClassVar[str] = "identity"
+    basis: ClassVar[None] = None
+
+    def dim(self, size: int) -> int:
+        """See `Projection`."""
+        return size
+
+    def project(self, key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
+        """See `Projection`."""
+        return _concatenate(key, members)
 
 
-def _randomised(name: str, dim: int, project_leaf: LeafProjectFn) -> Projection:
-    if dim < 1:
-        raise ValueError(f"A projection needs dim >= 1, got {dim}.")
+@dataclasses.dataclass(frozen=True)
+class _Randomised:
+    """A random map of groups with more parameters than `width`."""
 
-    def project(key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
-        if sum(x.shape[1] for x in members.values()) <= dim:
+    width: int
+    basis: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"A projection needs dim >= 1, got {self.width}.")
+
+    @property
+    def name(self) -> str:
+        """See `Projection`."""
+        return f"{type(self).__name__.lower()}({self.width})"
+
+    def dim(self, size: int) -> int:
+        """See `Projection`."""
+        return min(size, self.width)
+
+    def project(self, key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
+        """See `Projection`."""
+        if sum(x.shape[1] for x in members.values()) <= self.width:
             return _concatenate(key, members)
         # Each leaf has its own P: the product with [P_1 P_2 ...] is the sum of the leaves' parts.
-        parts = [project_leaf(named_key(key, leaf), x, dim) for leaf, x in members.items()]
+        parts = [self._of_leaf(named_key(key, leaf), x) for leaf, x in members.items() if x.size]
         return jax.tree.reduce(jnp.add, parts)  # [b, p]
 
-    return Projection(f"{name}({dim})", lambda size: min(size, dim), project)
+    def _of_leaf(self, key: Key, x: jax.Array) -> jax.Array:
+        """Projects [b, size] to [b, width]."""
+        return _dense(self._draw, key, x, self.width)
+
+    def _draw(self, key: Key, rows: int, p: int) -> jax.Array:
+        """Draws entries [rows, p]."""
+        return _signs(key, rows, p)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rademacher(_Randomised):
+    """See `rademacher`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian(_Randomised):
+    """See `gaussian`."""
+
+    def _draw(self, key: Key, rows: int, p: int) -> jax.Array:
+        return jax.random.normal(key, (rows, p), jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sjlt(_Randomised):
+    """See `sjlt`."""
+
+    nonzeros: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nonzeros < 1:
+            raise ValueError(f"nonzeros must be at least 1, got {self.nonzeros}.")
+
+    @property
+    def name(self) -> str:
+        """See `Projection`."""
+        return f"sjlt({self.nonzeros})({self.width})"
+
+    def _of_leaf(self, key: Key, x: jax.Array) -> jax.Array:
+        size = x.shape[1]
+        bucket_key, sign_key = jax.random.split(key)
+        buckets = jax.random.randint(bucket_key, (self.nonzeros, size), 0, self.width)
+        signs = jax.random.rademacher(sign_key, (self.nonzeros, size), x.dtype)
+        sums = [
+            jax.ops.segment_sum((x * sign[None]).T, bucket, self.width)  # [p, b]
+            for bucket, sign in zip(buckets, signs, strict=True)
+        ]
+        return jax.tree.reduce(jnp.add, sums).T / math.sqrt(self.nonzeros)
+
+
+@dataclasses.dataclass(frozen=True)
+class Srht(_Randomised):
+    """See `srht`."""
+
+    def _of_leaf(self, key: Key, x: jax.Array) -> jax.Array:
+        size = x.shape[1]
+        padded = 1 << max(size - 1, 1).bit_length()
+        sign_key, row_key = jax.random.split(key)
+        signs = jax.random.rademacher(sign_key, (1, size), x.dtype)
+        mixed = _hadamard(jnp.pad(x * signs, ((0, 0), (0, padded - size))))  # [b, padded]
+        rows = jax.random.randint(row_key, (self.width,), 0, padded)
+        return mixed[:, rows] / math.sqrt(self.width)
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoSided:
+    """See `two_sided`."""
+
+    rank: int
+    basis: Basis
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}.")
+
+    @property
+    def name(self) -> str:
+        """See `Projection`."""
+        return f"{self.basis.name}, rank {self.rank}"
+
+    @property
+    def rest(self) -> Projection:
+        """The projection of parameters that belong to no linear map."""
+        return Rademacher(self.rank**2)
+
+    def dim(self, size: int) -> int:
+        """See `Projection`; of the rest."""
+        return self.rest.dim(size)
+
+    def project(self, key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
+        """See `Projection`; of the rest."""
+        return self.rest.project(key, members)
 
 
 def _concatenate(key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
@@ -199,30 +296,29 @@ def _concatenate(key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
     return jnp.concatenate(list(members.values()), axis=1)  # [b, size]
 
 
+DrawFn = Callable[[Key, int, int], jax.Array]
+"""(key, rows, p) -> entries of P [rows, p]."""
+
 # Entries of P held at once, as 32-bit floats: 4 MiB, whatever the sizes.
 _BLOCK_ENTRIES = 1 << 20
 
 
-def _dense(draw: Callable[[Key, int, int], jax.Array]) -> LeafProjectFn:
+def _dense(draw: DrawFn, key: Key, x: jax.Array, p: int) -> jax.Array:
     """Multiplies by a dense random matrix, a block of its rows at a time."""
+    # A bias needs no block of 4 MiB; 32 rows share a word.
+    rows = min(max(_BLOCK_ENTRIES // p // 32, 1), -(-x.shape[1] // 32)) * 32
+    blocks = -(-x.shape[1] // rows)
+    x = jnp.pad(x, ((0, 0), (0, blocks * rows - x.shape[1])))
+    x = x.reshape(x.shape[0], blocks, rows).swapaxes(0, 1)  # [blocks, b, rows]
 
-    def project(key: Key, x: jax.Array, p: int) -> jax.Array:
-        # A bias needs no block of 4 MiB; 32 rows share a word.
-        rows = min(max(_BLOCK_ENTRIES // p // 32, 1), -(-x.shape[1] // 32)) * 32
-        blocks = -(-x.shape[1] // rows)
-        x = jnp.pad(x, ((0, 0), (0, blocks * rows - x.shape[1])))
-        x = x.reshape(x.shape[0], blocks, rows).swapaxes(0, 1)  # [blocks, b, rows]
+    def add_block(total: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple:
+        index, part = block
+        matrix = draw(jax.random.fold_in(key, index), rows, p).astype(x.dtype)
+        return total + jnp.matmul(part, matrix, precision="highest"), None  # [b, p]
 
-        def add_block(total: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple:
-            index, part = block
-            matrix = draw(jax.random.fold_in(key, index), rows, p).astype(x.dtype)
-            return total + jnp.matmul(part, matrix, precision="highest"), None  # [b, p]
-
-        start = jnp.zeros((x.shape[1], p), x.dtype)
-        total, _ = jax.lax.scan(add_block, start, (jnp.arange(blocks), x))
-        return total / math.sqrt(p)
-
-    return project
+    start = jnp.zeros((x.shape[1], p), x.dtype)
+    total, _ = jax.lax.scan(add_block, start, (jnp.arange(blocks), x))
+    return total / math.sqrt(p)
 
 
 def _signs(key: Key, rows: int, p: int) -> jax.Array:
@@ -230,10 +326,6 @@ def _signs(key: Key, rows: int, p: int) -> jax.Array:
     shifts = jnp.arange(32, dtype=jnp.uint32)[None, :, None]
     bits = (words >> shifts) & 1  # [rows / 32, 32, p]
     return (1 - 2 * bits.astype(jnp.int8)).reshape(rows, p)
-
-
-def _normals(key: Key, rows: int, p: int) -> jax.Array:
-    return jax.random.normal(key, (rows, p), jnp.float32)
 
 
 def _hadamard(x: jax.Array) -> jax.Array:

@@ -9,18 +9,18 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr import linear_maps
+from jaxattr import identity, linear_maps
 from jaxattr.batches import shapes_of_one
 from jaxattr.features.bases import Basis, Factored, Fitted, Sides
 from jaxattr.features.expectations import refuse_unit_norm, sum_over_draws
 from jaxattr.features.featurizer import FeatureRule
-from jaxattr.fitting.passes import NumberedBatch, TrainingPass
+from jaxattr.fitting.passes import NumberedBatch, TrainingPass, row_digests
 from jaxattr.kernels.diagonal import sum_of_squares
 from jaxattr.keys import example_keys, named_key
 from jaxattr.linear_maps import Captured
@@ -53,14 +53,8 @@ class Covariance(NamedTuple):
     positions: jax.Array
 
 
-def eigenbasis(
-    *,
-    eigenvalues: bool,
-    sample: SampleFn | None = None,
-    mask: MaskFn | None = None,
-    bands: int = 1,
-    name: str = "K-FAC eigenbasis",
-) -> Basis:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eigenbasis(Basis):
     """The leading eigenvectors of both covariances of each linear map, largest first.
 
     Guarantees: exact covariances of the training set (of sampled labels with `sample`), whatever
@@ -70,27 +64,35 @@ def eigenbasis(
     and an eigendecomposition in float64 on the host per side and layer. With `sample`, a second
     pass, unless `eigenvalues` leave no feature without.
 
-    Args:
+    Attributes:
       eigenvalues: whether the products of the covariances' eigenvalues are the curvature of the
         features (K-FAC); otherwise that is left to the kernel, or, with `sample`, measured in a
         second pass (EK-FAC).
       sample: draws labels from the model; or None for the labels of the data.
       mask: which positions count. Applied to maps with as many positions as the mask.
-      bands: groups per side, from large eigenvalues to small.
-      name: what `describe` shows.
-
-    Returns:
-      The basis.
 
     References:
       Martens and Grosse (2015), arXiv:1503.05671; George et al. (2018), arXiv:1806.03884.
     """
-    if bands < 1:
-        raise ValueError(f"bands must be at least 1, got {bands}.")
 
-    def fit(over: TrainingPass) -> Fitted:
-        sampler = None if sample is None else _sampler(sample, over)
-        covariances, projected = _covariances(over, sampler, mask)
+    eigenvalues: bool
+    sample: SampleFn | None = identity.function("params", "example", "key", default=None)
+    mask: MaskFn | None = identity.function("example", default=None)
+    narrow: ClassVar[tuple[int, int] | None] = (_WIDE, _NARROW)
+
+    def __post_init__(self) -> None:
+        if self.bands < 1:
+            raise ValueError(f"bands must be at least 1, got {self.bands}.")
+
+    @property
+    def name(self) -> str:
+        """See `Basis`."""
+        return "K-FAC eigenbasis"
+
+    def fit(self, over: TrainingPass) -> Fitted:
+        """See `Fits`."""
+        sampler = None if self.sample is None else _sampler(self.sample, over)
+        (covariances, data), projected = _covariances(over, sampler, self.mask)
         sides: dict[str, Sides] = {}
         captured, curvature = {}, {}
         for factored in over.featurizer.plan.factored:
@@ -111,14 +113,12 @@ def eigenbasis(
             )
             curvature[leaf] = kept[0][0][..., :, None] * kept[1][0][..., None, :]
         _warn_of_loss(captured)
-        fitted = Fitted(sides, {}, None, captured)
+        fitted = Fitted(sides, {}, None, captured, data)
         known = np.full(over.featurizer.layout.total, np.nan)
-        values = over.featurizer.plan.scatter(curvature) if eigenvalues else known
+        values = over.featurizer.plan.scatter(curvature) if self.eigenvalues else known
         if sampler is not None and np.isnan(values).any():
             known = _second_moments(over, fitted, sampler)
         return fitted._replace(curvature=jnp.asarray(np.where(np.isnan(values), known, values)))
-
-    return Basis(name, None, fit, bands=bands, narrow=(_WIDE, _NARROW))
 
 
 class TruncationWarning(UserWarning):
@@ -147,16 +147,14 @@ def _sampler(sample: SampleFn, over: TrainingPass) -> Callable[[NumberedBatch], 
             f"structure, shapes and dtypes: got {describe(drawn)}, needed {describe(example)}."
         )
 
-    step = _compiled_sampler(sample, over.featurizer.rule)
+    step = _compiled_sampler(sample)
     return functools.partial(step, over.featurizer.key, over.params)
 
 
 @functools.lru_cache(maxsize=16)
 def _compiled_sampler(
-    sample: SampleFn, rule: FeatureRule
+    sample: SampleFn,
 ) -> Callable[[Key, Params, NumberedBatch], NumberedBatch]:
-    del rule  # another method is another program: what the function closes over may have changed
-
     def draw(key: Key, params: Params, numbered: NumberedBatch) -> NumberedBatch:
         keys = example_keys(key, numbered.ids, "labels")
         batch = jax.vmap(sample, in_axes=(None, 0, 0))(params, numbered.batch, keys)
@@ -169,8 +167,11 @@ def _covariances(
     over: TrainingPass,
     sampler: Callable[[NumberedBatch], NumberedBatch] | None,
     mask: MaskFn | None,
-) -> tuple[dict[str, Covariance], dict[str, tuple[jax.Array | None, jax.Array | None]]]:
-    """Sums over the data; and what wide sides were projected with."""
+) -> tuple[
+    tuple[dict[str, Covariance], jax.Array | None],
+    dict[str, tuple[jax.Array | None, jax.Array | None]],
+]:
+    """Sums over the data, with the digest of them; and what wide sides were projected with."""
     featurizer = over.featurizer
     factored = {f.map.leaf: f for f in featurizer.plan.factored}
     key = jax.random.fold_in(featurizer.key, over.number)
@@ -182,12 +183,13 @@ def _covariances(
         for leaf, f in factored.items()
     }
     if not factored:
-        return {}, {}
+        return ({}, None), {}
     # All activations of a batch are in memory at once, so batches are small.
     size = min(over.block, featurizer.microbatch, _MICROBATCH * over.place.shards)
     smaller = dataclasses.replace(over, block=over.source.block_size(size, over.place))
+    digests = row_digests(over.place)
     given = (
-        (numbered if sampler is None else sampler(numbered),)
+        (numbered if sampler is None else sampler(numbered), digests(numbered.batch))
         for numbered in smaller.batches("covariances")
     )
     function = _covariance_sums(featurizer.rule, featurizer.plan.factored, mask)
@@ -198,10 +200,16 @@ def _covariances(
 @functools.lru_cache(maxsize=16)
 def _covariance_sums(
     rule: FeatureRule, factored: tuple[Factored, ...], mask: MaskFn | None
-) -> Callable[..., dict[str, Covariance]]:
+) -> Callable[..., tuple[dict[str, Covariance], jax.Array]]:
     """One function for all checkpoints, so that it is compiled once."""
     by_leaf = {each.map.leaf: each for each in factored}
-    return functools.partial(_sums_of_batch, rule.output, by_leaf, mask)
+    sums = functools.partial(_sums_of_batch, rule.output, by_leaf, mask)
+
+    def with_digest(shared: Any, numbered: NumberedBatch, digests: jax.Array) -> tuple:
+        total = identity.sum_of_rows(digests, numbered.ids, numbered.real)
+        return sums(shared, numbered), total
+
+    return with_digest
 
 
 def _sums_of_batch(

@@ -9,7 +9,13 @@ import jax.numpy as jnp
 
 from jaxattr.features.bases import Fitted
 from jaxattr.features.expectations import refuse_unit_norm
-from jaxattr.features.featurizer import as_function_of, project_gradients, sides_of
+from jaxattr.features.featurizer import (
+    FeatureRule,
+    as_function_of,
+    project_gradients,
+    sides_of,
+)
+from jaxattr.features.plans import Plan
 from jaxattr.fitting.passes import TrainingPass
 from jaxattr.keys import example_keys
 
@@ -34,14 +40,22 @@ def hessian_products(
       (products, operands): `products(operands, vectors [k, p]) -> [k, p]`, pure and jittable.
       Guarantees: exact. Cost: per vector, three gradients of the training set, read at once.
     """
-    featurizer = over.featurizer
-    rule, plan, key = featurizer.rule, featurizer.plan, featurizer.key
-    refuse_unit_norm(rule.output, "A Hessian")
-    numbered = over.whole()
-    number = over.number
+    featurizer, numbered = over.featurizer, over.whole()
+    refuse_unit_norm(featurizer.rule.output, "A Hessian")
+    weights = kept / jnp.maximum(kept.sum(), 1)
+    number = jnp.asarray(over.number)
+    operands = (
+        featurizer.key, number, over.params, numbered.batch, numbered.ids, weights, fitted
+    )  # fmt: skip
+    return _compiled_products(featurizer.rule, featurizer.plan), operands
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_products(rule: FeatureRule, plan: Plan) -> Callable[[Any, jax.Array], jax.Array]:
+    """The same function for all checkpoints and indexes of a method."""
 
     def products(operands: Any, vectors: jax.Array) -> jax.Array:
-        params, batch, ids, weights, fitted = operands
+        key, number, params, batch, ids, weights, fitted = operands
         drawing = jax.random.fold_in(key, number)
         sides = sides_of(rule, plan, drawing, fitted)
         of_leaves, leaves = as_function_of(rule.output, plan.rest | plan.covered, params)
@@ -75,8 +89,7 @@ def hessian_products(
 
         return jax.vmap(product)(vectors)
 
-    weights = kept / jnp.maximum(kept.sum(), 1)
-    return products, (over.params, numbered.batch, numbered.ids, weights, fitted)
+    return jax.jit(products)
 
 
 def _weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """An optimizer's second moments, and the basis that scales gradients by them (TrackStar)."""
 
-from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,7 +11,8 @@ from jaxattr import linear_maps
 from jaxattr.features.bases import Basis, Factored, Fitted, Sides, draw_signs
 from jaxattr.fitting.passes import TrainingPass
 from jaxattr.groups import named_leaves
-from jaxattr.typing import Params
+from jaxattr.identity import Contents
+from jaxattr.typing import Key, Params
 
 
 def second_moments(optimizer_state: Any, params: Params) -> Params:
@@ -86,49 +87,62 @@ def _moments(node: Any, params: Params) -> dict[str, jax.Array]:
     return named_leaves(getattr(node, "nu_max", node.nu))
 
 
-def scaled_signs(moments: Sequence[Params], *, rank_one: bool, epsilon: float) -> Basis:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaledSigns(Basis):
     r"""Random signs on gradients that are divided by the root of second moments.
 
     .. math:: \phi = A^\top (\nabla_W \ell \,/\, (\sqrt{V} + \epsilon)) B
 
-    Args:
-      moments: V, one pytree like the parameters per checkpoint.
-      rank_one: whether the V of a linear map is replaced by the product of its row and column
-        means, over its mean, as Adafactor stores it. Then no gradient is formed. Exact where V is
-        of rank one.
-      epsilon: added to the roots.
+    Unless gradients are formed (`materialize`), the V of a linear map is replaced by the product of
+    its row and column means, over its mean, as Adafactor stores it: exact where V is of rank one.
 
-    Returns:
-      The basis.
+    Attributes:
+      moments: V, one pytree like the parameters per checkpoint.
+      epsilon: added to the roots.
     """
 
-    def fit(over: TrainingPass) -> Fitted:
-        if over.number >= len(moments):
+    moments: tuple[Contents, ...]
+    epsilon: float
+
+    @property
+    def name(self) -> str:
+        """See `Basis`."""
+        of_rank_one = "" if self.materialize else " of rank one"
+        return f"two-sided random signs over second moments{of_rank_one}"
+
+    def draw(self, key: Key, factored: Factored) -> Sides:
+        """See `Draws`."""
+        return draw_signs(key, factored)
+
+    def fit(self, over: TrainingPass) -> Fitted:
+        """See `Fits`; looks at no data."""
+        given = self._moments_of(over)
+        named = named_leaves(given)
+        plan = over.featurizer.plan
+        scales = {name: 1 / (jnp.sqrt(v) + self.epsilon) for name, v in named.items()}
+        if self.materialize:
+            kept = plan.rest | plan.covered
+            return Fitted({}, {name: scales[name] for name in kept}, None, {})
+        key = jax.random.fold_in(over.featurizer.key, over.number)
+        sides = {
+            f.map.leaf: _scaled(f, draw_signs(key, f), named, self.epsilon) for f in plan.factored
+        }
+        return Fitted(sides, {name: scales[name] for name in plan.rest}, None, {})
+
+    def _moments_of(self, over: TrainingPass) -> Params:
+        if over.number >= len(self.moments):
             raise ValueError(
-                f"Got second moments for {len(moments)} checkpoints, needed one for each: there is "
-                f"none for checkpoint {over.number}."
+                f"Got second moments for {len(self.moments)} checkpoints, needed one for each: "
+                f"there is none for checkpoint {over.number}."
             )
-        given = moments[over.number]
+        given = self.moments[over.number].value
         if jax.tree.map(jnp.shape, given) != jax.tree.map(jnp.shape, over.params):
             raise ValueError(
                 f"The second moments of checkpoint {over.number} do not fit its parameters: got "
                 f"{jax.tree.map(jnp.shape, given)}, needed "
                 f"{jax.tree.map(jnp.shape, over.params)}."
             )
-        named = named_leaves(given)
-        plan = over.featurizer.plan
-        scales = {name: 1 / (jnp.sqrt(v) + epsilon) for name, v in named.items()}
-        if not rank_one:
-            kept = plan.rest | plan.covered
-            return Fitted({}, {name: scales[name] for name in kept}, None, {})
-        key = jax.random.fold_in(over.featurizer.key, over.number)
-        sides = {f.map.leaf: _scaled(f, draw_signs(key, f), named, epsilon) for f in plan.factored}
-        return Fitted(sides, {name: scales[name] for name in plan.rest}, None, {})
-
-    name = "two-sided random signs over second moments"
-    return Basis(
-        f"{name} of rank one" if rank_one else name, draw_signs, fit, materialize=not rank_one
-    )
+        return given
 
 
 def _scaled(factored: Factored, sides: Sides, named: dict[str, Any], epsilon: float) -> Sides:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattr import identity
 from jaxattr.features.bases import Fitted
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.sharding import DATA, Placement
@@ -37,11 +38,13 @@ class CleanFeatures(NamedTuple):
       features: float [b, p].
       residual: float [b].
       kept: which rows count, bool [b]: finite, and no padding.
+      digests: of the examples as they were read, uint32 [b, k]; None if not asked for.
     """
 
     features: Features
     residual: jax.Array
     kept: jax.Array
+    digests: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,7 @@ class TrainingPass:
         description: str,
         transform: Callable[[NumberedBatch], NumberedBatch] | None = None,
         first: int = 0,
+        digests: bool = False,
     ) -> Iterator[CleanFeatures]:
         """Yields the features of all examples, in order.
 
@@ -93,13 +97,17 @@ class TrainingPass:
           description: for the progress bar.
           transform: applied to each batch first.
           first: number of the first block that is wanted.
+          digests: whether those of the examples are wanted too.
         """
         number = self.place.whole(np.asarray(self.number))
         step = _compiled_features(self.place, self.featurizer.step)
         for numbered in self.batches(description, first):
             given = numbered if transform is None else transform(numbered)
             got = step(self.featurizer.key, self.params, given.batch, given.ids, number, fitted)
-            yield _clean(self.place)(got.features, got.residual, given.real)
+            clean = _clean(self.place)(got.features, got.residual, given.real)
+            if digests:
+                clean = clean._replace(digests=row_digests(self.place)(numbered.batch))
+            yield clean
 
     def sums(self, function: Callable[..., Any], shared: Any, blocks: Iterable[tuple]) -> Any:
         """Adds up what a function makes of blocks of examples.
@@ -152,6 +160,16 @@ def _compiled_sums(place: Placement, function: Callable) -> Any:
         return jax.tree.map(jnp.add, total, place.per_shard(function)(shared, *arguments))
 
     return place.jit(add, DATA, donate_argnums=0)
+
+
+@functools.lru_cache(maxsize=16)
+def row_digests(place: Placement) -> Any:
+    """The compiled step (batch) -> digests of its examples, each device of its own.
+
+    Args:
+      place: the devices.
+    """
+    return place.jit(identity.row_digests, DATA)
 
 
 @functools.lru_cache(maxsize=16)

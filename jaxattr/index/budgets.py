@@ -12,15 +12,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxattr import groups as groups_lib
-from jaxattr.features.bases import Fitted
+from jaxattr.features.bases import Fits, Fitted
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.groups import Groups, named_leaves
-from jaxattr.kernels import Kernel
+from jaxattr.identity import LANES
+from jaxattr.kernels import Identity, Iterates, Kernel
 from jaxattr.methods.method import Method, featurizer
-from jaxattr.sharding import DATA, Placement, placement
+from jaxattr.sharding import DATA, Placement, placement, split_rows
 from jaxattr.sources import Source, as_checkpoints, as_source
-from jaxattr.store.rows import ERRORS, EXAMPLES, FEATURES, RAW, SELF, RowLayout
+from jaxattr.store.rows import DIGESTS, ERRORS, EXAMPLES, FEATURES, RAW, SELF, RowLayout
 from jaxattr.typing import Example, Key, Params
 
 # More examples than this at once do not make a step faster.
@@ -173,9 +174,16 @@ class Request:
             raise ValueError("Give microbatch or memory, not both.")
         return self._fitting(batch_size, memory)
 
-    def block(self, featurize: Featurizer, batch_size: int) -> int:
-        """Examples per block: every device has as many, in whole microbatches."""
-        block = self.source.block_size(batch_size, self.place)
+    def block(self, featurize: Featurizer, batch_size: int, size: int | None = None) -> int:
+        """Examples per block: every device has as many, in whole microbatches.
+
+        Args:
+          featurize: the featurizer.
+          batch_size: wanted.
+          size: of the data set as the index was begun, where it has grown since.
+        """
+        wanted = min(batch_size, self.source.size if size is None else size)
+        block = split_rows(wanted, self.place)
         if self.place.mesh is None:
             return block
         return -(-block // featurize.microbatch) * featurize.microbatch
@@ -191,13 +199,16 @@ class Request:
             )
         layout = featurize.layout
         widths = {FEATURES: layout.total, EXAMPLES: 2, SELF: len(layout.names)}
-        if not self.method.kernel.identity:
+        if not isinstance(self.method.kernel, Identity):
             widths[RAW] = layout.total
-        if self.method.kernel.residual is not None:
+        if isinstance(self.method.kernel, Iterates):
             widths[ERRORS] = 1
         dtypes = {
             name: stored if name in (FEATURES, RAW) else np.dtype(computed) for name in widths
         }
+        if self.on_disk:
+            widths[DIGESTS] = LANES * len(jax.tree.leaves(self.source.example))
+            dtypes[DIGESTS] = np.dtype(np.uint32)
         return RowLayout(self.source.size, block, len(self.checkpoints), widths, dtypes)
 
     def _featurizer(self, batch_size: int, microbatch: int | None) -> Featurizer:
@@ -310,8 +321,8 @@ def _compile(
 
 
 def _fitted_shapes(featurize: Featurizer, place: Placement) -> Fitted:
-    basis = featurize.rule.projection.basis
-    if basis is None or basis.fit is None:
+    basis: Any = featurize.rule.projection.basis
+    if not isinstance(basis, Fits):
         return Fitted({}, {}, None, {})
     sharding = place.sharding()
 

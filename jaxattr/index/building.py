@@ -7,6 +7,7 @@ back, as it was stored, so that the statistics and all that follows are bit for 
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import warnings
@@ -27,16 +28,29 @@ from jaxattr.index.saving import (
     COMPLETE,
     MANIFEST,
     Finished,
+    examples_on_record,
     load_finished,
     read_manifest,
     refuse_others,
     save_finished,
 )
+from jaxattr.index.verifying import Verify, check_rereading, check_verify, data_differences
+from jaxattr.kernels import Identity, Iterates, Kernel, MapsQueries
 from jaxattr.methods.method import Method
 from jaxattr.sharding import barrier, placement, process
 from jaxattr.sources import as_checkpoints, as_source
-from jaxattr.store import DiskRows, Folder, Lease, Ledger, StoreError, on_first_process
-from jaxattr.store.rows import COLUMNS, ERRORS, EXAMPLES, RAW, MemoryRows, RowLayout, Rows, all_rows
+from jaxattr.store import DiskRows, Folder, Lease, Ledger, StoreError, finished, on_first_process
+from jaxattr.store.rows import (
+    COLUMNS,
+    ERRORS,
+    EXAMPLES,
+    FEATURES,
+    RAW,
+    MemoryRows,
+    RowLayout,
+    Rows,
+    all_rows,
+)
 from jaxattr.typing import Key, Params
 
 
@@ -54,6 +68,7 @@ def build_index(
     path: str | os.PathLike[str] | None = None,
     dtype: Any = None,
     extend: bool = False,
+    verify: Verify | None = None,
 ) -> Index:
     """Featurises a training set and applies the method's kernel to it, in memory or on disk.
 
@@ -82,6 +97,10 @@ def build_index(
       dtype: of the stored features: float32 (the default; float64 where they are), or bfloat16.
       extend: `train` has grown since the index was finished: adds the new examples, for methods
         whose kernel is the identity.
+      verify: how much of `train` is compared, example by example, with what an index that is there
+        already was made from: "all", the default for arrays in memory; or "sample", 64 examples,
+        evenly spread, the default for sources: other changes go unseen. What is read anyway is
+        always compared.
 
     Returns:
       The index; n * c * p numbers.
@@ -108,15 +127,16 @@ def build_index(
     on_disk = path is not None
     request = Request(method, parameters, source, groups, key, place, on_disk, dtype)
     featurize = request.settle(batch_size, microbatch, memory)
-    block = request.block(featurize, batch_size)
+    folder = None if path is None else Folder(path)
+    before = examples_on_record(folder) if folder is not None and extend else None
+    block = request.block(featurize, batch_size, before)
     layout = request.rows(featurize, block)
     job = Job(method, featurize, parameters, source, block, place)
-    if path is None:
+    if folder is None:
         check_device(layout.bytes_in_memory(place), place, "The index in memory")
         return _build(job, MemoryRows(layout, place), None)
-    folder = Folder(path)
     with _writing(folder):
-        return _build_on_disk(job, folder, layout, extend)
+        return _build_on_disk(job, folder, layout, extend, check_verify(verify, source))
 
 
 def _build(job: Job, rows: Rows, session: Session | None) -> Index:
@@ -126,12 +146,12 @@ def _build(job: Job, rows: Rows, session: Session | None) -> Index:
     ]
     finite, errors = functools.reduce(np.logical_and, [one.finite for one in found]), None
     kernel = job.method.kernel
-    if kernel.residual is not None:
+    if isinstance(kernel, Iterates):
         each = [all_rows(rows, ERRORS, c)[:, 0] for c in range(len(found))]
         errors = functools.reduce(np.maximum, each)
     result = Finished(
         tuple(one.fitted for one in found),
-        tuple(one.operator for one in found if kernel.of_queries is not None),
+        tuple(one.operator for one in found if isinstance(kernel, MapsQueries)),
         np.flatnonzero(~finite),
         errors,
     )
@@ -140,7 +160,7 @@ def _build(job: Job, rows: Rows, session: Session | None) -> Index:
 
 def _index(job: Job, rows: Rows, found: Finished, session: Session | None) -> Index:
     _report_non_finite(rows, found.non_finite)
-    _report_errors(job.method, found.solve_errors)
+    _report_errors(job.method.kernel, found.solve_errors)
     return Index(
         method=job.method,
         featurizer=job.featurizer,
@@ -153,7 +173,9 @@ def _index(job: Job, rows: Rows, found: Finished, session: Session | None) -> In
     )
 
 
-def _build_on_disk(job: Job, folder: Folder, layout: RowLayout, extend: bool) -> Index:
+def _build_on_disk(
+    job: Job, folder: Folder, layout: RowLayout, extend: bool, verify: Verify
+) -> Index:
     here = provenance.manifest(job.method, job.featurizer, job.checkpoints, job.source, layout)
     there, complete = read_manifest(folder), folder.read(COMPLETE)
     strangers = [] if there else [name for name in folder.names() if name != "lease.json"]
@@ -164,6 +186,8 @@ def _build_on_disk(job: Job, folder: Folder, layout: RowLayout, extend: bool) ->
             "give another path."
         )
     limit = _check_manifest(folder, there, complete, here, job, extend)
+    if there is not None:
+        _check_data(folder, there, complete, layout, job, verify)
     ledger = Ledger(folder, *process())
     rows = DiskRows(folder, layout, job.place, ledger)
     session = Session(folder, ledger)
@@ -186,9 +210,11 @@ def _build_on_disk(job: Job, folder: Folder, layout: RowLayout, extend: bool) ->
     rows.check_chunks()
     index = _build(job, rows, session)
     barrier("rows written")
+    check_rereading(rows)
+    query_side = index.query_side  # on all processes, since parameters may be spread over them
     if process()[0] == 0:
         found = Finished(index.fitted, index.operators, index.non_finite, index.solve_errors)
-        save_finished(folder, job.source.size, found)
+        save_finished(folder, job.source.size, found, query_side)
     barrier("index finished")
     return index
 
@@ -220,9 +246,9 @@ def _check_manifest(
         return None
     before = there["data"]["examples"]
     if not extend or before == job.source.size:
-        refuse_others(folder, there, here)
+        refuse_others(folder, provenance.differences(there, here))
         return None
-    if not job.method.kernel.identity:
+    if not isinstance(job.method.kernel, Identity):
         raise StoreError(
             f"{folder.path} cannot be extended: {job.method.name} has a kernel that depends on all "
             f"training examples ({job.method.kernel.name}), so new ones change every row. Build a "
@@ -233,15 +259,27 @@ def _check_manifest(
             f"{folder.path} cannot be extended: it has {before} examples, and train has only "
             f"{job.source.size}."
         )
-    prefix = provenance.fingerprint_data(job.source, before)
-    old = here | {"data": {"examples": before, "fingerprint": prefix}}
-    refuse_others(folder, there, old)
+    old = here | {"data": {"examples": before}}
+    refuse_others(folder, provenance.differences(there, old))
     if complete is None or complete["examples"] != before:
         raise StoreError(
             f"{folder.path} is not finished: finish it with its first {before} examples (the same "
             "call without extend=True), then extend it."
         )
     return before // job.block
+
+
+def _check_data(
+    folder: Folder, there: dict, complete: dict | None, layout: RowLayout, job: Job, verify: Verify
+) -> None:
+    """Refuses other data than those of the blocks that are there."""
+    known = before = there["data"]["examples"]
+    if complete is None:
+        done = finished(folder)
+        blocks = max(done.get(f"{name}/0", 0) for name in (FEATURES, RAW))
+        known = min(before, blocks * layout.block)
+    rows = DiskRows(folder, dataclasses.replace(layout, size=before), job.place)
+    refuse_others(folder, data_differences(job.source, rows, known, verify))
 
 
 def _write_manifest(folder: Folder, layout: RowLayout, manifest: dict) -> None:
@@ -264,15 +302,15 @@ def _report_non_finite(rows: Rows, non_finite: np.ndarray) -> None:
     report_non_finite(non_finite, rows.layout.size, "training examples", f" ({where})")
 
 
-def _report_errors(method: Method, errors: np.ndarray | None) -> None:
+def _report_errors(kernel: Kernel, errors: np.ndarray | None) -> None:
     """Warns of training examples whose solve did not converge."""
-    if errors is None:
+    if errors is None or not isinstance(kernel, Iterates):
         return
-    failed = np.flatnonzero(~(errors <= method.kernel.tolerance))
+    failed = np.flatnonzero(~(errors <= kernel.largest_residual))
     if len(failed):
         warnings.warn(
             f"{len(failed)} of {len(errors)} solves did not converge: relative residuals up to "
-            f"{errors[failed].max():.1e}, needed {method.kernel.tolerance:.1e}; ids "
+            f"{errors[failed].max():.1e}, needed {kernel.largest_residual:.1e}; ids "
             f"{first_ids(failed)}. Allow more iterations, or use more damping: the Hessian may "
             "have negative eigenvalues.",
             ConvergenceWarning,

@@ -13,18 +13,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.features.bases import NOTHING, Fitted
+from jaxattr.features.bases import NOTHING, Fits, Fitted
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.fitting.hessians import hessian_products
 from jaxattr.fitting.passes import CleanFeatures, NumberedBatch, TrainingPass
 from jaxattr.index.saving import load_fitted, load_operator, save_fitted, save_operator
-from jaxattr.kernels import Kernel, Surroundings
+from jaxattr.index.verifying import check_fitted
+from jaxattr.kernels import Identity, Iterates, Kernel, MapsQueries, Surroundings
 from jaxattr.methods.method import Method
 from jaxattr.sharding import DATA, Placement, barrier, process
 from jaxattr.sources import Source, as_source, track
 from jaxattr.store import DiskRows, Folder, Ledger
-from jaxattr.store.rows import COLUMNS, ERRORS, EXAMPLES, FEATURES, RAW, SELF, Rows, all_rows
+from jaxattr.store.rows import (
+    COLUMNS,
+    DIGESTS,
+    ERRORS,
+    EXAMPLES,
+    FEATURES,
+    RAW,
+    SELF,
+    Rows,
+    all_rows,
+)
 from jaxattr.typing import Features, Params
 
 
@@ -98,15 +109,18 @@ def build_checkpoint(
     kernel, layout, number = job.method.kernel, job.featurizer.layout, over.number
     eta = job.method.weights_of(len(job.checkpoints))[number]
     blocks, first = rows.layout.blocks, _done(session, FEATURES, number)
-    if kernel.identity:
+    digests = DIGESTS in rows.layout.widths
+    if isinstance(kernel, Identity):
         prepare = _compiled_identity(job.place, layout, eta)
-        for block, clean in enumerate(over.features(fitted, "features", first=first), first):
+        stream = over.features(fitted, "features", first=first, digests=digests)
+        for block, clean in enumerate(stream, first):
             rows.write(block, number, prepare(clean))
         _flush(rows)
+        _check_fitted(rows, fitted, number)
         return BuiltCheckpoint(fitted, (), _finite(rows, number))
     if session is not None and first == blocks:
         operator = load_operator(session.folder, number, job.place)
-        if operator is not None or kernel.of_queries is None:
+        if operator is not None or not isinstance(kernel, MapsQueries):
             return BuiltCheckpoint(fitted, operator, _finite(rows, number))
     operator, finite = _operator(job, over, fitted, rows, session)
     apply, residual = apply_kernel(job.place, kernel, layout, eta)
@@ -145,7 +159,9 @@ def _operator(
             examples = rows.read(EXAMPLES, block, number)
             yield rows.read(RAW, block, number), examples[:, COLUMNS.finite] > 0
         store = _compiled_raw(job.place, rows.layout.dtypes[RAW])
-        for block, clean in enumerate(over.features(fitted, "features", first=first), first):
+        digests = DIGESTS in rows.layout.widths
+        stream = over.features(fitted, "features", first=first, digests=digests)
+        for block, clean in enumerate(stream, first):
             values = store(clean)
             rows.write(block, number, values)
             yield values[RAW], clean.kept
@@ -154,10 +170,11 @@ def _operator(
     statistics = over.sums(function, (), blocks())
     _flush(rows)
     barrier("features written")
+    _check_fitted(rows, fitted, number)
     finite = _finite(rows, number)
     operator = kernel.finalize(statistics, _surroundings(job, over, fitted, rows, finite))
     operator = job.place.whole(operator)
-    if kernel.of_queries is not None and session is not None:
+    if isinstance(kernel, MapsQueries) and session is not None:
         save_operator(session.folder, number, operator, job.place)
     return operator, finite
 
@@ -168,8 +185,8 @@ def _fit(job: Job, over: TrainingPass, session: Session | None) -> Fitted:
         loaded = load_fitted(session.folder, over.number, job.place)
         if loaded is not None:
             return loaded
-    basis = job.method.rule.projection.basis
-    fitted = NOTHING if basis is None or basis.fit is None else basis.fit(over)
+    basis = job.featurizer.rule.projection.basis
+    fitted = basis.fit(over) if isinstance(basis, Fits) else NOTHING
     fitted = job.place.whole(fitted)
     if session is not None:
         save_fitted(session.folder, over.number, fitted, job.place)
@@ -199,6 +216,11 @@ def _surroundings(
 def _as_queries(numbered: NumberedBatch) -> NumberedBatch:
     """Queries draw their randomness from -1, -2, ..."""
     return numbered._replace(ids=-1 - numbered.ids)
+
+
+def _check_fitted(rows: Rows, fitted: Fitted, number: int) -> None:
+    if DIGESTS in rows.layout.widths:
+        check_fitted(rows, fitted, number)
 
 
 def _done(session: Session | None, name: str, checkpoint: int) -> int:
@@ -234,9 +256,11 @@ def _sums_function(sums: Any, layout: FeatureLayout, n: int, dtype: Any) -> Any:
     return of_block
 
 
-def _examples(clean: CleanFeatures) -> jax.Array:
+def _kept(clean: CleanFeatures) -> dict[str, jax.Array]:
+    """What is kept of examples beside their features."""
     residual = clean.residual
-    return jnp.stack([residual, clean.kept.astype(residual.dtype)], axis=1)  # [b, 2]
+    kept = {EXAMPLES: jnp.stack([residual, clean.kept.astype(residual.dtype)], axis=1)}  # [b, 2]
+    return kept if clean.digests is None else kept | {DIGESTS: clean.digests}
 
 
 @functools.lru_cache(maxsize=16)
@@ -245,7 +269,7 @@ def _compiled_identity(place: Placement, layout: FeatureLayout, eta: float) -> A
         phi = clean.features
         scaled = phi if eta == 1 else phi * eta
         selves = _self_contributions(layout, phi, scaled)
-        return {FEATURES: scaled, SELF: selves, EXAMPLES: _examples(clean)}
+        return {FEATURES: scaled, SELF: selves} | _kept(clean)
 
     return place.jit(prepare, DATA)
 
@@ -253,7 +277,7 @@ def _compiled_identity(place: Placement, layout: FeatureLayout, eta: float) -> A
 @functools.lru_cache(maxsize=16)
 def _compiled_raw(place: Placement, dtype: Any) -> Any:
     def prepare(clean: CleanFeatures) -> dict[str, jax.Array]:
-        return {RAW: clean.features.astype(dtype), EXAMPLES: _examples(clean)}
+        return {RAW: clean.features.astype(dtype)} | _kept(clean)
 
     return place.jit(prepare, DATA)
 
@@ -277,8 +301,8 @@ def apply_kernel(
     # Programs apart, since XLA fuses them into one that takes twice as long on a CPU.
 
     def apply(operator: Any, phi: Features) -> tuple[Features, Features]:
-        of_queries = phi if kernel.of_queries is None else kernel.of_queries(operator, phi)
-        return kernel.apply(operator, phi), of_queries
+        own = kernel.of_queries(operator, phi) if isinstance(kernel, MapsQueries) else phi
+        return kernel.apply(operator, phi), own
 
     def values(mapped: Features, of_queries: Features) -> dict[str, jax.Array]:
         scaled = mapped if eta == 1 else mapped * eta
@@ -290,7 +314,7 @@ def apply_kernel(
         mapped, of_queries = first(operator, phi)
         return mapped, second(mapped, of_queries)
 
-    if kernel.residual is None:
+    if not isinstance(kernel, Iterates):
         return both, None
     measure = kernel.residual
     residual = place.jit(lambda *args: measure(*args)[:, None], DATA)

@@ -4,6 +4,7 @@ Queries go through the featurizer alone, so weights multiply raw query features.
 """
 
 import dataclasses
+import functools
 import os
 import warnings
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from jaxattr.features.bases import Fitted
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.features.plans import FeatureLayout
+from jaxattr.index import provenance
 from jaxattr.methods.method import Method
 from jaxattr.sharding import Placement
 from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES, SELF, Rows, all_rows
@@ -45,6 +47,7 @@ class Index:
         checkpoints, [n]; None for kernels that do not iterate.
       path: where it is on disk; None if it is in memory.
       link: what is done to sums of contributions to make them scores.
+      recorded_query_side: `query_side` as the index on disk has it; None if it is in memory.
     """
 
     method: Method | None
@@ -58,6 +61,7 @@ class Index:
     solve_errors: np.ndarray | None
     path: str | os.PathLike[str] | None = None
     link: Link = "identity"
+    recorded_query_side: str | None = None
 
     @property
     def size(self) -> int:
@@ -68,6 +72,14 @@ class Index:
     def batch_size(self) -> int:
         """Examples per block."""
         return self.rows.layout.block
+
+    @functools.cached_property
+    def query_side(self) -> str:
+        """Identity of all that decides the features of a query; `QueryFeatures` carry it."""
+        if self.recorded_query_side is not None:
+            return self.recorded_query_side
+        assert self.featurizer is not None
+        return provenance.query_side(self.featurizer, self.checkpoints, self.fitted, self.operators)
 
     @property
     def place(self) -> Placement:

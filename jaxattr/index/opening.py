@@ -79,7 +79,8 @@ def open_index(
         layout=provenance.layout_from(described["layout"]),
         rows=in_device_memory(rows) if in_memory else rows,
         path=folder.path,
-        link=described["method"].get("link", "identity"),
+        link=described["method"]["link"],
+        recorded_query_side=complete["query_side"],
         **load_finished(folder, complete, layout.checkpoints, place)._asdict(),
     )
 
@@ -128,12 +129,15 @@ def _featurizer(
             "The training examples are no arrays or nested dicts of arrays, so their shapes are "
             "not on record: pass example=, ONE example or its shapes."
         )
-    here = {
-        "method": provenance.describe_method(method, parameters[0], example),
-        "params": [provenance.fingerprint(params) for params in parameters],
-    }
-    there = {name: described[name] for name in here}
-    refuse_others(folder, there, here)
     groups = provenance.groups_from(described["groups"])
     key = place.whole(provenance.key_from(described["key"]))
-    return featurizer(method, parameters[0], example, groups=groups, key=key)
+    featurize = featurizer(method, parameters[0], example, groups=groups, key=key)
+    here = {
+        "method": provenance.describe_method(method, featurize.rule),
+        "params": [provenance.describe_params(params) for params in parameters],
+        "rows": {"checkpoints": len(parameters)},
+    }
+    there = {name: described[name] for name in ("method", "params")}
+    there["rows"] = {"checkpoints": described["rows"]["checkpoints"]}
+    refuse_others(folder, provenance.differences(there, here))
+    return featurize

@@ -1,9 +1,8 @@
 """What an index was made from, as plain data that can be compared and read by people."""
 
-import hashlib
+import dataclasses
 import importlib.metadata
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,18 +10,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.features.expectations import has_unit_norm
-from jaxattr.features.featurizer import Featurizer
+from jaxattr import identity
+from jaxattr.features.bases import Fitted
+from jaxattr.features.featurizer import FeatureRule, Featurizer
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.groups import GroupLayout, Member, leaf_names
+from jaxattr.groups import GroupLayout, Member, named_leaves
 from jaxattr.methods.method import Method
 from jaxattr.sources import Source
 from jaxattr.store.rows import RowLayout
-from jaxattr.typing import Example, OutputFn, Params
+from jaxattr.typing import Example, Params
 
-FORMAT = 1
-# Examples that the fingerprint of a data set looks at.
-_SAMPLES = 64
+FORMAT = 2
+
+# What a manifest calls its parts, in words of the call that made it; the first that fits counts.
+_WORDS = (
+    ("method.rule.output", "the function that is attributed (the loss, margin or output)"),
+    ("method.rule.residual", "the residual"),
+    ("method.rule.projection.basis.sample", "sample="),
+    ("method.rule.projection.basis.mask", "mask="),
+    ("method.rule.projection.basis.moments", "the optimizer's second moments"),
+    ("method.kernel.queries", "the method's queries"),
+    ("params", "the parameters"),
+)
 
 
 def manifest(
@@ -32,7 +41,7 @@ def manifest(
     source: Source,
     layout: RowLayout,
 ) -> dict[str, Any]:
-    """Describes an index.
+    """Describes an index, but for the content of its data: see `verifying`.
 
     Args:
       method: the attribution method.
@@ -46,13 +55,13 @@ def manifest(
     """
     described = {
         "format": FORMAT,
-        "method": describe_method(method, checkpoints[0], source.example),
+        "method": describe_method(method, featurize.rule),
         "groups": describe_groups(featurize.groups),
         "layout": describe_layout(featurize.layout),
         "covered": _covered(featurize, checkpoints[0]),
         "key": describe_key(featurize.key),
-        "params": [fingerprint(params) for params in checkpoints],
-        "data": {"examples": source.size, "fingerprint": fingerprint_data(source, source.size)},
+        "params": [describe_params(params) for params in checkpoints],
+        "data": {"examples": source.size},
         "example": describe_example(source.example),
         "rows": {
             "block": layout.block,
@@ -67,51 +76,78 @@ def manifest(
     return json.loads(json.dumps(described))
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(there: Any, here: Any) -> list[str]:
     """Compares two manifests, leaving out what does not change the numbers.
 
     Args:
       there: of the index.
       here: of what was asked for now.
-      prefix: of the names.
 
     Returns:
-      One "name: the index has ..., got ..." per difference.
+      One line per difference, in words of the call.
     """
-    found = []
-    for name in sorted({*there, *here} - {"versions", "covered"}):
-        a, b = there.get(name), here.get(name)
-        if a == b:
+    found = {}
+    for name, a, b in _unequal(there, here, ""):
+        if name.partition(".")[0] in ("versions", "covered"):
             continue
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += differences(a, b, f"{prefix}{name}.")
+        part, sep, end = name.rpartition(".")
+        if end == "jax" and sep:
+            found[part] = (
+                f"{_worded(part)} was traced by jax {a}, and cannot be compared with that of jax "
+                f"{b}: use the same version, or build the index again"
+            )
+        elif end in ("computes", "content"):
+            what = "computes something else" if end == "computes" else "differs"
+            found.setdefault(part, f"{_worded(part)} {what} than when the index was built")
+        elif name.startswith("params."):
+            _, number, leaf = name.split(".", 2)
+            found[name] = f"the parameters of checkpoint {number} differ: {leaf}"
         else:
-            found.append(f"{prefix}{name}: the index has {_short(a)}, got {_short(b)}")
-    return found
+            found[name] = f"{name}: the index has {_short(a)}, got {_short(b)}"
+    return list(found.values())
 
 
-def describe_method(method: Method, params: Params, example: Example) -> dict[str, Any]:
-    """Describes a method: its name, its parts, and fingerprints of the user's functions."""
-    rule, eta = method.rule, method.checkpoint_weights
-    # Named where they are not as usual, so that indexes from before they existed still match.
-    unusual: dict[str, Any] = {}
-    if method.link != "identity":
-        unusual["link"] = method.link
-    if has_unit_norm(rule.output):
-        unusual["unit_norm_per_draw"] = True
-    return unusual | {
-        "name": method.name,
-        "kernel": method.kernel.name,
-        "projection": rule.projection.name,
-        "basis": None if rule.projection.basis is None else rule.projection.basis.name,
-        "unit_norm": rule.normalize,
-        "checkpoint_weights": None if eta is None else list(eta),
-        "average_checkpoints": method.average_checkpoints,
-        "output": _fingerprint_function(rule.output, params, example),
-        "residual": None
-        if rule.residual is None
-        else _fingerprint_function(rule.residual, params, example),
-    }
+def describe_method(method: Method, rule: FeatureRule) -> Any:
+    """Describes a method as far as the training side goes.
+
+    Args:
+      method: the method.
+      rule: its rule, traced.
+    """
+    return identity.describe(dataclasses.replace(method, rule=rule, query_output=None))
+
+
+def describe_params(params: Params) -> dict[str, str]:
+    """Returns {leaf name: digest of its dtype, shape and bits, however it is sharded}."""
+    leaves = named_leaves(params)
+    return dict(zip(leaves, identity.digests_of_leaves(list(leaves.values())), strict=True))
+
+
+def query_side(
+    featurize: Featurizer,
+    checkpoints: Sequence[Params],
+    fitted: Sequence[Fitted],
+    operators: Sequence[Any],
+) -> str:
+    """Returns a digest of all that decides the features of a query.
+
+    Args:
+      featurize: the featurizer.
+      checkpoints: the parameters.
+      fitted: what was fitted to each.
+      operators: what the kernel applies to queries of each, or ().
+    """
+    rule = dataclasses.replace(featurize.rule, residual=None)
+    arrays = jax.tree.leaves((fitted, operators))
+    return identity.digest(
+        {
+            "rule": identity.describe(rule),
+            "layout": describe_layout(featurize.layout),
+            "key": describe_key(featurize.key),
+            "params": [describe_params(params) for params in checkpoints],
+            "fitted": identity.digests_of_leaves(arrays),
+        }
+    )
 
 
 def describe_groups(groups: GroupLayout) -> list[dict[str, Any]]:
@@ -185,62 +221,28 @@ def example_from(described: Any) -> Example | None:
     return jax.ShapeDtypeStruct(tuple(described["shape"]), described["dtype"])
 
 
-def fingerprint(params: Params) -> str:
-    """Returns a hash of a pytree's leaf names, shapes, types and bits, however it is sharded."""
-    digest = hashlib.sha256()
-    for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
-        words = [int(word) for word in _hash_bits(jnp.asarray(leaf))]
-        digest.update(f"{name} {leaf.dtype} {jnp.shape(leaf)} {words}".encode())
-    return digest.hexdigest()[:32]
+def _unequal(there: Any, here: Any, name: str) -> list[tuple[str, Any, Any]]:
+    """(dotted name, value there, value here) of all that differs, as deep as both go."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping) and there and here:
+        found = []
+        for each in sorted({*there, *here}):
+            found += _unequal(there.get(each), here.get(each), f"{name}.{each}" if name else each)
+        return found
+    if name == "params" and isinstance(there, list) and isinstance(here, list):
+        if len(there) == len(here):
+            found = []
+            for number, (a, b) in enumerate(zip(there, here, strict=True)):
+                found += _unequal(a, b, f"params.{number}")
+            return found
+        return []  # their number is among the rows
+    return [] if there == here else [(name, there, here)]
 
 
-def fingerprint_data(source: Source, size: int) -> str:
-    """Returns a hash of the first `size` examples, of which it reads 64, evenly spread.
-
-    Args:
-      source: the data.
-      size: how many of them count.
-    """
-    rows = np.unique(np.linspace(0, size - 1, min(size, _SAMPLES)).round().astype(np.int64))
-    batch = source.read(rows)
-    digest = hashlib.sha256(str(size).encode())
-    for name, leaf in zip(leaf_names(batch), jax.tree.leaves(batch), strict=True):
-        value = np.ascontiguousarray(_plain(leaf))
-        digest.update(f"{name} {value.dtype} {value.shape}".encode())
-        digest.update(value.tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _plain(leaf: Any) -> np.ndarray:
-    is_key = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
-
-
-@jax.jit
-def _hash_bits(x: jax.Array) -> jax.Array:
-    """Two sums of the bits of an array, mod 2^32: one plain, one weighted by position."""
-    size = x.dtype.itemsize
-    integers = jax.lax.bitcast_convert_type(x, jnp.uint32 if size in (4, 8) else jnp.uint16)
-    words = integers.astype(jnp.uint32).reshape(-1)
-    position = jax.lax.iota(jnp.uint32, words.size)
-    weight = (position * jnp.uint32(2654435761)) ^ jnp.uint32(0x9E3779B9) | jnp.uint32(1)
-    sums = [words.sum(dtype=jnp.uint32), (words * weight).sum(dtype=jnp.uint32)]
-    return jnp.stack(sums)
-
-
-def _fingerprint_function(function: OutputFn, params: Params, example: Example) -> str:
-    """A hash of what a function computes, as JAX traces it, constants included."""
-    # Shapes alone: where parameters are does not change what is computed.
-    params, example = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, example)
-    )
-    closed = jax.make_jaxpr(function)(params, example, jax.random.key(0))
-    # Addresses of Python objects differ from run to run.
-    text = re.sub(r"0x[0-9a-f]+", "", str(closed.jaxpr))
-    digest = hashlib.sha256(text.encode())
-    for constant in closed.consts:
-        digest.update(np.ascontiguousarray(_plain(constant)).tobytes())
-    return f"{digest.hexdigest()[:32]} (jax {jax.__version__})"
+def _worded(name: str) -> str:
+    for prefix, words in _WORDS:
+        if name.startswith(prefix):
+            return words
+    return name
 
 
 def _covered(featurize: Featurizer, params: Params) -> float:

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.batches import leading_size
+from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.features.bases import Fitted
 from jaxattr.features.expectations import refuse_unit_norm
 from jaxattr.features.featurizer import Featurized, Featurizer
+from jaxattr.identity import Program
 from jaxattr.index.index import Index, report_non_finite
-from jaxattr.kernels import Kernel
+from jaxattr.kernels import Kernel, MapsQueries
 from jaxattr.methods.method import Method
 from jaxattr.sharding import DATA, Placement
 from jaxattr.sources import as_source, track
@@ -29,10 +30,12 @@ class QueryFeatures(NamedTuple):
     Attributes:
       features: phi_c(q), one block of columns per checkpoint, [q, c * p].
       non_finite: positions of queries that have no finite gradient; their rows are zero.
+      query_side: what they were computed with, `index.query_side`.
     """
 
     features: Features
     non_finite: np.ndarray
+    query_side: str
 
 
 def query_features(index: Index, queries: Any) -> QueryFeatures:
@@ -54,9 +57,9 @@ def query_features(index: Index, queries: Any) -> QueryFeatures:
       NonFiniteWarning: with the positions of queries whose gradient is not finite.
     """
     if isinstance(queries, QueryFeatures):
-        return _checked_width(index, queries)
-    step = _query_step(index.place, functions_of(index))
+        return _checked(index, queries)
     source = as_source(queries, "queries")
+    step = _query_step(index.place, functions_of(index, source.example))
     block = source.block_size(index.batch_size, index.place)
     state, count = state_of(index), -(-source.size // block)
     found = []
@@ -67,7 +70,7 @@ def query_features(index: Index, queries: Any) -> QueryFeatures:
     features = jnp.concatenate([features for features, _ in found])[: source.size]
     finite = np.concatenate([np.asarray(finite) for _, finite in found])[: source.size]
     report_non_finite(np.flatnonzero(~finite), source.size, "queries")
-    return QueryFeatures(features, np.flatnonzero(~finite))
+    return QueryFeatures(features, np.flatnonzero(~finite), index.query_side)
 
 
 def part_features(index: Index, queries: Any, split: Callable[[Example], Batch]) -> QueryFeatures:
@@ -87,12 +90,14 @@ def part_features(index: Index, queries: Any, split: Callable[[Example], Batch])
       ValueError: if the index was opened without its method and checkpoints, or parts do not add
         up: squared scores, unit norm per draw.
     """
-    featurize, method = _functions(index)
+    one = shapes_of_one(jax.tree.map(jnp.asarray, queries))
+    featurize, method = _functions(index, one)
     refuse_unit_norm(featurize.rule.output, "Scoring the parts of a query")
     if index.link == "square":
         raise ValueError("Squares of parts do not add up: scores of this index are squares.")
     state, q = state_of(index), leading_size(queries)
-    step = _part_step(featurize.unscaled(), featurize.rule.normalize, method.kernel, split)
+    cut = Program(split, (one,))
+    step = _part_step(featurize.unscaled(), featurize.rule.normalize, method.kernel, cut)
     found, finite = [], []
     for number in track(iter(range(q)), "queries by parts", q):
         one = jax.tree.map(lambda x, number=number: jnp.asarray(x[number]), queries)
@@ -100,7 +105,7 @@ def part_features(index: Index, queries: Any, split: Callable[[Example], Batch])
         found.append(features)
         finite.append(np.full(len(features), bool(whole)))
     lost = np.flatnonzero(~np.concatenate(finite))
-    return QueryFeatures(jnp.concatenate(found), lost)
+    return QueryFeatures(jnp.concatenate(found), lost, index.query_side)
 
 
 class State(NamedTuple):
@@ -121,8 +126,9 @@ class State(NamedTuple):
 
 def state_of(index: Index) -> State:
     """Returns the arrays of an index that queries need."""
-    featurize, _ = _functions(index)
-    return State(featurize.key, index.checkpoints, index.fitted, index.operators)
+    if index.featurizer is None:
+        raise _without_method()
+    return State(index.featurizer.key, index.checkpoints, index.fitted, index.operators)
 
 
 class QueryFunctions(NamedTuple):
@@ -130,17 +136,23 @@ class QueryFunctions(NamedTuple):
 
     Attributes:
       step: (key, params, batch, ids, checkpoint, fitted) -> features and residual.
-      of_queries: (operator, features) -> features; None if the kernel leaves them alone.
+      kernel: that transforms queries too; None if the method's leaves them alone.
     """
 
     step: Any
-    of_queries: Any
+    kernel: MapsQueries | None
 
 
-def functions_of(index: Index) -> QueryFunctions:
-    """Returns the functions of an index that queries need."""
-    featurize, method = _functions(index)
-    return QueryFunctions(featurize.step, method.kernel.of_queries)
+def functions_of(index: Index, example: Example) -> QueryFunctions:
+    """Returns the functions of an index that queries need.
+
+    Args:
+      index: the index.
+      example: ONE query, or its shapes.
+    """
+    featurize, method = _functions(index, example)
+    kernel = method.kernel if isinstance(method.kernel, MapsQueries) else None
+    return QueryFunctions(featurize.step, kernel)
 
 
 def features_of_batch(
@@ -162,30 +174,42 @@ def features_of_batch(
         # Of no weak type, like the training side's: one program serves both.
         numbered = jnp.asarray(number, int)
         got = functions.step(state.key, params, batch, ids, numbered, state.fitted[number])
-        phi, of_queries = got.features, functions.of_queries
-        columns.append(phi if of_queries is None else of_queries(state.operators[number], phi))
+        phi, kernel = got.features, functions.kernel
+        columns.append(phi if kernel is None else kernel.of_queries(state.operators[number], phi))
     features = jnp.concatenate(columns, axis=1)
     finite = jnp.isfinite(features).all(axis=1)
     return jnp.where(finite[:, None], features, 0), finite
 
 
-def _functions(index: Index) -> tuple[Featurizer, Method]:
+def _functions(index: Index, example: Example) -> tuple[Featurizer, Method]:
     """The featurizer of queries, and the method."""
     if index.featurizer is None or index.method is None:
-        raise ValueError(
-            "This index was opened without its method, so it cannot compute features of queries. "
-            "Pass them as ja.open_index(path, method, checkpoints), or pass QueryFeatures."
-        )
-    method, output = index.method, index.method.query_output
-    return index.featurizer if output is None else index.featurizer.of(output), method
+        raise _without_method()
+    featurize, method = index.featurizer, index.method
+    if method.query_output is None:
+        return featurize, method
+    return featurize.of(method.query_output, index.checkpoints[0], example), method
 
 
-def _checked_width(index: Index, queries: QueryFeatures) -> QueryFeatures:
+def _without_method() -> ValueError:
+    return ValueError(
+        "This index was opened without its method, so it cannot compute features of queries. "
+        "Pass them as ja.open_index(path, method, checkpoints), or pass QueryFeatures."
+    )
+
+
+def _checked(index: Index, queries: QueryFeatures) -> QueryFeatures:
     expected = index.layout.total * index.rows.layout.checkpoints
     if queries.features.ndim != 2 or queries.features.shape[1] != expected:
         raise ValueError(
             f"The queries' features must be [q, {expected}], as this index has them, got shape "
             f"{list(queries.features.shape)}: they belong to another index."
+        )
+    if queries.query_side != index.query_side:
+        raise ValueError(
+            "The queries' features belong to another index: it has another method, other groups, "
+            "checkpoints or key, or was fitted to other data. Compute them with this index: "
+            "ja.query_features(index, queries)."
         )
     return queries
 
@@ -198,12 +222,8 @@ def _part_step(step: Any, normalize: bool, kernel: Kernel, split: Any) -> Any:
         got = step(*arguments)
         return got._replace(features=_unit_sum(got.features)) if normalize else got
 
-    def whiten(operator: Any, phi: Features) -> Features:
-        assert kernel.whiten is not None
-        return _unit_sum(kernel.whiten(operator, phi))
-
-    of_queries = kernel.of_queries if kernel.whiten is None else whiten
-    functions = QueryFunctions(scaled_step, of_queries)
+    together = _ScaledTogether(kernel) if isinstance(kernel, MapsQueries) else None
+    functions = QueryFunctions(scaled_step, together)
 
     @jax.jit
     def run(state: State, query: Example, number: jax.Array) -> tuple[Features, jax.Array]:
@@ -213,6 +233,18 @@ def _part_step(step: Any, normalize: bool, kernel: Kernel, split: Any) -> Any:
         return features, finite.all()
 
     return run
+
+
+class _ScaledTogether(NamedTuple):
+    """A kernel that scales the parts of a query together."""
+
+    kernel: MapsQueries
+
+    def of_queries(self, operator: Any, phi: Features) -> Features:
+        return _unit_sum(self.whiten(operator, phi))
+
+    def whiten(self, operator: Any, phi: Features) -> Features:
+        return self.kernel.whiten(operator, phi)
 
 
 def _unit_sum(phi: Features) -> Features:

@@ -1,6 +1,6 @@
 """What of an index is saved beside its rows: what was fitted, and what a kernel does to queries."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +33,9 @@ def save_fitted(folder: Folder, number: int, fitted: Fitted, place: Placement) -
         flat[f"sides {leaf}"] = jnp.zeros(1)  # stands for a leaf of which both are the identity
     flat |= {f"scales {leaf}": array for leaf, array in fitted.scales.items()}
     flat |= {f"captured {leaf}": array for leaf, array in fitted.captured.items()}
-    if fitted.curvature is not None:
-        flat["curvature"] = fitted.curvature
+    for name in ("curvature", "data"):
+        if getattr(fitted, name) is not None:
+            flat[name] = getattr(fitted, name)
     save_state(folder, f"fitted-{number}", flat, place)
 
 
@@ -55,7 +56,9 @@ def load_fitted(folder: Folder, number: int, place: Placement) -> Fitted | None:
 
     a, b = named("side A "), named("side B ")
     sides = {leaf: (a.get(leaf), b.get(leaf)) for leaf in named("sides ")}
-    return Fitted(sides, named("scales "), flat.get("curvature"), named("captured "))
+    return Fitted(
+        sides, named("scales "), flat.get("curvature"), named("captured "), flat.get("data")
+    )
 
 
 def save_operator(folder: Folder, number: int, operator: list[Any], place: Placement) -> None:
@@ -101,15 +104,23 @@ def read_manifest(folder: Folder) -> dict[str, Any] | None:
     return described
 
 
-def refuse_others(folder: Folder, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def examples_on_record(folder: Folder) -> int | None:
+    """Returns how many examples an index was made from, or None if there is no index.
+
+    Args:
+      folder: of the index.
+    """
+    described = read_manifest(folder)
+    return None if described is None else described["data"]["examples"]
+
+
+def refuse_others(folder: Folder, differences: Sequence[str]) -> None:
     """Raises if an index was made from something else, and says what differs.
 
     Args:
       folder: of the index.
-      there: what its manifest says.
-      here: what it would say now.
+      differences: one line each.
     """
-    differences = provenance.differences(there, here)
     if differences:
         listed = "\n  ".join(differences)
         raise StoreError(
@@ -127,17 +138,19 @@ class Finished(NamedTuple):
     solve_errors: np.ndarray | None
 
 
-def save_finished(folder: Folder, examples: int, found: Finished) -> None:
+def save_finished(folder: Folder, examples: int, found: Finished, query_side: str) -> None:
     """Says that an index is finished, and what its rows came to; on the first process.
 
     Args:
       folder: of the index.
       examples: number of training examples.
       found: what was found; `fitted` and `operators` are saved when they are made.
+      query_side: of the index.
     """
     errors = None if found.solve_errors is None else found.solve_errors.astype(float).tolist()
     non_finite = found.non_finite.tolist()
-    folder.write(COMPLETE, {"examples": examples, "non_finite": non_finite, "solve_errors": errors})
+    record = {"examples": examples, "non_finite": non_finite, "solve_errors": errors}
+    folder.write(COMPLETE, record | {"query_side": query_side})
 
 
 def load_finished(

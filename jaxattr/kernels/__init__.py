@@ -6,14 +6,17 @@ stream by; they are inverted on the host in float64.
 """
 
 from jaxattr.kernels.base import Damping as Damping
+from jaxattr.kernels.base import HasSpectrum as HasSpectrum
+from jaxattr.kernels.base import Identity as Identity
+from jaxattr.kernels.base import Iterates as Iterates
 from jaxattr.kernels.base import Kernel as Kernel
+from jaxattr.kernels.base import MapsQueries as MapsQueries
 from jaxattr.kernels.base import Surroundings as Surroundings
 from jaxattr.kernels.base import absolute as absolute
-from jaxattr.kernels.base import identity as identity
 from jaxattr.kernels.base import relative as relative
-from jaxattr.kernels.diagonal import second_moment as second_moment
-from jaxattr.kernels.example_inverses import data_inf as data_inf
-from jaxattr.kernels.gram_matrix import gram as gram
-from jaxattr.kernels.hessian import conjugate_gradient as conjugate_gradient
-from jaxattr.kernels.hessian import inverse_hessian as inverse_hessian
-from jaxattr.kernels.whitening import autocorrelation as autocorrelation
+from jaxattr.kernels.diagonal import SecondMoment as SecondMoment
+from jaxattr.kernels.example_inverses import DataInf as DataInf
+from jaxattr.kernels.gram_matrix import Gram as Gram
+from jaxattr.kernels.hessian import ConjugateGradient as ConjugateGradient
+from jaxattr.kernels.hessian import InverseHessian as InverseHessian
+from jaxattr.kernels.whitening import Whitening as Whitening

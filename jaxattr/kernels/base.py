@@ -1,8 +1,9 @@
 """What a kernel is, and the unit of its damping."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from jaxattr.features.plans import FeatureLayout
 from jaxattr.typing import Features
 
 
-class Damping(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Damping:
     """A multiple of the identity added to a matrix before it is inverted.
 
     Attributes:
@@ -83,80 +85,106 @@ class Surroundings(NamedTuple):
     hessian: Callable[[], tuple[Callable[[Any, jax.Array], jax.Array], Any]]
 
 
-class DampingFamily(NamedTuple):
-    """Kernels that differ in their damping alone, and share one eigendecomposition.
+class Kernel(Protocol):
+    """What multiplies the training side: a frozen dataclass whose fields are all its parameters.
 
-    Attributes:
-      spectrum: (feature layout, rows as in `Surroundings`) -> what all of them need, on the host;
-        the costly part.
-      operator: (spectrum, damping) -> the operator of one.
-      kernel: (damping) -> the kernel.
+    Methods are pure. What else a kernel can do is a method that it has or has not: see
+    `MapsQueries`, `Iterates` and `HasSpectrum`.
     """
 
-    spectrum: Callable[[FeatureLayout, Callable[[slice], np.ndarray]], Any]
-    operator: Callable[[Any, Damping], Any]
-    kernel: Callable[[Damping], "Kernel"]
+    @property
+    def name(self) -> str:
+        """What `describe` shows."""
+        ...
+
+    def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> Any:
+        """Sums statistics over a batch; those of several batches or devices are added. Jittable.
+
+        Args:
+          layout: the columns of the features.
+          n: number of training examples.
+          phi: features [b, p]; rows that must not count are zero.
+          kept: which rows count, bool [b].
+
+        Returns:
+          A pytree of arrays.
+        """
+        ...
+
+    def finalize(self, statistics: Any, surroundings: Surroundings) -> Any:
+        """Makes the operator, a pytree of arrays, from the statistics of all; on the host."""
+        ...
+
+    def apply(self, operator: Any, phi: Features) -> Features:
+        """Returns K phi, [b, p]. Jittable."""
+        ...
+
+    def __hash__(self) -> int: ...
 
 
-class Kernel(NamedTuple):
-    """Pure functions that sum statistics and apply the kernel.
+@runtime_checkable
+class MapsQueries(Protocol):
+    """A kernel that transforms queries too; diagonal by group."""
 
-    Attributes:
-      name: what `describe` shows.
-      sums: (feature layout, number of training examples, features [b, p], kept bool [b]) ->
-        statistics of a batch, a pytree of arrays; those of several batches, or of parts of one on
-        several devices, are added. Rows that must not count are zero. Jittable.
-      finalize: (statistics of all, surroundings) -> operator, a pytree of arrays. On the host.
-      apply: (operator, features [b, p]) -> K phi, [b, p]. Jittable.
-      of_queries: (operator, features [q, p]) -> features of queries, where the method transforms
-        them too; None where it leaves them as they are. Jittable, and diagonal by group.
-      whiten: the linear part of `of_queries`, where that scales its result to unit norm; else None.
-      residual: (operator, phi [b, p], K phi [b, p]) -> relative error of each solve [b], for
-        kernels that solve by iteration; else None. Jittable.
-      tolerance: largest residual that counts as solved.
-      identity: whether K is the identity, so that one pass over the data is enough.
-      family: the same kernel with other damping; None where that has no short cut.
-    """
+    def of_queries(self, operator: Any, phi: Features) -> Features:
+        """Returns features of queries [q, p]. Jittable."""
+        ...
 
-    name: str
-    sums: Callable[[FeatureLayout, int, Features, jax.Array], Any]
-    finalize: Callable[[Any, Surroundings], Any]
-    apply: Callable[[Any, Features], Features]
-    of_queries: Callable[[Any, Features], Features] | None = None
-    whiten: Callable[[Any, Features], Features] | None = None
-    residual: Callable[[Any, Features, Features], jax.Array] | None = None
-    tolerance: float = 0.0
-    identity: bool = False
-    family: DampingFamily | None = None
+    def whiten(self, operator: Any, phi: Features) -> Features:
+        """Returns the linear part of `of_queries`, before rows are scaled to unit norm."""
+        ...
 
 
-def identity() -> Kernel:
-    """K = I: plain inner products, as in TracIn.
+@runtime_checkable
+class Iterates(Protocol):
+    """A kernel that solves by iteration, whose error is measured."""
 
-    Returns:
-      The kernel.
-    """
-    return Kernel(
-        name="identity",
-        sums=no_sums,
-        finalize=lambda statistics, surroundings: (),
-        apply=lambda operator, phi: phi,
-        identity=True,
-    )
+    @property
+    def largest_residual(self) -> float:
+        """Largest relative residual that counts as solved."""
+        ...
+
+    def residual(self, operator: Any, phi: Features, mapped: Features) -> jax.Array:
+        """Returns the relative error of each solve [b], from phi and K phi [b, p]. Jittable."""
+        ...
+
+
+@runtime_checkable
+class HasSpectrum(Protocol):
+    """Kernels that differ in their damping alone, and share one eigendecomposition."""
+
+    def spectrum(self, layout: FeatureLayout, rows: Callable[[slice], np.ndarray]) -> Any:
+        """Returns what all of them need, on the host; the costly part. Rows as `Surroundings`."""
+        ...
+
+    def operator_at(self, spectrum: Any, damping: Damping) -> Any:
+        """Returns the operator of one."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """K = I: plain inner products, as in TracIn. One pass over the data is enough."""
+
+    name: ClassVar[str] = "identity"
+
+    def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> tuple[()]:
+        """See `Kernel`: none."""
+        return no_sums(layout, n, phi, kept)
+
+    def finalize(self, statistics: Any, surroundings: Surroundings) -> tuple[()]:
+        """See `Kernel`: nothing."""
+        del statistics, surroundings
+        return ()
+
+    def apply(self, operator: Any, phi: Features) -> Features:
+        """See `Kernel`: the features themselves."""
+        del operator
+        return phi
 
 
 def no_sums(layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> tuple[()]:
-    """The statistics of kernels that need none.
-
-    Args:
-      layout: as in `Kernel.sums`.
-      n: as there.
-      phi: as there.
-      kept: as there.
-
-    Returns:
-      Nothing.
-    """
+    """The statistics of kernels that need none; arguments as `Kernel.sums`."""
     del layout, n, phi, kept
     return ()
 

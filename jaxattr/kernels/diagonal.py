@@ -1,5 +1,6 @@
 """A diagonal kernel: each feature divided by its damped mean square, or by a known eigenvalue."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping
+from jaxattr.kernels.base import Damping, Surroundings, check_damping
 from jaxattr.typing import Features
 
 
@@ -23,7 +24,8 @@ class Squares(NamedTuple):
     examples: jax.Array
 
 
-def second_moment(damping: Damping) -> Kernel:
+@dataclasses.dataclass(frozen=True)
+class SecondMoment:
     r"""Divides by the damped second moments of the features.
 
     .. math:: K = \mathrm{diag}(\Lambda + \lambda)^{-1}, \qquad
@@ -35,32 +37,39 @@ def second_moment(damping: Damping) -> Kernel:
     Guarantees: exact. A feature that is zero for all training examples maps to zero.
     Cost: one multiplication per feature.
 
-    Args:
+    Attributes:
       damping: `absolute(x)`, or `relative(x)` times the mean of Lambda over the linear map (or the
         leftover parameters of the group) that the feature belongs to.
-
-    Returns:
-      The kernel.
 
     References:
       George et al. (2018), arXiv:1806.03884; Grosse et al. (2023), arXiv:2308.03296, section 2.4.
     """
-    damping = check_damping(damping)
 
-    def sums(layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> Squares:
+    damping: Damping
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+
+    @property
+    def name(self) -> str:
+        """See `Kernel`."""
+        return f"second moment, damping {self.damping}"
+
+    def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> Squares:
+        """See `Kernel`."""
         del layout, n
         return Squares(sum_of_squares(phi), kept.sum(dtype=phi.dtype))
 
-    def finalize(statistics: Squares, surroundings: Surroundings) -> jax.Array:
+    def finalize(self, statistics: Squares, surroundings: Surroundings) -> jax.Array:
+        """See `Kernel`: what each feature is multiplied with, [p]."""
         means = np.asarray(statistics.total, np.float64) / max(float(statistics.examples), 1.0)
         curvature = means
         if surroundings.curvature is not None:
             known = np.asarray(surroundings.curvature, np.float64)
             curvature = np.where(np.isnan(known), means, known)
         blocks = surroundings.layout.column_blocks
-        added = np.array(
-            [damping.of(mean) for mean in np.bincount(blocks, curvature) / np.bincount(blocks)]
-        )
+        sizes = np.maximum(np.bincount(blocks), 1)  # a block of no column is never looked up
+        added = np.array([self.damping.of(mean) for mean in np.bincount(blocks, curvature) / sizes])
         if not np.all(added[blocks][means > 0] > 0):
             largest = np.zeros(len(added))
             np.maximum.at(largest, blocks, curvature)
@@ -69,10 +78,9 @@ def second_moment(damping: Damping) -> Kernel:
         safe = np.where(denominator > 0, denominator, 1)
         return jnp.asarray(np.where(denominator > 0, 1 / safe, 0), statistics.total.dtype)
 
-    def apply(operator: jax.Array, phi: Features) -> Features:
+    def apply(self, operator: jax.Array, phi: Features) -> Features:
+        """See `Kernel`."""
         return phi * operator[None]
-
-    return Kernel(f"second moment, damping {damping}", sums, finalize, apply)
 
 
 def sum_of_squares(phi: Features) -> jax.Array:

@@ -1,12 +1,13 @@
 """DataInf's kernel: the mean of the inverses of single-example Fisher matrices."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping, split_columns
+from jaxattr.kernels.base import Damping, Surroundings, check_damping, split_columns
 from jaxattr.typing import Features
 
 
@@ -24,7 +25,8 @@ class DataInfOperator(NamedTuple):
     damping: list[jax.Array]
 
 
-def data_inf(damping: Damping) -> Kernel:
+@dataclasses.dataclass(frozen=True)
+class DataInf:
     r"""Averages, instead of inverting the average.
 
     .. math:: K = \frac1N \sum_n (\phi_n \phi_n^\top + \lambda I)^{-1}
@@ -37,43 +39,49 @@ def data_inf(damping: Damping) -> Kernel:
     heuristic whose error grows with the number of features.
     Cost: a copy of the training features in memory, on every device; 4 n^2 p operations.
 
-    Args:
+    Attributes:
       damping: of each example's matrix; relative to the mean eigenvalue of the Fisher matrix,
         group by group.
-
-    Returns:
-      The kernel.
 
     References:
       Kwon et al. (2024), DataInf, arXiv:2310.00902, Eq. 5.
     """
-    damping = check_damping(damping)
-    if damping.value == 0:
-        raise ValueError("DataInf divides by its damping, which must be above 0, got 0.")
 
-    def sums(layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> jax.Array:
+    damping: Damping
+
+    def __post_init__(self) -> None:
+        if check_damping(self.damping).value == 0:
+            raise ValueError("DataInf divides by its damping, which must be above 0, got 0.")
+
+    @property
+    def name(self) -> str:
+        """See `Kernel`."""
+        return f"DataInf, damping {self.damping}"
+
+    def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> jax.Array:
+        """See `Kernel`: how many examples count."""
         del layout, n
         return kept.sum(dtype=phi.dtype)
 
-    def finalize(statistics: jax.Array, surroundings: Surroundings) -> DataInfOperator:
+    def finalize(self, statistics: jax.Array, surroundings: Surroundings) -> DataInfOperator:
+        """See `Kernel`."""
         examples = statistics
         parts, weights, added = [], [], []
         for columns in surroundings.layout.slices.values():
             parts.append(jnp.asarray(surroundings.rows(columns), examples.dtype))
             squares = jnp.sum(parts[-1] ** 2, axis=1)  # [n]
-            mean = jnp.sum(squares) / examples / (columns.stop - columns.start)
-            value = jnp.asarray(damping.of(float(mean)), squares.dtype)
+            mean = jnp.sum(squares) / examples / max(columns.stop - columns.start, 1)
+            value = jnp.asarray(self.damping.of(float(mean)), squares.dtype)
             # A group in which every gradient is zero maps to zero whatever it is divided by.
             added.append(jnp.where(value > 0, value, 1))
             weights.append(1 / (examples * (added[-1] + squares)))
         return DataInfOperator(parts, weights, added)
 
-    def apply(operator: DataInfOperator, phi: Features) -> Features:
+    def apply(self, operator: DataInfOperator, phi: Features) -> Features:
+        """See `Kernel`."""
         columns = split_columns(phi, [part.shape[1] for part in operator.phi])
         mapped = [_map(*arrays) for arrays in zip(columns, *operator, strict=True)]
         return jnp.concatenate(mapped, axis=1)  # [b, p]
-
-    return Kernel(f"DataInf, damping {damping}", sums, finalize, apply)
 
 
 def _map(x: jax.Array, rows: jax.Array, weights: jax.Array, damping: jax.Array) -> jax.Array:

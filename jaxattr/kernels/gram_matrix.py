@@ -1,5 +1,6 @@
 """The inverse of the features' Gram matrix, dense or block-diagonal, primal or dual."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,8 +13,6 @@ import scipy.linalg
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.kernels.base import (
     Damping,
-    DampingFamily,
-    Kernel,
     Surroundings,
     check_damping,
     split_columns,
@@ -51,7 +50,8 @@ class Spectrum(NamedTuple):
 _LEAST_SHARE = 1e-3
 
 
-def gram(damping: Damping, *, dense: bool = False, leverage: bool = False) -> Kernel:
+@dataclasses.dataclass(frozen=True)
+class Gram:
     r"""Inverts the damped Gram matrix of the training features, as TRAK does.
 
     .. math:: K = (\Phi^\top \Phi + \lambda I)^{-1}
@@ -65,7 +65,7 @@ def gram(damping: Damping, *, dense: bool = False, leverage: bool = False) -> Ke
     Cost: 2 n p^2 operations and p^2 numbers per block (dual: 2 n^2 p, and n p numbers); p^3 on the
     host in float64.
 
-    Args:
+    Attributes:
       damping: `absolute(x)` or `relative(x)`.
       dense: one block for all groups together. Groups then share curvature, and their
         contributions can cancel; see BUILD_NOTES.md for what that does to learned weights.
@@ -73,63 +73,80 @@ def gram(damping: Damping, *, dense: bool = False, leverage: bool = False) -> Ke
         a linear model; 1 - h is taken to be at least 0.001. Only for dense kernels: the h of blocks
         may add up to more than one.
 
-    Returns:
-      The kernel.
-
     Raises:
       ValueError: for leverage without `dense`; and, when the data were seen, if K is singular.
 
     References:
       Park et al. (2023), TRAK, arXiv:2303.14186, Eq. 12-13.
     """
-    damping = check_damping(damping)
-    if leverage and not dense:
-        raise ValueError("leverage=True needs dense=True: it is that of one matrix for all groups.")
 
-    def blocks(layout: FeatureLayout) -> tuple[int, ...]:
-        return (layout.total,) if dense else layout.dims
+    damping: Damping
+    dense: bool = False
+    leverage: bool = False
 
-    def sums(layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> list[jax.Array]:
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+        if self.leverage and not self.dense:
+            raise ValueError(
+                "leverage=True needs dense=True: it is that of one matrix for all groups."
+            )
+
+    @property
+    def name(self) -> str:
+        """See `Kernel`."""
+        shape = "dense" if self.dense else "block-diagonal"
+        return f"{shape} gram{' with leverage' if self.leverage else ''}, damping {self.damping}"
+
+    def sums(
+        self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array
+    ) -> list[jax.Array]:
+        """See `Kernel`: phi^T phi of each block."""
         del kept
-        parts = split_columns(phi, blocks(layout))
         # A block with more features than examples is inverted from its rows, when they are there.
         return [
             jnp.matmul(part.T, part, precision="highest") if part.shape[1] <= n else part[0, :0]
-            for part in parts
+            for part in split_columns(phi, self._blocks(layout))
         ]
 
-    def columns(layout: FeatureLayout) -> list[slice]:
-        edges = np.cumsum([0, *blocks(layout)]).tolist()
-        return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
-
-    def finalize(statistics: list[jax.Array], surroundings: Surroundings) -> list[GramOperator]:
+    def finalize(
+        self, statistics: list[jax.Array], surroundings: Surroundings
+    ) -> list[GramOperator]:
+        """See `Kernel`."""
         operators = []
-        for gram, part in zip(statistics, columns(surroundings.layout), strict=True):
-            if gram.size:
-                operators.append(_primal(np.asarray(gram, np.float64), damping, gram.dtype))
+        for gram, part in zip(statistics, self._columns(surroundings.layout), strict=True):
+            if gram.ndim == 2:
+                operators.append(_primal(np.asarray(gram, np.float64), self.damping, gram.dtype))
             else:
                 rows = np.asarray(surroundings.rows(part), np.float64)
-                operators.append(_dual(rows, damping, gram.dtype))
+                operators.append(_dual(rows, self.damping, gram.dtype))
         return operators
 
-    def spectrum(layout: FeatureLayout, rows: Callable[[slice], np.ndarray]) -> list[Spectrum]:
-        return [_spectrum(rows(part)) for part in columns(layout)]
-
-    def apply(operator: list[GramOperator], phi: Features) -> Features:
+    def apply(self, operator: list[GramOperator], phi: Features) -> Features:
+        """See `Kernel`."""
         parts = split_columns(phi, [block.vectors.shape[0] for block in operator])
         mapped = [_multiply(block, part) for block, part in zip(operator, parts, strict=True)]
         found = jnp.concatenate(mapped, axis=1)  # [b, p]
-        if not leverage:
+        if not self.leverage:
             return found
         own = jnp.sum(phi * found, axis=1, keepdims=True)
         return found / jnp.maximum(1 - own, _LEAST_SHARE)
 
-    shape = "dense" if dense else "block-diagonal"
-    name = f"{shape} gram{' with leverage' if leverage else ''}, damping {damping}"
-    family = DampingFamily(
-        spectrum, _operators_at, lambda other: gram(other, dense=dense, leverage=leverage)
-    )
-    return Kernel(name, sums, finalize, apply, family=family)
+    def spectrum(
+        self, layout: FeatureLayout, rows: Callable[[slice], np.ndarray]
+    ) -> list[Spectrum]:
+        """See `HasSpectrum`: of each block."""
+        return [_spectrum(rows(part)) for part in self._columns(layout)]
+
+    def operator_at(self, spectrum: list[Spectrum], damping: Damping) -> list[GramOperator]:
+        """See `HasSpectrum`."""
+        return _operators_at(spectrum, damping)
+
+    def _blocks(self, layout: FeatureLayout) -> tuple[int, ...]:
+        return (layout.total,) if self.dense else layout.dims
+
+    def _columns(self, layout: FeatureLayout) -> list[slice]:
+        edges = np.cumsum([0, *self._blocks(layout)]).tolist()
+        return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 def _multiply(block: GramOperator, phi: Features) -> Features:

@@ -1,19 +1,22 @@
 """The inverse of the loss's own Hessian: by factorisation for small models, else by iteration."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping, no_sums
+from jaxattr.features.plans import FeatureLayout
+from jaxattr.kernels.base import Damping, Surroundings, check_damping, no_sums
 from jaxattr.typing import Features
 
 # Columns of the Hessian that are computed at once.
 _COLUMNS = 128
 
 
-def inverse_hessian(damping: Damping, *, positive_only: bool = False) -> Kernel:
+@dataclasses.dataclass(frozen=True)
+class InverseHessian:
     r"""Inverts the damped Hessian of the mean training loss.
 
     .. math:: K = \Big(\tfrac1N \sum_n \nabla^2 \ell(n) + \lambda I\Big)^{-1}
@@ -25,12 +28,9 @@ def inverse_hessian(damping: Damping, *, positive_only: bool = False) -> Kernel:
     Cost: p Hessian products with the training set, p^2 numbers and p^3 operations on the host in
     float64: for some thousands of parameters.
 
-    Args:
+    Attributes:
       damping: added to each eigenvalue.
       positive_only: maps directions whose damped eigenvalue is not positive to zero.
-
-    Returns:
-      The kernel.
 
     Raises:
       ValueError: at the end of the pass, if the damped Hessian is singular.
@@ -38,24 +38,41 @@ def inverse_hessian(damping: Damping, *, positive_only: bool = False) -> Kernel:
     References:
       Koh and Liang (2017), arXiv:1703.04730, Eq. 2.
     """
-    damping = check_damping(damping)
 
-    def finalize(statistics: Any, surroundings: Surroundings) -> jax.Array:
+    damping: Damping
+    positive_only: bool = False
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+
+    @property
+    def name(self) -> str:
+        """See `Kernel`."""
+        return f"inverse Hessian, damping {self.damping}"
+
+    def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> tuple[()]:
+        """See `Kernel`: none."""
+        return no_sums(layout, n, phi, kept)
+
+    def finalize(self, statistics: Any, surroundings: Surroundings) -> jax.Array:
+        """See `Kernel`."""
         del statistics
         products, operands = surroundings.hessian()
-        step, total = jax.jit(products), surroundings.layout.total
-        rows = []
+        total = surroundings.layout.total
+        rows, dtype = [], None
         for start in range(0, total, _COLUMNS):
-            vectors = jnp.eye(total)[start : start + _COLUMNS]
-            rows.append(np.asarray(step(operands, vectors), np.float64))
+            # The last block is moved back to be full, so that one program serves all.
+            first = max(0, min(start, total - _COLUMNS))
+            block = products(operands, jnp.eye(min(_COLUMNS, total), total, first))
+            rows.append(np.asarray(block, np.float64)[start - first :])
+            dtype = block.dtype
         matrix = np.concatenate(rows)
-        dtype = step(operands, jnp.eye(total)[:1]).dtype
-        return jnp.asarray(_inverse((matrix + matrix.T) / 2, damping, dtype, positive_only), dtype)
+        inverse = _inverse((matrix + matrix.T) / 2, self.damping, dtype, self.positive_only)
+        return jnp.asarray(inverse, dtype)
 
-    def apply(operator: jax.Array, phi: Features) -> Features:
+    def apply(self, operator: jax.Array, phi: Features) -> Features:
+        """See `Kernel`."""
         return jnp.matmul(phi, operator.astype(phi.dtype), precision="highest")
-
-    return Kernel(f"inverse Hessian, damping {damping}", no_sums, finalize, apply)
 
 
 class Solver(NamedTuple):
@@ -79,7 +96,8 @@ class _Solution(NamedTuple):
     iteration: jax.Array
 
 
-def conjugate_gradient(damping: Damping, *, tolerance: float, iterations: int) -> Kernel:
+@dataclasses.dataclass(frozen=True)
+class ConjugateGradient:
     """Solves with the damped Hessian of the mean training loss, by conjugate gradients.
 
     Guarantees: where it converged, a relative residual of at most `tolerance`. A solve stops early,
@@ -87,41 +105,57 @@ def conjugate_gradient(damping: Damping, *, tolerance: float, iterations: int) -
     of every solve anew and names those that did not converge.
     Cost: one Hessian product with the training set per iteration and training example.
 
-    Args:
+    Attributes:
       damping: `absolute(x)`; the mean eigenvalue is not known.
       tolerance: relative residual at which a solve ends.
       iterations: at most so many.
 
-    Returns:
-      The kernel.
-
     References:
       Martens (2010); Koh and Liang (2017), arXiv:1703.04730, section 3.
     """
-    damping = check_damping(damping)
-    if damping.relative:
-        raise ValueError(
-            "Conjugate gradients do not know the mean eigenvalue: give the damping as "
-            f"ja.absolute(x), got {damping}."
-        )
-    if tolerance <= 0 or iterations < 1:
-        raise ValueError(
-            f"tolerance must be above 0 and iterations at least 1, got {tolerance}, {iterations}."
-        )
 
-    def finalize(statistics: Any, surroundings: Surroundings) -> Solver:
+    damping: Damping
+    tolerance: float
+    iterations: int
+
+    def __post_init__(self) -> None:
+        if check_damping(self.damping).relative:
+            raise ValueError(
+                "Conjugate gradients do not know the mean eigenvalue: give the damping as "
+                f"ja.absolute(x), got {self.damping}."
+            )
+        if self.tolerance <= 0 or self.iterations < 1:
+            raise ValueError(
+                "tolerance must be above 0 and iterations at least 1, got "
+                f"{self.tolerance}, {self.iterations}."
+            )
+
+    @property
+    def name(self) -> str:
+        """See `Kernel`."""
+        return f"conjugate gradients with the Hessian, damping {self.damping}"
+
+    @property
+    def largest_residual(self) -> float:
+        """See `Iterates`: measured anew, it may be a little above what the solve saw."""
+        return 2 * self.tolerance
+
+    def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> tuple[()]:
+        """See `Kernel`: none."""
+        return no_sums(layout, n, phi, kept)
+
+    def finalize(self, statistics: Any, surroundings: Surroundings) -> Solver:
+        """See `Kernel`."""
         del statistics
         products, operands = surroundings.hessian()
-        return Solver(jax.tree_util.Partial(products, operands), jnp.asarray(damping.value))
+        return Solver(jax.tree_util.Partial(products, operands), jnp.asarray(self.damping.value))
 
-    def multiply(operator: Solver, x: jax.Array) -> jax.Array:
-        return operator.products(x) + operator.damping.astype(x.dtype) * x
-
-    def apply(operator: Solver, phi: Features) -> Features:
-        goal = tolerance**2 * jnp.sum(phi**2, axis=1)  # [b]
+    def apply(self, operator: Solver, phi: Features) -> Features:
+        """See `Kernel`."""
+        goal = self.tolerance**2 * jnp.sum(phi**2, axis=1)  # [b]
 
         def step(state: _Solution) -> _Solution:
-            product = multiply(operator, state.direction)
+            product = _multiply(operator, state.direction)
             curvature = jnp.sum(state.direction * product, axis=1)
             running = state.running & (curvature > 0)
             length = jnp.where(running, state.squared / jnp.where(running, curvature, 1), 0)[
@@ -144,18 +178,19 @@ def conjugate_gradient(damping: Damping, *, tolerance: float, iterations: int) -
             jnp.zeros_like(phi), phi, phi, squared, squared > goal, jnp.zeros((), jnp.int32)
         )
         solved = jax.lax.while_loop(
-            lambda state: jnp.any(state.running) & (state.iteration < iterations), step, start
+            lambda state: jnp.any(state.running) & (state.iteration < self.iterations), step, start
         )
         return solved.x
 
-    def residual(operator: Solver, phi: Features, mapped: Features) -> jax.Array:
-        error = jnp.linalg.norm(phi - multiply(operator, mapped), axis=1)
+    def residual(self, operator: Solver, phi: Features, mapped: Features) -> jax.Array:
+        """See `Iterates`."""
+        error = jnp.linalg.norm(phi - _multiply(operator, mapped), axis=1)
         size = jnp.linalg.norm(phi, axis=1)
         return error / jnp.where(size == 0, 1, size)
 
-    name = f"conjugate gradients with the Hessian, damping {damping}"
-    kernel = Kernel(name, no_sums, finalize, apply)
-    return kernel._replace(residual=residual, tolerance=2 * tolerance)
+
+def _multiply(operator: Solver, x: jax.Array) -> jax.Array:
+    return operator.products(x) + operator.damping.astype(x.dtype) * x
 
 
 def _inverse(matrix: np.ndarray, damping: Damping, dtype: Any, positive_only: bool) -> np.ndarray:

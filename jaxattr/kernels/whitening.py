@@ -1,7 +1,8 @@
 """TrackStar's kernel: whitening by a mixture of training and query autocorrelation, unit norm."""
 
+import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import numpy as np
 
 from jaxattr.features.featurizer import unit_norm
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.kernels.base import Damping, Kernel, Surroundings, check_damping, split_columns
+from jaxattr.identity import Contents
+from jaxattr.kernels.base import Damping, Surroundings, check_damping, split_columns
 from jaxattr.typing import Features
 
 
@@ -25,13 +27,8 @@ class Autocorrelation(NamedTuple):
     examples: jax.Array
 
 
-def autocorrelation(
-    damping: Damping,
-    *,
-    queries: Any = None,
-    mixing: float | None = None,
-    component: int | None = None,
-) -> Kernel:
+@dataclasses.dataclass(frozen=True)
+class Whitening:
     r"""Whitens both sides and scales them to unit norm.
 
     .. math:: u(x) = R^{-1/2} \phi(x), \quad \tau = \frac{u(q)^\top u(n)}{\|u(q)\| \|u(n)\|}, \quad
@@ -42,7 +39,7 @@ def autocorrelation(
     Guarantees: exact up to rounding; scores of the unweighted method lie in [-1, 1].
     Cost: 2 n p^2 operations per group, and an eigendecomposition, p^3, on the host in float64.
 
-    Args:
+    Attributes:
       damping: of R; relative to its mean eigenvalue, group by group.
       queries: examples whose common directions are to be downweighted; or None for the training
         set's alone.
@@ -50,34 +47,53 @@ def autocorrelation(
         sigma_train / (sigma_train + sigma_queries).
       component: where they meet. Default: 1,000 of 65,536 features as in the paper, in proportion.
 
-    Returns:
-      The kernel.
-
     References:
       Chang et al. (2024), TrackStar, arXiv:2410.17413, section 3.
     """
-    damping = check_damping(damping)
-    if mixing is not None and not 0 <= mixing <= 1:
-        raise ValueError(f"mixing must be between 0 and 1, got {mixing}.")
-    if queries is None and mixing:
-        raise ValueError(f"mixing={mixing} needs queries= to mix with, got None.")
 
-    def sums(layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> Autocorrelation:
+    damping: Damping
+    queries: Contents | None = None
+    mixing: float | None = None
+    component: int | None = None
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+        if self.mixing is not None and not 0 <= self.mixing <= 1:
+            raise ValueError(f"mixing must be between 0 and 1, got {self.mixing}.")
+        if self.queries is None and self.mixing:
+            raise ValueError(f"mixing={self.mixing} needs queries= to mix with, got None.")
+
+    @property
+    def name(self) -> str:
+        """See `Kernel`."""
+        of_queries = "" if self.queries is None else " of queries too"
+        return f"autocorrelation{of_queries}, damping {self.damping}"
+
+    def sums(
+        self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array
+    ) -> Autocorrelation:
+        """See `Kernel`."""
         del n
         parts = split_columns(phi, layout.dims)
         blocks = [jnp.matmul(part.T, part, precision="highest") for part in parts]
         return Autocorrelation(blocks, kept.sum(dtype=phi.dtype))
 
-    def finalize(statistics: Autocorrelation, surroundings: Surroundings) -> list[jax.Array]:
+    def finalize(self, statistics: Autocorrelation, surroundings: Surroundings) -> list[jax.Array]:
+        """See `Kernel`: the inverse root of R, group by group."""
         dtype = statistics.examples.dtype
         matrices = _means(statistics)
-        if queries is not None:
-            theirs = _means(surroundings.sums_of(sums, queries, "autocorrelation of queries"))
-            mu = _meeting_point(matrices, theirs, component) if mixing is None else mixing
-            matrices = [mu * b + (1 - mu) * a for a, b in zip(matrices, theirs, strict=True)]
-        return [jnp.asarray(_inverse_root(matrix, damping), dtype) for matrix in matrices]
+        if self.queries is not None:
+            theirs = surroundings.sums_of(
+                self.sums, self.queries.value, "autocorrelation of queries"
+            )
+            mu, others = self.mixing, _means(theirs)
+            if mu is None:
+                mu = _meeting_point(matrices, others, self.component)
+            matrices = [mu * b + (1 - mu) * a for a, b in zip(matrices, others, strict=True)]
+        return [jnp.asarray(_inverse_root(matrix, self.damping), dtype) for matrix in matrices]
 
-    def whiten(operator: list[jax.Array], phi: Features) -> Features:
+    def whiten(self, operator: list[jax.Array], phi: Features) -> Features:
+        """See `MapsQueries`."""
         parts = split_columns(phi, [len(block) for block in operator])
         return jnp.concatenate(
             [
@@ -87,11 +103,13 @@ def autocorrelation(
             axis=1,
         )
 
-    def apply(operator: list[jax.Array], phi: Features) -> Features:
-        return unit_norm(whiten(operator, phi))
+    def apply(self, operator: list[jax.Array], phi: Features) -> Features:
+        """See `Kernel`."""
+        return unit_norm(self.whiten(operator, phi))
 
-    name = f"autocorrelation{' of queries too' if queries is not None else ''}, damping {damping}"
-    return Kernel(name, sums, finalize, apply, of_queries=apply, whiten=whiten)
+    def of_queries(self, operator: list[jax.Array], phi: Features) -> Features:
+        """See `MapsQueries`: as training examples."""
+        return self.apply(operator, phi)
 
 
 def _means(statistics: Autocorrelation) -> list[np.ndarray]:

@@ -5,15 +5,19 @@ As in `methods`, each is a composition of an output function, a projection and a
 
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
+
 from jaxattr import kernels
 from jaxattr.features import projections
 from jaxattr.features.featurizer import FeatureRule
 from jaxattr.features.projections import Projection
 from jaxattr.fitting import eigenbases, optimizer_moments
 from jaxattr.fitting.eigenbases import MaskFn, SampleFn
+from jaxattr.identity import Contents
 from jaxattr.kernels import Damping
 from jaxattr.methods.method import Method
-from jaxattr.typing import OutputFn, Params
+from jaxattr.sources import as_source
+from jaxattr.typing import Batch, OutputFn, Params
 
 Fisher: TypeAlias = Literal["empirical", "true"]
 
@@ -65,9 +69,9 @@ def logra(
         raise ValueError(f"basis must be 'random' or 'pca', got {basis!r}.")
     chosen = None
     if basis == "pca":
-        chosen = eigenbases.eigenbasis(eigenvalues=False, name="leading eigenvectors")
+        chosen = eigenbases.Eigenbasis(eigenvalues=False)
     rule = FeatureRule(loss, projections.two_sided(rank, basis=chosen))
-    kernel = kernels.gram(_or_relative(damping))
+    kernel = kernels.Gram(_or_relative(damping))
     return Method(
         "LoGRA" if basis == "random" else "LoGRA-PCA", rule, kernel, references=("logra",)
     )
@@ -121,7 +125,7 @@ def kfac(
       Martens and Grosse (2015), arXiv:1503.05671, section 3.
     """
     rule = _eigen_rule(loss, True, rank, fisher, sample, mask, bands)
-    kernel = kernels.second_moment(_or_relative(damping))
+    kernel = kernels.SecondMoment(_or_relative(damping))
     return Method("K-FAC", rule, kernel, references=("kfac",))
 
 
@@ -147,7 +151,7 @@ def ekfac(
     larger ones the leading eigenvectors of each side are kept, a heuristic;
     `index.fitted[c].captured` is the share of the trace that they hold, and `build_index` warns
     where it is below a half.
-    Cost: a pass for the covariances (see `eigenbases.eigenbasis`), one for the features, which are
+    Cost: a pass for the covariances (see `eigenbases.Eigenbasis`), one for the features, which are
     in memory; one more for sampled labels.
 
     Args:
@@ -183,7 +187,7 @@ def ekfac(
       Grosse et al. (2023), arXiv:2308.03296, section 2; George et al. (2018), arXiv:1806.03884.
     """
     rule = _eigen_rule(loss, False, rank, fisher, sample, mask, bands)
-    kernel = kernels.second_moment(_or_relative(damping))
+    kernel = kernels.SecondMoment(_or_relative(damping))
     return Method("EK-FAC", rule, kernel, references=("ekfac", "kfac"))
 
 
@@ -215,7 +219,7 @@ def trackstar(
       params: the parameters, or their shapes, that the states belong to.
       rank: features per side of each linear map.
       queries: examples whose common directions are downweighted too, such as the queries; or None.
-      mixing: share of the queries' autocorrelation in R; see `kernels.autocorrelation`.
+      mixing: share of the queries' autocorrelation in R; see `kernels.Whitening`.
       damping: of R. Default: `relative(0.1)`.
       rank_one: approximates V of a linear map by its row and column means, as Adafactor does, for
         which it is exact. Then no weight gradient is formed.
@@ -245,9 +249,12 @@ def trackstar(
     several = isinstance(optimizer_states, list)
     states = optimizer_states if several else [optimizer_states]
     moments = [optimizer_moments.second_moments(state, params) for state in states]
-    basis = optimizer_moments.scaled_signs(moments, rank_one=rank_one, epsilon=epsilon)
+    basis = optimizer_moments.ScaledSigns(
+        moments=tuple(map(Contents, moments)), epsilon=epsilon, materialize=not rank_one
+    )
     rule = FeatureRule(loss, projections.two_sided(rank, basis=basis))
-    kernel = kernels.autocorrelation(_or_relative(damping), queries=queries, mixing=mixing)
+    others = None if queries is None else Contents(_all_of(queries))
+    kernel = kernels.Whitening(_or_relative(damping), others, mixing)
     return Method("TrackStar", rule, kernel, average_checkpoints=True, references=("trackstar",))
 
 
@@ -303,9 +310,9 @@ def influence(
     if positive_only and solver == "cg":
         raise ValueError("positive_only needs eigenvectors: use solver='exact'.")
     kernel = (
-        kernels.inverse_hessian(damping, positive_only=positive_only)
+        kernels.InverseHessian(damping, positive_only=positive_only)
         if solver == "exact"
-        else kernels.conjugate_gradient(damping, tolerance=tolerance, iterations=iterations)
+        else kernels.ConjugateGradient(damping, tolerance=tolerance, iterations=iterations)
     )
     rule = FeatureRule(loss, projections.identity() if projection is None else projection)
     return Method("Influence", rule, kernel, references=("influence",))
@@ -316,7 +323,7 @@ def data_inf(
 ) -> Method:
     """DataInf: averages the inverses of single-example Fisher matrices, group by group.
 
-    Guarantees and cost: see `kernels.data_inf`.
+    Guarantees and cost: see `kernels.DataInf`.
 
     Args:
       loss: (params, example, key) -> scalar, summed over the example's tokens or pixels.
@@ -341,8 +348,13 @@ def data_inf(
       Kwon et al. (2024), arXiv:2310.00902, Eq. 5.
     """
     chosen = projections.rademacher(1024) if projection is None else projection
-    kernel = kernels.data_inf(_or_relative(damping))
+    kernel = kernels.DataInf(_or_relative(damping))
     return Method("DataInf", FeatureRule(loss, chosen), kernel, references=("data_inf",))
+
+
+def _all_of(queries: Any) -> Batch:
+    source = as_source(queries, "queries")
+    return source.read(np.arange(source.size))
 
 
 def _or_relative(damping: Damping | None) -> Damping:
@@ -366,7 +378,7 @@ def _eigen_rule(
             "The true Fisher needs labels drawn from the model: pass sample=, a function (params, "
             "example, key) -> the example with other labels, or use fisher='empirical'."
         )
-    basis = eigenbases.eigenbasis(
+    basis = eigenbases.Eigenbasis(
         eigenvalues=eigenvalues,
         sample=sample if fisher == "true" else None,
         mask=mask,

@@ -36,7 +36,7 @@ def tracin(
     """
     rule = FeatureRule(loss, projections.rademacher(1024) if projection is None else projection)
     eta = _checkpoint_weights(checkpoint_weights)
-    return Method("TracIn", rule, kernels.identity(), eta, references=("tracin",))
+    return Method("TracIn", rule, kernels.Identity(), eta, references=("tracin",))
 
 
 def grad_cos(
@@ -61,7 +61,7 @@ def grad_cos(
       Charpiat et al. (2019), arXiv:1906.01930; Hammoudeh and Lowd (2022), arXiv:2201.10055.
     """
     base = tracin(loss, checkpoint_weights=checkpoint_weights, projection=projection)
-    rule = base.rule._replace(normalize=True)
+    rule = dataclasses.replace(base.rule, normalize=True)
     return dataclasses.replace(base, name="GradCos", rule=rule, references=("grad_cos",))
 
 

@@ -10,7 +10,7 @@ more of what the query did.
 
 import dataclasses
 
-from jaxattr import groups
+from jaxattr import groups, identity
 from jaxattr.features import featurizer as features
 from jaxattr.features.featurizer import FeatureRule, Featurizer
 from jaxattr.groups import Groups
@@ -39,8 +39,8 @@ class Method:
     kernel: Kernel
     checkpoint_weights: tuple[float, ...] | None = None
     average_checkpoints: bool = False
-    references: tuple[str, ...] = ()
-    query_output: OutputFn | None = None
+    references: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    query_output: OutputFn | None = identity.function("params", "query", "key", default=None)
     link: Link = "identity"
 
     def __post_init__(self) -> None:

@@ -54,7 +54,7 @@ def trak(
         projections.rademacher(512) if projection is None else projection,
         residual=one_minus_p if residual is None else residual,
     )
-    kernel = kernels.gram(_damping(damping), dense=dense)
+    kernel = kernels.Gram(_damping(damping), dense=dense)
     return Method("TRAK", rule, kernel, average_checkpoints=True, references=("trak",))
 
 
@@ -90,7 +90,7 @@ def d_trak(
       queries that are evaluated; not divided by its mean absolute entry; Rademacher projection per
       group; the noise of an example depends on its id and not on its place in the batch.
     """
-    return _trak_like("D-TRAK", output, kernels.gram(_damping(damping), dense=dense), projection)
+    return _trak_like("D-TRAK", output, kernels.Gram(_damping(damping), dense=dense), projection)
 
 
 def journey_trak(
@@ -119,7 +119,7 @@ def journey_trak(
       Georgiev et al. (2023), arXiv:2312.06205; one score for the whole trajectory as in Zheng et
       al. (2024), arXiv:2311.00500, appendix C.
     """
-    kernel = kernels.gram(_damping(damping), dense=dense)
+    kernel = kernels.Gram(_damping(damping), dense=dense)
     method = _trak_like("Journey-TRAK", loss, kernel, projection)
     return dataclasses.replace(method, query_output=journey, references=("journey_trak",))
 
@@ -160,9 +160,9 @@ def das(
       kernel that is used, where the published code mixes queries and examples and rescales; as in
       the published code, the square is outside the mean over timesteps and pixels.
     """
-    kernel = kernels.gram(_damping(damping), dense=True, leverage=leverage)
+    kernel = kernels.Gram(_damping(damping), dense=True, leverage=leverage)
     method = _trak_like("DAS", output, kernel, projection)
-    rule = method.rule._replace(residual=residual)
+    rule = dataclasses.replace(method.rule, residual=residual)
     return dataclasses.replace(method, rule=rule, link=link, references=("das",))
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.batches import leading_size
+from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.index.index import Index
 from jaxattr.index.queries import (
@@ -229,10 +229,10 @@ def attributor(
     sign = -1 if opponents else 1
     count = blocks_at_once(rows.layout, block_size)
     search = ranking.top_k_of_arrays(index.place, index.layout, index.link, k, count, sign)
-    run = _compiled_attributor(functions_of(index), search)
 
     def attribute(batch: Batch, ids: jax.Array | None = None) -> TopK:
         ids = -1 - jnp.arange(leading_size(batch)) if ids is None else jnp.asarray(ids)
+        run = _compiled_attributor(functions_of(index, shapes_of_one(batch)), search)
         return run(state_of(index), _arrays(rows), w, batch, ids)
 
     return attribute

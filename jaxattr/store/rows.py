@@ -17,8 +17,9 @@ import numpy as np
 from jaxattr.sharding import DATA, MODEL, Placement
 
 FEATURES, RAW, EXAMPLES, SELF, ERRORS = "features", "raw", "examples", "self", "errors"
+DIGESTS = "digests"
 """Names of the arrays: K phi; phi, while K is not known; `ExampleColumns`; contributions of an
-example to its own score, per group; relative residuals of solves."""
+example to its own score, per group; relative residuals of solves; what the example itself was."""
 
 
 class ExampleColumns(NamedTuple):
@@ -211,9 +212,8 @@ def all_rows(rows: Rows, name: str, checkpoint: int, columns: slice = slice(None
     layout = rows.layout
     if isinstance(rows, MemoryRows):
         array = rows.arrays[_kept(name)][:, :, checkpoint, : layout.widths[name]]
-        return rows.place.host(array[..., columns]).reshape(-1, array[..., columns].shape[-1])[
-            : layout.size
-        ]
+        chosen = rows.place.host(array[..., columns])  # [blocks, b, width]
+        return chosen.reshape(layout.blocks * layout.block, chosen.shape[-1])[: layout.size]
     parts = [
         rows.place.host(rows.read(name, block, checkpoint)[:, columns])
         for block in range(layout.blocks)

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from jaxattr.index.index import Index
-from jaxattr.index.queries import QueryFeatures, query_features
+from jaxattr.index.queries import query_features
 from jaxattr.scores import scoring
 from jaxattr.store.rows import EXAMPLES, FEATURES
 from jaxattr.typing import Key
@@ -196,7 +196,9 @@ def _from_index(
         numbers = len(kept) * index.size * groups
         materialize = numbers * phi.dtype.itemsize <= _MATERIALIZE_BYTES
     if materialize:
-        parts = scoring.contributions(index, QueryFeatures(phi, np.zeros(0, np.int64)))
+        parts = scoring.contributions(
+            index, prepared._replace(features=phi, non_finite=np.zeros(0, np.int64))
+        )
         return _Problem(
             functools.partial(shortlists.everything, parts), len(kept), index.size, groups
         )

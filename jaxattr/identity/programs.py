@@ -1,0 +1,239 @@
+"""A user's function as what it computes: its trace, with all that it closes over, by content.
+
+A function object says little: it may close over state that changes (running statistics), and an
+equal one may be made anew. Its trace says what it computes now. Tracing is never answered from
+JAX's cache of traces, so a changed state is another program.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+
+from jaxattr.identity.arrays import digest_of
+
+# Rules of their own for derivatives: they are seen in the trace of the derivative alone.
+_WITH_RULES = ("custom_jvp_call", "custom_vjp_call")
+# What does not change what is computed: names, and how things are compiled or placed.
+_IRRELEVANT = (
+    "name", "inline", "keep_unused", "donated_invars", "compiler_options_kvs", "ctx_mesh",
+    "in_shardings", "out_shardings", "in_layouts", "out_layouts", "prevent_cse",
+    "jvp_jaxpr_fun", "jvp_jaxpr_thunk", "fwd_jaxpr_thunk", "fwd", "bwd",
+)  # fmt: skip
+
+
+class Program:
+    """A function as it was when this was made; equal to others that compute the same.
+
+    Attributes:
+      digest: of the trace, constants at every depth and rules for derivatives included.
+      name: of the function, for messages.
+    """
+
+    def __init__(self, function: Callable, arguments: tuple[Any, ...]) -> None:
+        self.name = getattr(function, "__name__", type(function).__name__)
+        self._function = function
+        self._shapes = _shapes(arguments)
+        program, tree = _trace(function, self._shapes)
+        self._signature = _signature(self._shapes)
+        self._programs = {self._signature: (program, tree)}
+        self.digest = _digest(program, self._shapes)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Computes what the function computed when it was traced.
+
+        Args:
+          *arguments: of the same dtypes. Of other shapes it is traced anew.
+
+        Raises:
+          ValueError: if that is due, and the function no longer computes the same.
+        """
+        signature = _signature(arguments)
+        if signature not in self._programs:
+            self._programs[signature] = self._traced_anew(arguments)
+        program, tree = self._programs[signature]
+        return jax.tree.unflatten(tree, jaxpr_as_fun(program)(*jax.tree.leaves(arguments)))
+
+    def _traced_anew(self, arguments: tuple[Any, ...]) -> tuple[ClosedJaxpr, Any]:
+        program, _ = _trace(self._function, self._shapes)
+        if _digest(program, self._shapes) != self.digest:
+            raise ValueError(
+                f"The function {self.name!r} computes something else than when it was first given: "
+                "an array that it closes over has changed, such as running statistics. Build the "
+                "index again, or let each function close over what does not change."
+            )
+        return _trace(self._function, _shapes(arguments))
+
+    def __eq__(self, other: object) -> bool:
+        # The digest sees leaves alone; a function of another kind of tree takes other arguments.
+        return (
+            isinstance(other, Program)
+            and other.digest == self.digest
+            and other._signature == self._signature
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"Program({self.name}, {self.digest[:8]})"
+
+
+def _shapes(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), _dtype(x)), arguments)
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+
+
+def _signature(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    leaves, tree = jax.tree.flatten(arguments)
+    return tree, tuple((jnp.shape(leaf), str(_dtype(leaf))) for leaf in leaves)
+
+
+def _trace(function: Callable, shapes: tuple[Any, ...]) -> tuple[ClosedJaxpr, Any]:
+    """Traces a function through a new one, which JAX cannot have traced before."""
+
+    def fresh(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    with jax.disable_jit(False):  # which would unroll loops, or run them on what has no value
+        program, result = jax.make_jaxpr(fresh, return_shape=True)(*shapes)
+    return program, jax.tree.structure(result)
+
+
+def _digest(program: ClosedJaxpr, shapes: tuple[Any, ...]) -> str:
+    walk = _Walk()
+    walk.closed(program)
+    if walk.has_rules:
+        try:
+            derivative = _derivative(program, shapes)
+        except (TypeError, ValueError, NotImplementedError):
+            return walk.hexdigest()  # what has no derivative is used without
+        walk.closed(derivative)
+    return walk.hexdigest()
+
+
+def _derivative(program: ClosedJaxpr, shapes: tuple[Any, ...]) -> ClosedJaxpr:
+    """The trace of the derivative by the first argument: there, rules have become equations."""
+    count = len(jax.tree.leaves(shapes[0]))
+    leaves = jax.tree.leaves(shapes)
+    floating = [i for i in range(count) if jnp.issubdtype(leaves[i].dtype, jnp.floating)]
+    run = jaxpr_as_fun(program)
+
+    def derivative(*leaves: Any) -> Any:
+        def of_chosen(chosen: list[Any]) -> Any:
+            given = list(leaves)
+            for place, value in zip(floating, chosen, strict=True):
+                given[place] = value
+            return run(*given)
+
+        outputs, pull = jax.vjp(of_chosen, [leaves[i] for i in floating])
+        ones = [
+            jnp.ones_like(x)
+            if jnp.issubdtype(x.dtype, jnp.floating)
+            else np.zeros(x.shape, jax.dtypes.float0)
+            for x in outputs
+        ]
+        return pull(ones)
+
+    return jax.make_jaxpr(derivative)(*leaves)
+
+
+class _Walk:
+    """A hash that takes in programs, numbering their variables as they come.
+
+    Attributes:
+      has_rules: whether some function with rules of its own for derivatives was met.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._known: dict[int, tuple[Any, str]] = {}
+        self.has_rules = False
+
+    def hexdigest(self) -> str:
+        """Returns 128 bits."""
+        return self._hash.hexdigest()[:32]
+
+    def closed(self, program: ClosedJaxpr) -> None:
+        """Takes in a program and its constants."""
+        for constant in program.consts:
+            self._say("constant", _content(constant))
+        self._program(program.jaxpr)
+
+    def _program(self, program: Jaxpr) -> None:
+        numbers: dict[Var, int] = {}
+        for variable in (*program.constvars, *program.invars):
+            self._say("in", self._new(numbers, variable))
+        for equation in program.eqns:
+            self._equation(equation, numbers)
+        self._say("out", *(self._atom(numbers, atom) for atom in program.outvars))
+
+    def _equation(self, equation: JaxprEqn, numbers: dict[Var, int]) -> None:
+        name = equation.primitive.name
+        self.has_rules |= name in _WITH_RULES
+        self._say(name, *(self._atom(numbers, atom) for atom in equation.invars))
+        for key in sorted(equation.params):
+            if key not in _IRRELEVANT:
+                self._say(key)
+                self._parameter(equation.params[key])
+        self._say("to", *(self._new(numbers, variable) for variable in equation.outvars))
+
+    def _parameter(self, value: Any) -> None:
+        if isinstance(value, ClosedJaxpr | Jaxpr):
+            self._nested(value)
+        elif isinstance(value, Mapping):
+            for key in sorted(value, key=str):
+                self._say(key)
+                self._parameter(value[key])
+        elif isinstance(value, tuple | list):
+            self._say(type(value).__name__, len(value))
+            for each in value:
+                self._parameter(each)
+        elif isinstance(value, np.ndarray | jax.Array):
+            self._say(_content(value))
+        elif not isinstance(value, jax.sharding.Sharding | jax.sharding.Mesh):
+            # Addresses of Python objects differ from run to run.
+            self._say(re.sub(r"0x[0-9a-f]+", "", repr(value)))
+
+    def _nested(self, value: ClosedJaxpr | Jaxpr) -> None:
+        """A sub-program, once: layers of a model often share one."""
+        if id(value) not in self._known:
+            inner = _Walk()
+            inner._known = self._known
+            inner.closed(value) if isinstance(value, ClosedJaxpr) else inner._program(value)
+            self.has_rules |= inner.has_rules
+            self._known[id(value)] = (value, inner.hexdigest())
+        self._say(self._known[id(value)][1])
+
+    def _new(self, numbers: dict[Var, int], variable: Var) -> str:
+        numbers[variable] = len(numbers)
+        return f"{numbers[variable]} {variable.aval.str_short()}"
+
+    def _atom(self, numbers: dict[Var, int], atom: Any) -> str:
+        if isinstance(atom, Literal):
+            return f"literal {atom.aval.str_short()} {_content(atom.val)}"
+        return str(numbers[atom])
+
+    def _say(self, *words: Any) -> None:
+        self._hash.update(repr(words).encode())
+
+
+def _content(value: Any) -> str:
+    """What a constant is. One that is being traced is known by its object alone."""
+    if isinstance(value, jax.core.Tracer):
+        return f"traced {id(value)}"
+    if (
+        isinstance(value, np.ndarray | np.generic | bool | int | float | complex)
+        and np.size(value) <= 64
+    ):
+        array = np.asarray(value)
+        return f"{array.dtype} {array.shape} {array.tobytes().hex()}"
+    return digest_of(value)

@@ -1,0 +1,137 @@
+"""Whether the training data are those that an index was made from, example by example.
+
+While a block is read, 64 bits of each array of each of its examples are kept beside its rows; that
+takes no pass of its own. Whoever brings data to an index that is there has them compared.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattr import identity
+from jaxattr.features.bases import Fitted
+from jaxattr.fitting.passes import row_digests
+from jaxattr.groups import leaf_names
+from jaxattr.index.index import first_ids
+from jaxattr.sharding import Placement
+from jaxattr.sources import Source, track
+from jaxattr.store import StoreError
+from jaxattr.store.rows import DIGESTS, Rows, all_rows
+from jaxattr.typing import Batch
+
+Verify = Literal["all", "sample"]
+
+# Examples that "sample" looks at.
+_SAMPLES = 64
+
+
+def check_verify(verify: str | None, source: Source) -> Verify:
+    """Returns how much of the data is compared, by default all of it if it is in memory.
+
+    Args:
+      verify: what the user passed.
+      source: the data.
+
+    Raises:
+      ValueError: if it is neither "all" nor "sample".
+    """
+    if verify is None:
+        return "all" if source.in_memory else "sample"
+    if verify not in ("all", "sample"):
+        raise ValueError(f'verify must be "all" or "sample", got {verify!r}.')
+    return verify  # type: ignore[return-value]
+
+
+def data_differences(source: Source, rows: Rows, known: int, verify: Verify) -> list[str]:
+    """Compares the first examples of a data set with those that an index was made from.
+
+    Args:
+      source: the data.
+      rows: of the index.
+      known: how many examples the index has digests of, the first ones.
+      verify: "all" of them, or a "sample" of 64, evenly spread.
+
+    Returns:
+      A line for each array of the examples that differs, with how many do and which.
+    """
+    if not known:
+        return []
+    there = all_rows(rows, DIGESTS, 0)[:known]
+    positions = np.arange(known)
+    if verify == "sample":
+        positions = np.unique(np.linspace(0, known - 1, min(known, _SAMPLES)).round().astype(int))
+    here = np.concatenate(list(_digests_of(source, positions, rows.layout.block, rows.place)))
+    wrong = (here != there[positions]).reshape(len(positions), -1, identity.LANES).any(axis=-1)
+    names = leaf_names(source.example)
+    checked = "" if verify == "all" else f" of the {len(positions)} that were looked at"
+    return [
+        f"train: {name} of {column.sum()} examples{checked} differs from what the index was built "
+        f"with, first: {first_ids(positions[column])}"
+        for name, column in zip(names, wrong.T, strict=True)
+        if column.any()
+    ]
+
+
+def check_rereading(rows: Rows) -> None:
+    """Raises if the data were not the same each time they were read.
+
+    Args:
+      rows: of the index, all written.
+    """
+    first = all_rows(rows, DIGESTS, 0)
+    for number in range(1, rows.layout.checkpoints):
+        wrong = np.flatnonzero((all_rows(rows, DIGESTS, number) != first).any(axis=1))
+        if len(wrong):
+            raise StoreError(
+                f"train gave other examples when it was read again, for checkpoint {number}: "
+                f"{len(wrong)} of them, first: {first_ids(wrong)}. A source must return the same "
+                "example whenever it is asked for it: no shuffling, no random augmentation."
+            )
+
+
+def check_fitted(rows: Rows, fitted: Fitted, number: int) -> None:
+    """Raises if a basis was fitted to other data than the features were computed from.
+
+    Args:
+      rows: of the index, whose digests are written.
+      fitted: what was fitted to the checkpoint.
+      number: of the checkpoint.
+    """
+    if fitted.data is None:
+        return
+    digests = jnp.asarray(all_rows(rows, DIGESTS, number))
+    ids = jnp.arange(len(digests))
+    found = _sum_of_rows(digests, ids, jnp.ones(len(digests), bool))
+    if not np.array_equal(found, fitted.data):
+        raise StoreError(
+            f"The basis of checkpoint {number} was fitted to other data than its features are "
+            "computed from: train has changed since this index was begun. Delete the index and "
+            "build it again."
+        )
+
+
+class _Positions(NamedTuple):
+    """Reads chosen positions of a source, where a block asks for 0, 1, ..."""
+
+    source: Source
+    positions: np.ndarray
+
+    def read(self, rows: np.ndarray) -> Batch:
+        return self.source.read(self.positions[rows])
+
+
+def _digests_of(
+    source: Source, positions: np.ndarray, block: int, place: Placement
+) -> Iterator[np.ndarray]:
+    chosen = Source(len(positions), _Positions(source, positions).read)
+    size = chosen.block_size(block, place)
+    step = row_digests(place)
+    count = -(-len(positions) // size)
+    for each in track(chosen.blocks(size, place), "comparing the data", count):
+        yield place.host(step(each.batch))[: each.real]
+
+
+_sum_of_rows = jax.jit(identity.sum_of_rows)
