@@ -7,7 +7,7 @@ import jaxattr
 
 ROOT = pathlib.Path(jaxattr.__file__).parent
 ROOMS = (
-    ("typing",),
+    ("typing", "scales"),
     ("keys",),
     ("groups",),
     ("identity",),

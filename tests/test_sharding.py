@@ -31,6 +31,7 @@ METHODS = {
 }
 MESHES = {"1": ((1,), ("data",)), "8": ((8,), ("data",)), "4x2": ((4, 2), ("data", "model"))}
 QUIET = pytest.mark.filterwarnings("ignore::jaxattr.weights.report.WeightWarning")
+EXPONENT = jnp.asarray(0, jnp.int32)
 
 
 def mesh_of(name):
@@ -143,11 +144,13 @@ def test_only_sums_and_merges_move_between_devices(mesh):
     w, queries = place.whole((jnp.ones(3), ja.query_features(index, QUERIES).features))
     arrays = {name: index.rows.arrays[name] for name in ("features", "examples")}
     assert (
-        set(collectives(ranking.score_step(place, layout, "identity"), w, queries, arrays))
+        set(
+            collectives(ranking.score_step(place, layout, "identity"), w, queries, arrays, EXPONENT)
+        )
         == columns
     )
     search = ranking.top_k_of_arrays(place, layout, "identity", 5, 2, 1)
-    merged = collectives(search, w, queries, arrays)
+    merged = collectives(search, w, queries, arrays, EXPONENT)
     assert set(merged) == {"all-gather"} | columns and merged["all-gather"] <= 2
 
     start, absorb, merge = shortlists.compiled_pass(place, layout, 7, (1,))
@@ -180,8 +183,9 @@ def test_steps_lower_for_accelerators(mesh, platform):
     lowers(features, *step_arguments(index, place))
     w, queries = place.whole((jnp.ones(3), ja.query_features(index, QUERIES).features))
     arrays = {name: index.rows.arrays[name] for name in ("features", "examples")}
-    lowers(ranking.score_step(place, index.layout, "identity"), w, queries, arrays)
-    lowers(ranking.top_k_of_arrays(place, index.layout, "identity", 5, 2, 1), w, queries, arrays)
+    given = (w, queries, arrays, EXPONENT)
+    lowers(ranking.score_step(place, index.layout, "identity"), *given)
+    lowers(ranking.top_k_of_arrays(place, index.layout, "identity", 5, 2, 1), *given)
     start, absorb, merge = shortlists.compiled_pass(place, index.layout, 7, (1,))
     listed = start(w, queries)
     lowers(absorb, listed, queries, arrays, 0, 0)

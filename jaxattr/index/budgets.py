@@ -21,7 +21,16 @@ from jaxattr.kernels import Identity, Iterates, Kernel
 from jaxattr.methods.method import Method, featurizer
 from jaxattr.sharding import DATA, Placement, placement, split_rows
 from jaxattr.sources import Source, as_checkpoints, as_source
-from jaxattr.store.rows import DIGESTS, ERRORS, EXAMPLES, FEATURES, RAW, SELF, RowLayout
+from jaxattr.store.rows import (
+    DIGESTS,
+    ERRORS,
+    EXAMPLES,
+    FEATURES,
+    RAW,
+    SELF,
+    SELF_COLUMNS,
+    RowLayout,
+)
 from jaxattr.typing import Example, Key, Params
 
 # More examples than this at once do not make a step faster.
@@ -198,7 +207,7 @@ class Request:
                 "65,504, which gradients reach, and other types are no floats."
             )
         layout = featurize.layout
-        widths = {FEATURES: layout.total, EXAMPLES: 2, SELF: len(layout.names)}
+        widths = {FEATURES: layout.total, EXAMPLES: 2, SELF: len(layout.names) + len(SELF_COLUMNS)}
         if not isinstance(self.method.kernel, Identity):
             widths[RAW] = layout.total
         if isinstance(self.method.kernel, Iterates):

@@ -23,7 +23,13 @@ from jaxattr.groups import Groups
 from jaxattr.index import provenance
 from jaxattr.index.budgets import Request, check_device
 from jaxattr.index.checkpoint_builds import Job, Session, build_checkpoint
-from jaxattr.index.index import ConvergenceWarning, Index, first_ids, report_non_finite
+from jaxattr.index.index import (
+    ConvergenceWarning,
+    Index,
+    Recorded,
+    first_ids,
+    report_non_finite,
+)
 from jaxattr.index.saving import (
     COMPLETE,
     MANIFEST,
@@ -211,10 +217,11 @@ def _build_on_disk(
     index = _build(job, rows, session)
     barrier("rows written")
     check_rereading(rows)
-    query_side = index.query_side  # on all processes, since parameters may be spread over them
+    # On all processes, since parameters and rows may be spread over them.
+    recorded = Recorded(index.query_side, int(index.exponent))
     if process()[0] == 0:
         found = Finished(index.fitted, index.operators, index.non_finite, index.solve_errors)
-        save_finished(folder, job.source.size, found, query_side)
+        save_finished(folder, job.source.size, found, recorded)
     barrier("index finished")
     return index
 

@@ -22,6 +22,7 @@ from jaxattr.index.saving import load_fitted, load_operator, save_fitted, save_o
 from jaxattr.index.verifying import check_fitted
 from jaxattr.kernels import Identity, Iterates, Kernel, MapsQueries, Surroundings
 from jaxattr.methods.method import Method
+from jaxattr.scales import exponent_of, scaled
 from jaxattr.sharding import DATA, Placement, barrier, process
 from jaxattr.sources import Source, as_source, track
 from jaxattr.store import DiskRows, Folder, Ledger
@@ -31,6 +32,7 @@ from jaxattr.store.rows import (
     ERRORS,
     EXAMPLES,
     FEATURES,
+    NO_SIZE,
     RAW,
     SELF,
     Rows,
@@ -322,5 +324,10 @@ def apply_kernel(
 
 
 def _self_contributions(layout: FeatureLayout, phi: Features, mapped: Features) -> jax.Array:
-    products = phi * mapped
-    return jnp.stack([products[:, part].sum(axis=1) for part in layout.slices.values()], axis=1)
+    """Contributions of examples to their own scores, with `SelfColumns`: products may be large."""
+    of_phi, size = exponent_of(phi, axis=1), exponent_of(mapped, axis=1)
+    products = scaled(phi, -of_phi[:, None]) * scaled(mapped, -size[:, None])
+    columns = [products[:, part].sum(axis=1) for part in layout.slices.values()]
+    size_or_none = jnp.where(mapped.any(axis=1), size, NO_SIZE)
+    columns += [x.astype(phi.dtype) for x in (of_phi + size, size_or_none)]
+    return jnp.stack(columns, axis=1)

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import os
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,16 @@ from jaxattr.features.plans import FeatureLayout
 from jaxattr.index import provenance
 from jaxattr.methods.method import Method
 from jaxattr.sharding import Placement
-from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES, SELF, Rows, all_rows
+from jaxattr.store.rows import (
+    COLUMNS,
+    EXAMPLES,
+    FEATURES,
+    NO_SIZE,
+    SELF,
+    SELF_COLUMNS,
+    Rows,
+    all_rows,
+)
 from jaxattr.typing import Link, Params
 
 
@@ -27,6 +36,13 @@ class NonFiniteWarning(UserWarning):
 
 class ConvergenceWarning(UserWarning):
     """An iterative solve ended before it reached its tolerance."""
+
+
+class Recorded(NamedTuple):
+    """What an index on disk says of itself; as in `Index`."""
+
+    query_side: str
+    exponent: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +63,7 @@ class Index:
         checkpoints, [n]; None for kernels that do not iterate.
       path: where it is on disk; None if it is in memory.
       link: what is done to sums of contributions to make them scores.
-      recorded_query_side: `query_side` as the index on disk has it; None if it is in memory.
+      recorded: what the index on disk says of itself; None if it is in memory.
     """
 
     method: Method | None
@@ -61,7 +77,7 @@ class Index:
     solve_errors: np.ndarray | None
     path: str | os.PathLike[str] | None = None
     link: Link = "identity"
-    recorded_query_side: str | None = None
+    recorded: Recorded | None = None
 
     @property
     def size(self) -> int:
@@ -76,10 +92,20 @@ class Index:
     @functools.cached_property
     def query_side(self) -> str:
         """Identity of all that decides the features of a query; `QueryFeatures` carry it."""
-        if self.recorded_query_side is not None:
-            return self.recorded_query_side
+        if self.recorded is not None:
+            return self.recorded.query_side
         assert self.featurizer is not None
         return provenance.query_side(self.featurizer, self.checkpoints, self.fitted, self.operators)
+
+    @functools.cached_property
+    def exponent(self) -> np.ndarray:
+        """All features of training examples are below 2 to this power; int32."""
+        if self.recorded is not None:
+            return np.asarray(self.recorded.exponent, np.int32)
+        column = slice(SELF_COLUMNS.size, None)
+        each = [all_rows(self.rows, SELF, c, column) for c in range(self.rows.layout.checkpoints)]
+        largest = np.max(each)
+        return np.asarray(0 if largest == NO_SIZE else largest, np.int32)
 
     @property
     def place(self) -> Placement:
@@ -99,7 +125,8 @@ class Index:
     @property
     def self_contributions(self) -> np.ndarray:
         """Each example's contribution to its own score, per group, [n, m]; on the host."""
-        return self._counted(np.sum(self._each(SELF), axis=0))
+        each = np.stack(self._each(SELF), axis=1)  # [n, c, m + 2]
+        return self._counted(self_contributions(each))
 
     def _each(self, name: str) -> list[np.ndarray]:
         """One array [n, width] per checkpoint."""
@@ -121,6 +148,20 @@ class Index:
             + (f", on disk at {self.path}" if self.path is not None else "")
             + ")"
         )
+
+
+def self_contributions(rows: np.ndarray) -> np.ndarray:
+    """Contributions of examples to their own scores, per group; in float64, which holds them.
+
+    Args:
+      rows: of the array `self`, [..., c, m + 2].
+
+    Returns:
+      Float64 [..., m], summed over checkpoints.
+    """
+    exponents = rows[..., SELF_COLUMNS.exponent, None].astype(np.int64)
+    parts = np.ldexp(rows[..., : SELF_COLUMNS.exponent].astype(np.float64), exponents)
+    return parts.sum(axis=-2)
 
 
 def report_non_finite(positions: np.ndarray, total: int, what: str, where: str = "") -> None:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.index import provenance
-from jaxattr.index.index import Index
+from jaxattr.index.index import Index, Recorded
 from jaxattr.index.saving import COMPLETE, MANIFEST, load_finished, read_manifest, refuse_others
 from jaxattr.methods.method import Method, featurizer
 from jaxattr.sharding import Placement, placement
@@ -80,7 +80,7 @@ def open_index(
         rows=in_device_memory(rows) if in_memory else rows,
         path=folder.path,
         link=described["method"]["link"],
-        recorded_query_side=complete["query_side"],
+        recorded=Recorded(complete["query_side"], complete["exponent"]),
         **load_finished(folder, complete, layout.checkpoints, place)._asdict(),
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxattr.features.bases import Fitted
 from jaxattr.index import provenance
+from jaxattr.index.index import Recorded
 from jaxattr.sharding import Placement
 from jaxattr.store import Folder, StoreError, load_state, save_state
 
@@ -138,19 +139,19 @@ class Finished(NamedTuple):
     solve_errors: np.ndarray | None
 
 
-def save_finished(folder: Folder, examples: int, found: Finished, query_side: str) -> None:
+def save_finished(folder: Folder, examples: int, found: Finished, recorded: Recorded) -> None:
     """Says that an index is finished, and what its rows came to; on the first process.
 
     Args:
       folder: of the index.
       examples: number of training examples.
       found: what was found; `fitted` and `operators` are saved when they are made.
-      query_side: of the index.
+      recorded: what it says of itself.
     """
     errors = None if found.solve_errors is None else found.solve_errors.astype(float).tolist()
     non_finite = found.non_finite.tolist()
     record = {"examples": examples, "non_finite": non_finite, "solve_errors": errors}
-    folder.write(COMPLETE, record | {"query_side": query_side})
+    folder.write(COMPLETE, record | recorded._asdict())
 
 
 def load_finished(

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.features.plans import FeatureLayout
+from jaxattr.scales import exponent_of, scaled
 from jaxattr.sharding import DATA, MODEL, Placement
 from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES, axes_of, pad_columns
 from jaxattr.typing import Features, Link
 
-QUERIES = (None, None, MODEL)
+FEATURE_AXES = (None, None, MODEL)
 """Mesh axes of query features [q, c, p]."""
 
 SIDE = {name: axes_of(name) for name in (FEATURES, EXAMPLES)}
@@ -67,7 +68,30 @@ def train_side(arrays: dict[str, jax.Array]) -> TrainSide:
     return TrainSide(features.reshape(len(counted), -1).astype(wide), residual, counted)
 
 
-def weigh(layout: FeatureLayout, place: Placement, w: jax.Array, phi: Features) -> jax.Array:
+# Products of features are below 2 to this power: as far up as sums of them stay finite, so that
+# those with examples far smaller than the largest do not vanish.
+_LARGEST = 90
+
+
+class Weighted(NamedTuple):
+    """Weighted query features, so scaled that products with training examples do not overflow.
+
+    Attributes:
+      features: [q, c, p], p padded to divide over columns; times 2^exponents they are themselves.
+      exponents: int32 [q].
+    """
+
+    features: jax.Array
+    exponents: jax.Array
+
+
+QUERIES = Weighted(FEATURE_AXES, (None,))  # type: ignore[arg-type]
+"""Mesh axes of weighted query features."""
+
+
+def weigh(
+    layout: FeatureLayout, place: Placement, w: jax.Array, phi: Features, exponent: jax.Array
+) -> Weighted:
     """Multiplies query features by their groups' weights, and lays them out as slabs are.
 
     Args:
@@ -75,38 +99,62 @@ def weigh(layout: FeatureLayout, place: Placement, w: jax.Array, phi: Features) 
       place: the devices.
       w: weights [m].
       phi: [q, c * p].
-
-    Returns:
-      [q, c, p], p padded to divide over columns.
+      exponent: all features of training examples are below 2^exponent, int32.
     """
     # Not jnp.repeat, which has the compiler fold a sum over all columns.
     columns = w[np.repeat(np.arange(len(layout.dims)), layout.dims)].astype(phi.dtype)  # [p]
-    split = phi.reshape(phi.shape[0], -1, layout.total) * columns[None, None]
+    own = exponent_of(phi, axis=1)
+    small = scaled(lay_out(layout, place, phi), -own[:, None, None])
+    weighted = small * pad_columns(columns[None, None], small.shape[-1])
+    lift = jnp.minimum(_LARGEST - exponent, _LARGEST)
+    return Weighted(scaled(weighted, lift), own - lift)
+
+
+def lay_out(layout: FeatureLayout, place: Placement, phi: Features) -> jax.Array:
+    """Splits query features [q, c * p] as slabs are: [q, c, p], p padded to divide over columns."""
+    split = phi.reshape(phi.shape[0], -1, layout.total)
     return pad_columns(split, -(-layout.total // place.columns) * place.columns)
 
 
-def linked(link: Link, scores: Any) -> Any:
+def linked(link: Link, sums: Any) -> Any:
     """Makes scores of sums of contributions.
 
     Args:
       link: of the method.
-      scores: the sums.
+      sums: of contributions.
     """
-    return scores**2 if link == "square" else scores
+    return sums**2 if link == "square" else sums
 
 
-def local_scores(place: Placement, link: Link, weighted: jax.Array, side: TrainSide) -> jax.Array:
-    """Scores of a device's own training examples, [q, r]; inside `Placement.over_shards`.
+def scores_of(link: Link, strengths: jax.Array, exponents: jax.Array) -> jax.Array:
+    """Makes scores of what `local_strengths` returns; infinite where they leave their type.
+
+    Args:
+      link: of the method.
+      strengths: [q, ...].
+      exponents: of the queries, [q].
+    """
+    exponents = exponents.reshape(-1, *(1,) * (strengths.ndim - 1))
+    return linked(link, scaled(strengths, exponents))
+
+
+def local_strengths(place: Placement, link: Link, weighted: Weighted, side: TrainSide) -> jax.Array:
+    """What a device's own training examples are ranked by; inside `Placement.over_shards`.
 
     Args:
       place: the devices.
       link: of the method.
-      weighted: query features [q, c, p], the device's own columns.
+      weighted: query features, the device's own columns.
       side: the device's own rows.
+
+    Returns:
+      [q, r]: sums of contributions, over 2^exponents of their query; their sizes where scores are
+      their squares.
     """
-    flat = weighted.reshape(weighted.shape[0], -1)
-    scores = place.sum_columns(jnp.matmul(flat, side.features.T, precision="highest"))
-    return linked(link, scores * side.residual[None])  # [q, r]
+    flat = weighted.features.reshape(len(weighted.features), -1)
+    sums = place.sum_columns(jnp.matmul(flat, side.features.T, precision="highest"))
+    sums = sums * side.residual[None]
+    return jnp.abs(sums) if link == "square" else sums
 
 
 def local_contributions(
@@ -126,7 +174,7 @@ def local_contributions(
     side = train_side(arrays)
     c = arrays[EXAMPLES].shape[2]
     train = side.features.reshape(len(side.counted), c, -1)  # [r, c, own columns]
-    phi = weigh(layout, place, jnp.ones(len(layout.names), phi.dtype), phi)  # [q, c, p]
+    phi = lay_out(layout, place, phi)  # [q, c, p]
     own = train.shape[2]
     parts = []
     for columns in layout.slices.values():
@@ -147,17 +195,19 @@ def local_contributions(
 
 @functools.lru_cache(maxsize=32)
 def score_step(place: Placement, layout: FeatureLayout, link: Link) -> Any:
-    """The compiled step (w, phi [q, c * p], arrays of a slab) -> [q, g, b], b over `data`."""
+    """The compiled step (w, phi [q, c * p], slab, exponent) -> [q, g, b], b over `data`."""
 
-    def of_shard(weighted: jax.Array, arrays: dict[str, jax.Array]) -> jax.Array:
+    def of_shard(weighted: Weighted, arrays: dict[str, jax.Array]) -> jax.Array:
         g, b = arrays[EXAMPLES].shape[:2]
-        scores = local_scores(place, link, weighted, train_side(arrays))
-        return scores.reshape(-1, g, b)
+        strengths = local_strengths(place, link, weighted, train_side(arrays))
+        return scores_of(link, strengths, weighted.exponents).reshape(-1, g, b)
 
     spread = place.over_shards(of_shard, (QUERIES, SIDE), (None, None, DATA))
 
-    def step(w: jax.Array, phi: Features, arrays: dict[str, jax.Array]) -> jax.Array:
-        return spread(weigh(layout, place, w, phi), arrays)
+    def step(
+        w: jax.Array, phi: Features, arrays: dict[str, jax.Array], exponent: jax.Array
+    ) -> jax.Array:
+        return spread(weigh(layout, place, w, phi, exponent), arrays)
 
     return jax.jit(step)
 
@@ -187,7 +237,7 @@ def absorb(
     link: Link,
     sign: int,
     best: TopK,
-    weighted: jax.Array,
+    weighted: Weighted,
     arrays: dict[str, jax.Array],
     first: Any,
     skip: Any,
@@ -199,16 +249,16 @@ def absorb(
       link: of the method.
       sign: -1 for opponents.
       best: the device's own, [1, q, k].
-      weighted: query features [q, c, p].
+      weighted: query features.
       arrays: of the slab, the device's own.
       first: id of the slab's first example.
       skip: blocks of the slab that were seen before.
 
     Returns:
-      The best of both; ties go to the lower id.
+      The best of both, by their strengths; ties go to the lower id.
     """
     side, (g, b) = train_side(arrays), arrays[EXAMPLES].shape[:2]
-    scores = sign * local_scores(place, link, weighted, side)
+    scores = sign * local_strengths(place, link, weighted, side)
     ids = slab_ids(place, (g, b), first)
     fresh = jnp.repeat(jnp.arange(g) >= skip, b)
     usable = (side.counted & fresh)[None] & jnp.isfinite(scores)
@@ -225,13 +275,15 @@ def absorb(
     return TopK(jnp.take_along_axis(ids, places, axis=1)[None], values[None])
 
 
-def merge(place: Placement, sign: int, best: TopK) -> TopK:
+def merge(place: Placement, link: Link, sign: int, best: TopK, exponents: jax.Array) -> TopK:
     """The best of all devices, on every device; inside `Placement.over_shards`.
 
     Args:
       place: the devices.
+      link: of the method.
       sign: -1 for opponents.
-      best: the device's own, [1, q, k].
+      best: the device's own, [1, q, k], with strengths for scores.
+      exponents: of the queries, [q].
 
     Returns:
       Ids and scores [q, k]; those that are missing have id -1.
@@ -244,14 +296,14 @@ def merge(place: Placement, sign: int, best: TopK) -> TopK:
         # By score, and the lower id where two are equal.
         scores, ids = jax.lax.sort((-scores, ids), num_keys=2)
         ids, scores = ids[:, :k], -scores[:, :k]
-    return TopK(ids, sign * scores)
+    return TopK(ids, scores_of(link, sign * scores, exponents))
 
 
 @functools.lru_cache(maxsize=32)
 def top_k_of_arrays(
     place: Placement, layout: FeatureLayout, link: Link, k: int, count: int, sign: int
 ) -> Any:
-    """A jittable function (w, phi, arrays) -> TopK over whole arrays in memory.
+    """A jittable function (w, phi, arrays, exponent) -> TopK over whole arrays in memory.
 
     Args:
       place: the devices.
@@ -262,7 +314,7 @@ def top_k_of_arrays(
       sign: -1 for opponents.
     """
 
-    def of_shard(weighted: jax.Array, arrays: dict[str, jax.Array]) -> TopK:
+    def of_shard(weighted: Weighted, arrays: dict[str, jax.Array]) -> TopK:
         blocks, b = arrays[EXAMPLES].shape[:2]
         at_once = min(count, blocks)
 
@@ -273,15 +325,15 @@ def top_k_of_arrays(
             first = start * b * place.shards
             return absorb(place, link, sign, best, weighted, slab, first, i * at_once - start)
 
-        dtype = jnp.promote_types(weighted.dtype, arrays[EXAMPLES].dtype)
-        none = jax.tree.map(lambda x: x[:1], empty(place, weighted.shape[0], k, dtype))
+        dtype = jnp.promote_types(weighted.features.dtype, arrays[EXAMPLES].dtype)
+        none = jax.tree.map(lambda x: x[:1], empty(place, len(weighted.features), k, dtype))
         best = jax.lax.fori_loop(0, -(-blocks // at_once), step, none)
-        return merge(place, sign, best)
+        return merge(place, link, sign, best, weighted.exponents)
 
     spread = place.over_shards(of_shard, (QUERIES, SIDE), ())
 
-    def run(w: jax.Array, phi: Features, arrays: dict[str, jax.Array]) -> TopK:
-        return spread(weigh(layout, place, w, phi), arrays)
+    def run(w: jax.Array, phi: Features, arrays: dict[str, jax.Array], exponent: jax.Array) -> TopK:
+        return spread(weigh(layout, place, w, phi, exponent), arrays)
 
     return run
 
@@ -290,11 +342,19 @@ def top_k_of_arrays(
 def absorb_step(
     place: Placement, layout: FeatureLayout, link: Link, sign: int
 ) -> tuple[Any, Any, Any]:
-    """Compiled: (w, phi) -> weighted; (best, weighted, slab, first, skip) -> best; best -> TopK."""
+    """Compiled steps of a top k that is found slab by slab.
+
+    Returns:
+      (w, phi, exponent) -> weighted; (best, weighted, slab, first, skip) -> best; and
+      (best, exponents) -> TopK.
+    """
     own = (DATA,)  # a leading axis of devices
-    merging = place.over_shards(functools.partial(merge, place, sign), (own,), ())
+    merging = place.over_shards(functools.partial(merge, place, link, sign), (own, (None,)), ())
     absorbing = place.over_shards(
         functools.partial(absorb, place, link, sign), (own, QUERIES, SIDE, (), ()), own
     )
-    weighing = place.jit(functools.partial(weigh, layout, place), *QUERIES)
-    return weighing, jax.jit(absorbing, donate_argnums=0), jax.jit(merging)
+    return (
+        jax.jit(functools.partial(weigh, layout, place)),
+        jax.jit(absorbing, donate_argnums=0),
+        jax.jit(merging),
+    )

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.index.index import Index
+from jaxattr.index.index import Index, NonFiniteWarning, first_ids, self_contributions
 from jaxattr.index.queries import (
     QueryFeatures,
     QueryFunctions,
@@ -21,6 +22,7 @@ from jaxattr.index.queries import (
     query_features,
     state_of,
 )
+from jaxattr.scales import exponent_of, scaled
 from jaxattr.scores import ranking
 from jaxattr.scores.ranking import TopK
 from jaxattr.sharding import DATA, Placement, barrier, process
@@ -81,16 +83,18 @@ def score(
     w = weight_array(index.layout, weights)
     prepared = query_features(index, queries)
     step = ranking.score_step(index.place, index.layout, index.link)
-    w, phi = index.place.whole((w, prepared.features))
+    w, phi, exponent = index.place.whole((w, prepared.features, index.exponent))
     blocks = (
-        (slab, index.place.gathered(step(w, phi, slab.arrays)))  # [q, g, b]
+        (slab, index.place.gathered(step(w, phi, slab.arrays, exponent)))  # [q, g, b]
         for slab in _slabs(index)
     )
     if path is not None:
         return _write_scores(index, prepared, blocks, Folder(path))
     parts = [scores[:, slab.fresh :].reshape(len(phi), -1) for slab, scores in blocks]
     scores = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-    return _mark_queries(scores[:, : index.size], prepared)
+    scores = _mark_queries(scores[:, : index.size], prepared)
+    _warn_of_overflow(scores)
+    return scores
 
 
 def contributions(index: Index, queries: Any) -> jax.Array:
@@ -108,14 +112,16 @@ def contributions(index: Index, queries: Any) -> jax.Array:
     """
     prepared = query_features(index, queries)
     step = _compiled_contributions(index.place, index.layout)
-    phi = index.place.whole(prepared.features)
+    phi, exponent = index.place.whole((prepared.features, index.exponent))
     parts = [
-        index.place.gathered(step(phi, slab.arrays))[:, slab.fresh :]  # [q, g, b, m]
+        index.place.gathered(step(phi, slab.arrays, exponent))[:, slab.fresh :]  # [q, g, b, m]
         for slab in _slabs(index)
     ]
     flat = [part.reshape(part.shape[0], -1, part.shape[-1]) for part in parts]
     joined = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
-    return _mark_queries(joined[:, : index.size], prepared)
+    found = _mark_queries(joined[:, : index.size], prepared)
+    _warn_of_overflow(found)
+    return found
 
 
 def top_k(
@@ -151,20 +157,22 @@ def top_k(
     prepared = query_features(index, queries)
     sign = -1 if opponents else 1
     place, layout = index.place, index.layout
-    w, phi = place.whole((w, prepared.features))
+    w, phi, exponent = place.whole((w, prepared.features, index.exponent))
     if isinstance(index.rows, MemoryRows):
         count = blocks_at_once(index.rows.layout, block_size)
         top = _compiled_top_k(place, layout, index.link, k, count, sign)(
-            w, phi, _arrays(index.rows)
+            w, phi, _arrays(index.rows), exponent
         )
     else:
         weighing, absorbing, merging = ranking.absorb_step(place, layout, index.link, sign)
-        weighted = weighing(w, phi)
+        weighted = weighing(w, phi, exponent)
         best = ranking.empty(place, len(phi), k, jnp.promote_types(phi.dtype, jnp.float32))
         for slab in _slabs(index, block_size):
             best = absorbing(best, weighted, slab.arrays, slab.first, slab.fresh)
-        top = merging(best)
-    return _mark_top(top, place.whole(_finite_rows(prepared)))
+        top = merging(best, weighted.exponents)
+    top = _mark_top(top, place.whole(_finite_rows(prepared)))
+    _warn_of_overflow(top.scores)
+    return top
 
 
 def self_influence(index: Index, *, weights: Weights | None = None) -> jax.Array:
@@ -182,12 +190,13 @@ def self_influence(index: Index, *, weights: Weights | None = None) -> jax.Array
     parts = []
     for slab in index.rows.slabs([SELF, EXAMPLES], SLAB):
         arrays = {name: index.place.host(x)[slab.fresh :] for name, x in slab.arrays.items()}
-        selves = arrays[SELF].sum(axis=2)  # [g, b, m]
+        selves = self_contributions(arrays[SELF])  # [g, b, m]
         residual = arrays[EXAMPLES][..., COLUMNS.residual].mean(axis=-1)
-        scores = ranking.linked(index.link, residual * (selves @ w.astype(selves.dtype)))
-        parts.append(scores.reshape(-1))
-    values = np.concatenate(parts)[: index.size]
+        parts.append(ranking.linked(index.link, residual * (selves @ w)).reshape(-1))
+    with np.errstate(over="ignore"):
+        values = np.concatenate(parts)[: index.size].astype(index.rows.layout.wide)
     values[index.non_finite] = np.nan
+    _warn_of_overflow(values)
     return jnp.asarray(values)
 
 
@@ -225,7 +234,7 @@ def attributor(
             "An attributor needs the index in memory, and this one is on disk: open it with "
             "ja.open_index(path, ..., in_memory=True), or use ja.top_k, which reads it in blocks."
         )
-    w = index.place.whole(weight_array(index.layout, weights))
+    w, exponent = index.place.whole((weight_array(index.layout, weights), index.exponent))
     sign = -1 if opponents else 1
     count = blocks_at_once(rows.layout, block_size)
     search = ranking.top_k_of_arrays(index.place, index.layout, index.link, k, count, sign)
@@ -233,7 +242,7 @@ def attributor(
     def attribute(batch: Batch, ids: jax.Array | None = None) -> TopK:
         ids = -1 - jnp.arange(leading_size(batch)) if ids is None else jnp.asarray(ids)
         run = _compiled_attributor(functions_of(index, shapes_of_one(batch)), search)
-        return run(state_of(index), _arrays(rows), w, batch, ids)
+        return run(state_of(index), _arrays(rows), w, exponent, batch, ids)
 
     return attribute
 
@@ -243,9 +252,11 @@ def _compiled_attributor(functions: QueryFunctions, search: Any) -> Any:
     """The jitted function, the same for indexes of one method: a newer one compiles nothing."""
 
     @jax.jit
-    def run(state: State, train: dict, w: jax.Array, batch: Batch, ids: jax.Array) -> TopK:
+    def run(
+        state: State, train: dict, w: jax.Array, exponent: jax.Array, batch: Batch, ids: jax.Array
+    ) -> TopK:
         phi, finite = features_of_batch(functions, state, batch, ids)
-        return _mark_top(search(w, phi, train), finite)
+        return _mark_top(search(w, phi, train, exponent), finite)
 
     return run
 
@@ -285,13 +296,14 @@ def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:
 
 @functools.lru_cache(maxsize=32)
 def _compiled_contributions(place: Placement, layout: FeatureLayout) -> Any:
-    def of_shard(phi: Features, arrays: dict[str, jax.Array]) -> jax.Array:
+    def of_shard(phi: Features, arrays: dict[str, jax.Array], exponent: jax.Array) -> jax.Array:
         g, b = arrays[EXAMPLES].shape[:2]
-        parts = ranking.local_contributions(place, layout, phi, arrays)
-        return parts.reshape(parts.shape[0], g, b, -1)
+        exponents = (exponent_of(phi, axis=1) + exponent)[:, None]
+        parts = ranking.local_contributions(place, layout, scaled(phi, -exponents), arrays)
+        return scaled(parts, exponents[..., None]).reshape(parts.shape[0], g, b, -1)
 
-    spread = place.over_shards(of_shard, ((None, None), ranking.SIDE), (None, None, DATA, None))
-    return jax.jit(spread)
+    inputs = ((None, None), ranking.SIDE, ())
+    return jax.jit(place.over_shards(of_shard, inputs, (None, None, DATA, None)))
 
 
 @functools.lru_cache(maxsize=32)
@@ -330,6 +342,21 @@ def _write_scores(
             array[:, start : start + part.shape[1]].write(part).result()
     barrier("scores written")
     return array
+
+
+def _warn_of_overflow(scores: Any) -> None:
+    """Warns of scores that are past the range of their type, which are infinite."""
+    infinite = np.isinf(np.asarray(scores))
+    if infinite.any():
+        rows = np.flatnonzero(infinite.reshape(len(infinite), -1).any(axis=1))
+        warnings.warn(
+            f"{infinite.sum()} scores are past the range of {scores.dtype} and are returned as "
+            f"infinite, with their sign; they are ranked by their true size. Rows {first_ids(rows)}"
+            " of the result hold them. Scale the loss down, or look at examples with huge "
+            "gradients.",
+            NonFiniteWarning,
+            stacklevel=3,
+        )
 
 
 def _mark_top(top: TopK, finite: jax.Array) -> TopK:

@@ -22,6 +22,23 @@ DIGESTS = "digests"
 example to its own score, per group; relative residuals of solves; what the example itself was."""
 
 
+class SelfColumns(NamedTuple):
+    """The last columns of the array `self`, per training example and checkpoint.
+
+    Attributes:
+      exponent: the contributions of the example to its own score, in the columns before, are to be
+        multiplied by 2 to this power.
+      size: all of its features are below 2 to this power; `NO_SIZE` if they are zero.
+    """
+
+    exponent: int = -2
+    size: int = -1
+
+
+SELF_COLUMNS = SelfColumns()
+NO_SIZE = -4096
+
+
 class ExampleColumns(NamedTuple):
     """Columns of the array `examples`, per training example and checkpoint.
 

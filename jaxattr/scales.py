@@ -1,0 +1,43 @@
+"""Powers of two that are carried apart, so that products stay within the range of their type.
+
+Scaling by a power of two is exact, and leaves every bit of the mantissa as it was.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_BITS = {4: (jnp.int32, 23, 127), 8: (jnp.int64, 52, 1023)}
+
+
+def exponent_of(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
+    """Returns the smallest e with |x| < 2^e, for the largest entry along some axes.
+
+    Args:
+      x: float, finite.
+      axis: over which the largest is taken. Default: over all.
+
+    Returns:
+      int32; zero where all is zero.
+    """
+    largest = jnp.max(jnp.abs(x), axis=axis, initial=0)
+    return jnp.frexp(largest.astype(jnp.promote_types(x.dtype, jnp.float32)))[1]
+
+
+def scaled(x: jax.Array, exponent: Any) -> jax.Array:
+    """Returns x 2^exponent, rounded only where it leaves the range of x's type.
+
+    Args:
+      x: float32 or float64.
+      exponent: integers that broadcast against x.
+    """
+    half = jnp.asarray(exponent, jnp.int32) // 2
+    return x * _power(half, x.dtype) * _power(exponent - half, x.dtype)
+
+
+def _power(exponent: jax.Array, dtype: Any) -> jax.Array:
+    """2^exponent by its bits: a power function need not be exact."""
+    integer, mantissa, bias = _BITS[jnp.dtype(dtype).itemsize]
+    bits = (jnp.clip(exponent, 1 - bias, bias) + bias).astype(integer) << mantissa
+    return jax.lax.bitcast_convert_type(bits, dtype)
