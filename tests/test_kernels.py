@@ -16,7 +16,7 @@ def features(n, layout=LAYOUT):
 
 def surroundings(phi, layout=LAYOUT, curvature=None, sums_of=None, hessian=None):
     rows = lambda columns: np.asarray(phi[:, columns])  # noqa: E731
-    return kernels.Surroundings(layout, rows, curvature, sums_of, hessian)
+    return kernels.Surroundings(layout, rows, curvature, sums_of, 0, hessian)
 
 
 def run(kernel, phi, batch=5, layout=LAYOUT, **given):
@@ -55,8 +55,8 @@ def test_gram_is_the_damped_inverse(n, damping, dense):
 
 def test_primal_equals_dual():
     phi, damping = np.asarray(features(30)), kernels.relative(0.1)
-    primal = gram_matrix._multiply(gram_matrix._primal(phi.T @ phi, damping, phi.dtype), phi)
-    dual = gram_matrix._multiply(gram_matrix._dual(phi, damping, phi.dtype), phi)
+    primal = gram_matrix._multiply(gram_matrix._primal(phi.T @ phi, damping, 0, phi.dtype), phi)
+    dual = gram_matrix._multiply(gram_matrix._dual(phi, damping, 0, phi.dtype), phi)
     np.testing.assert_allclose(dual, primal, rtol=1e-9, atol=1e-12)
 
 

@@ -69,7 +69,7 @@ def damping_path(
     if options.get("path") is not None or options.get("mesh") is not None:
         raise ValueError("A damping path is computed in memory on one device: no path, no mesh.")
     for damping in dampings:
-        kernel.operator_at([], damping)  # raises where it cannot be, before the work
+        kernel.operator_at([], damping, 0)  # raises where it cannot be, before the work
     raw = build_index(_without_kernel(method), checkpoints, train, **options)
     return _indexes(method, raw, dampings)
 
@@ -80,10 +80,10 @@ def _indexes(
     kernel: Any = method.kernel
     assert isinstance(raw.rows, MemoryRows)
     layout, dtype = raw.rows.layout, raw.rows.layout.wide
-    numbers = range(layout.checkpoints)
+    numbers, exponent = range(layout.checkpoints), int(raw.exponent)
 
     def features(number: int, columns: slice) -> np.ndarray:
-        return all_rows(raw.rows, FEATURES, number, columns).astype(dtype)
+        return np.ldexp(all_rows(raw.rows, FEATURES, number, columns).astype(dtype), -exponent)
 
     spectra = [
         kernel.spectrum(raw.layout, functools.partial(features, number)) for number in numbers
@@ -93,11 +93,11 @@ def _indexes(
         rows = MemoryRows(layout, raw.place)
         rows.arrays[EXAMPLES] = raw.rows.arrays[EXAMPLES]  # shared: those are not written
         for number in numbers:
-            operator = kernel.operator_at(spectra[number], damping)
+            operator = kernel.operator_at(spectra[number], damping, exponent)
             apply, _ = apply_kernel(raw.place, method.kernel, raw.layout, etas[number])
             for block in range(layout.blocks):
                 phi = raw.rows.read(FEATURES, block, number).astype(dtype)
-                rows.write(block, number, apply(operator, phi)[1])
+                rows.write(block, number, apply(operator, phi, exponent)[1])
         made = dataclasses.replace(method, kernel=dataclasses.replace(kernel, damping=damping))
         yield damping, dataclasses.replace(raw, method=made, rows=rows)
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxattr.keys import named_key
 from jaxattr.linear_maps import LinearMap
@@ -61,6 +62,7 @@ class Fitted(NamedTuple):
       curvature: eigenvalue of each feature [p], NaN where it is not known; or None.
       captured: {leaf: share of the trace of the covariances that A and B hold, [2]}; of a side
         that was narrowed at random first, of the trace that was left.
+      exponent: the curvature is to be multiplied by 2 to this power.
       data: digest of the examples that it was fitted to, uint32 [k]; None if it saw none.
     """
 
@@ -68,7 +70,15 @@ class Fitted(NamedTuple):
     scales: dict[str, jax.Array]
     curvature: jax.Array | None
     captured: dict[str, jax.Array]
+    exponent: jax.Array | None = None
     data: jax.Array | None = None
+
+    def curvature_over(self, exponent: int) -> np.ndarray | None:
+        """Returns the curvature of features that are taken over 2 to a power, float64 [p]."""
+        if self.curvature is None:
+            return None
+        own = 0 if self.exponent is None else int(self.exponent)
+        return np.ldexp(np.asarray(self.curvature, np.float64), own - 2 * exponent)
 
 
 NOTHING = Fitted({}, {}, None, {})

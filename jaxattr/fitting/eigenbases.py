@@ -8,8 +8,8 @@ is nearly diagonal.
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,17 @@ from jaxattr.batches import shapes_of_one
 from jaxattr.features.bases import Basis, Factored, Fitted, Sides
 from jaxattr.features.expectations import refuse_unit_norm, sum_over_draws
 from jaxattr.features.featurizer import FeatureRule
-from jaxattr.fitting.passes import NumberedBatch, TrainingPass, row_digests
+from jaxattr.fitting.passes import (
+    NumberedBatch,
+    TrainingPass,
+    over_power,
+    row_digests,
+    typical_exponent,
+)
 from jaxattr.kernels.diagonal import sum_of_squares
 from jaxattr.keys import example_keys, named_key
 from jaxattr.linear_maps import Captured
+from jaxattr.scales import exponent_of, scaled
 from jaxattr.typing import Batch, Example, Key, OutputFn, Params
 
 SampleFn = Callable[[Params, Example, Key], Example]
@@ -35,8 +42,21 @@ MaskFn = Callable[[Example], jax.Array]
 # A side with more inputs or outputs than this, such as a vocabulary, is projected at random to
 # `_NARROW` dimensions before its covariance is taken.
 _WIDE, _NARROW = 4096, 1024
+# Squares of numbers up to 2 to this power, and down to its inverse, add up within float32.
+_FAR = 30
 # Examples whose activations are in memory at once, where the user does not say.
 _MICROBATCH = 64
+
+
+Narrow: TypeAlias = tuple[jax.Array | None, jax.Array | None]
+"""What the inputs and the outputs of a wide linear map are projected with; None: nothing."""
+
+
+class Exponents(NamedTuple):
+    """Inputs and cotangents of a leaf are taken over 2 to these powers, int32 []."""
+
+    inputs: Any
+    cotangents: Any
 
 
 class Covariance(NamedTuple):
@@ -46,11 +66,14 @@ class Covariance(NamedTuple):
       inputs: of x^T x, [in, in], or [stack, in, in].
       cotangents: of d^T d, [out, out], or [stack, out, out].
       positions: how many, [], or [stack].
+      sizes: sums over examples of the exponents of their largest input and cotangent, and how many
+        were not zero, [2, 2].
     """
 
     inputs: jax.Array
     cotangents: jax.Array
     positions: jax.Array
+    sizes: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +115,7 @@ class Eigenbasis(Basis):
     def fit(self, over: TrainingPass) -> Fitted:
         """See `Fits`."""
         sampler = None if self.sample is None else _sampler(self.sample, over)
-        (covariances, data), projected = _covariances(over, sampler, self.mask)
+        covariances, data, exponents, projected = _covariances(over, sampler, self.mask)
         sides: dict[str, Sides] = {}
         captured, curvature = {}, {}
         for factored in over.featurizer.plan.factored:
@@ -111,14 +134,23 @@ class Eigenbasis(Basis):
             captured[leaf] = jnp.asarray(
                 [_share(k[0], f[0]) for k, f in zip(kept, found, strict=True)]
             )
-            curvature[leaf] = kept[0][0][..., :, None] * kept[1][0][..., None, :]
+            products = kept[0][0][..., :, None] * kept[1][0][..., None, :]
+            curvature[leaf] = np.ldexp(products, 2 * sum(map(int, exponents[leaf])))
         _warn_of_loss(captured)
-        fitted = Fitted(sides, {}, None, captured, data)
+        fitted = Fitted(sides, {}, None, captured, data=data)
         known = np.full(over.featurizer.layout.total, np.nan)
         values = over.featurizer.plan.scatter(curvature) if self.eigenvalues else known
         if sampler is not None and np.isnan(values).any():
             known = _second_moments(over, fitted, sampler)
-        return fitted._replace(curvature=jnp.asarray(np.where(np.isnan(values), known, values)))
+        return _with_curvature(fitted, np.where(np.isnan(values), known, values))
+
+
+def _with_curvature(fitted: Fitted, curvature: np.ndarray) -> Fitted:
+    """Keeps the curvature over a power of two, since squares of gradients may leave float32."""
+    exponent = int(np.frexp(np.nanmax(curvature, initial=0))[1])
+    return fitted._replace(
+        curvature=jnp.asarray(np.ldexp(curvature, -exponent)), exponent=jnp.asarray(exponent)
+    )
 
 
 class TruncationWarning(UserWarning):
@@ -167,11 +199,8 @@ def _covariances(
     over: TrainingPass,
     sampler: Callable[[NumberedBatch], NumberedBatch] | None,
     mask: MaskFn | None,
-) -> tuple[
-    tuple[dict[str, Covariance], jax.Array | None],
-    dict[str, tuple[jax.Array | None, jax.Array | None]],
-]:
-    """Sums over the data, with the digest of them; and what wide sides were projected with."""
+) -> tuple[dict[str, Covariance], jax.Array | None, dict[str, Exponents], dict[str, Narrow]]:
+    """Sums over the data, its digest, the units of the sums, what wide sides are projected with."""
     featurizer = over.featurizer
     factored = {f.map.leaf: f for f in featurizer.plan.factored}
     key = jax.random.fold_in(featurizer.key, over.number)
@@ -183,18 +212,36 @@ def _covariances(
         for leaf, f in factored.items()
     }
     if not factored:
-        return ({}, None), {}
+        return {}, None, {}, {}
     # All activations of a batch are in memory at once, so batches are small.
     size = min(over.block, featurizer.microbatch, _MICROBATCH * over.place.shards)
     smaller = dataclasses.replace(over, block=over.source.block_size(size, over.place))
     digests = row_digests(over.place)
-    given = (
-        (numbered if sampler is None else sampler(numbered), digests(numbered.batch))
-        for numbered in smaller.batches("covariances")
-    )
     function = _covariance_sums(featurizer.rule, featurizer.plan.factored, mask)
-    shared = over.place.whole((featurizer.key, over.params, projected))
-    return over.sums(function, shared, given), projected
+
+    def sums(exponents: dict[str, Exponents]) -> tuple[dict[str, Covariance], jax.Array]:
+        given = (
+            (numbered if sampler is None else sampler(numbered), digests(numbered.batch))
+            for numbered in smaller.batches("covariances")
+        )
+        shared = over.place.whole((featurizer.key, over.params, projected, exponents))
+        return over.sums(function, shared, given)
+
+    none = Exponents(np.zeros((), np.int32), np.zeros((), np.int32))
+    exponents = dict.fromkeys(factored, none)
+    found, data = sums(exponents)
+    typical = {leaf: _typical(covariance) for leaf, covariance in found.items()}
+    if any(abs(int(each)) > _FAR for both in typical.values() for each in both):
+        # Squares of numbers as large or small as these leave the range of float32: once more.
+        exponents = typical
+        found, data = sums(exponents)
+    return found, data, exponents, projected
+
+
+def _typical(covariance: Covariance) -> Exponents:
+    """The exponents of the geometric mean of the examples' largest inputs and cotangents."""
+    totals, counts = np.asarray(covariance.sizes, np.float64)
+    return Exponents(*np.round(totals / np.maximum(counts, 1)).astype(np.int32))
 
 
 @functools.lru_cache(maxsize=16)
@@ -216,10 +263,10 @@ def _sums_of_batch(
     output: OutputFn,
     factored: Mapping[str, Factored],
     mask: MaskFn | None,
-    shared: tuple[Key, Params, Mapping[str, tuple[jax.Array | None, jax.Array | None]]],
+    shared: tuple[Key, Params, Mapping[str, Narrow], Mapping[str, Exponents]],
     numbered: NumberedBatch,
 ) -> dict[str, Covariance]:
-    key, params, projected = shared
+    key, params, projected, exponents = shared
     keys = example_keys(key, numbered.ids)
     counted = None if mask is None else jax.vmap(mask)(numbered.batch)
 
@@ -227,9 +274,12 @@ def _sums_of_batch(
         shapes = shapes_of_one((batch, keys))
         captured = linear_maps.capture(output, params, *shapes, leaves=list(factored))
         uses = jax.vmap(captured, in_axes=(None, 0, 0))(params, batch, keys)
-        kept = numbered.real & _all_finite(uses)
+        finite = numbered.real & _all_finite(uses)
+        kept = finite & _in_range(uses, exponents)
         return {
-            leaf: _covariance(factored[leaf], each, kept, counted, *projected[leaf])
+            leaf: _covariance(
+                factored[leaf], each, kept, counted, projected[leaf], exponents[leaf]
+            )._replace(sizes=_sizes(each, finite))
             for leaf, each in uses.items()
         }
 
@@ -248,13 +298,43 @@ def _all_finite(uses: Mapping[str, tuple[Captured, ...]]) -> jax.Array:
     return functools.reduce(jnp.logical_and, finite)
 
 
+def _in_range(
+    uses: Mapping[str, tuple[Captured, ...]], exponents: Mapping[str, Exponents]
+) -> jax.Array:
+    """Which examples have squares that sums of many can hold, [b]."""
+    kept = []
+    for leaf, each in uses.items():
+        for use in each:
+            for x, exponent in zip((use.inputs, use.cotangents), exponents[leaf], strict=True):
+                if jnp.issubdtype(x.dtype, jnp.floating):
+                    x = scaled(x.astype(jnp.promote_types(x.dtype, jnp.float32)), -exponent)
+                    squares = jnp.sum(x**2, axis=tuple(range(1, x.ndim)))
+                    kept.append(squares < jnp.finfo(x.dtype).max * 2.0**-40)
+    return functools.reduce(jnp.logical_and, kept)
+
+
+def _sizes(uses: tuple[Captured, ...], finite: jax.Array) -> jax.Array:
+    """See `Covariance.sizes`."""
+    columns = []
+    for side in zip(*((use.inputs, use.cotangents) for use in uses), strict=True):
+        totals = jnp.zeros(2, jnp.float32)
+        for x in side:
+            axes = tuple(range(1, x.ndim))
+            if jnp.issubdtype(x.dtype, jnp.floating):
+                counts = finite & (x != 0).any(axis=axes)
+                sizes = jnp.where(counts, exponent_of(jnp.where(jnp.isfinite(x), x, 0), axes), 0)
+                totals += jnp.stack([sizes.sum(), counts.sum()]).astype(jnp.float32)
+        columns.append(totals)
+    return jnp.stack(columns, axis=1)
+
+
 def _covariance(
     factored: Factored,
     uses: tuple[Captured, ...],
     kept: jax.Array,
     counted: jax.Array | None,
-    narrow_inputs: jax.Array | None,
-    narrow_outputs: jax.Array | None,
+    narrow: Narrow,
+    exponents: Exponents,
 ) -> Covariance:
     """Sums of one leaf over the positions of all its uses, [*stack, ...] each."""
     totals = []
@@ -263,12 +343,14 @@ def _covariance(
         weights = jnp.broadcast_to(kept[:, None], (kept.shape[0], t)).astype(factored.dtype)
         if counted is not None and counted.shape[1:] == (t,):
             weights = weights * counted.astype(weights.dtype)
-        inputs = _inputs(factored, use.inputs, narrow_inputs)
+        inputs = _inputs(factored, use.inputs, narrow[0])
+        cotangents = _project(use.cotangents, narrow[1])
         totals.append(
             Covariance(
-                _weighted_gram(inputs, weights, factored),
-                _weighted_gram(_project(use.cotangents, narrow_outputs), weights, factored),
+                _weighted_gram(inputs, weights, factored, exponents.inputs),
+                _weighted_gram(cotangents, weights, factored, exponents.cotangents),
                 jnp.sum(weights) * use.applied[0].astype(weights.dtype),
+                jnp.zeros(()),
             )
         )
     return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), totals)
@@ -293,9 +375,11 @@ def _project(x: jax.Array, narrow: jax.Array | None) -> jax.Array:
     return x if narrow is None else x @ narrow.astype(x.dtype)
 
 
-def _weighted_gram(x: jax.Array, weights: jax.Array, factored: Factored) -> jax.Array:
+def _weighted_gram(
+    x: jax.Array, weights: jax.Array, factored: Factored, exponent: jax.Array
+) -> jax.Array:
     """Sum over examples and positions of w x^T x, for x [b, *stack, t, f]; [*stack, f, f]."""
-    x = x.astype(factored.dtype)
+    x = scaled(x.astype(factored.dtype), -exponent)
     weights = weights.reshape(weights.shape[0], *(1 for _ in factored.lead), -1, 1)
     # Not finite times zero is not zero, so what does not count is taken out before.
     x = jnp.where(weights > 0, x, 0)
@@ -344,10 +428,19 @@ def _second_moments(
     over: TrainingPass, fitted: Fitted, sampler: Callable[[NumberedBatch], NumberedBatch]
 ) -> np.ndarray:
     """Mean square of each feature under sampled labels, [p]."""
-    clean = over.features(over.place.whole(fitted), "eigenvalues", sampler)
-    blocks = ((each.features, each.kept) for each in clean)
-    total, count = over.sums(_squares_and_count, (), blocks)
-    return np.asarray(total, np.float64) / max(float(count), 1.0)
+    exponent: int | None = None
+
+    def blocks() -> Iterator[tuple[jax.Array, jax.Array]]:
+        nonlocal exponent
+        for each in over.features(over.place.whole(fitted), "eigenvalues", sampler):
+            if exponent is None:
+                exponent = typical_exponent(over.place, each.features, each.kept)
+            small = over_power(over.place, each.features.dtype)
+            yield small(each.features, exponent=exponent), each.kept
+
+    total, count = over.sums(_squares_and_count, (), blocks())
+    means = np.asarray(total, np.float64) / max(float(count), 1.0)
+    return np.ldexp(means, 2 * (exponent or 0))
 
 
 def _squares_and_count(

@@ -12,6 +12,7 @@ import numpy as np
 from jaxattr import identity
 from jaxattr.features.bases import Fitted
 from jaxattr.features.featurizer import Featurizer
+from jaxattr.scales import exponent_of, scaled
 from jaxattr.sharding import DATA, Placement
 from jaxattr.sources import Source, track
 from jaxattr.typing import Batch, Features, Params
@@ -147,6 +148,56 @@ class TrainingPass:
         rows = np.arange(self.source.size)
         real = jnp.ones(len(rows), bool)
         return self.place.whole(NumberedBatch(self.source.read(rows), jnp.asarray(rows), real))
+
+
+def typical_exponent(place: Placement, phi: Features, kept: jax.Array) -> int:
+    """Returns a power of two by which squares of features keep within range.
+
+    Args:
+      place: the devices.
+      phi: features of some examples [b, p].
+      kept: which of them count, bool [b].
+
+    Returns:
+      The exponent of the largest feature of the median example; zeros do not count.
+    """
+    return int(np.asarray(_median_exponent(place)(phi, kept)))
+
+
+@functools.lru_cache(maxsize=16)
+def over_power(place: Placement, dtype: Any) -> Any:
+    """The compiled step (phi [b, p], exponent=) -> phi over 2 to this power, of some dtype."""
+    return place.jit(lambda phi, exponent: scaled(phi.astype(dtype), -exponent), DATA)
+
+
+@functools.lru_cache(maxsize=16)
+def _median_exponent(place: Placement) -> Any:
+    def median(phi: Features, kept: jax.Array) -> jax.Array:
+        counted = kept & phi.any(axis=1)
+        size = jnp.where(counted, exponent_of(phi, axis=1), jnp.iinfo(jnp.int32).max)
+        middle = jnp.sort(size)[jnp.maximum(counted.sum() - 1, 0) // 2]
+        return jnp.where(counted.any(), middle, 0)
+
+    return place.jit(median)
+
+
+def without_too_large(
+    phi: Features, kept: jax.Array, exponent: jax.Array, n: int
+) -> tuple[Features, jax.Array]:
+    """Leaves out examples whose squares would not add up within range; jittable.
+
+    Args:
+      phi: features [b, p].
+      kept: which count, bool [b].
+      exponent: squares are taken of features over 2 to this power.
+      n: number of examples.
+
+    Returns:
+      Features, zero for those that are left out; and which count.
+    """
+    squares = jnp.sum(scaled(phi, -exponent) ** 2, axis=1)
+    kept = kept & (squares < jnp.finfo(phi.dtype).max / (4 * n))
+    return jnp.where(kept[:, None], phi, 0), kept
 
 
 @functools.lru_cache(maxsize=16)

@@ -17,7 +17,14 @@ from jaxattr.features.bases import NOTHING, Fits, Fitted
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.fitting.hessians import hessian_products
-from jaxattr.fitting.passes import CleanFeatures, NumberedBatch, TrainingPass
+from jaxattr.fitting.passes import (
+    CleanFeatures,
+    NumberedBatch,
+    TrainingPass,
+    over_power,
+    typical_exponent,
+    without_too_large,
+)
 from jaxattr.index.saving import load_fitted, load_operator, save_fitted, save_operator
 from jaxattr.index.verifying import check_fitted
 from jaxattr.kernels import Identity, Iterates, Kernel, MapsQueries, Surroundings
@@ -124,31 +131,43 @@ def build_checkpoint(
         operator = load_operator(session.folder, number, job.place)
         if operator is not None or not isinstance(kernel, MapsQueries):
             return BuiltCheckpoint(fitted, operator, _finite(rows, number))
-    operator, finite = _operator(job, over, fitted, rows, session)
+    found = _operator(job, over, fitted, rows, session)
     apply, residual = apply_kernel(job.place, kernel, layout, eta)
     starts = range(first, blocks)
     for block in track(iter(starts), f"{kernel.name}, checkpoint {number}", blocks, first):
         phi = rows.read(RAW, block, number).astype(rows.layout.wide)
-        mapped, values = apply(operator, phi)
+        mapped, values = apply(found.operator, phi, found.exponent)
         if residual is not None:
-            values[ERRORS] = residual(operator, phi, mapped)
+            values[ERRORS] = residual(found.operator, phi, mapped)
         rows.write(block, number, values)
     _flush(rows)
     if isinstance(rows, DiskRows):
         barrier("kernel applied")
         if process()[0] == 0:
             rows.remove(RAW, number)
-    return BuiltCheckpoint(fitted, operator, finite)
+            if session is not None:
+                session.folder.delete(_unit_file(number))
+    return BuiltCheckpoint(fitted, found.operator, found.finite)
+
+
+class _Inverted(NamedTuple):
+    """A kernel, ready to be applied.
+
+    Attributes:
+      operator: of the kernel.
+      exponent: it is to be given features over 2 to this power.
+      finite: which examples count, bool [n].
+    """
+
+    operator: Any
+    exponent: int
+    finite: np.ndarray
 
 
 def _operator(
     job: Job, over: TrainingPass, fitted: Fitted, rows: Rows, session: Session | None
-) -> tuple[Any, np.ndarray]:
-    """Computes what is missing of the features, and the kernel from all of them.
-
-    Returns:
-      The kernel's operator, and which examples have finite features.
-    """
+) -> _Inverted:
+    """Computes what is missing of the features, and the kernel from all of them."""
     kernel, number = job.method.kernel, over.number
     first = _done(session, RAW, number)
     if isinstance(rows, DiskRows):
@@ -156,17 +175,25 @@ def _operator(
             rows.create(RAW, number)
         barrier("raw features")
 
+    exponent = _unit_on_record(session, number) if first else None
+
     def blocks() -> Iterator[tuple[Features, jax.Array]]:
+        nonlocal exponent
+        small = over_power(job.place, rows.layout.wide)
         for block in range(first):
             examples = rows.read(EXAMPLES, block, number)
-            yield rows.read(RAW, block, number), examples[:, COLUMNS.finite] > 0
-        store = _compiled_raw(job.place, rows.layout.dtypes[RAW])
+            phi = small(rows.read(RAW, block, number), exponent=exponent)
+            yield phi, examples[:, COLUMNS.finite] > 0
+        sized = kernel.degree is not None
+        store = _compiled_raw(job.place, rows.layout.dtypes[RAW], rows.layout.size, sized)
         digests = DIGESTS in rows.layout.widths
         stream = over.features(fitted, "features", first=first, digests=digests)
         for block, clean in enumerate(stream, first):
-            values = store(clean)
+            if exponent is None:
+                exponent = _unit(job, clean, session, number)
+            values, kept = store(clean, exponent)
             rows.write(block, number, values)
-            yield values[RAW], clean.kept
+            yield small(values[RAW], exponent=exponent), kept
 
     function = _kernel_sums(kernel, job.featurizer.layout, rows.layout.size, rows.layout.wide)
     statistics = over.sums(function, (), blocks())
@@ -174,11 +201,31 @@ def _operator(
     barrier("features written")
     _check_fitted(rows, fitted, number)
     finite = _finite(rows, number)
-    operator = kernel.finalize(statistics, _surroundings(job, over, fitted, rows, finite))
+    unit = exponent or 0
+    operator = kernel.finalize(statistics, _surroundings(job, over, fitted, rows, finite, unit))
     operator = job.place.whole(operator)
     if isinstance(kernel, MapsQueries) and session is not None:
         save_operator(session.folder, number, operator, job.place)
-    return operator, finite
+    return _Inverted(operator, unit, finite)
+
+
+def _unit(job: Job, clean: CleanFeatures, session: Session | None, number: int) -> int:
+    """The power of two that a kernel's features are given over, kept for a run that goes on."""
+    if job.method.kernel.degree is None:
+        return 0
+    exponent = typical_exponent(job.place, clean.features, clean.kept)
+    if session is not None and process()[0] == 0:
+        session.folder.write(_unit_file(number), {"exponent": exponent})
+    return exponent
+
+
+def _unit_on_record(session: Session | None, number: int) -> int:
+    found = None if session is None else session.folder.read(_unit_file(number))
+    return 0 if found is None else int(found["exponent"])
+
+
+def _unit_file(number: int) -> str:
+    return f"unit-{number}.json"
 
 
 def _fit(job: Job, over: TrainingPass, session: Session | None) -> Fitted:
@@ -196,21 +243,26 @@ def _fit(job: Job, over: TrainingPass, session: Session | None) -> Fitted:
 
 
 def _surroundings(
-    job: Job, over: TrainingPass, fitted: Fitted, rows: Rows, finite: np.ndarray
+    job: Job, over: TrainingPass, fitted: Fitted, rows: Rows, finite: np.ndarray, exponent: int
 ) -> Surroundings:
     layout, dtype = job.featurizer.layout, rows.layout.wide
+
+    def over_unit(columns: slice) -> np.ndarray:
+        return np.ldexp(all_rows(rows, RAW, over.number, columns).astype(dtype), -exponent)
 
     def sums_of(sums: Any, data: Any, description: str) -> Any:
         other = over.of(as_source(data, description))
         clean = other.features(fitted, description, _as_queries)
         function = _sums_function(sums, layout, other.source.size, dtype)
-        return over.sums(function, (), ((each.features, each.kept) for each in clean))
+        small = functools.partial(over_power(job.place, dtype), exponent=exponent)
+        return over.sums(function, (), ((small(each.features), each.kept) for each in clean))
 
     return Surroundings(
         layout=layout,
-        rows=lambda columns: all_rows(rows, RAW, over.number, columns).astype(dtype),
-        curvature=None if fitted.curvature is None else np.asarray(fitted.curvature),
+        rows=over_unit,
+        curvature=fitted.curvature_over(exponent),
         sums_of=sums_of,
+        exponent=exponent,
         hessian=lambda: hessian_products(over, fitted, jnp.asarray(finite)),
     )
 
@@ -277,9 +329,14 @@ def _compiled_identity(place: Placement, layout: FeatureLayout, eta: float) -> A
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_raw(place: Placement, dtype: Any) -> Any:
-    def prepare(clean: CleanFeatures) -> dict[str, jax.Array]:
-        return {RAW: clean.features.astype(dtype)} | _kept(clean)
+def _compiled_raw(place: Placement, dtype: Any, n: int, sized: bool) -> Any:
+    """The step (clean features, exponent) -> rows to keep, and which of them count."""
+
+    def prepare(clean: CleanFeatures, exponent: jax.Array) -> tuple[dict, jax.Array]:
+        if sized:
+            phi, kept = without_too_large(clean.features, clean.kept, exponent, n)
+            clean = clean._replace(features=phi, kept=kept)
+        return {RAW: clean.features.astype(dtype)} | _kept(clean), clean.kept
 
     return place.jit(prepare, DATA)
 
@@ -297,14 +354,16 @@ def apply_kernel(
       eta: weight of the checkpoint.
 
     Returns:
-      (operator, phi) -> K phi and the rows to keep; and (operator, phi, K phi) -> relative
-      residuals, or None for kernels that do not iterate.
+      (operator, phi, exponent) -> K phi and the rows to keep, where the kernel is given phi over 2
+      to this power; and (operator, phi, K phi) -> relative residuals, or None for kernels that do
+      not iterate.
     """
     # Programs apart, since XLA fuses them into one that takes twice as long on a CPU.
 
-    def apply(operator: Any, phi: Features) -> tuple[Features, Features]:
-        own = kernel.of_queries(operator, phi) if isinstance(kernel, MapsQueries) else phi
-        return kernel.apply(operator, phi), own
+    def apply(operator: Any, phi: Features, exponent: jax.Array) -> tuple[Features, Features]:
+        small = scaled(phi, -exponent)
+        own = kernel.of_queries(operator, small) if isinstance(kernel, MapsQueries) else phi
+        return scaled(kernel.apply(operator, small), (kernel.degree or 0) * exponent), own
 
     def values(mapped: Features, of_queries: Features) -> dict[str, jax.Array]:
         scaled = mapped if eta == 1 else mapped * eta
@@ -312,8 +371,8 @@ def apply_kernel(
 
     first, second = place.jit(apply, DATA), place.jit(values, DATA)
 
-    def both(operator: Any, phi: Features) -> tuple[Features, dict[str, jax.Array]]:
-        mapped, of_queries = first(operator, phi)
+    def both(operator: Any, phi: Features, exponent: int) -> tuple[Features, dict[str, jax.Array]]:
+        mapped, of_queries = first(operator, phi, exponent)
         return mapped, second(mapped, of_queries)
 
     if not isinstance(kernel, Iterates):

@@ -175,8 +175,9 @@ def report_non_finite(positions: np.ndarray, total: int, what: str, where: str =
     """
     if len(positions):
         warnings.warn(
-            f"{len(positions)} of {total} {what} have gradients that are not finite and were left "
-            f"out{where}: ids {first_ids(positions)}.",
+            f"{len(positions)} of {total} {what} have gradients that are not finite, or too large "
+            f"for their squares to be summed, and were left out{where}: ids "
+            f"{first_ids(positions)}.",
             NonFiniteWarning,
             stacklevel=3,
         )

@@ -34,7 +34,7 @@ def save_fitted(folder: Folder, number: int, fitted: Fitted, place: Placement) -
         flat[f"sides {leaf}"] = jnp.zeros(1)  # stands for a leaf of which both are the identity
     flat |= {f"scales {leaf}": array for leaf, array in fitted.scales.items()}
     flat |= {f"captured {leaf}": array for leaf, array in fitted.captured.items()}
-    for name in ("curvature", "data"):
+    for name in ("curvature", "exponent", "data"):
         if getattr(fitted, name) is not None:
             flat[name] = getattr(fitted, name)
     save_state(folder, f"fitted-{number}", flat, place)
@@ -57,9 +57,8 @@ def load_fitted(folder: Folder, number: int, place: Placement) -> Fitted | None:
 
     a, b = named("side A "), named("side B ")
     sides = {leaf: (a.get(leaf), b.get(leaf)) for leaf in named("sides ")}
-    return Fitted(
-        sides, named("scales "), flat.get("curvature"), named("captured "), flat.get("data")
-    )
+    rest = {name: flat.get(name) for name in ("curvature", "exponent", "data")}
+    return Fitted(sides, named("scales "), captured=named("captured "), **rest)
 
 
 def save_operator(folder: Folder, number: int, operator: list[Any], place: Placement) -> None:

@@ -25,9 +25,16 @@ class Damping:
     value: float
     relative: bool
 
-    def of(self, mean_eigenvalue: float) -> float:
-        """Returns what is added to each eigenvalue."""
-        return self.value * mean_eigenvalue if self.relative else self.value
+    def of(self, mean_eigenvalue: float, exponent: int = 0) -> float:
+        """Returns what is added to each eigenvalue.
+
+        Args:
+          mean_eigenvalue: of the block.
+          exponent: eigenvalues are of features over 2 to this power, so they are over its square.
+        """
+        if self.relative:
+            return self.value * mean_eigenvalue
+        return math.ldexp(self.value, -2 * exponent)
 
     def __str__(self) -> str:
         return f"{self.value:g}" + (" x mean eigenvalue" if self.relative else "")
@@ -74,6 +81,8 @@ class Surroundings(NamedTuple):
         does not; or None.
       sums_of: (sums, data, description) -> the sums over the features of other examples, for
         `sums` as in `Kernel`.
+      exponent: features are given over 2 to this power, so that their squares stay within range;
+        curvature over its square.
       hessian: () -> (products, operands): `products(operands, vectors [k, p])` are the products
         [k, p] with the Hessian of the mean training loss, in the coordinates of the features.
     """
@@ -82,19 +91,27 @@ class Surroundings(NamedTuple):
     rows: Callable[[slice], np.ndarray]
     curvature: np.ndarray | None
     sums_of: Callable[[Callable, Any, str], Any]
+    exponent: int
     hessian: Callable[[], tuple[Callable[[Any, jax.Array], jax.Array], Any]]
 
 
 class Kernel(Protocol):
     """What multiplies the training side: a frozen dataclass whose fields are all its parameters.
 
-    Methods are pure. What else a kernel can do is a method that it has or has not: see
-    `MapsQueries`, `Iterates` and `HasSpectrum`.
+    Methods are pure. Where `degree` is a number, statistics are squares of features, and all that a
+    kernel is given, now and later, are features over one power of two (`Surroundings.exponent`): K
+    phi of features times s is K phi times s^degree. What else a kernel can do is a method that it
+    has or has not: see `MapsQueries`, `Iterates` and `HasSpectrum`.
     """
 
     @property
     def name(self) -> str:
         """What `describe` shows."""
+        ...
+
+    @property
+    def degree(self) -> int | None:
+        """How K phi grows with the features: -1 for inverses, 0 for unit norm; else None."""
         ...
 
     def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> Any:
@@ -157,8 +174,8 @@ class HasSpectrum(Protocol):
         """Returns what all of them need, on the host; the costly part. Rows as `Surroundings`."""
         ...
 
-    def operator_at(self, spectrum: Any, damping: Damping) -> Any:
-        """Returns the operator of one."""
+    def operator_at(self, spectrum: Any, damping: Damping, exponent: int) -> Any:
+        """Returns the operator of one; the spectrum is of features over 2 to this power."""
         ...
 
 
@@ -167,6 +184,7 @@ class Identity:
     """K = I: plain inner products, as in TracIn. One pass over the data is enough."""
 
     name: ClassVar[str] = "identity"
+    degree: ClassVar[None] = None
 
     def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> tuple[()]:
         """See `Kernel`: none."""

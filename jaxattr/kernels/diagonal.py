@@ -1,7 +1,7 @@
 """A diagonal kernel: each feature divided by its damped mean square, or by a known eigenvalue."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ class SecondMoment:
     """
 
     damping: Damping
+    degree: ClassVar[int] = -1
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -69,7 +70,10 @@ class SecondMoment:
             curvature = np.where(np.isnan(known), means, known)
         blocks = surroundings.layout.column_blocks
         sizes = np.maximum(np.bincount(blocks), 1)  # a block of no column is never looked up
-        added = np.array([self.damping.of(mean) for mean in np.bincount(blocks, curvature) / sizes])
+        unit = surroundings.exponent
+        added = np.array(
+            [self.damping.of(mean, unit) for mean in np.bincount(blocks, curvature) / sizes]
+        )
         if not np.all(added[blocks][means > 0] > 0):
             largest = np.zeros(len(added))
             np.maximum.at(largest, blocks, curvature)

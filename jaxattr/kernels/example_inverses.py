@@ -1,7 +1,7 @@
 """DataInf's kernel: the mean of the inverses of single-example Fisher matrices."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ class DataInf:
     """
 
     damping: Damping
+    degree: ClassVar[int] = -1
 
     def __post_init__(self) -> None:
         if check_damping(self.damping).value == 0:
@@ -71,7 +72,7 @@ class DataInf:
             parts.append(jnp.asarray(surroundings.rows(columns), examples.dtype))
             squares = jnp.sum(parts[-1] ** 2, axis=1)  # [n]
             mean = jnp.sum(squares) / examples / max(columns.stop - columns.start, 1)
-            value = jnp.asarray(self.damping.of(float(mean)), squares.dtype)
+            value = jnp.asarray(self.damping.of(float(mean), surroundings.exponent), squares.dtype)
             # A group in which every gradient is zero maps to zero whatever it is divided by.
             added.append(jnp.where(value > 0, value, 1))
             weights.append(1 / (examples * (added[-1] + squares)))

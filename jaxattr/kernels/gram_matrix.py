@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +83,7 @@ class Gram:
     damping: Damping
     dense: bool = False
     leverage: bool = False
+    degree: ClassVar[int] = -1
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -112,13 +113,15 @@ class Gram:
         self, statistics: list[jax.Array], surroundings: Surroundings
     ) -> list[GramOperator]:
         """See `Kernel`."""
-        operators = []
+        operators, unit = [], surroundings.exponent
         for gram, part in zip(statistics, self._columns(surroundings.layout), strict=True):
             if gram.ndim == 2:
-                operators.append(_primal(np.asarray(gram, np.float64), self.damping, gram.dtype))
+                operators.append(
+                    _primal(np.asarray(gram, np.float64), self.damping, unit, gram.dtype)
+                )
             else:
                 rows = np.asarray(surroundings.rows(part), np.float64)
-                operators.append(_dual(rows, self.damping, gram.dtype))
+                operators.append(_dual(rows, self.damping, unit, gram.dtype))
         return operators
 
     def apply(self, operator: list[GramOperator], phi: Features) -> Features:
@@ -137,9 +140,11 @@ class Gram:
         """See `HasSpectrum`: of each block."""
         return [_spectrum(rows(part)) for part in self._columns(layout)]
 
-    def operator_at(self, spectrum: list[Spectrum], damping: Damping) -> list[GramOperator]:
+    def operator_at(
+        self, spectrum: list[Spectrum], damping: Damping, exponent: int
+    ) -> list[GramOperator]:
         """See `HasSpectrum`."""
-        return _operators_at(spectrum, damping)
+        return _operators_at(spectrum, damping, exponent)
 
     def _blocks(self, layout: FeatureLayout) -> tuple[int, ...]:
         return (layout.total,) if self.dense else layout.dims
@@ -156,21 +161,21 @@ def _multiply(block: GramOperator, phi: Features) -> Features:
     return jnp.matmul(product * block.scales[None], block.vectors.T, precision="highest")
 
 
-def _primal(matrix: np.ndarray, damping: Damping, dtype: Any) -> GramOperator:
+def _primal(matrix: np.ndarray, damping: Damping, exponent: int, dtype: Any) -> GramOperator:
     if not matrix.any():  # no training gradient reaches this block: K phi is zero, whatever K is
         return GramOperator(jnp.zeros(matrix.shape, dtype), None)
-    added = damping.of(np.trace(matrix) / len(matrix))
+    added = damping.of(np.trace(matrix) / len(matrix), exponent)
     return GramOperator(jnp.asarray(_inverse(matrix, added, damping, dtype), dtype), None)
 
 
-def _dual(rows: np.ndarray, damping: Damping, dtype: Any) -> GramOperator:
+def _dual(rows: np.ndarray, damping: Damping, exponent: int, dtype: Any) -> GramOperator:
     width = rows.shape[1]
     if not rows.any():
         return GramOperator(jnp.zeros((width, 1), dtype), jnp.zeros(1, dtype))
     if damping.value == 0:
         why = f"{len(rows)} training examples cannot span {width} features"
         raise _singular(width, damping, why)
-    return _operator_at(_spectrum(rows)._replace(dtype=dtype), damping)
+    return _operator_at(_spectrum(rows)._replace(dtype=dtype), damping, exponent)
 
 
 def _inverse(matrix: np.ndarray, added: float, damping: Damping, dtype: Any) -> np.ndarray:
@@ -200,20 +205,20 @@ def _spectrum(rows: np.ndarray) -> Spectrum:
     )
 
 
-def _operators_at(spectra: list[Spectrum], damping: Damping) -> list[GramOperator]:
+def _operators_at(spectra: list[Spectrum], damping: Damping, exponent: int) -> list[GramOperator]:
     if check_damping(damping).value == 0:
         raise ValueError(
             "A damping path cannot hold zero: away from the training features the Gram matrix has "
             f"no inverse. Start it at a small value, such as ja.relative(1e-3); got {damping}."
         )
-    return [_operator_at(each, damping) for each in spectra]
+    return [_operator_at(each, damping, exponent) for each in spectra]
 
 
-def _operator_at(spectrum: Spectrum, damping: Damping) -> GramOperator:
+def _operator_at(spectrum: Spectrum, damping: Damping, exponent: int) -> GramOperator:
     vectors, eigenvalues, dtype = spectrum
     if not len(eigenvalues):
         return GramOperator(jnp.zeros((len(vectors), 1), dtype), jnp.zeros(1, dtype))
-    scales = 1 / (eigenvalues + damping.of(eigenvalues.sum() / len(vectors)))
+    scales = 1 / (eigenvalues + damping.of(eigenvalues.sum() / len(vectors), exponent))
     return GramOperator(jnp.asarray(vectors, dtype), jnp.asarray(scales, dtype))
 
 

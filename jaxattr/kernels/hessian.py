@@ -1,7 +1,7 @@
 """The inverse of the loss's own Hessian: by factorisation for small models, else by iteration."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ class InverseHessian:
 
     damping: Damping
     positive_only: bool = False
+    degree: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -117,6 +118,7 @@ class ConjugateGradient:
     damping: Damping
     tolerance: float
     iterations: int
+    degree: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if check_damping(self.damping).relative:

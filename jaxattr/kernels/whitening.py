@@ -1,8 +1,9 @@
 """TrackStar's kernel: whitening by a mixture of training and query autocorrelation, unit norm."""
 
 import dataclasses
+import functools
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,7 @@ class Whitening:
     queries: Contents | None = None
     mixing: float | None = None
     component: int | None = None
+    degree: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -90,7 +92,8 @@ class Whitening:
             if mu is None:
                 mu = _meeting_point(matrices, others, self.component)
             matrices = [mu * b + (1 - mu) * a for a, b in zip(matrices, others, strict=True)]
-        return [jnp.asarray(_inverse_root(matrix, self.damping), dtype) for matrix in matrices]
+        root = functools.partial(_inverse_root, self.damping, surroundings.exponent)
+        return [jnp.asarray(root(matrix), dtype) for matrix in matrices]
 
     def whiten(self, operator: list[jax.Array], phi: Features) -> Features:
         """See `MapsQueries`."""
@@ -131,11 +134,11 @@ def _meeting_point(
     return ours / (ours + theirs) if ours + theirs > 0 else 0.0
 
 
-def _inverse_root(matrix: np.ndarray, damping: Damping) -> np.ndarray:
-    eigenvalues, vectors = np.linalg.eigh(matrix)
-    damped = np.maximum(eigenvalues, 0) + damping.of(np.trace(matrix) / len(matrix))
+def _inverse_root(damping: Damping, exponent: int, matrix: np.ndarray) -> np.ndarray:
     if not matrix.any():
         return np.zeros_like(matrix)
+    eigenvalues, vectors = np.linalg.eigh(matrix)
+    damped = np.maximum(eigenvalues, 0) + damping.of(np.trace(matrix) / len(matrix), exponent)
     if damped[0] <= damped[-1] * np.finfo(np.float32).eps:
         raise ValueError(
             f"The autocorrelation of {len(matrix)} features with damping {damping} is singular. "

@@ -16,6 +16,7 @@ import optax
 
 from jaxattr.index.index import Index
 from jaxattr.index.queries import query_features
+from jaxattr.scales import exponent_of, scaled
 from jaxattr.scores import scoring
 from jaxattr.store.rows import EXAMPLES, FEATURES
 from jaxattr.typing import Key
@@ -143,6 +144,7 @@ def fit_weights(
     if len(names) != contributions.shape[2]:
         raise ValueError(f"Got {len(names)} names for {contributions.shape[2]} groups.")
     contributions = jnp.asarray(contributions)
+    contributions = scaled(contributions, -exponent_of(contributions))
     problem = _Problem(
         functools.partial(shortlists.everything, contributions), *contributions.shape
     )
@@ -191,7 +193,10 @@ def _from_index(
     kept = np.setdiff1d(np.arange(prepared.features.shape[0]), prepared.non_finite)
     if not len(kept):
         raise ValueError("No query has a finite gradient: there is nothing to learn from.")
-    phi, groups = prepared.features[kept], len(index.layout.names)
+    # The loss sees no scale; squares of contributions stay within range.
+    phi = prepared.features[kept]
+    phi = scaled(phi, -exponent_of(phi) - index.exponent)
+    groups = len(index.layout.names)
     if materialize is None:
         numbers = len(kept) * index.size * groups
         materialize = numbers * phi.dtype.itemsize <= _MATERIALIZE_BYTES
