@@ -18,7 +18,8 @@ from jaxattr.index.checkpoint_builds import _kernel_sums
 from jaxattr.scores import ranking
 from jaxattr.sharding import DATA, Placement, placement
 from jaxattr.sources import as_source
-from jaxattr.weights import learning, shortlists
+from jaxattr.weights import optimising, shortlists
+from jaxattr.weights.optimising import FitOptions
 from tests import models
 
 SIZE, BATCH = 101, 16
@@ -125,6 +126,12 @@ def step_arguments(index, place):
     return key, index.checkpoints[0], place.batch(read, np.arange(size)), numbers, zero, NOTHING
 
 
+def weight_loop(listed):
+    options = FitOptions(5, 0.1, "top_k", "uniform", None, 4, None, 0.0)
+    given = (np.arange(6), optimising.start(3, options), None, np.ones(3), 1.0, options)
+    return lambda listed: optimising.run(listed, *given), listed
+
+
 @pytest.mark.parametrize("mesh", ["8", "4x2"])
 def test_only_sums_and_merges_move_between_devices(mesh):
     index = built("trak", mesh)
@@ -157,9 +164,7 @@ def test_only_sums_and_merges_move_between_devices(mesh):
     listed = start(w, queries)
     assert set(collectives(absorb, listed, queries, arrays, 0, 0)) == columns
     assert set(collectives(merge, listed)) == {"all-gather", "all-reduce"}
-    options = learning._Options(5, 0.1, "top_k", "uniform", None, 4, None, 0.0)
-    run, carry = learning._optimiser(3, np.ones(3), 1.0, options, 6, jax.random.key(0))
-    assert not collectives(run, merge(listed), carry)
+    assert not collectives(*weight_loop(merge(listed)))
 
 
 def test_the_check_of_collectives_sees_them():
@@ -189,9 +194,7 @@ def test_steps_lower_for_accelerators(mesh, platform):
     start, absorb, merge = shortlists.compiled_pass(place, index.layout, 7, (1,))
     listed = start(w, queries)
     lowers(absorb, listed, queries, arrays, 0, 0)
-    options = learning._Options(5, 0.1, "top_k", "uniform", None, 4, None, 0.0)
-    run, carry = learning._optimiser(3, np.ones(3), 1.0, options, 6, jax.random.key(0))
-    lowers(run, merge(listed), carry)
+    lowers(*weight_loop(merge(listed)))
 
 
 def test_hosts_share_no_chunk():

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -160,9 +163,9 @@ def correlation(truth, parts, weights):
 
 
 def test_planted_influence_is_found():
-    _, learning = planted(0)
+    _, given = planted(0)
     truth, parts = planted(1)
-    fit = learning.fit_weights(learning, top_k=10, l2=0.0, steps=300)
+    fit = learning.fit_weights(given, top_k=10, l2=0.0, steps=300)
     ones = dict.fromkeys(fit.weights, 1.0)
     oracle = dict(zip(fit.weights, 1 / np.geomspace(0.5, 10, 8) ** 2, strict=True))
     uniform, learned, best = (correlation(truth, parts, w) for w in (ones, fit.weights, oracle))
@@ -213,8 +216,12 @@ def test_bad_options(index, options, message):
 def test_bad_contributions():
     with pytest.raises(ValueError, match="m = 2 weights, got shape"):
         self_supervised_loss((1.0, 1.0), random_contributions())
-    with pytest.raises(ValueError, match="2 names for 3 groups"):
+    with pytest.raises(ValueError, match="Each of the 3 groups needs a name of its own, got 2 names"):
         learning.fit_weights(random_contributions(), ("a", "b"))
+    with pytest.raises(ValueError, match="some occur twice: a"):
+        learning.fit_weights(random_contributions(), ("a", "b", "a"))
+    with pytest.raises(ValueError, match="must be real, got complex128"):
+        learning.fit_weights(random_contributions() + 1j)
     with pytest.raises(ValueError, match="not all finite"):
         learning.fit_weights(random_contributions().at[0, 0, 0].set(jnp.nan))
     with pytest.raises(ValueError, match="Every contribution is zero"):
@@ -229,3 +236,27 @@ def test_unit_rms_weights(index):
     rms = np.sqrt(((parts * weights) ** 2).mean(axis=(0, 1)))
     np.testing.assert_allclose(rms, rms[0], rtol=1e-9)
     assert weights.mean() == pytest.approx(1)
+
+
+@QUIET
+def test_fits_share_their_programs():
+    """In a process of its own, where nothing was compiled before."""
+    program = (
+        "import jax, numpy as np, optax\n"
+        "from jaxattr.weights.learning import fit_weights\n"
+        "from tests import models\n"
+        "import warnings; warnings.simplefilter('ignore')\n"
+        "draw = np.random.default_rng(0).normal\n"
+        "optimizer = optax.sgd(0.1)\n"
+        "def fit(**options):\n"
+        "    with models.compilations() as count:\n"
+        "        fit_weights(draw(size=(20, 50, 5)).astype('float32'), **options)\n"
+        "    return count()\n"
+        "print(fit(), fit(), fit(l2=0.5, key=jax.random.key(3)), fit(optimizer=optimizer),\n"
+        "      fit(optimizer=optimizer), fit(start='unit_rms'))"
+    )
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    first, *again = map(int, found.stdout.split())
+    assert first <= 10
+    assert again == [0, 0, 2, 0, 0]  # another optimizer is another loop

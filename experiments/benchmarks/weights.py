@@ -22,7 +22,8 @@ from rich.table import Table
 
 import jaxattr as ja
 from experiments.benchmarks import synthetic, timing
-from jaxattr.weights import learning, shortlists
+from jaxattr.weights import optimising, shortlists
+from jaxattr.weights.optimising import FitOptions
 
 GOAL = 1.5
 GROUPS, TOP_K = 8, 20
@@ -80,8 +81,11 @@ def _time_step(
         gram = jnp.einsum("qsm,qsk->qmk", parts, parts)
         none = jnp.full((1, q), -1e30, parts.dtype)
         whole = whole._replace(gram=gram, dropped=none, radius=jnp.zeros((1, q)))
-    options = learning._Options(TOP_K, 0.1, "top_k", "uniform", None, arguments.steps, None, 0.0)
-    run, carry = learning._optimiser(m, np.ones(m), 1.0, options, q, jax.random.key(0))
+    options = FitOptions(TOP_K, 0.1, "top_k", "uniform", None, arguments.steps, None, 0.0)
+    begin, rows = optimising.start(m, options), np.arange(q)
+
+    def learn() -> Any:
+        return optimising.run(whole, rows, begin, None, np.ones(m), 1.0, options)
 
     @jax.jit
     def bare(parts: jax.Array, gram: Any) -> jax.Array:
@@ -99,7 +103,7 @@ def _time_step(
     return timing.take_turns(
         {
             "bare": (lambda: jax.block_until_ready(bare(parts, whole.gram)), None),
-            "step": (lambda: jax.block_until_ready(run(whole, carry)), None),
+            "step": (lambda: jax.block_until_ready(learn()), None),
         },
         arguments.repeats,
     )

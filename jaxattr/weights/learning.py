@@ -7,7 +7,7 @@ it. The loss does not see the scale of w; results have mean one, so that ones ar
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,11 @@ from jaxattr.scales import exponent_of, scaled
 from jaxattr.scores import scoring
 from jaxattr.store.rows import EXAMPLES, FEATURES
 from jaxattr.typing import Key
-from jaxattr.weights import shortlists
-from jaxattr.weights.loss import Signal, certain, check_signal, loss_of_list, signs_of
-from jaxattr.weights.report import ContributionStatistics, Found, WeightFit, named, report
+from jaxattr.weights import optimising, shortlists
+from jaxattr.weights.loss import Signal, check_signal, signs_of
+from jaxattr.weights.optimising import FitOptions, Start
+from jaxattr.weights.report import ContributionStatistics, Optimised, WeightFit, named, report
 from jaxattr.weights.shortlists import Shortlist
-
-Start = Literal["unit_rms", "uniform"]
 
 
 def unit_rms_weights(index: Index, queries: Any) -> dict[str, float]:
@@ -38,10 +37,9 @@ def unit_rms_weights(index: Index, queries: Any) -> dict[str, float]:
     Returns:
       {group name: weight}, mean one; zero for a group without any contribution.
     """
-    problem = _from_index(index, queries, None, 1, "top_k")
-    return named(
-        index.layout.names, _unit_rms(_statistics(problem, problem.listed(_ones(problem))))
-    )
+    scores = _from_index(index, queries, None, 1, "top_k")
+    listed = scores.listed(np.ones(scores.groups))
+    return named(index.layout.names, _unit_rms(_statistics(scores, listed)))
 
 
 def learn_weights(
@@ -101,9 +99,9 @@ def learn_weights(
     """
     if signal is None:
         signal = "top_k_abs" if index.link == "square" else "top_k"
-    problem = _from_index(index, queries, materialize, top_k, signal)
-    options = _Options(top_k, l2, signal, start, optimizer, steps, batch_size, held_out)
-    return _fit(problem, index.layout.names, options, key)
+    scores = _from_index(index, queries, materialize, top_k, signal)
+    options = FitOptions(top_k, l2, signal, start, optimizer, steps, batch_size, held_out)
+    return _fit(scores, index.layout.names, options, key)
 
 
 def fit_weights(
@@ -141,39 +139,29 @@ def fit_weights(
     if contributions.ndim != 3:
         raise ValueError(f"contributions must be [q, n, m], got shape {contributions.shape}.")
     names = tuple(map(str, range(contributions.shape[2]))) if names is None else tuple(names)
-    if len(names) != contributions.shape[2]:
-        raise ValueError(f"Got {len(names)} names for {contributions.shape[2]} groups.")
-    contributions = jnp.asarray(contributions)
-    contributions = scaled(contributions, -exponent_of(contributions))
-    problem = _Problem(
-        functools.partial(shortlists.everything, contributions), *contributions.shape
-    )
-    options = _Options(top_k, l2, signal, start, optimizer, steps, batch_size, held_out)
-    return _fit(problem, names, options, key)
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if len(names) != contributions.shape[2] or repeated:
+        raise ValueError(
+            f"Each of the {contributions.shape[2]} groups needs a name of its own, got {len(names)}"
+            f" names{', of which some occur twice: ' if repeated else ''}{', '.join(repeated)}."
+        )
+    contributions = _of_size_one(_as_floats(contributions), np.int32(0))
+    scores = _Scores(functools.partial(shortlists.everything, contributions), *contributions.shape)
+    options = FitOptions(top_k, l2, signal, start, optimizer, steps, batch_size, held_out)
+    return _fit(scores, names, options, key)
 
 
-class _Options(NamedTuple):
-    top_k: int
-    l2: float
-    signal: Signal
-    start: Start
-    optimizer: optax.GradientTransformation | None
-    steps: int
-    batch_size: int | None
-    held_out: float
-
-
-class _Problem(NamedTuple):
-    """Scores as a linear function of the weights.
+class _Scores(NamedTuple):
+    """Scores of the learning queries as a linear function of the weights.
 
     Attributes:
-      listed: weights [m] -> the shortlist of all queries under them.
+      listed: weights [m] -> the shortlist of all queries under them; a pass over the training set.
       queries: q.
       examples: n.
       groups: m.
     """
 
-    listed: Callable[[jax.Array], Shortlist]
+    listed: Callable[[Any], Shortlist]
     queries: int
     examples: int
     groups: int
@@ -188,14 +176,12 @@ _SHORTEST, _PER_TOP = 512, 16
 
 def _from_index(
     index: Index, queries: Any, materialize: bool | None, top_k: int, signal: Signal
-) -> _Problem:
+) -> _Scores:
     prepared = query_features(index, queries)
     kept = np.setdiff1d(np.arange(prepared.features.shape[0]), prepared.non_finite)
     if not len(kept):
         raise ValueError("No query has a finite gradient: there is nothing to learn from.")
-    # The loss sees no scale; squares of contributions stay within range.
-    phi = prepared.features[kept]
-    phi = scaled(phi, -exponent_of(phi) - index.exponent)
+    phi = _of_size_one(prepared.features[kept], index.exponent)
     groups = len(index.layout.names)
     if materialize is None:
         numbers = len(kept) * index.size * groups
@@ -204,16 +190,30 @@ def _from_index(
         parts = scoring.contributions(
             index, prepared._replace(features=phi, non_finite=np.zeros(0, np.int64))
         )
-        return _Problem(
+        return _Scores(
             functools.partial(shortlists.everything, parts), len(kept), index.size, groups
         )
     phi = index.place.whole(phi)
     listed = functools.partial(_pass_over, index, phi, top_k, signs_of(signal))
-    return _Problem(listed, len(kept), index.size, groups)
+    return _Scores(listed, len(kept), index.size, groups)
+
+
+def _as_floats(contributions: Any) -> Any:
+    if jnp.issubdtype(contributions.dtype, jnp.complexfloating):
+        raise ValueError(f"contributions must be real, got {contributions.dtype}.")
+    if jnp.issubdtype(contributions.dtype, jnp.floating):
+        return contributions
+    return np.asarray(contributions, np.float32)
+
+
+@jax.jit
+def _of_size_one(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """Over a power of two, and another one, so that squares stay within range: no loss sees it."""
+    return scaled(x, -exponent_of(x) - exponent)
 
 
 def _pass_over(
-    index: Index, phi: jax.Array, top_k: int, signs: tuple[int, ...], w: jax.Array
+    index: Index, phi: jax.Array, top_k: int, signs: tuple[int, ...], w: Any
 ) -> Shortlist:
     """Makes the shortlist of all queries: one pass over the training set."""
     layout, place = index.layout, index.place
@@ -228,17 +228,13 @@ def _pass_over(
     return merge(state)
 
 
-def _ones(problem: _Problem) -> jax.Array:
-    return jnp.ones(problem.groups)
-
-
-def _statistics(problem: _Problem, listed: Shortlist) -> ContributionStatistics:
+def _statistics(scores: _Scores, listed: Shortlist) -> ContributionStatistics:
     squares, largest = np.asarray(listed.squares, np.float64), np.asarray(listed.largest)
     if not np.isfinite(squares).all():
         raise ValueError("The contributions are not all finite: leave the bad rows out first.")
     if not squares.any():
         raise ValueError("Every contribution is zero: there is nothing to weight.")
-    return ContributionStatistics(squares, largest.astype(np.float64), problem.examples)
+    return ContributionStatistics(squares, largest.astype(np.float64), scores.examples)
 
 
 def _unit_rms(statistics: ContributionStatistics) -> np.ndarray:
@@ -248,134 +244,51 @@ def _unit_rms(statistics: ContributionStatistics) -> np.ndarray:
 
 
 def _fit(
-    problem: _Problem, names: tuple[str, ...], options: _Options, key: Key | None
+    scores: _Scores, names: tuple[str, ...], options: FitOptions, key: Key | None
 ) -> WeightFit:
-    q = problem.queries
-    _check_options(options, problem.examples)
-    split_key, batch_key = jax.random.split(jax.random.key(0) if key is None else key)
-    order = np.asarray(jax.random.permutation(split_key, q))
-    held = int(q * options.held_out)
-    learned_from, held_from = jnp.asarray(order[held:]), jnp.asarray(order[:held])
+    _check_options(options, scores.examples)
+    held = int(scores.queries * options.held_out)
+    draws = optimising.draw(jax.random.key(0) if key is None else key, scores.queries, options)
+    rows = (draws.order[held:], draws.order[:held])  # learned from, held out
 
-    listed, passes = problem.listed(_ones(problem)), 1
-    statistics = _statistics(problem, listed)
-    gauge = np.ones(len(names))
+    listed, passes = scores.listed(np.ones(scores.groups)), 1
+    statistics = _statistics(scores, listed)
+    gauge = np.ones(scores.groups)
     if options.start == "unit_rms":
         gauge = _unit_rms(statistics)
-        listed, passes = _listed_at(problem, listed, gauge, options, passes)
-    begin = [_loss(listed.rows(rows), gauge, options) for rows in (learned_from, held_from)]
+        listed, passes = _listed_at(scores, listed, gauge, options, passes)
+    begin = [optimising.loss_of(listed, each, gauge, options) for each in rows]
 
-    run, carry = _optimiser(len(names), gauge, begin[0], options, len(learned_from), batch_key)
+    loop = optimising.start(scores.groups, options)
     while True:
-        carry = run(listed.rows(learned_from), carry)
-        w = gauge * np.asarray(jax.nn.softmax(carry.theta), np.float64)
+        loop = optimising.run(listed, rows[0], loop, draws.keys, gauge, begin[0], options)
+        theta = np.asarray(loop.theta, np.float64)
+        w = gauge * np.exp(theta - theta.max())
         w = w / w.mean()
-        if int(carry.step) == options.steps:
+        if int(loop.step) == options.steps:
             break
-        listed, passes = problem.listed(jnp.asarray(w)), passes + 1
+        listed, passes = scores.listed(w), passes + 1
 
-    listed, passes = _listed_at(problem, listed, w, options, passes)
-    end = [_loss(listed.rows(rows), w, options) for rows in (learned_from, held_from)]
-    hub, hub_share = _hub(listed, w, options)
-    found = Found(
-        gauge, w, np.asarray(carry.losses), (begin[0], end[0]),
+    listed, passes = _listed_at(scores, listed, w, options, passes)
+    end = [optimising.loss_of(listed, each, w, options) for each in rows]
+    hub, hub_share = optimising.hub(listed, w, options)
+    found = Optimised(
+        gauge, w, np.asarray(loop.losses), (begin[0], end[0]),
         (begin[1], end[1]) if held else None, hub, hub_share, options.top_k, passes,
     )  # fmt: skip
     return report(names, found, statistics)
 
 
 def _listed_at(
-    problem: _Problem, listed: Shortlist, w: np.ndarray, options: _Options, passes: int
+    scores: _Scores, listed: Shortlist, w: np.ndarray, options: FitOptions, passes: int
 ) -> tuple[Shortlist, int]:
     """A shortlist that is certain at some weights; and how many passes there were."""
-    if bool(certain(listed, jnp.asarray(w), options.top_k, options.signal)):
+    if optimising.is_certain(listed, w, options):
         return listed, passes
-    return problem.listed(jnp.asarray(w)), passes + 1
+    return scores.listed(w), passes + 1
 
 
-class _Carry(NamedTuple):
-    """The state of the optimisation.
-
-    Attributes:
-      theta: logits [m].
-      optimizer: the optimizer's state.
-      step: number of updates made.
-      losses: the objective before each update, [steps].
-      certain: whether the shortlist still holds the strongest examples.
-    """
-
-    theta: jax.Array
-    optimizer: Any
-    step: jax.Array
-    losses: jax.Array
-    certain: jax.Array
-
-
-def _optimiser(
-    m: int, gauge: np.ndarray, start: float, options: _Options, q: int, key: Key
-) -> tuple[Callable[[Shortlist, _Carry], _Carry], _Carry]:
-    """Makes the jitted loop, that stops when it is done or another pass is due; and its start."""
-    optimizer = options.optimizer
-    if optimizer is None:
-        optimizer = optax.adam(optax.cosine_decay_schedule(0.05, options.steps))
-    scale = abs(start) or 1.0
-    keys = jax.random.split(key, options.steps)
-
-    def weights(theta: jax.Array) -> jax.Array:
-        return jnp.asarray(gauge) * m * jax.nn.softmax(theta)
-
-    def objective(theta: jax.Array, listed: Shortlist) -> jax.Array:
-        loss = loss_of_list(listed, weights(theta), options.top_k, options.signal)
-        spread = jnp.mean((m * jax.nn.softmax(theta)) ** 2) - 1  # squared coefficient of variation
-        return loss / scale + options.l2 * spread
-
-    def update(listed: Shortlist, carry: _Carry) -> _Carry:
-        chosen = listed
-        if options.batch_size is not None and options.batch_size < q:
-            drawn = jax.random.choice(keys[carry.step], q, (options.batch_size,), replace=False)
-            chosen = listed.rows(drawn)
-        loss, gradient = jax.value_and_grad(objective)(carry.theta, chosen)
-        updates, state = optimizer.update(gradient, carry.optimizer, carry.theta)
-        theta = optax.apply_updates(carry.theta, updates)
-        still_certain = certain(listed, weights(theta), options.top_k, options.signal)
-        losses = carry.losses.at[carry.step].set(loss.astype(carry.losses.dtype))
-        return _Carry(theta, state, carry.step + 1, losses, still_certain)
-
-    @jax.jit
-    def run(listed: Shortlist, carry: _Carry) -> _Carry:
-        return jax.lax.while_loop(
-            lambda carry: (carry.step < options.steps) & carry.certain,
-            functools.partial(update, listed),
-            # The pass was made with these very weights.
-            carry._replace(certain=jnp.asarray(True)),
-        )
-
-    theta = jnp.zeros(m)
-    losses = jnp.full(options.steps, jnp.nan, theta.dtype)
-    carry = _Carry(theta, optimizer.init(theta), jnp.asarray(0), losses, jnp.asarray(True))
-    return run, carry
-
-
-def _loss(listed: Shortlist, w: np.ndarray, options: _Options) -> float:
-    if not listed.ids.shape[1]:
-        return 0.0
-    return float(loss_of_list(listed, jnp.asarray(w), options.top_k, options.signal))
-
-
-def _hub(listed: Shortlist, w: np.ndarray, options: _Options) -> tuple[int, float]:
-    """The example that is among the strongest of the most queries, and of what share of them."""
-    signs = signs_of(options.signal)
-    scores = shortlists.signed_scores(listed, jnp.asarray(w), signs)  # [l, q, s]
-    lists = [listed.ids[0 if listed.complete else i] for i in range(len(signs))]
-    if options.signal != "top_k_abs":
-        scores, lists = scores[:1], lists[:1]
-    places = jax.lax.top_k(jnp.concatenate(list(scores), axis=-1), options.top_k)[1]
-    ids = np.asarray(jnp.take_along_axis(jnp.concatenate(lists, axis=-1), places, axis=1))
-    found, counts = np.unique(ids[ids >= 0], return_counts=True)
-    return int(found[counts.argmax()]), float(counts.max() / len(ids))
-
-
-def _check_options(options: _Options, n: int) -> None:
+def _check_options(options: FitOptions, n: int) -> None:
     check_signal(options.signal, options.top_k, n)
     if options.start not in ("unit_rms", "uniform"):
         raise ValueError(f'start must be "unit_rms" or "uniform", got {options.start!r}.')

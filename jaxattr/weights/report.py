@@ -89,7 +89,7 @@ class ContributionStatistics(NamedTuple):
         return np.mean(self.largest / np.where(rms > 0, rms, 1), axis=0)
 
 
-class Found(NamedTuple):
+class Optimised(NamedTuple):
     """What optimisation leaves behind.
 
     Attributes:
@@ -120,7 +120,7 @@ def named(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
     return {name: float(value) for name, value in zip(names, values, strict=True)}
 
 
-def report(names: Sequence[str], found: Found, statistics: ContributionStatistics) -> WeightFit:
+def report(names: Sequence[str], found: Optimised, statistics: ContributionStatistics) -> WeightFit:
     """Makes the report, and warns of what is suspicious in it.
 
     Args:

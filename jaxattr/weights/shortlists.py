@@ -70,6 +70,7 @@ class Shortlist(NamedTuple):
         return self._replace(**lists, gram=gram, squares=squares, largest=largest)
 
 
+@jax.jit
 def everything(contributions: jax.Array, w: jax.Array) -> Shortlist:
     """A list of all examples.
 
