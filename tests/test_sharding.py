@@ -160,7 +160,7 @@ def test_only_sums_and_merges_move_between_devices(mesh):
     merged = collectives(search, w, queries, arrays, EXPONENT)
     assert set(merged) == {"all-gather"} | columns and merged["all-gather"] <= 2
 
-    start, absorb, merge = shortlists.compiled_pass(place, layout, 7, (1,))
+    start, absorb, merge = shortlists.compiled_pass(place, layout, 7, (1,), 5)
     listed = start(w, queries)
     assert set(collectives(absorb, listed, queries, arrays, 0, 0)) == columns
     assert set(collectives(merge, listed)) == {"all-gather", "all-reduce"}
@@ -191,7 +191,7 @@ def test_steps_lower_for_accelerators(mesh, platform):
     given = (w, queries, arrays, EXPONENT)
     lowers(ranking.score_step(place, index.layout, "identity"), *given)
     lowers(ranking.top_k_of_arrays(place, index.layout, "identity", 5, 2, 1), *given)
-    start, absorb, merge = shortlists.compiled_pass(place, index.layout, 7, (1,))
+    start, absorb, merge = shortlists.compiled_pass(place, index.layout, 7, (1,), 5)
     listed = start(w, queries)
     lowers(absorb, listed, queries, arrays, 0, 0)
     lowers(*weight_loop(merge(listed)))

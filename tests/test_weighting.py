@@ -216,7 +216,9 @@ def test_bad_options(index, options, message):
 def test_bad_contributions():
     with pytest.raises(ValueError, match="m = 2 weights, got shape"):
         self_supervised_loss((1.0, 1.0), random_contributions())
-    with pytest.raises(ValueError, match="Each of the 3 groups needs a name of its own, got 2 names"):
+    with pytest.raises(
+        ValueError, match="Each of the 3 groups needs a name of its own, got 2 names"
+    ):
         learning.fit_weights(random_contributions(), ("a", "b"))
     with pytest.raises(ValueError, match="some occur twice: a"):
         learning.fit_weights(random_contributions(), ("a", "b", "a"))
@@ -260,3 +262,42 @@ def test_fits_share_their_programs():
     first, *again = map(int, found.stdout.split())
     assert first <= 10
     assert again == [0, 0, 2, 0, 0]  # another optimizer is another loop
+
+
+def with_copies(generator, copies):
+    """1,000 examples of 12 features, some of them many times over, in any order."""
+    x = generator.normal(size=(1000, 12))
+    for count in copies:
+        rows = generator.choice(len(x), count, replace=False)
+        x[rows] = 3 * x[rows[0]]
+    return {"x": x}
+
+
+def bilinear(params, example, key):
+    parts = zip(params.values(), jnp.split(example["x"], 3), strict=True)
+    return sum(jnp.sum(p * x) for p, x in parts)
+
+
+@QUIET
+@pytest.mark.parametrize("signal", ["top_k", "top_k_abs", "top_minus_bottom"])
+@pytest.mark.parametrize(
+    ("copies", "mesh"), [((150,), None), ((150, 90, 40), None), ((150, 90), 8), ((900,), None)]
+)
+def test_copies_of_strong_examples_cost_no_passes(monkeypatch, copies, mesh, signal):
+    """Lists of 64, and slabs of 128, among up to 900 copies; as with all contributions."""
+    monkeypatch.setattr("jaxattr.weights.learning._SHORTEST", 64)
+    monkeypatch.setattr("jaxattr.scores.scoring.SLAB", 128)
+    generator = np.random.default_rng(len(copies))
+    train = with_copies(generator, copies)
+    queries = {"x": np.concatenate([train["x"][:6], generator.normal(size=(6, 12))])}
+    params = {name: jnp.ones(4) for name in NAMES}
+    mesh = None if mesh is None else jax.make_mesh((mesh,), ("data",))
+    index = ja.build_index(
+        ja.tracin(bilinear), params, train, groups=ja.by_leaf, batch_size=64, mesh=mesh
+    )
+    options = {"steps": 40, "top_k": 5, "signal": signal}
+    whole = ja.learn_weights(index, queries, materialize=True, **options)
+    streamed = ja.learn_weights(index, queries, materialize=False, **options)
+    np.testing.assert_allclose(streamed.losses, whole.losses, rtol=1e-9)
+    assert streamed.weights == pytest.approx(whole.weights, rel=1e-9)
+    assert streamed.passes <= 12

@@ -11,6 +11,7 @@ features of queries carry them.
 from jaxattr.identity.arrays import LANES as LANES
 from jaxattr.identity.arrays import digest_of as digest_of
 from jaxattr.identity.arrays import digests_of_leaves as digests_of_leaves
+from jaxattr.identity.arrays import mixed as mixed
 from jaxattr.identity.arrays import row_digests as row_digests
 from jaxattr.identity.arrays import sum_of_rows as sum_of_rows
 from jaxattr.identity.programs import Program as Program

@@ -87,9 +87,9 @@ def sum_of_rows(digests: jax.Array, ids: jax.Array, kept: jax.Array) -> jax.Arra
     Returns:
       uint32 [k]; those of several batches are added.
     """
-    position = _mix(ids.astype(jnp.uint32) * jnp.uint32(_GOLDEN))[:, None]
-    mixed = jnp.where(kept[:, None], _mix(digests ^ position), 0)
-    return mixed.sum(axis=0, dtype=jnp.uint32)
+    position = mixed(ids.astype(jnp.uint32) * jnp.uint32(_GOLDEN))[:, None]
+    counted = jnp.where(kept[:, None], mixed(digests ^ position), 0)
+    return counted.sum(axis=0, dtype=jnp.uint32)
 
 
 def _as_array(leaf: Any) -> Any:
@@ -129,17 +129,21 @@ def _lanes(words: jax.Array, axes: tuple[int, ...], count: int) -> list[jax.Arra
     position = position.astype(jnp.uint32)
     for axis in axes:
         index = jax.lax.broadcasted_iota(jnp.uint32, position.shape, axis)
-        position = _mix(position * jnp.uint32(31) + index + jnp.uint32(_GOLDEN))
-    word = _mix(words ^ position)
+        position = mixed(position * jnp.uint32(31) + index + jnp.uint32(_GOLDEN))
+    word = mixed(words ^ position)
     lanes = [word.sum(axis=axes, dtype=jnp.uint32)]
     for _ in range(count - 1):
-        word = _mix(word + jnp.uint32(_GOLDEN))
+        word = mixed(word + jnp.uint32(_GOLDEN))
         lanes.append(word.sum(axis=axes, dtype=jnp.uint32))
     return lanes
 
 
-def _mix(x: jax.Array) -> jax.Array:
-    """A good permutation of 32-bit words: each bit of the input moves half of the output's."""
+def mixed(x: jax.Array) -> jax.Array:
+    """A good permutation of 32-bit words: each bit of the input moves half of the output's.
+
+    Args:
+      x: uint32.
+    """
     x = x ^ (x >> 16)
     x = x * jnp.uint32(0x7FEB352D)
     x = x ^ (x >> 15)

@@ -220,7 +220,7 @@ def _pass_over(
     numbers = len(phi) * len(layout.names) * phi.dtype.itemsize
     affordable = _MATERIALIZE_BYTES // 2 // numbers
     length = max(top_k, min(affordable, max(_SHORTEST, _PER_TOP * top_k)) // place.shards)
-    start, absorb, merge = shortlists.compiled_pass(place, layout, length, signs)
+    start, absorb, merge = shortlists.compiled_pass(place, layout, length, signs, top_k)
     state = start(place.whole(jnp.asarray(w)), phi)
     rows = max(index.batch_size, min(affordable, scoring.SLAB))
     for slab in index.rows.slabs([FEATURES, EXAMPLES], rows):

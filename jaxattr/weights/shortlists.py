@@ -14,6 +14,11 @@ now, v at the pass, any a >= 0, and c_n the contributions of a dropped example,
           \|(w - a v) / v\|_2
 
 (Bounding each group by itself never came to fewer passes; see BUILD_NOTES.md.)
+
+Copies of one training example score alike under all weights, and k of them fill a top k. So of rows
+with the same features, told by 64 bits of them, a list takes k at most, and the others need no
+bound: whatever bounds, or lists, the k bounds them too. Without that, a page that a crawl holds 600
+times would fill every list, and no certificate would outlast a step.
 """
 
 import functools
@@ -22,8 +27,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxattr import identity
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.scores.ranking import SIDE, local_contributions, slab_ids, train_side
+from jaxattr.scores.ranking import (
+    SIDE,
+    TrainSide,
+    local_contributions,
+    slab_ids,
+    train_side,
+)
 from jaxattr.sharding import DATA, Placement
 from jaxattr.store.rows import EXAMPLES
 from jaxattr.typing import Features
@@ -153,12 +165,14 @@ class _Rows(NamedTuple):
       parts: contributions.
       scores: signed, under the weights of the pass.
       lengths: norms of weighted contributions.
+      digests: of the examples' features, [q, r, 2].
     """
 
     ids: jax.Array
     parts: jax.Array
     scores: jax.Array
     lengths: jax.Array
+    digests: jax.Array
 
 
 class _Pass(NamedTuple):
@@ -174,7 +188,7 @@ class _Pass(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def compiled_pass(
-    place: Placement, layout: FeatureLayout, length: int, signs: tuple[int, ...]
+    place: Placement, layout: FeatureLayout, length: int, signs: tuple[int, ...], top_k: int
 ) -> tuple[Any, Any, Any]:
     """The steps of a pass.
 
@@ -183,6 +197,7 @@ def compiled_pass(
       layout: the groups.
       length: examples per list and device.
       signs: as in `signed_scores`.
+      top_k: examples of a top k; a list takes as many copies of one, and no more.
 
     Returns:
       start: (w, phi [q, c * p]) -> a state per device;
@@ -191,7 +206,7 @@ def compiled_pass(
     """
     own = (DATA,)  # every array of the state has a leading axis of devices
     absorbing = place.over_shards(
-        functools.partial(_absorb, place, layout, signs), (own, (), SIDE, (), ()), own
+        functools.partial(_absorb, place, layout, signs, top_k), (own, (), SIDE, (), ()), own
     )
     merging = place.over_shards(functools.partial(_merge, place), (own,), ())
 
@@ -204,6 +219,7 @@ def compiled_pass(
             zeros((shards, lists, q, length, m)),
             jnp.full((shards, lists, q, length), -jnp.inf, dtype),
             zeros((shards, lists, q, length)),
+            jnp.zeros((shards, lists, q, length, identity.LANES), jnp.uint32),
         )
         return _Pass(
             rows=rows,
@@ -221,6 +237,7 @@ def _absorb(
     place: Placement,
     layout: FeatureLayout,
     signs: tuple[int, ...],
+    top_k: int,
     found: _Pass,
     phi: Features,
     arrays: dict[str, jax.Array],
@@ -231,19 +248,26 @@ def _absorb(
     found = jax.tree.map(lambda x: x[0], found)
     g, b = arrays[EXAMPLES].shape[:2]
     fresh = jnp.repeat(jnp.arange(g) >= skip, b)
-    counted = train_side(arrays).counted & fresh
+    side = train_side(arrays)
+    counted = side.counted & fresh
+    digests = _digests(place, side)  # [r, 2]
+    listable = counted & ~_further_copies(digests, counted, top_k)
     parts = local_contributions(place, layout, phi, arrays)  # [q, r, m]
     parts = jnp.where(counted[None, :, None], parts, 0).astype(found.gram.dtype)
     weighted = parts * found.weights[None, None]
     scores, lengths = weighted.sum(axis=-1), jnp.linalg.norm(weighted, axis=-1)  # [q, r]
     ids = jnp.where(counted, slab_ids(place, (g, b), first), -1).astype(found.rows.ids.dtype)
     ids = jnp.broadcast_to(ids[None], scores.shape)
+    digests = jnp.broadcast_to(digests[None], (*scores.shape, identity.LANES))
+    lengths = jnp.where(listable[None], lengths, 0)
     lists = []
     for number, sign in enumerate(signs):
-        signed = jnp.where(counted[None], sign * scores, -jnp.inf)
+        signed = jnp.where(listable[None], sign * scores, -jnp.inf)
         before = jax.tree.map(lambda x, i=number: x[i], found.rows)
-        candidates, left = _strongest(_Rows(ids, parts, signed, lengths), before.ids.shape[1])
+        rows = _Rows(ids, parts, signed, lengths, digests)
+        candidates, left = _strongest(rows, before.ids.shape[1])
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), before, candidates)
+        both = _without_copies(both, top_k)
         kept, evicted = _strongest(both, before.ids.shape[1])
         lists.append((kept, functools.reduce(jnp.maximum, (found.radius[number], left, evicted))))
     kept, radius = jax.tree.map(lambda *each: jnp.stack(each), *lists)
@@ -257,6 +281,38 @@ def _absorb(
         weights=found.weights,
     )
     return jax.tree.map(lambda x: x[None], new)
+
+
+def _digests(place: Placement, side: TrainSide) -> jax.Array:
+    """Digests of the features of a device's rows, whichever of their columns it has; [r, 2]."""
+    own = identity.row_digests((side.features, side.residual[:, None]))
+    numbered = own + jnp.asarray(place.column(), jnp.uint32)
+    found = place.sum_columns(identity.mixed(numbered))
+    return found[:, : identity.LANES] + identity.mixed(found[:, identity.LANES :])
+
+
+def _further_copies(digests: jax.Array, present: jax.Array, top_k: int) -> jax.Array:
+    """Which rows [r] come after as many present ones with the same digest, [r, 2]."""
+    r = len(present)
+    keys = (~present, *jnp.moveaxis(digests, -1, 0), jnp.arange(r))
+    absent, *words, order = jax.lax.sort(keys, num_keys=len(keys))
+    first = jnp.arange(r) == 0
+    for word in (absent, *words):
+        first |= word != jnp.roll(word, 1)
+    begin = jax.lax.cummax(jnp.where(first, jnp.arange(r), 0))
+    further = jnp.arange(r) - begin >= top_k
+    return jnp.zeros(r, bool).at[order].set(further) & present
+
+
+def _without_copies(rows: _Rows, top_k: int) -> _Rows:
+    """Rows of several queries, from each of which copies beyond the k-th are taken out."""
+    further = functools.partial(_further_copies, top_k=top_k)
+    out = jax.vmap(further)(rows.digests, rows.ids >= 0)
+    return rows._replace(
+        ids=jnp.where(out, -1, rows.ids),
+        scores=jnp.where(out, -jnp.inf, rows.scores),
+        lengths=jnp.where(out, 0, rows.lengths),
+    )
 
 
 def _strongest(rows: _Rows, length: int) -> tuple[_Rows, jax.Array]:
