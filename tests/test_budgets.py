@@ -34,7 +34,8 @@ def test_disk_and_meshes_in_the_plan(tmp_path):
     plan = ja.plan(trak, PARAMS, TRAIN, mesh=mesh, on_disk=True, dtype=jnp.bfloat16, batch_size=64)
     assert plan.shards == 4 and plan.microbatch == 16
     assert plan.statistics_bytes == 3 * 50 * 50 * 4
-    assert plan.index_bytes == 200 * (2 * 150 * 2 + 2 * 4 + 3 * 4)  # features twice while building
+    # Features twice while building; the digests of two arrays.
+    assert plan.index_bytes == 200 * (2 * 150 * 2 + 2 * 4 + (3 + 2) * 4 + 2 * 2 * 4)
     assert plan.device_bytes == plan.params_bytes + plan.step_bytes + plan.statistics_bytes
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), PARAMS)
     assert ja.plan(METHOD, shapes, TRAIN).params_bytes == plan.params_bytes

@@ -191,9 +191,9 @@ def test_true_fisher_of_a_linear_model():
     vectors = np.kron(a, b)
     expected = np.diag(vectors.T @ fisher @ vectors)
     error = 4 * expected.max() / n**0.5
-    np.testing.assert_allclose(index.fitted[0].curvature, expected, atol=error)
+    np.testing.assert_allclose(index.fitted[0].curvature_over(0), expected, atol=error)
     assert expected.max() > 10 * error  # the empirical Fisher of label 0 differs by more than that
-    empirical = ja.build_index(ja.kfac(loss), params, data).fitted[0].curvature
+    empirical = ja.build_index(ja.kfac(loss), params, data).fitted[0].curvature_over(0)
     assert np.abs(np.sort(empirical) - np.sort(expected)).max() > 2 * error
 
 
@@ -203,7 +203,7 @@ def test_sampled_labels_come_from_ids_and_a_loss_may_carry_the_sampler():
 
     loss.sample = sampled
     curvature = [
-        build(ja.kfac(method, fisher="true", **options), PARAMS, TRAIN).fitted[0].curvature
+        build(ja.kfac(method, fisher="true", **options), PARAMS, TRAIN).fitted[0].curvature_over(0)
         for build, method, options in (
             (FEW, loss, {}),
             (ja.build_index, models.loss, {"sample": sampled}),
@@ -592,7 +592,7 @@ def test_feature_groups_of_a_convolution_do_not_dilute_its_curvature():
     a = np.linalg.eigvalsh(inputs.T @ inputs / (20 * 2 * t))
     s = np.linalg.eigvalsh(cotangents.T @ cotangents / (20 * t))
     expected = np.sort(np.outer(a, s).ravel())
-    np.testing.assert_allclose(np.sort(index.fitted[0].curvature), expected, atol=1e-12)
+    np.testing.assert_allclose(np.sort(index.fitted[0].curvature_over(0)), expected, atol=1e-12)
 
 
 def test_a_rank_above_what_a_wide_side_is_narrowed_to(monkeypatch):

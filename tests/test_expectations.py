@@ -115,7 +115,7 @@ def test_covariances_count_each_draw_as_a_position():
     apart = ja.kfac(lambda params, example, key: loss(params, example, key, example["t"]))
     together = ja.kfac(ja.expectation(loss, timesteps=[2, 5]))
     curvatures = [
-        ja.build_index(method, toy.params(), data).fitted[0].curvature
+        ja.build_index(method, toy.params(), data).fitted[0].curvature_over(0)
         for method, data in ((apart, twice), (together, train))
     ]
     np.testing.assert_allclose(*curvatures, rtol=1e-9)

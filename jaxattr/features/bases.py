@@ -8,7 +8,7 @@ them (the eigenbasis of K-FAC and EK-FAC), or random signs scaled by an optimize
 
 import dataclasses
 import math
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -95,18 +95,21 @@ class Basis:
       bands: into how many groups each side is split.
       materialize: whether the gradient of a linear map must be formed, because it is scaled
         elementwise.
-      narrow: (a, b): a side of more than a has at most b features; None for no such limit.
     """
 
     rank: int | None = None
     bands: int = 1
     materialize: bool = False
-    narrow: ClassVar[tuple[int, int] | None] = None
 
     @property
     def name(self) -> str:
         """What `describe` shows."""
         return type(self).__name__
+
+    @property
+    def narrow(self) -> tuple[int, int] | None:
+        """(a, b): a side of more than a has at most b features; None for no such limit."""
+        return None
 
     def side(self, size: int) -> int:
         """Returns the number of features of a side with so many inputs or outputs."""

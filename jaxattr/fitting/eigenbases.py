@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,6 @@ class Eigenbasis(Basis):
     eigenvalues: bool
     sample: SampleFn | None = identity.function("params", "example", "key", default=None)
     mask: MaskFn | None = identity.function("example", default=None)
-    narrow: ClassVar[tuple[int, int] | None] = (_WIDE, _NARROW)
 
     def __post_init__(self) -> None:
         if self.bands < 1:
@@ -111,6 +110,11 @@ class Eigenbasis(Basis):
     def name(self) -> str:
         """See `Basis`."""
         return "K-FAC eigenbasis"
+
+    @property
+    def narrow(self) -> tuple[int, int]:
+        """See `Basis`."""
+        return _WIDE, _NARROW
 
     def fit(self, over: TrainingPass) -> Fitted:
         """See `Fits`."""

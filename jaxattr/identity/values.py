@@ -73,12 +73,17 @@ def traced(value: Any, arguments: Mapping[str, Any]) -> Any:
     for field in dataclasses.fields(value):
         held = getattr(value, field.name)
         names = field.metadata.get("arguments")
-        if dataclasses.is_dataclass(held):
+        if dataclasses.is_dataclass(held) and (names is None or _holds_functions(held)):
             changed[field.name] = traced(held, arguments)
         elif names is not None and callable(held) and not isinstance(held, Program):
             changed[field.name] = Program(held, tuple(arguments[name] for name in names))
     same = all(getattr(value, name) is new for name, new in changed.items())
     return value if same else dataclasses.replace(value, **changed)
+
+
+def _holds_functions(value: Any) -> bool:
+    """Whether functions are among the fields of what is a function itself, as in `Expectation`."""
+    return any("arguments" in field.metadata for field in dataclasses.fields(value))
 
 
 def describe(value: Any) -> Any:
