@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import stat
+import urllib.parse
 from collections.abc import Callable
 from typing import Any
 
@@ -21,17 +23,29 @@ class Folder:
 
     Attributes:
       path: what the user gave, made absolute; may be a URL such as gs://bucket/index.
+      plain: the same place for libraries that take paths and URLs as they stand, undecoded.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        text = os.fspath(path)
-        self.remote = re.match(r"^[a-z][a-z0-9+.-]*://", text) is not None
-        self.path = text.rstrip("/") if self.remote else os.path.abspath(text)
-        url = self.path if self.remote else f"file://{self.path}"
+        text = os.fsdecode(path)
+        scheme = re.match(r"^([A-Za-z][A-Za-z0-9+.-]*)://", text)
+        self.remote = scheme is not None and scheme[1].lower() != "file"
+        if scheme is None:
+            self.path = _local_path(text)
+        elif self.remote:
+            self.path = f"{scheme[1].lower()}{text[len(scheme[1]) :]}".rstrip("/")
+        else:
+            self.path = _local_path(_path_of_file_url(text))
+        self.plain = urllib.parse.unquote(self.path) if self.remote else self.path
+        # No URL for a local path: %, # and ? mean something in one.
+        local = {"driver": "file", "path": f"{self.path.rstrip('/')}/"}
         try:
-            self._files = ts.KvStore.open(f"{url}/").result()
+            self._files = ts.KvStore.open(f"{self.path}/" if self.remote else local).result()
         except ValueError as error:
-            raise StoreError(f"{self.path} is no place for an index: {first_line(error)}") from None
+            raise StoreError(
+                f"{self.path} is no place for an index: {first_line(error)}. Give the path of a "
+                "folder, or a URL such as gs://bucket/index."
+            ) from None
 
     def spec(self, name: str) -> dict[str, Any]:
         """Returns the TensorStore description of a place under the folder."""
@@ -53,7 +67,10 @@ class Folder:
         try:
             found = self._files.read(name).result()
         except ValueError as error:
-            raise StoreError(f"Cannot read {self.path}/{name}: {first_line(error)}") from None
+            raise StoreError(
+                f"Cannot read {self.path}/{name}: {first_line(error)}. Check that it is a file and "
+                "may be read, or give another path."
+            ) from None
         if found.state != "value":
             return None
         try:
@@ -90,10 +107,10 @@ class Folder:
         Returns:
           Whether it was written.
         """
-        absent = self._files.read(name).result()
-        if absent.state == "value":
-            return False
         try:
+            absent = self._files.read(name).result()
+            if absent.state == "value":
+                return False
             written = self._files.write(
                 name, json.dumps(contents).encode(), if_equal=absent.stamp.generation
             ).result()
@@ -103,19 +120,31 @@ class Folder:
 
     def delete(self, name: str) -> None:
         """Deletes a file, if it is there."""
-        self._files.write(name, None).result()
+        try:
+            self._files.write(name, None).result()
+        except ValueError as error:
+            raise cannot_write(f"{self.path}/{name}", error) from None
 
     def delete_under(self, prefix: str) -> None:
         """Deletes all files whose names begin so; on local disk also what folders that leaves."""
-        self._files.delete_range(ts.KvStore.KeyRange(prefix, prefix + "\U0010ffff")).result()
+        try:
+            self._files.delete_range(ts.KvStore.KeyRange(prefix, prefix + "\U0010ffff")).result()
+        except ValueError as error:
+            raise cannot_write(f"{self.path}/{prefix}", error) from None
         if not self.remote and prefix.endswith("/"):
             shutil.rmtree(os.path.join(self.path, prefix), ignore_errors=True)
 
     def names(self, prefix: str = "") -> list[str]:
         """Returns the names of all files that begin so."""
-        found = self._files.list(
-            ts.KvStore.KeyRange(prefix, prefix + "\U0010ffff") if prefix else None
-        ).result()
+        try:
+            found = self._files.list(
+                ts.KvStore.KeyRange(prefix, prefix + "\U0010ffff") if prefix else None
+            ).result()
+        except ValueError as error:
+            raise StoreError(
+                f"Cannot list {self.path}: {first_line(error)}. Check that it is a folder and may "
+                "be read."
+            ) from None
         return sorted(name.decode() for name in found)
 
     def free_bytes(self) -> int | None:
@@ -126,6 +155,49 @@ class Folder:
         while not os.path.exists(place):
             place = os.path.dirname(place)
         return shutil.disk_usage(place).free
+
+
+def _local_path(text: str) -> str:
+    """The absolute path of a folder that is there or can be made; raises if none can be."""
+    path = os.path.join(os.getcwd(), text)
+    why = None
+    if not text:
+        why = "it is empty"
+    elif "\0" in path or "\\" in path:
+        # TensorStore takes a backslash for a slash, and would put the arrays in another folder.
+        why = "it has a zero byte or a backslash in it"
+    elif not _is_text(path):
+        why = "it is not UTF-8"
+    else:
+        path = os.path.normpath(path)
+        try:
+            if not stat.S_ISDIR(os.stat(path).st_mode):
+                why = "it is a file"
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            why = error.strerror
+    if why is not None:
+        raise StoreError(f"{text!r} is no place for an index: {why}. Give the path of a folder.")
+    return path
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _path_of_file_url(url: str) -> str:
+    parts = urllib.parse.urlsplit(url)
+    if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
+        raise StoreError(
+            f"{url} names no local folder: a file:// URL has three slashes and an absolute path, "
+            "with %3F for ? and %23 for #. Give the path itself."
+        )
+    return urllib.parse.unquote(parts.path)
 
 
 def on_first_process(function: Callable[[], Any]) -> Any:

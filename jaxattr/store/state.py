@@ -25,8 +25,10 @@ def save_state(folder: Folder, name: str, arrays: dict[str, Any], place: Placeme
     shapes = [[list(value.shape), value.dtype.name] for value in values.values()]
     if jax.process_index() == 0:
         folder.write(f"{name}.json", {"names": names, "shapes": shapes})
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(f"{folder.path}/{name}", values or {"nothing": np.zeros(1)}, force=True)
+    # A folder per array, so that damage has a name; and the other way, a database, searches for
+    # its parts by a pattern, in which brackets and stars of the path would have a meaning.
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        checkpointer.save(f"{folder.plain}/{name}", values or {"nothing": np.zeros(1)}, force=True)
 
 
 def load_state(folder: Folder, name: str, place: Placement) -> dict[str, jax.Array] | None:
@@ -51,5 +53,5 @@ def load_state(folder: Folder, name: str, place: Placement) -> dict[str, jax.Arr
         for i, (shape, dtype) in enumerate(described["shapes"])
     }
     with ocp.StandardCheckpointer() as checkpointer:
-        values = checkpointer.restore(f"{folder.path}/{name}", like)
+        values = checkpointer.restore(f"{folder.plain}/{name}", like)
     return {key: jnp.asarray(values[f"{i}"]) for i, key in enumerate(described["names"])}
