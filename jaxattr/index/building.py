@@ -115,8 +115,8 @@ def build_index(
         check_device(layout.bytes_in_memory(place), place, "The index in memory")
         return _build(job, MemoryRows(layout, place), None)
     folder = Folder(path)
-    with _writing(folder):
-        return _build_on_disk(job, folder, layout, extend)
+    with _writing(folder) as lease:
+        return _build_on_disk(job, folder, layout, extend, lease)
 
 
 def _build(job: Job, rows: Rows, session: Session | None) -> Index:
@@ -153,7 +153,9 @@ def _index(job: Job, rows: Rows, found: Finished, session: Session | None) -> In
     )
 
 
-def _build_on_disk(job: Job, folder: Folder, layout: RowLayout, extend: bool) -> Index:
+def _build_on_disk(
+    job: Job, folder: Folder, layout: RowLayout, extend: bool, lease: Lease | None
+) -> Index:
     here = provenance.manifest(job.method, job.featurizer, job.checkpoints, job.source, layout)
     there, complete = read_manifest(folder), folder.read(COMPLETE)
     strangers = [] if there else [name for name in folder.names() if name != "lease.json"]
@@ -164,7 +166,7 @@ def _build_on_disk(job: Job, folder: Folder, layout: RowLayout, extend: bool) ->
             "give another path."
         )
     limit = _check_manifest(folder, there, complete, here, job, extend)
-    ledger = Ledger(folder, *process())
+    ledger = Ledger(folder, *process(), lease)
     rows = DiskRows(folder, layout, job.place, ledger)
     session = Session(folder, ledger)
     if limit is None and complete is not None and complete["examples"] == job.source.size:
@@ -188,17 +190,17 @@ def _build_on_disk(job: Job, folder: Folder, layout: RowLayout, extend: bool) ->
     barrier("rows written")
     if process()[0] == 0:
         found = Finished(index.fitted, index.operators, index.non_finite, index.solve_errors)
+        ledger.check()
         save_finished(folder, job.source.size, found)
     barrier("index finished")
     return index
 
 
 @contextlib.contextmanager
-def _writing(folder: Folder) -> Iterator[None]:
+def _writing(folder: Folder) -> Iterator[Lease | None]:
     """Holds the right to write, on the first process for all."""
     with contextlib.ExitStack() as stack:
-        on_first_process(lambda: stack.enter_context(Lease(folder)))
-        yield
+        yield on_first_process(lambda: stack.enter_context(Lease(folder)))
 
 
 def _check_manifest(

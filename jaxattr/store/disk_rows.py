@@ -155,6 +155,8 @@ class DiskRows:
         if computed is None:
             return
         block, checkpoint, values = computed
+        if self._ledger is not None:
+            self._ledger.check()
         try:
             futures = [
                 future

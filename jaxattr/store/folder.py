@@ -64,6 +64,29 @@ class Folder:
         Raises:
           StoreError: if it cannot be read, or is no JSON.
         """
+        content, _ = self.read_bytes(name)
+        if content is None:
+            return None
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise StoreError(
+                f"{self.path}/{name} is damaged: it is no JSON ({error}). If the index was made by "
+                "this program, delete it and build it again."
+            ) from None
+
+    def read_bytes(self, name: str) -> tuple[bytes | None, bytes]:
+        """Reads a file.
+
+        Args:
+          name: of the file.
+
+        Returns:
+          Its contents, or None if there is no such file; and its generation, for `exchange`.
+
+        Raises:
+          StoreError: if it cannot be read.
+        """
         try:
             found = self._files.read(name).result()
         except ValueError as error:
@@ -71,15 +94,8 @@ class Folder:
                 f"Cannot read {self.path}/{name}: {first_line(error)}. Check that it is a file and "
                 "may be read, or give another path."
             ) from None
-        if found.state != "value":
-            return None
-        try:
-            return json.loads(found.value)
-        except ValueError as error:
-            raise StoreError(
-                f"{self.path}/{name} is damaged: it is no JSON ({error}). If the index was made by "
-                "this program, delete it and build it again."
-            ) from None
+        content = found.value if found.state == "value" else None
+        return content, found.stamp.generation
 
     def write(self, name: str, contents: Any) -> None:
         """Writes a JSON file, whole or not at all.
@@ -97,26 +113,26 @@ class Folder:
         except ValueError as error:
             raise cannot_write(f"{self.path}/{name}", error) from None
 
-    def create(self, name: str, contents: Any) -> bool:
-        """Writes a JSON file unless there is one.
+    def exchange(self, name: str, contents: Any | None, generation: bytes) -> bytes | None:
+        """Writes or deletes a JSON file if it is still the one that was read, as one step.
 
         Args:
           name: of the file.
-          contents: anything that JSON can hold.
+          contents: anything that JSON can hold; None to delete.
+          generation: what `read_bytes` gave, also where there was no file.
 
         Returns:
-          Whether it was written.
+          The new generation, or None if the file is another by now, and stays.
+
+        Raises:
+          StoreError: if it cannot be written.
         """
+        value = None if contents is None else json.dumps(contents).encode()
         try:
-            absent = self._files.read(name).result()
-            if absent.state == "value":
-                return False
-            written = self._files.write(
-                name, json.dumps(contents).encode(), if_equal=absent.stamp.generation
-            ).result()
+            written = self._files.write(name, value, if_equal=generation).result()
         except ValueError as error:
             raise cannot_write(f"{self.path}/{name}", error) from None
-        return bool(written.generation)
+        return written.generation or None
 
     def delete(self, name: str) -> None:
         """Deletes a file, if it is there."""

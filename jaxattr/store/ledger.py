@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxattr.store.folder import Folder
+from jaxattr.store.lease import Lease
 
 _BASE = "ledger/finished.json"
 
@@ -19,8 +20,11 @@ class Ledger:
       folder: of the index.
     """
 
-    def __init__(self, folder: Folder, process: int, processes: int) -> None:
+    def __init__(
+        self, folder: Folder, process: int, processes: int, lease: Lease | None = None
+    ) -> None:
         self.folder = folder
+        self._lease = lease
         self._own = f"ledger/process-{process}.json"
         self._first = process == 0
         self._processes = processes
@@ -47,8 +51,14 @@ class Ledger:
         """Returns how many blocks of a stage were finished, here or before."""
         return self._done.get(stage, 0)
 
+    def check(self) -> None:
+        """Raises if this job may write no more; see `Lease`, which the first process holds."""
+        if self._lease is not None:
+            self._lease.check()
+
     def mark(self, stage: str, blocks: int) -> None:
         """Says that this process's part of so many blocks of a stage is written."""
+        self.check()
         self._done[stage] = blocks
         self.folder.write(self._own, {"processes": self._processes, "blocks": self._done})
 
