@@ -35,7 +35,18 @@ from jaxattr.index.saving import (
 from jaxattr.methods.method import Method
 from jaxattr.sharding import barrier, placement, process
 from jaxattr.sources import as_checkpoints, as_source
-from jaxattr.store import DiskRows, Folder, Lease, Ledger, StoreError, on_first_process
+from jaxattr.store import (
+    SEALS,
+    DiskRows,
+    Folder,
+    Lease,
+    Ledger,
+    StoreError,
+    load_seals,
+    on_first_process,
+    reading,
+    save_seals,
+)
 from jaxattr.store.rows import COLUMNS, ERRORS, EXAMPLES, RAW, MemoryRows, RowLayout, Rows, all_rows
 from jaxattr.typing import Key, Params
 
@@ -169,8 +180,11 @@ def _build_on_disk(
     ledger = Ledger(folder, *process(), lease)
     rows = DiskRows(folder, layout, job.place, ledger)
     session = Session(folder, ledger)
-    if limit is None and complete is not None and complete["examples"] == job.source.size:
-        found = load_finished(folder, complete, layout.checkpoints, job.place)
+    if limit is None and complete is not None and complete.get("examples") == job.source.size:
+        rows = DiskRows(folder, layout, job.place, seals=load_seals(folder))
+        on_first_process(rows.remove_raw)
+        with reading(folder, COMPLETE):
+            found = load_finished(folder, complete, layout.checkpoints, job.place)
         return _index(job, rows, found, session)
     if there is None:  # first of all, so that whatever is left behind is known for what it is
         on_first_process(functools.partial(_write_manifest, folder, layout, here))
@@ -180,6 +194,7 @@ def _build_on_disk(
         if there not in (None, here):
             _write_manifest(folder, layout, here)
         folder.delete(COMPLETE)
+        folder.delete(SEALS)
         for name in layout.widths:
             if name != RAW:
                 rows.create(name)
@@ -191,6 +206,7 @@ def _build_on_disk(
     if process()[0] == 0:
         found = Finished(index.fitted, index.operators, index.non_finite, index.solve_errors)
         ledger.check()
+        save_seals(folder, rows.chunks())
         save_finished(folder, job.source.size, found)
     barrier("index finished")
     return index
@@ -220,7 +236,10 @@ def _check_manifest(
         if extend:
             raise StoreError(f"{folder.path} holds no index to extend.")
         return None
-    before = there["data"]["examples"]
+    with reading(folder, MANIFEST):
+        before = there["data"]["examples"]
+        if type(before) is not int or before < 1:
+            raise ValueError(f"{before!r} is no number of examples")
     if not extend or before == job.source.size:
         refuse_others(folder, there, here)
         return None
@@ -238,7 +257,7 @@ def _check_manifest(
     prefix = provenance.fingerprint_data(job.source, before)
     old = here | {"data": {"examples": before, "fingerprint": prefix}}
     refuse_others(folder, there, old)
-    if complete is None or complete["examples"] != before:
+    if complete is None or complete.get("examples") != before:
         raise StoreError(
             f"{folder.path} is not finished: finish it with its first {before} examples (the same "
             "call without extend=True), then extend it."

@@ -107,6 +107,7 @@ def build_checkpoint(
     if session is not None and first == blocks:
         operator = load_operator(session.folder, number, job.place)
         if operator is not None or kernel.of_queries is None:
+            _remove_raw(rows, number)  # what a run left that was killed after its last block
             return BuiltCheckpoint(fitted, operator, _finite(rows, number))
     operator, finite = _operator(job, over, fitted, rows, session)
     apply, residual = apply_kernel(job.place, kernel, layout, eta)
@@ -118,10 +119,7 @@ def build_checkpoint(
             values[ERRORS] = residual(operator, phi, mapped)
         rows.write(block, number, values)
     _flush(rows)
-    if isinstance(rows, DiskRows):
-        barrier("kernel applied")
-        if process()[0] == 0:
-            rows.remove(RAW, number)
+    _remove_raw(rows, number)
     return BuiltCheckpoint(fitted, operator, finite)
 
 
@@ -208,6 +206,13 @@ def _done(session: Session | None, name: str, checkpoint: int) -> int:
 def _flush(rows: Rows) -> None:
     if isinstance(rows, DiskRows):
         rows.flush()
+
+
+def _remove_raw(rows: Rows, number: int) -> None:
+    if isinstance(rows, DiskRows):
+        barrier("kernel applied")
+        if process()[0] == 0:
+            rows.remove(RAW, number)
 
 
 def _finite(rows: Rows, number: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from jaxattr.index.saving import COMPLETE, MANIFEST, load_finished, read_manifes
 from jaxattr.methods.method import Method, featurizer
 from jaxattr.sharding import Placement, placement
 from jaxattr.sources import as_checkpoints
-from jaxattr.store import DiskRows, Folder, StoreError, finished
+from jaxattr.store import DiskRows, Folder, StoreError, finished, load_seals, reading
 from jaxattr.store.rows import EXAMPLES, FEATURES, SELF, MemoryRows, RowLayout, Rows
 from jaxattr.typing import Example, Params
 
@@ -52,8 +52,12 @@ def open_index(
     if described is None:
         raise StoreError(f"There is no index at {folder.path}: it has no {MANIFEST}.")
     complete = folder.read(COMPLETE)
-    layout = _row_layout(described)
-    if complete is None or complete["examples"] != layout.size:
+    seals = None if complete is None else load_seals(folder)
+    with reading(folder, MANIFEST):
+        layout = _row_layout(described)
+        columns = provenance.layout_from(described["layout"])
+        link = described["method"].get("link", "identity")
+    if complete is None or complete.get("examples") != layout.size:
         done = finished(folder)
         raise StoreError(
             f"{folder.path} is not finished: of {layout.blocks} blocks per stage, done are "
@@ -71,16 +75,18 @@ def open_index(
         featurize = _featurizer(folder, described, method, parameters, example, place)
     elif method is not None or checkpoints is not None:
         raise ValueError("Give both method and checkpoints, or neither.")
-    rows: Rows = DiskRows(folder, layout, place)
+    rows: Rows = DiskRows(folder, layout, place, seals=seals)
+    with reading(folder, COMPLETE):
+        found = load_finished(folder, complete, layout.checkpoints, place)
     return Index(
         method=method,
         featurizer=featurize,
         checkpoints=parameters,
-        layout=provenance.layout_from(described["layout"]),
+        layout=columns,
         rows=in_device_memory(rows) if in_memory else rows,
         path=folder.path,
-        link=described["method"].get("link", "identity"),
-        **load_finished(folder, complete, layout.checkpoints, place)._asdict(),
+        link=link,
+        **found._asdict(),
     )
 
 
@@ -105,13 +111,21 @@ def in_device_memory(rows: Rows) -> MemoryRows:
 
 def _row_layout(described: dict[str, Any]) -> RowLayout:
     rows = described["rows"]
-    return RowLayout(
+    found = RowLayout(
         described["data"]["examples"],
         rows["block"],
         rows["checkpoints"],
-        rows["widths"],
+        dict(rows["widths"]),
         {name: jax.numpy.dtype(dtype) for name, dtype in rows["dtypes"].items()},
     )
+    sizes = (found.size, found.block, *found.widths.values())
+    if not all(type(size) is int and 0 < size < 2**48 for size in sizes):
+        raise ValueError(f"a size is none: {sizes}")
+    if set(found.widths) != set(found.dtypes) or not {FEATURES, EXAMPLES, SELF} <= {*found.widths}:
+        raise ValueError(f"arrays are missing: it has {sorted(found.widths)}")
+    if found.checkpoints != len(described["params"]):
+        raise ValueError(f"{found.checkpoints} checkpoints, and {len(described['params'])} params")
+    return found
 
 
 def _featurizer(
@@ -122,7 +136,9 @@ def _featurizer(
     example: Example | None,
     place: Placement,
 ) -> Featurizer:
-    example = provenance.example_from(described["example"]) if example is None else example
+    if example is None:
+        with reading(folder, MANIFEST):
+            example = provenance.example_from(described["example"])
     if example is None:
         raise ValueError(
             "The training examples are no arrays or nested dicts of arrays, so their shapes are "
@@ -132,8 +148,9 @@ def _featurizer(
         "method": provenance.describe_method(method, parameters[0], example),
         "params": [provenance.fingerprint(params) for params in parameters],
     }
-    there = {name: described[name] for name in here}
+    with reading(folder, MANIFEST):
+        there = {name: described[name] for name in here}
+        groups = provenance.groups_from(described["groups"])
+        key = place.whole(provenance.key_from(described["key"]))
     refuse_others(folder, there, here)
-    groups = provenance.groups_from(described["groups"])
-    key = place.whole(provenance.key_from(described["key"]))
     return featurizer(method, parameters[0], example, groups=groups, key=key)

@@ -166,5 +166,5 @@ def load_finished(
         tuple(each for each in fitted if each is not None),
         tuple(each for each in operators if each is not None),
         np.asarray(complete["non_finite"], np.int64),
-        None if errors is None else np.asarray(errors),
+        None if errors is None else np.asarray(errors, float),
     )

@@ -1,12 +1,13 @@
 """A folder on local disk or in a bucket, in which small files are written whole or not at all."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import stat
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorstore as ts
@@ -52,8 +53,8 @@ class Folder:
         place = self._files / f"{name}/" if name else self._files
         return place.spec().to_json()
 
-    def read(self, name: str) -> Any | None:
-        """Reads a JSON file.
+    def read(self, name: str) -> dict[str, Any] | None:
+        """Reads a JSON file of names and values.
 
         Args:
           name: of the file.
@@ -62,18 +63,21 @@ class Folder:
           Its contents, or None if there is no such file.
 
         Raises:
-          StoreError: if it cannot be read, or is no JSON.
+          StoreError: if it cannot be read, is no JSON, or holds anything else.
         """
         content, _ = self.read_bytes(name)
         if content is None:
             return None
         try:
-            return json.loads(content)
+            found = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise StoreError(
                 f"{self.path}/{name} is damaged: it is no JSON ({error}). If the index was made by "
                 "this program, delete it and build it again."
             ) from None
+        if not isinstance(found, dict):
+            raise malformed(self, name, f"it holds a {type(found).__name__}, not names and values")
+        return found
 
     def read_bytes(self, name: str) -> tuple[bytes | None, bytes]:
         """Reads a file.
@@ -96,6 +100,18 @@ class Folder:
             ) from None
         content = found.value if found.state == "value" else None
         return content, found.stamp.generation
+
+    def read_from(self, name: str, start: int) -> Any:
+        """Begins to read the end of a file.
+
+        Args:
+          name: of the file.
+          start: the first byte to read.
+
+        Returns:
+          A TensorStore future of the read.
+        """
+        return self._files.read(name, byte_range=slice(start, None))
 
     def write(self, name: str, contents: Any) -> None:
         """Writes a JSON file, whole or not at all.
@@ -237,9 +253,37 @@ def on_first_process(function: Callable[[], Any]) -> Any:
     return result
 
 
+@contextlib.contextmanager
+def reading(folder: Folder, name: str) -> Iterator[None]:
+    """Turns what goes wrong where the contents of a file are taken apart into an error about it.
+
+    Args:
+      folder: of the file.
+      name: of the file.
+
+    Raises:
+      StoreError: if names are missing, or values are of another type, or none that there can be.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise malformed(folder, name, f"it has no {error}") from None
+    except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise malformed(folder, name, first_line(error)) from None
+
+
+def malformed(folder: Folder, name: str, why: str) -> StoreError:
+    """Returns the error to raise where a file holds what this program does not write."""
+    return StoreError(
+        f"{folder.path}/{name} is damaged: {why}. Restore it, or delete the index and build it "
+        "again."
+    )
+
+
 def first_line(error: Exception) -> str:
     """What TensorStore says, without the long description of the array after it."""
-    return re.sub(r" \[(source locations|tensorstore_spec|os_error_code)=.*", "", str(error))[:400]
+    text = str(error).strip() or type(error).__name__
+    return re.sub(r"(?s) \[(source locations|tensorstore_spec|os_error_code)=.*", "", text)[:400]
 
 
 def cannot_write(where: str, error: Exception) -> StoreError:

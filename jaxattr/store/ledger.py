@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from jaxattr.store.folder import Folder
+from jaxattr.store.folder import Folder, reading
 from jaxattr.store.lease import Lease
 
 _BASE = "ledger/finished.json"
@@ -69,12 +69,22 @@ def finished(folder: Folder) -> dict[str, int]:
     Args:
       folder: of the index.
     """
-    base = folder.read(_BASE) or {"blocks": {}}
-    found: list[Any] = [folder.read(name) for name in folder.names("ledger/process-")]
-    done = dict(base["blocks"])
-    found = [each for each in found if each is not None]
-    if found and all(each["processes"] == len(found) for each in found):
-        for stage in {stage for each in found for stage in each["blocks"]}:
-            least = min(each["blocks"].get(stage, 0) for each in found)
+    base = folder.read(_BASE)
+    done = {} if base is None else _blocks(folder, _BASE, base)
+    names = folder.names("ledger/process-")
+    read = [(name, folder.read(name)) for name in names]
+    found = [(name, each) for name, each in read if each is not None]
+    blocks = [_blocks(folder, name, each) for name, each in found]
+    if found and all(each.get("processes") == len(found) for _, each in found):
+        for stage in {stage for each in blocks for stage in each}:
+            least = min(each.get(stage, 0) for each in blocks)
             done[stage] = max(done.get(stage, 0), least)
     return done
+
+
+def _blocks(folder: Folder, name: str, contents: dict[str, Any]) -> dict[str, int]:
+    with reading(folder, name):
+        blocks = dict(contents["blocks"])
+        if not all(type(done) is int and done >= 0 for done in blocks.values()):
+            raise ValueError("a number of blocks is none")
+    return blocks
