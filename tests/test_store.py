@@ -1,10 +1,8 @@
 """Indexes on disk: the same numbers, and what does not belong together is refused."""
 
-import json
 import os
 import subprocess
 import sys
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,7 @@ import pytest
 import jaxattr as ja
 from jaxattr.features import projections
 from jaxattr.sharding import Placement
-from jaxattr.store import Folder, Lease, Ledger, StoreError, finished, rows
+from jaxattr.store import Folder, StoreError, finished
 from tests import models
 
 SIZE, BATCH = 53, 8
@@ -292,65 +290,6 @@ def test_an_index_larger_than_the_disk_is_not_begun(path, monkeypatch):
     assert not (path / "manifest.json").exists()
 
 
-def test_two_jobs_on_one_path(path):
-    with Lease(Folder(path)):
-        with pytest.raises(StoreError, match=f"another job: process {os.getppid()}|another job"):
-            holder = json.loads((path / "lease.json").read_text())
-            holder["pid"] = os.getppid()  # another process, that lives
-            (path / "lease.json").write_text(json.dumps(holder))
-            build(path)
-
-
-def test_leases_of_the_dead_expire(path):
-    folder = Folder(path)
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    host = {"host": os.uname().nodename}
-    for holder in ({"pid": dead.pid} | host, {"pid": os.getpid()} | host, {"pid": 1, "host": "x"}):
-        folder.write("lease.json", holder | {"id": "other", "renewed": 0.0})
-        with Lease(folder, expires=0.3):
-            assert folder.read("lease.json")["id"] != "other"
-        assert folder.read("lease.json") is None
-
-
-def test_a_lease_that_another_host_renews_is_kept(path):
-    folder, stop = Folder(path), threading.Event()
-    holder = {"id": "other", "pid": 1, "host": "elsewhere"}
-    folder.write("lease.json", holder | {"renewed": 0})
-
-    def renew():
-        count = 0
-        while not stop.wait(0.05):
-            count += 1
-            folder.write("lease.json", holder | {"renewed": count})
-
-    thread = threading.Thread(target=renew)
-    thread.start()
-    try:
-        with pytest.raises(StoreError, match="another job: process 1 on elsewhere"):
-            with Lease(folder, expires=1.0):
-                pass
-    finally:
-        stop.set()
-        thread.join()
-
-
-def test_ledger_counts_what_all_processes_finished(path):
-    folder = Folder(path)
-    ledgers = [Ledger(folder, i, 2) for i in range(2)]
-    for ledger in ledgers[::-1]:
-        ledger.open(lambda name: None)
-    ledgers[0].mark("features/0", 5)
-    assert finished(folder) == {}  # the other has said nothing
-    ledgers[1].mark("features/0", 3)
-    assert finished(folder) == {"features/0": 3}
-    later = Ledger(folder, 0, 1)
-    later.open(lambda name: None)
-    assert later.done("features/0") == 3 and folder.names("ledger/process") == []
-    later.open(lambda name: None, limit=2)
-    assert finished(folder) == {"features/0": 2}
-
-
 def test_extending(path):
     build(path)
     longer = models.data(SIZE + 20, seed=4)
@@ -390,14 +329,3 @@ def test_a_build_goes_on_with_other_hosts_if_they_share_no_chunk(path, monkeypat
     monkeypatch.setattr(Placement, "boundaries", halves)
     with pytest.raises(StoreError, match="chunks of 8 .* rows .4. of a block, so two would"):
         build(other)
-
-
-def test_slabs_hold_every_block_once():
-    for blocks in range(1, 9):
-        for count in range(1, blocks + 1):
-            seen = [
-                start + i
-                for start, fresh in rows.slab_starts(blocks, count)
-                for i in range(fresh, count)
-            ]
-            assert seen == list(range(blocks))

@@ -33,9 +33,11 @@ from jaxattr.index.index import (
 from jaxattr.index.saving import (
     COMPLETE,
     MANIFEST,
+    Closed,
     Finished,
     examples_on_record,
     load_finished,
+    read_closed,
     read_manifest,
     refuse_others,
     save_finished,
@@ -45,7 +47,18 @@ from jaxattr.kernels import Identity, Iterates, Kernel, MapsQueries
 from jaxattr.methods.method import Method
 from jaxattr.sharding import barrier, placement, process
 from jaxattr.sources import as_checkpoints, as_source
-from jaxattr.store import DiskRows, Folder, Lease, Ledger, StoreError, finished, on_first_process
+from jaxattr.store import (
+    SEALS,
+    DiskRows,
+    Folder,
+    Lease,
+    Ledger,
+    StoreError,
+    finished,
+    on_first_process,
+    reading,
+    save_seals,
+)
 from jaxattr.store.rows import (
     COLUMNS,
     ERRORS,
@@ -141,8 +154,8 @@ def build_index(
     if folder is None:
         check_device(layout.bytes_in_memory(place), place, "The index in memory")
         return _build(job, MemoryRows(layout, place), None)
-    with _writing(folder):
-        return _build_on_disk(job, folder, layout, extend, check_verify(verify, source))
+    with _writing(folder) as lease:
+        return _build_on_disk(job, folder, layout, extend, check_verify(verify, source), lease)
 
 
 def _build(job: Job, rows: Rows, session: Session | None) -> Index:
@@ -180,10 +193,15 @@ def _index(job: Job, rows: Rows, found: Finished, session: Session | None) -> In
 
 
 def _build_on_disk(
-    job: Job, folder: Folder, layout: RowLayout, extend: bool, verify: Verify
+    job: Job,
+    folder: Folder,
+    layout: RowLayout,
+    extend: bool,
+    verify: Verify,
+    lease: Lease | None,
 ) -> Index:
     here = provenance.manifest(job.method, job.featurizer, job.checkpoints, job.source, layout)
-    there, complete = read_manifest(folder), folder.read(COMPLETE)
+    there, complete = read_manifest(folder), read_closed(folder)
     strangers = [] if there else [name for name in folder.names() if name != "lease.json"]
     barrier("index read")  # before anyone writes: all processes must see the same
     if strangers:
@@ -194,11 +212,13 @@ def _build_on_disk(
     limit = _check_manifest(folder, there, complete, here, job, extend)
     if there is not None:
         _check_data(folder, there, complete, layout, job, verify)
-    ledger = Ledger(folder, *process())
+    ledger = Ledger(folder, *process(), lease)
     rows = DiskRows(folder, layout, job.place, ledger)
     session = Session(folder, ledger)
-    if limit is None and complete is not None and complete["examples"] == job.source.size:
-        found = load_finished(folder, complete, layout.checkpoints, job.place)
+    if limit is None and complete is not None and complete.examples == job.source.size:
+        rows = DiskRows(folder, layout, job.place, seals=complete.seals)
+        on_first_process(rows.remove_raw)
+        found = load_finished(folder, complete.record, layout.checkpoints, job.place)
         return _index(job, rows, found, session)
     if there is None:  # first of all, so that whatever is left behind is known for what it is
         on_first_process(functools.partial(_write_manifest, folder, layout, here))
@@ -208,6 +228,7 @@ def _build_on_disk(
         if there not in (None, here):
             _write_manifest(folder, layout, here)
         folder.delete(COMPLETE)
+        folder.delete(SEALS)
         for name in layout.widths:
             if name != RAW:
                 rows.create(name)
@@ -221,23 +242,24 @@ def _build_on_disk(
     recorded = Recorded(index.query_side, int(index.exponent))
     if process()[0] == 0:
         found = Finished(index.fitted, index.operators, index.non_finite, index.solve_errors)
-        save_finished(folder, job.source.size, found, recorded)
+        ledger.check()
+        seals = save_seals(folder, rows.chunks())
+        save_finished(folder, job.source.size, found, recorded, seals)
     barrier("index finished")
     return index
 
 
 @contextlib.contextmanager
-def _writing(folder: Folder) -> Iterator[None]:
+def _writing(folder: Folder) -> Iterator[Lease | None]:
     """Holds the right to write, on the first process for all."""
     with contextlib.ExitStack() as stack:
-        on_first_process(lambda: stack.enter_context(Lease(folder)))
-        yield
+        yield on_first_process(lambda: stack.enter_context(Lease(folder)))
 
 
 def _check_manifest(
     folder: Folder,
     there: dict | None,
-    complete: dict | None,
+    complete: Closed | None,
     here: dict,
     job: Job,
     extend: bool,
@@ -251,7 +273,10 @@ def _check_manifest(
         if extend:
             raise StoreError(f"{folder.path} holds no index to extend.")
         return None
-    before = there["data"]["examples"]
+    with reading(folder, MANIFEST):
+        before = there["data"]["examples"]
+        if type(before) is not int or before < 1:
+            raise ValueError(f"{before!r} is no number of examples")
     if not extend or before == job.source.size:
         refuse_others(folder, provenance.differences(there, here))
         return None
@@ -268,7 +293,7 @@ def _check_manifest(
         )
     old = here | {"data": {"examples": before}}
     refuse_others(folder, provenance.differences(there, old))
-    if complete is None or complete["examples"] != before:
+    if complete is None or complete.examples != before:
         raise StoreError(
             f"{folder.path} is not finished: finish it with its first {before} examples (the same "
             "call without extend=True), then extend it."
@@ -277,7 +302,12 @@ def _check_manifest(
 
 
 def _check_data(
-    folder: Folder, there: dict, complete: dict | None, layout: RowLayout, job: Job, verify: Verify
+    folder: Folder,
+    there: dict,
+    complete: Closed | None,
+    layout: RowLayout,
+    job: Job,
+    verify: Verify,
 ) -> None:
     """Refuses other data than those of the blocks that are there."""
     known = before = there["data"]["examples"]
@@ -285,7 +315,8 @@ def _check_data(
         done = finished(folder)
         blocks = max(done.get(f"{name}/0", 0) for name in (FEATURES, RAW))
         known = min(before, blocks * layout.block)
-    rows = DiskRows(folder, dataclasses.replace(layout, size=before), job.place)
+    seals = None if complete is None else complete.seals
+    rows = DiskRows(folder, dataclasses.replace(layout, size=before), job.place, seals=seals)
     refuse_others(folder, data_differences(job.source, rows, known, verify))
 
 

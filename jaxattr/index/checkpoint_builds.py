@@ -130,6 +130,7 @@ def build_checkpoint(
     if session is not None and first == blocks:
         operator = load_operator(session.folder, number, job.place)
         if operator is not None or not isinstance(kernel, MapsQueries):
+            _remove_raw(rows, number)  # what a run left that was killed after its last block
             return BuiltCheckpoint(fitted, operator, _finite(rows, number))
     found = _operator(job, over, fitted, rows, session)
     apply, residual = apply_kernel(job.place, kernel, layout, eta)
@@ -141,12 +142,7 @@ def build_checkpoint(
             values[ERRORS] = residual(found.operator, phi, mapped)
         rows.write(block, number, values)
     _flush(rows)
-    if isinstance(rows, DiskRows):
-        barrier("kernel applied")
-        if process()[0] == 0:
-            rows.remove(RAW, number)
-            if session is not None:
-                session.folder.delete(_unit_file(number))
+    _remove_raw(rows, number)
     return BuiltCheckpoint(fitted, found.operator, found.finite)
 
 
@@ -284,6 +280,14 @@ def _done(session: Session | None, name: str, checkpoint: int) -> int:
 def _flush(rows: Rows) -> None:
     if isinstance(rows, DiskRows):
         rows.flush()
+
+
+def _remove_raw(rows: Rows, number: int) -> None:
+    if isinstance(rows, DiskRows):
+        barrier("kernel applied")
+        if process()[0] == 0:
+            rows.remove(RAW, number)
+            rows.folder.delete(_unit_file(number))
 
 
 def _finite(rows: Rows, number: int) -> np.ndarray:

@@ -10,12 +10,18 @@ from jax.sharding import Mesh
 
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.index import provenance
-from jaxattr.index.index import Index, Recorded
-from jaxattr.index.saving import COMPLETE, MANIFEST, load_finished, read_manifest, refuse_others
+from jaxattr.index.index import Index
+from jaxattr.index.saving import (
+    MANIFEST,
+    load_finished,
+    read_closed,
+    read_manifest,
+    refuse_others,
+)
 from jaxattr.methods.method import Method, featurizer
 from jaxattr.sharding import Placement, placement
 from jaxattr.sources import as_checkpoints
-from jaxattr.store import DiskRows, Folder, StoreError, finished
+from jaxattr.store import DiskRows, Folder, StoreError, finished, reading
 from jaxattr.store.rows import EXAMPLES, FEATURES, SELF, MemoryRows, RowLayout, Rows
 from jaxattr.typing import Example, Params
 
@@ -51,9 +57,12 @@ def open_index(
     described = read_manifest(folder)
     if described is None:
         raise StoreError(f"There is no index at {folder.path}: it has no {MANIFEST}.")
-    complete = folder.read(COMPLETE)
-    layout = _row_layout(described)
-    if complete is None or complete["examples"] != layout.size:
+    complete = read_closed(folder)
+    with reading(folder, MANIFEST):
+        layout = _row_layout(described)
+        columns = provenance.layout_from(described["layout"])
+        link = described["method"]["link"]
+    if complete is None or complete.examples != layout.size:
         done = finished(folder)
         raise StoreError(
             f"{folder.path} is not finished: of {layout.blocks} blocks per stage, done are "
@@ -71,17 +80,18 @@ def open_index(
         featurize = _featurizer(folder, described, method, parameters, example, place)
     elif method is not None or checkpoints is not None:
         raise ValueError("Give both method and checkpoints, or neither.")
-    rows: Rows = DiskRows(folder, layout, place)
+    rows: Rows = DiskRows(folder, layout, place, seals=complete.seals)
+    found = load_finished(folder, complete.record, layout.checkpoints, place)
     return Index(
         method=method,
         featurizer=featurize,
         checkpoints=parameters,
-        layout=provenance.layout_from(described["layout"]),
+        layout=columns,
         rows=in_device_memory(rows) if in_memory else rows,
         path=folder.path,
-        link=described["method"]["link"],
-        recorded=Recorded(complete["query_side"], complete["exponent"]),
-        **load_finished(folder, complete, layout.checkpoints, place)._asdict(),
+        link=link,
+        recorded=complete.recorded,
+        **found._asdict(),
     )
 
 
@@ -106,13 +116,21 @@ def in_device_memory(rows: Rows) -> MemoryRows:
 
 def _row_layout(described: dict[str, Any]) -> RowLayout:
     rows = described["rows"]
-    return RowLayout(
+    found = RowLayout(
         described["data"]["examples"],
         rows["block"],
         rows["checkpoints"],
-        rows["widths"],
+        dict(rows["widths"]),
         {name: jax.numpy.dtype(dtype) for name, dtype in rows["dtypes"].items()},
     )
+    sizes = (found.size, found.block, *found.widths.values())
+    if not all(type(size) is int and 0 < size < 2**48 for size in sizes):
+        raise ValueError(f"a size is none: {sizes}")
+    if set(found.widths) != set(found.dtypes) or not {FEATURES, EXAMPLES, SELF} <= {*found.widths}:
+        raise ValueError(f"arrays are missing: it has {sorted(found.widths)}")
+    if found.checkpoints != len(described["params"]):
+        raise ValueError(f"{found.checkpoints} checkpoints, and {len(described['params'])} params")
+    return found
 
 
 def _featurizer(
@@ -123,21 +141,24 @@ def _featurizer(
     example: Example | None,
     place: Placement,
 ) -> Featurizer:
-    example = provenance.example_from(described["example"]) if example is None else example
+    if example is None:
+        with reading(folder, MANIFEST):
+            example = provenance.example_from(described["example"])
     if example is None:
         raise ValueError(
             "The training examples are no arrays or nested dicts of arrays, so their shapes are "
             "not on record: pass example=, ONE example or its shapes."
         )
-    groups = provenance.groups_from(described["groups"])
-    key = place.whole(provenance.key_from(described["key"]))
+    with reading(folder, MANIFEST):
+        groups = provenance.groups_from(described["groups"])
+        key = place.whole(provenance.key_from(described["key"]))
+        there = {name: described[name] for name in ("method", "params")}
+        there["rows"] = {"checkpoints": described["rows"]["checkpoints"]}
     featurize = featurizer(method, parameters[0], example, groups=groups, key=key)
     here = {
         "method": provenance.describe_method(method, featurize.rule),
         "params": [provenance.describe_params(params) for params in parameters],
         "rows": {"checkpoints": len(parameters)},
     }
-    there = {name: described[name] for name in ("method", "params")}
-    there["rows"] = {"checkpoints": described["rows"]["checkpoints"]}
     refuse_others(folder, provenance.differences(there, here))
     return featurize

@@ -7,11 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattr import identity
 from jaxattr.features.bases import Fitted
 from jaxattr.index import provenance
 from jaxattr.index.index import Recorded
 from jaxattr.sharding import Placement
-from jaxattr.store import Folder, StoreError, load_state, save_state
+from jaxattr.store import (
+    SEALS,
+    Folder,
+    Seals,
+    StoreError,
+    load_seals,
+    load_state,
+    malformed,
+    reading,
+    save_state,
+)
 
 MANIFEST, COMPLETE = "manifest.json", "complete.json"
 """What an index was made from; what its rows came to, written last."""
@@ -111,7 +122,10 @@ def examples_on_record(folder: Folder) -> int | None:
       folder: of the index.
     """
     described = read_manifest(folder)
-    return None if described is None else described["data"]["examples"]
+    if described is None:
+        return None
+    with reading(folder, MANIFEST):
+        return int(described["data"]["examples"])
 
 
 def refuse_others(folder: Folder, differences: Sequence[str]) -> None:
@@ -138,7 +152,9 @@ class Finished(NamedTuple):
     solve_errors: np.ndarray | None
 
 
-def save_finished(folder: Folder, examples: int, found: Finished, recorded: Recorded) -> None:
+def save_finished(
+    folder: Folder, examples: int, found: Finished, recorded: Recorded, seals: Seals
+) -> None:
     """Says that an index is finished, and what its rows came to; on the first process.
 
     Args:
@@ -146,11 +162,51 @@ def save_finished(folder: Folder, examples: int, found: Finished, recorded: Reco
       examples: number of training examples.
       found: what was found; `fitted` and `operators` are saved when they are made.
       recorded: what it says of itself.
+      seals: of its files.
     """
     errors = None if found.solve_errors is None else found.solve_errors.astype(float).tolist()
     non_finite = found.non_finite.tolist()
     record = {"examples": examples, "non_finite": non_finite, "solve_errors": errors}
-    folder.write(COMPLETE, record | recorded._asdict())
+    record |= recorded._asdict() | {"seals": seals.digest}
+    folder.write(COMPLETE, record | {"digest": identity.digest(record)})
+
+
+class Closed(NamedTuple):
+    """A finished index, as its closing record has it.
+
+    Attributes:
+      examples: number of training examples.
+      recorded: what it says of itself.
+      seals: of its files.
+      record: all of the closing record.
+    """
+
+    examples: int
+    recorded: Recorded
+    seals: Seals
+    record: Mapping[str, Any]
+
+
+def read_closed(folder: Folder) -> Closed | None:
+    """Returns the closing record of an index, having compared its files with it; or None.
+
+    Args:
+      folder: of the index.
+
+    Raises:
+      StoreError: if a file of the index is not what was written.
+    """
+    record = folder.read(COMPLETE)
+    if record is None:
+        return None
+    with reading(folder, COMPLETE):
+        if record.pop("digest") != identity.digest(record):
+            raise ValueError("it is not what was written")
+        recorded = Recorded(record["query_side"], record["exponent"])
+    seals = load_seals(folder)
+    if seals is None or seals.digest != record["seals"]:
+        raise malformed(folder, SEALS, "it is gone, or not what was written")
+    return Closed(record["examples"], recorded, seals, record)
 
 
 def load_finished(
@@ -179,5 +235,5 @@ def load_finished(
         tuple(each for each in fitted if each is not None),
         tuple(each for each in operators if each is not None),
         np.asarray(complete["non_finite"], np.int64),
-        None if errors is None else np.asarray(errors),
+        None if errors is None else np.asarray(errors, float),
     )

@@ -25,8 +25,8 @@ from jaxattr.index.queries import (
 from jaxattr.scales import exponent_of, scaled
 from jaxattr.scores import ranking
 from jaxattr.scores.ranking import TopK
-from jaxattr.sharding import DATA, Placement, barrier, process
-from jaxattr.store import Folder, on_first_process, score_array
+from jaxattr.sharding import DATA, Placement, barrier
+from jaxattr.store import Folder, on_first_process, score_array, write_scores
 from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES, SELF, MemoryRows, Slab, blocks_at_once
 from jaxattr.typing import Batch, Features, Link, Weights
 
@@ -329,7 +329,6 @@ def _write_scores(
     index: Index, prepared: QueryFeatures, blocks: Iterator[tuple[Slab, jax.Array]], folder: Folder
 ) -> Any:
     q, dtype = len(prepared.features), prepared.features.dtype
-    first = process()[0] == 0
     columns = blocks_at_once(index.rows.layout, SLAB) * index.batch_size
     make = functools.partial(score_array, folder, q, index.size, columns, dtype)
     array = on_first_process(functools.partial(make, create=True))
@@ -338,8 +337,7 @@ def _write_scores(
         start = slab.first + slab.fresh * index.batch_size
         part = np.array(scores[:, slab.fresh :]).reshape(q, -1)[:, : index.size - start]
         part[prepared.non_finite] = np.nan
-        if first:
-            array[:, start : start + part.shape[1]].write(part).result()
+        on_first_process(functools.partial(write_scores, folder, array, start, part))
     barrier("scores written")
     return array
 

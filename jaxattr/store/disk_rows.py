@@ -2,7 +2,7 @@
 
 import collections
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 import tensorstore as ts
 
 from jaxattr.sharding import Placement
-from jaxattr.store.folder import Folder, StoreError, cannot_write, first_line
+from jaxattr.store.folder import Folder, StoreError, cannot_write, first_line, malformed
 from jaxattr.store.ledger import Ledger
 from jaxattr.store.rows import (
     DIGESTS,
@@ -23,6 +23,7 @@ from jaxattr.store.rows import (
     padded,
     slab_starts,
 )
+from jaxattr.store.seals import Seals, chunk_seal, seal_of
 
 # Slabs that are being read while one is worked on.
 _AHEAD = 2
@@ -41,12 +42,19 @@ class DiskRows:
     """
 
     def __init__(
-        self, folder: Folder, layout: RowLayout, place: Placement, ledger: Ledger | None = None
+        self,
+        folder: Folder,
+        layout: RowLayout,
+        place: Placement,
+        ledger: Ledger | None = None,
+        seals: Seals | None = None,
     ) -> None:
         self.folder = folder
         self.layout = layout
         self.place = place
         self._ledger = ledger
+        self._seals = seals
+        self._checked: set[str] = set()
         self._open: dict[str, Any] = {}
         self._computed: tuple[int, int, dict[str, jax.Array]] | None = None
 
@@ -88,6 +96,11 @@ class DiskRows:
         self._open.pop(self._key(name, checkpoint), None)
         self.folder.delete_under(f"{self._key(name, checkpoint)}/")
 
+    def remove_raw(self) -> None:
+        """Deletes the raw features of all checkpoints that a killed build may have left."""
+        for checkpoint in range(self.layout.checkpoints):
+            self.remove(RAW, checkpoint)
+
     def create(self, name: str, checkpoint: int = 0) -> None:
         """Makes an array, or grows the one that is there to the layout's size.
 
@@ -95,18 +108,7 @@ class DiskRows:
           name: of the array.
           checkpoint: its number, for `raw`.
         """
-        checkpoints = 1 if name == RAW else self.layout.checkpoints
-        width = self.layout.widths[name]
-        metadata = {
-            "shape": [self.layout.size, checkpoints, width],
-            "data_type": np.dtype(self.layout.dtypes[name]).name,
-            "fill_value": 0 if name == DIGESTS else math.nan,
-            "chunk_grid": {
-                "name": "regular",
-                "configuration": {"chunk_shape": [self._chunk(), 1, width]},
-            },
-            "codecs": [{"name": "bytes"}, {"name": "crc32c"}],
-        }
+        metadata = self._metadata(name)
         spec = {"driver": "zarr3", "kvstore": self.folder.spec(self._key(name, checkpoint))}
         try:
             try:
@@ -119,6 +121,35 @@ class DiskRows:
         except ValueError as error:
             where = f"{self.folder.path}/{self._key(name, checkpoint)}"
             raise cannot_write(where, error) from None
+
+    def _metadata(self, name: str) -> dict[str, Any]:
+        width = self.layout.widths[name]
+        return {
+            "shape": [self.layout.size, 1 if name == RAW else self.layout.checkpoints, width],
+            "data_type": np.dtype(self.layout.dtypes[name]).name,
+            "fill_value": 0 if name == DIGESTS else "NaN",
+            "chunk_grid": {
+                "name": "regular",
+                "configuration": {"chunk_shape": [self._chunk(), 1, width]},
+            },
+            "chunk_key_encoding": {"name": "default"},
+            "codecs": [
+                {"name": "bytes", "configuration": {"endian": "little"}},
+                {"name": "crc32c"},
+            ],
+        }
+
+    def chunks(self) -> dict[str, tuple[int, list[str]]]:
+        """Returns {array: (bytes of a chunk, names of its chunks)} of what a finished index has."""
+        names = [name for name in self.layout.widths if name != RAW]
+        columns = range(self.layout.checkpoints)
+        return {
+            name: (
+                _chunk_bytes(self._array(name, 0)),
+                _chunk_keys(self._array(name, 0), 0, self.layout.size, columns),
+            )
+            for name in names
+        }
 
     def _chunk(self) -> int:
         """Rows per chunk: no chunk is shared by two hosts."""
@@ -149,13 +180,28 @@ class DiskRows:
                     f"{self.folder.path}/{key} cannot be opened: {first_line(error)}. The index is "
                     "not whole; build it again."
                 ) from None
+            self._check_metadata(name, key, found)
             self._open[key] = found
         return self._open[key]
+
+    def _check_metadata(self, name: str, key: str, array: Any) -> None:
+        """Raises if an array is not of this layout; its chunks may be another job's: see above."""
+        there, here = array.spec().to_json()["metadata"], self._metadata(name)
+        if there["chunk_grid"]["name"] == "regular":
+            rows = there["chunk_grid"]["configuration"]["chunk_shape"][0]
+            if self.layout.block % rows == 0:
+                here["chunk_grid"]["configuration"]["chunk_shape"][0] = rows
+        for part, value in here.items():
+            if there.get(part) != value:
+                why = f"its {part} is {there.get(part)}, and must be {value}"
+                raise malformed(self.folder, f"{key}/zarr.json", why)
 
     def _write(self, computed: tuple[int, int, dict[str, jax.Array]] | None) -> None:
         if computed is None:
             return
         block, checkpoint, values = computed
+        if self._ledger is not None:
+            self._ledger.check()
         try:
             futures = [
                 future
@@ -189,7 +235,7 @@ class DiskRows:
 
     def _request_one(
         self, name: str, start: int, count: int, checkpoints: slice
-    ) -> tuple[np.ndarray, list]:
+    ) -> tuple[np.ndarray, list, dict[str, Any]]:
         block, spans = self.layout.block, self.place.local_spans(self.layout.block)
         array = self._array(name, checkpoints.start or 0)
         chosen = slice(None) if name == RAW else checkpoints  # raw features: one array each
@@ -205,22 +251,50 @@ class DiskRows:
                 for i in range(count)
                 for (a, b), offset in zip(spans, offsets, strict=False)
             ]
-        futures = []
+        futures: list[Any] = []
+        seals: dict[str, Any] = {}
         for piece, first in pieces:
             present = max(0, min(len(piece), self.layout.size - first))
             piece[present:] = 0
             if present:
                 source = array[first : first + present, chosen]
                 futures.append(ts.array(piece[:present]).write(source))
-        return rows, futures
+                columns = range(array.shape[1])[chosen]
+                seals |= self._request_seals(name, array, first, first + present, columns)
+        return rows, futures, seals
+
+    def _request_seals(
+        self, name: str, array: Any, start: int, stop: int, columns: Sequence[int]
+    ) -> dict[str, Any]:
+        """Begins to read the checksums of chunks that were not compared with the seals yet."""
+        if self._seals is None or name == RAW:
+            return {}
+        size, found = _chunk_bytes(array), {}
+        for key in _chunk_keys(array, start, stop, columns):
+            if f"{name}/{key}" not in self._checked:
+                self._checked.add(f"{name}/{key}")
+                found[key] = chunk_seal(self.folder, name, key, size)
+        return found
+
+    def _check_seals(self, name: str, start: int, waiting: dict[str, Any]) -> None:
+        if self._seals is None or not waiting:
+            return
+        expected = self._seals.arrays[name]
+        for key, future in waiting.items():
+            if seal_of(self.folder, f"{name}/{key}", future) != expected.get(key):
+                self._checked -= {f"{name}/{each}" for each in waiting}
+                why = f"the chunk {key} is not the one that was written there, but another"
+                raise self._damaged(name, start, why)
 
     def _finish(self, reading: dict, start: int) -> dict[str, jax.Array]:
         return {
-            name: self._placed(name, rows, futures, start)
-            for name, (rows, futures) in reading.items()
+            name: self._placed(name, rows, futures, seals, start)
+            for name, (rows, futures, seals) in reading.items()
         }
 
-    def _placed(self, name: str, rows: np.ndarray, futures: list, start: int) -> jax.Array:
+    def _placed(
+        self, name: str, rows: np.ndarray, futures: list, seals: dict[str, Any], start: int
+    ) -> jax.Array:
         try:
             for future in futures:
                 future.result()
@@ -230,6 +304,7 @@ class DiskRows:
         # Digests, of which none is zero, are compared with what was read.
         if name != DIGESTS and np.isnan(rows[..., 0].astype(np.float32)).any():
             raise self._damaged(name, start, "a chunk is missing")
+        self._check_seals(name, start, seals)
         width = padded(name, self.layout, self.place)
         if width > rows.shape[-1]:
             rows = np.pad(rows, [(0, 0)] * 3 + [(0, width - rows.shape[-1])])
@@ -278,6 +353,39 @@ def score_array(
         return ts.open(spec | {"metadata": metadata}, create=create, open=not create).result()
     except ValueError as error:
         raise cannot_write(folder.path, error) from None
+
+
+def write_scores(folder: Folder, array: Any, start: int, part: np.ndarray) -> None:
+    """Writes columns of what `score_array` made.
+
+    Args:
+      folder: where it is.
+      array: the array.
+      start: the first column.
+      part: scores [q, columns].
+
+    Raises:
+      StoreError: if they cannot be written.
+    """
+    try:
+        array[:, start : start + part.shape[1]].write(part).result()
+    except ValueError as error:
+        raise StoreError(
+            f"Cannot write scores to {folder.path}: {first_line(error)}. They are not whole: "
+            "delete them, see that there is space left, and score again."
+        ) from None
+
+
+def _chunk_bytes(array: Any) -> int:
+    """Bytes of a chunk, all of which are whole, with their checksum."""
+    return math.prod(array.chunk_layout.read_chunk.shape) * array.dtype.numpy_dtype.itemsize + 4
+
+
+def _chunk_keys(array: Any, start: int, stop: int, columns: Iterable[int]) -> list[str]:
+    """Names of the chunks that hold rows of some checkpoints."""
+    rows = array.chunk_layout.read_chunk.shape[0]
+    numbers = range(start // rows, -(-stop // rows))
+    return [f"c/{number}/{column}/0" for number in numbers for column in columns]
 
 
 def _local_rows(value: jax.Array, start: int, stop: int) -> np.ndarray:

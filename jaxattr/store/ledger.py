@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from jaxattr.store.folder import Folder
+from jaxattr.store.folder import Folder, reading
+from jaxattr.store.lease import Lease
 
 _BASE = "ledger/finished.json"
 
@@ -19,8 +20,11 @@ class Ledger:
       folder: of the index.
     """
 
-    def __init__(self, folder: Folder, process: int, processes: int) -> None:
+    def __init__(
+        self, folder: Folder, process: int, processes: int, lease: Lease | None = None
+    ) -> None:
         self.folder = folder
+        self._lease = lease
         self._own = f"ledger/process-{process}.json"
         self._first = process == 0
         self._processes = processes
@@ -47,8 +51,14 @@ class Ledger:
         """Returns how many blocks of a stage were finished, here or before."""
         return self._done.get(stage, 0)
 
+    def check(self) -> None:
+        """Raises if this job may write no more; see `Lease`, which the first process holds."""
+        if self._lease is not None:
+            self._lease.check()
+
     def mark(self, stage: str, blocks: int) -> None:
         """Says that this process's part of so many blocks of a stage is written."""
+        self.check()
         self._done[stage] = blocks
         self.folder.write(self._own, {"processes": self._processes, "blocks": self._done})
 
@@ -59,12 +69,22 @@ def finished(folder: Folder) -> dict[str, int]:
     Args:
       folder: of the index.
     """
-    base = folder.read(_BASE) or {"blocks": {}}
-    found: list[Any] = [folder.read(name) for name in folder.names("ledger/process-")]
-    done = dict(base["blocks"])
-    found = [each for each in found if each is not None]
-    if found and all(each["processes"] == len(found) for each in found):
-        for stage in {stage for each in found for stage in each["blocks"]}:
-            least = min(each["blocks"].get(stage, 0) for each in found)
+    base = folder.read(_BASE)
+    done = {} if base is None else _blocks(folder, _BASE, base)
+    names = folder.names("ledger/process-")
+    read = [(name, folder.read(name)) for name in names]
+    found = [(name, each) for name, each in read if each is not None]
+    blocks = [_blocks(folder, name, each) for name, each in found]
+    if found and all(each.get("processes") == len(found) for _, each in found):
+        for stage in {stage for each in blocks for stage in each}:
+            least = min(each.get(stage, 0) for each in blocks)
             done[stage] = max(done.get(stage, 0), least)
     return done
+
+
+def _blocks(folder: Folder, name: str, contents: dict[str, Any]) -> dict[str, int]:
+    with reading(folder, name):
+        blocks = dict(contents["blocks"])
+        if not all(type(done) is int and done >= 0 for done in blocks.values()):
+            raise ValueError("a number of blocks is none")
+    return blocks

@@ -1,14 +1,37 @@
-"""What was fitted to a checkpoint, and what a kernel applies to queries: saved through Orbax."""
+"""What was fitted to a checkpoint, and what a kernel applies to queries: saved through Orbax.
 
+Orbax writes a zarr array per name. They are read as such, since it takes what it finds for granted:
+damage shows in tracebacks from many threads, or not at all.
+"""
+
+import dataclasses
+import hashlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
 from jaxattr.sharding import Placement
-from jaxattr.store.folder import Folder
+from jaxattr.store.folder import Folder, cannot_write, first_line, malformed, reading
+
+
+class _ArrayPerName(ocp.PyTreeCheckpointHandler):
+    """Has no parts of processes to put together.
+
+    Orbax looks for them by a pattern in which brackets and stars of the path have a meaning.
+    """
+
+    def finalize(self, directory: Any) -> None:
+        """Does nothing."""
+
+
+@ocp.args.register_with_handler(_ArrayPerName, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _Arrays(ocp.args.PyTreeSave):
+    """What the handler above takes; Orbax finds it by this."""
 
 
 def save_state(folder: Folder, name: str, arrays: dict[str, Any], place: Placement) -> None:
@@ -19,14 +42,31 @@ def save_state(folder: Folder, name: str, arrays: dict[str, Any], place: Placeme
       name: of the state.
       arrays: {name: array}.
       place: where they are.
+
+    Raises:
+      StoreError: if they cannot be written.
     """
     names = sorted(arrays)
     values = {f"{i}": place.whole(jnp.asarray(arrays[key])) for i, key in enumerate(names)}
-    shapes = [[list(value.shape), value.dtype.name] for value in values.values()]
-    if jax.process_index() == 0:
-        folder.write(f"{name}.json", {"names": names, "shapes": shapes})
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(f"{folder.path}/{name}", values or {"nothing": np.zeros(1)}, force=True)
+    jax.block_until_ready(values)
+    first = jax.process_index() == 0
+    if first:  # the description is there when the arrays are, and only then
+        folder.delete(f"{name}.json")
+        for left in {file.split("/")[0] for file in folder.names(f"{name}.orbax")}:
+            folder.delete_under(f"{left}/")
+    try:
+        with ocp.Checkpointer(_ArrayPerName(use_ocdbt=False, use_zarr3=False)) as checkpointer:
+            whole = values or {"nothing": np.zeros(1)}
+            checkpointer.save(f"{folder.plain}/{name}", args=_Arrays(whole), force=True)
+    except Exception as error:  # of many kinds, one per library below
+        raise cannot_write(f"{folder.path}/{name}", error) from None
+    described = {
+        "names": names,
+        "shapes": [[list(value.shape), value.dtype.name] for value in values.values()],
+        "digests": [_digest(place.host(value)) for value in values.values()],
+    }
+    if first:
+        folder.write(f"{name}.json", described)
 
 
 def load_state(folder: Folder, name: str, place: Placement) -> dict[str, jax.Array] | None:
@@ -39,17 +79,33 @@ def load_state(folder: Folder, name: str, place: Placement) -> dict[str, jax.Arr
 
     Returns:
       {name: array}, or None if nothing was saved.
+
+    Raises:
+      StoreError: if what was saved is not what is there.
     """
     described = folder.read(f"{name}.json")
-    if described is None or not folder.names(f"{name}/_CHECKPOINT_METADATA"):
+    if described is None:
         return None
-    if not described["names"]:
-        return {}
-    sharding = place.sharding()
-    like = {
-        f"{i}": jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for i, (shape, dtype) in enumerate(described["shapes"])
-    }
-    with ocp.StandardCheckpointer() as checkpointer:
-        values = checkpointer.restore(f"{folder.path}/{name}", like)
-    return {key: jnp.asarray(values[f"{i}"]) for i, key in enumerate(described["names"])}
+    with reading(folder, f"{name}.json"):
+        names, shapes, digests = (described[part] for part in ("names", "shapes", "digests"))
+        if not len(names) == len(set(names)) == len(shapes) == len(digests):
+            raise ValueError("names, shapes and digests are not as many")
+    arrays = {}
+    for i, (key, shape, digest) in enumerate(zip(names, shapes, digests, strict=True)):
+        value = _read(folder, f"{name}/{i}")
+        if [list(value.shape), value.dtype.name] != shape or _digest(value) != digest:
+            raise malformed(folder, f"{name}/{i}", f"it is not the {key!r} that was saved")
+        arrays[key] = jnp.asarray(place.whole(value))
+    return arrays
+
+
+def _read(folder: Folder, name: str) -> np.ndarray:
+    try:
+        spec = {"driver": "zarr", "kvstore": folder.spec(name)}
+        return ts.open(spec, open=True).result().read().result()
+    except (ValueError, MemoryError) as error:
+        raise malformed(folder, name, first_line(error)) from None
+
+
+def _digest(value: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
