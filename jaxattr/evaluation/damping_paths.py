@@ -13,7 +13,7 @@ from jaxattr.index.checkpoint_builds import apply_kernel
 from jaxattr.index.index import Index
 from jaxattr.kernels import Damping, HasSpectrum
 from jaxattr.methods.method import Method
-from jaxattr.store.rows import EXAMPLES, FEATURES, MemoryRows, all_rows
+from jaxattr.store.rows import EXAMPLES, FEATURES, MemoryRows
 from jaxattr.typing import Params
 
 
@@ -78,12 +78,11 @@ def _indexes(
     method: Method, raw: Index, dampings: Sequence[Damping]
 ) -> Iterator[tuple[Damping, Index]]:
     kernel: Any = method.kernel
-    assert isinstance(raw.rows, MemoryRows)
     layout, dtype = raw.rows.layout, raw.rows.layout.wide
     numbers, exponent = range(layout.checkpoints), int(raw.exponent)
 
     def features(number: int, columns: slice) -> np.ndarray:
-        return np.ldexp(all_rows(raw.rows, FEATURES, number, columns).astype(dtype), -exponent)
+        return np.ldexp(raw.rows.column(FEATURES, number, columns).astype(dtype), -exponent)
 
     spectra = [
         kernel.spectrum(raw.layout, functools.partial(features, number)) for number in numbers

@@ -68,7 +68,6 @@ from jaxattr.store.rows import (
     MemoryRows,
     RowLayout,
     Rows,
-    all_rows,
 )
 from jaxattr.typing import Key, Params
 
@@ -166,7 +165,7 @@ def _build(job: Job, rows: Rows, session: Session | None) -> Index:
     finite, errors = functools.reduce(np.logical_and, [one.finite for one in found]), None
     kernel = job.method.kernel
     if isinstance(kernel, Iterates):
-        each = [all_rows(rows, ERRORS, c)[:, 0] for c in range(len(found))]
+        each = [rows.column(ERRORS, c)[:, 0] for c in range(len(found))]
         errors = functools.reduce(np.maximum, each)
     result = Finished(
         tuple(one.fitted for one in found),
@@ -334,7 +333,7 @@ def _report_non_finite(rows: Rows, non_finite: np.ndarray) -> None:
     """Warns of training examples that were left out, and says at which checkpoints."""
     if not len(non_finite):
         return
-    each = [all_rows(rows, EXAMPLES, c)[:, COLUMNS.finite] for c in range(rows.layout.checkpoints)]
+    each = [rows.column(EXAMPLES, c)[:, COLUMNS.finite] for c in range(rows.layout.checkpoints)]
     counts = {number: int((finite == 0).sum()) for number, finite in enumerate(each)}
     where = ", ".join(f"{count} at checkpoint {number}" for number, count in counts.items())
     report_non_finite(non_finite, rows.layout.size, "training examples", f" ({where})")

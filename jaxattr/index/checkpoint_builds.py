@@ -32,7 +32,7 @@ from jaxattr.methods.method import Method
 from jaxattr.scales import exponent_of, scaled
 from jaxattr.sharding import DATA, Placement, barrier, process
 from jaxattr.sources import Source, as_source, track
-from jaxattr.store import DiskRows, Folder, Ledger
+from jaxattr.store import Folder, Ledger
 from jaxattr.store.rows import (
     COLUMNS,
     DIGESTS,
@@ -43,7 +43,6 @@ from jaxattr.store.rows import (
     RAW,
     SELF,
     Rows,
-    all_rows,
 )
 from jaxattr.typing import Features, Params
 
@@ -124,13 +123,13 @@ def build_checkpoint(
         stream = over.features(fitted, "features", first=first, digests=digests)
         for block, clean in enumerate(stream, first):
             rows.write(block, number, prepare(clean))
-        _flush(rows)
+        rows.flush()
         _check_fitted(rows, fitted, number)
         return BuiltCheckpoint(fitted, (), _finite(rows, number))
     if session is not None and first == blocks:
         operator = load_operator(session.folder, number, job.place)
         if operator is not None or not isinstance(kernel, MapsQueries):
-            _remove_raw(rows, number)  # what a run left that was killed after its last block
+            rows.finish(number)  # what a run left that was killed after its last block
             return BuiltCheckpoint(fitted, operator, _finite(rows, number))
     found = _operator(job, over, fitted, rows, session)
     apply, residual = apply_kernel(job.place, kernel, layout, eta)
@@ -141,8 +140,8 @@ def build_checkpoint(
         if residual is not None:
             values[ERRORS] = residual(found.operator, phi, mapped)
         rows.write(block, number, values)
-    _flush(rows)
-    _remove_raw(rows, number)
+    rows.flush()
+    rows.finish(number)
     return BuiltCheckpoint(fitted, found.operator, found.finite)
 
 
@@ -166,10 +165,7 @@ def _operator(
     """Computes what is missing of the features, and the kernel from all of them."""
     kernel, number = job.method.kernel, over.number
     first = _done(session, RAW, number)
-    if isinstance(rows, DiskRows):
-        if process()[0] == 0:
-            rows.create(RAW, number)
-        barrier("raw features")
+    rows.begin(number)
 
     exponent = _unit_on_record(session, number) if first else None
 
@@ -193,7 +189,7 @@ def _operator(
 
     function = _kernel_sums(kernel, job.featurizer.layout, rows.layout.size, rows.layout.wide)
     statistics = over.sums(function, (), blocks())
-    _flush(rows)
+    rows.flush()
     barrier("features written")
     _check_fitted(rows, fitted, number)
     finite = _finite(rows, number)
@@ -221,7 +217,7 @@ def _unit_on_record(session: Session | None, number: int) -> int:
 
 
 def _unit_file(number: int) -> str:
-    return f"unit-{number}.json"
+    return f"raw-{number}/unit.json"  # goes when the raw features go
 
 
 def _fit(job: Job, over: TrainingPass, session: Session | None) -> Fitted:
@@ -244,7 +240,7 @@ def _surroundings(
     layout, dtype = job.featurizer.layout, rows.layout.wide
 
     def over_unit(columns: slice) -> np.ndarray:
-        return np.ldexp(all_rows(rows, RAW, over.number, columns).astype(dtype), -exponent)
+        return np.ldexp(rows.column(RAW, over.number, columns).astype(dtype), -exponent)
 
     def sums_of(sums: Any, data: Any, description: str) -> Any:
         other = over.of(as_source(data, description))
@@ -277,22 +273,9 @@ def _done(session: Session | None, name: str, checkpoint: int) -> int:
     return 0 if session is None else session.ledger.done(f"{name}/{checkpoint}")
 
 
-def _flush(rows: Rows) -> None:
-    if isinstance(rows, DiskRows):
-        rows.flush()
-
-
-def _remove_raw(rows: Rows, number: int) -> None:
-    if isinstance(rows, DiskRows):
-        barrier("kernel applied")
-        if process()[0] == 0:
-            rows.remove(RAW, number)
-            rows.folder.delete(_unit_file(number))
-
-
 def _finite(rows: Rows, number: int) -> np.ndarray:
     """Which examples have finite features at a checkpoint, [n]; raises if none has."""
-    finite = all_rows(rows, EXAMPLES, number)[:, COLUMNS.finite] > 0
+    finite = rows.column(EXAMPLES, number)[:, COLUMNS.finite] > 0
     if not finite.any():
         raise ValueError(
             f"No training example has a finite gradient at checkpoint {number}: the parameters or "

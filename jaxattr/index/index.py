@@ -25,7 +25,6 @@ from jaxattr.store.rows import (
     SELF,
     SELF_COLUMNS,
     Rows,
-    all_rows,
 )
 from jaxattr.typing import Link, Params
 
@@ -103,7 +102,7 @@ class Index:
         if self.recorded is not None:
             return np.asarray(self.recorded.exponent, np.int32)
         column = slice(SELF_COLUMNS.size, None)
-        each = [all_rows(self.rows, SELF, c, column) for c in range(self.rows.layout.checkpoints)]
+        each = [self.rows.column(SELF, c, column) for c in range(self.rows.layout.checkpoints)]
         largest = np.max(each)
         return np.asarray(0 if largest == NO_SIZE else largest, np.int32)
 
@@ -130,7 +129,7 @@ class Index:
 
     def _each(self, name: str) -> list[np.ndarray]:
         """One array [n, width] per checkpoint."""
-        return [all_rows(self.rows, name, c) for c in range(self.rows.layout.checkpoints)]
+        return [self.rows.column(name, c) for c in range(self.rows.layout.checkpoints)]
 
     def _counted(self, values: np.ndarray) -> np.ndarray:
         """With zeros for examples that do not count."""

@@ -19,7 +19,7 @@ from jaxattr.index.index import first_ids
 from jaxattr.sharding import Placement
 from jaxattr.sources import Source, track
 from jaxattr.store import StoreError
-from jaxattr.store.rows import DIGESTS, Rows, all_rows
+from jaxattr.store.rows import DIGESTS, Rows
 from jaxattr.typing import Batch
 
 Verify = Literal["all", "sample"]
@@ -59,7 +59,7 @@ def data_differences(source: Source, rows: Rows, known: int, verify: Verify) -> 
     """
     if not known:
         return []
-    there = all_rows(rows, DIGESTS, 0)[:known]
+    there = rows.column(DIGESTS, 0)[:known]
     positions = np.arange(known)
     if verify == "sample":
         positions = np.unique(np.linspace(0, known - 1, min(known, _SAMPLES)).round().astype(int))
@@ -81,9 +81,9 @@ def check_rereading(rows: Rows) -> None:
     Args:
       rows: of the index, all written.
     """
-    first = all_rows(rows, DIGESTS, 0)
+    first = rows.column(DIGESTS, 0)
     for number in range(1, rows.layout.checkpoints):
-        wrong = np.flatnonzero((all_rows(rows, DIGESTS, number) != first).any(axis=1))
+        wrong = np.flatnonzero((rows.column(DIGESTS, number) != first).any(axis=1))
         if len(wrong):
             raise StoreError(
                 f"train gave other examples when it was read again, for checkpoint {number}: "
@@ -102,7 +102,7 @@ def check_fitted(rows: Rows, fitted: Fitted, number: int) -> None:
     """
     if fitted.data is None:
         return
-    digests = jnp.asarray(all_rows(rows, DIGESTS, number))
+    digests = jnp.asarray(rows.column(DIGESTS, number))
     ids = jnp.arange(len(digests))
     found = _sum_of_rows(digests, ids, jnp.ones(len(digests), bool))
     if not np.array_equal(found, fitted.data):

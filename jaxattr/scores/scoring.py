@@ -26,8 +26,8 @@ from jaxattr.scales import exponent_of, scaled
 from jaxattr.scores import ranking
 from jaxattr.scores.ranking import TopK
 from jaxattr.sharding import DATA, Placement, barrier
-from jaxattr.store import Folder, on_first_process, score_array, write_scores
-from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES, SELF, MemoryRows, Slab, blocks_at_once
+from jaxattr.store import Folder, finish_scores, on_first_process, score_array, write_scores
+from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES, SELF, Rows, Slab, blocks_at_once
 from jaxattr.typing import Batch, Features, Link, Weights
 
 # Training examples that are read from disk at once.
@@ -64,7 +64,7 @@ def score(
       queries: a pytree of arrays, a random-access source, or `query_features(index, ...)`.
       weights: {group name: weight >= 0}. Default: one each, the base method.
       path: a new folder, local or a URL, to write the scores to as a zarr array, block by block;
-        for more than fit memory.
+        for more than fit memory. What a killed run left there is replaced.
 
     Returns:
       Float [q, n], larger = stronger proponent; no hidden 1/n. Training examples that are not
@@ -158,7 +158,7 @@ def top_k(
     sign = -1 if opponents else 1
     place, layout = index.place, index.layout
     w, phi, exponent = place.whole((w, prepared.features, index.exponent))
-    if isinstance(index.rows, MemoryRows):
+    if index.rows.resident:
         count = blocks_at_once(index.rows.layout, block_size)
         top = _compiled_top_k(place, layout, index.link, k, count, sign)(
             w, phi, _arrays(index.rows), exponent
@@ -229,7 +229,7 @@ def attributor(
     """
     _check_k(k, index, opponents)
     rows = index.rows
-    if not isinstance(rows, MemoryRows):
+    if not rows.resident:
         raise ValueError(
             "An attributor needs the index in memory, and this one is on disk: open it with "
             "ja.open_index(path, ..., in_memory=True), or use ja.top_k, which reads it in blocks."
@@ -313,7 +313,7 @@ def _compiled_top_k(
     return jax.jit(ranking.top_k_of_arrays(place, layout, link, k, count, sign))
 
 
-def _arrays(rows: MemoryRows) -> dict[str, jax.Array]:
+def _arrays(rows: Rows) -> dict[str, jax.Array]:
     return {name: rows.arrays[name] for name in (FEATURES, EXAMPLES)}
 
 
@@ -321,7 +321,7 @@ def _slabs(index: Index, rows: int = SLAB) -> Iterator[Slab]:
     """All of an index in memory at once, or one on disk in parts."""
     layout = index.rows.layout
     whole = layout.blocks * layout.block
-    at_once = whole if isinstance(index.rows, MemoryRows) else rows
+    at_once = whole if index.rows.resident else rows
     return index.rows.slabs([FEATURES, EXAMPLES], at_once)
 
 
@@ -338,6 +338,7 @@ def _write_scores(
         part = np.array(scores[:, slab.fresh :]).reshape(q, -1)[:, : index.size - start]
         part[prepared.non_finite] = np.nan
         on_first_process(functools.partial(write_scores, folder, array, start, part))
+    on_first_process(functools.partial(finish_scores, folder))
     barrier("scores written")
     return array
 

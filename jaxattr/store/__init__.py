@@ -8,6 +8,7 @@ state     what was fitted, through Orbax
 """
 
 from jaxattr.store.disk_rows import DiskRows as DiskRows
+from jaxattr.store.disk_rows import finish_scores as finish_scores
 from jaxattr.store.disk_rows import score_array as score_array
 from jaxattr.store.disk_rows import write_scores as write_scores
 from jaxattr.store.folder import Folder as Folder

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from jaxattr.sharding import Placement
+from jaxattr.sharding import Placement, barrier, process
 from jaxattr.store.folder import Folder, StoreError, cannot_write, first_line, malformed
 from jaxattr.store.ledger import Ledger
 from jaxattr.store.rows import (
@@ -25,6 +25,10 @@ from jaxattr.store.rows import (
 )
 from jaxattr.store.seals import Seals, chunk_seal, seal_of
 
+# Is there while scores are written.
+_UNFINISHED = "unfinished.json"
+# Rows that are read at once where a column of all is wanted.
+_COLUMN_ROWS = 8192
 # Slabs that are being read while one is worked on.
 _AHEAD = 2
 
@@ -39,7 +43,11 @@ class DiskRows:
       layout: the shapes.
       place: where blocks go when they are read.
       folder: where they are.
+      resident: they are not.
+      arrays: none, therefore.
     """
+
+    resident = False
 
     def __init__(
         self,
@@ -57,6 +65,7 @@ class DiskRows:
         self._checked: set[str] = set()
         self._open: dict[str, Any] = {}
         self._computed: tuple[int, int, dict[str, jax.Array]] | None = None
+        self.arrays: Mapping[str, jax.Array] = {}
 
     def write(self, block: int, checkpoint: int, values: Mapping[str, jax.Array]) -> None:
         """See `Rows`."""
@@ -77,29 +86,52 @@ class DiskRows:
         array = self._finish(reading, block)[name]
         return array[0, :, 0, : self.layout.widths[name]]
 
-    def slabs(self, names: Sequence[str], rows: int) -> Iterator[Slab]:
+    def column(self, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
+        """See `Rows`."""
+        layout, parts = self.layout, []
+        for slab in self.slabs([name], _COLUMN_ROWS, checkpoint):
+            array = slab.arrays[name][slab.fresh :, :, 0, : layout.widths[name]]
+            part = self.place.host(array[..., columns])  # [g, b, width]
+            parts.append(part.reshape(part.shape[0] * part.shape[1], part.shape[2]))
+        return np.concatenate(parts)[: layout.size]
+
+    def slabs(
+        self, names: Sequence[str], rows: int, checkpoint: int | None = None
+    ) -> Iterator[Slab]:
         """See `Rows`; reads ahead."""
+        chosen = slice(None) if checkpoint is None else slice(checkpoint, checkpoint + 1)
         count = blocks_at_once(self.layout, rows)
         starts = slab_starts(self.layout.blocks, count)
         waiting: collections.deque = collections.deque()
         for number in range(len(starts) + _AHEAD):
             if number < len(starts):
                 start, fresh = starts[number]
-                waiting.append((start, fresh, self._request(names, start, count, slice(None))))
+                waiting.append((start, fresh, self._request(names, start, count, chosen)))
             if number >= _AHEAD:
                 start, fresh, reading = waiting.popleft()
                 arrays = self._finish(reading, start)
                 yield Slab(arrays, start * self.layout.block, fresh)
 
-    def remove(self, name: str, checkpoint: int) -> None:
-        """Deletes the raw features of a checkpoint."""
-        self._open.pop(self._key(name, checkpoint), None)
-        self.folder.delete_under(f"{self._key(name, checkpoint)}/")
+    def begin(self, checkpoint: int) -> None:
+        """See `Rows`."""
+        if process()[0] == 0:
+            self.create(RAW, checkpoint)
+        barrier("raw features")
+
+    def finish(self, checkpoint: int) -> None:
+        """See `Rows`."""
+        barrier("kernel applied")
+        if process()[0] == 0:
+            self._remove_raw(checkpoint)
 
     def remove_raw(self) -> None:
         """Deletes the raw features of all checkpoints that a killed build may have left."""
         for checkpoint in range(self.layout.checkpoints):
-            self.remove(RAW, checkpoint)
+            self._remove_raw(checkpoint)
+
+    def _remove_raw(self, checkpoint: int) -> None:
+        self._open.pop(self._key(RAW, checkpoint), None)
+        self.folder.delete_under(f"{self._key(RAW, checkpoint)}/")
 
     def create(self, name: str, checkpoint: int = 0) -> None:
         """Makes an array, or grows the one that is there to the layout's size.
@@ -324,7 +356,7 @@ def score_array(
     """Makes an array [q, n] for scores, or opens it.
 
     Args:
-      folder: where; must be empty.
+      folder: where; must be empty, or hold scores that were not finished, which are deleted.
       queries: q.
       size: n.
       block: columns per chunk.
@@ -337,8 +369,11 @@ def score_array(
     Raises:
       StoreError: if something is there already, or it cannot be written.
     """
-    if create and folder.names():
-        raise StoreError(f"{folder.path} is not empty: give a new path for the scores.")
+    if create:
+        if folder.names() and folder.read(_UNFINISHED) is None:
+            raise StoreError(f"{folder.path} is not empty: give a new path for the scores.")
+        folder.delete_under("")  # what a killed run left
+        folder.write(_UNFINISHED, {"queries": queries, "examples": size})
     metadata = {
         "shape": [queries, size],
         "data_type": np.dtype(dtype).name,
@@ -372,8 +407,17 @@ def write_scores(folder: Folder, array: Any, start: int, part: np.ndarray) -> No
     except ValueError as error:
         raise StoreError(
             f"Cannot write scores to {folder.path}: {first_line(error)}. They are not whole: "
-            "delete them, see that there is space left, and score again."
+            "see that there is space left, and score again."
         ) from None
+
+
+def finish_scores(folder: Folder) -> None:
+    """Says that all that `score_array` made room for is written.
+
+    Args:
+      folder: where it is.
+    """
+    folder.delete(_UNFINISHED)
 
 
 def _chunk_bytes(array: Any) -> int:

@@ -125,27 +125,58 @@ class Rows(Protocol):
         """Where blocks go when they are read."""
         ...
 
+    @property
+    def resident(self) -> bool:
+        """Whether all rows are in device memory."""
+        ...
+
+    @property
+    def arrays(self) -> Mapping[str, jax.Array]:
+        """Those in device memory, {name: [blocks, b, c, width]}; empty unless `resident`."""
+        ...
+
+    def begin(self, checkpoint: int) -> None:
+        """Makes room for the raw features of a checkpoint."""
+        ...
+
     def write(self, block: int, checkpoint: int, values: Mapping[str, jax.Array]) -> None:
         """Keeps rows [b, width] of some arrays, of one block and checkpoint."""
+        ...
+
+    def flush(self) -> None:
+        """Waits until all is written."""
+        ...
+
+    def finish(self, checkpoint: int) -> None:
+        """Lets go of the raw features of a checkpoint."""
         ...
 
     def read(self, name: str, block: int, checkpoint: int) -> jax.Array:
         """Returns rows [b, width] of one array, one block and checkpoint."""
         ...
 
-    def slabs(self, names: Sequence[str], rows: int) -> Iterator[Slab]:
-        """Yields all blocks in order, about so many rows at a time."""
+    def column(self, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
+        """Returns columns of one array for all examples, [n, width], on every host."""
+        ...
+
+    def slabs(
+        self, names: Sequence[str], rows: int, checkpoint: int | None = None
+    ) -> Iterator[Slab]:
+        """Yields all blocks in order, about so many rows at a time, of one checkpoint or all."""
         ...
 
 
 class MemoryRows:
-    """Rows in device memory.
+    """Rows in device memory; see `Rows`.
 
     Attributes:
       layout: the shapes.
       place: over which devices.
       arrays: {name: [blocks, b, c, width]}.
+      resident: they are.
     """
+
+    resident = True
 
     def __init__(self, layout: RowLayout, place: Placement) -> None:
         self.layout = layout
@@ -167,14 +198,34 @@ class MemoryRows:
             step = _compiled_write(self.place, kept)
             self.arrays[kept] = step(self.arrays[kept], value, block, checkpoint)
 
+    def begin(self, checkpoint: int) -> None:
+        """See `Rows`; nothing to do, as for the two that follow."""
+
+    def flush(self) -> None:
+        """See `Rows`."""
+
+    def finish(self, checkpoint: int) -> None:
+        """See `Rows`."""
+
     def read(self, name: str, block: int, checkpoint: int) -> jax.Array:
         """See `Rows`."""
         width = self.layout.widths[name]
         return _compiled_read(self.place, width)(self.arrays[_kept(name)], block, checkpoint)
 
-    def slabs(self, names: Sequence[str], rows: int) -> Iterator[Slab]:
+    def column(self, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
+        """See `Rows`."""
+        layout = self.layout
+        array = self.arrays[_kept(name)][:, :, checkpoint, : layout.widths[name]]
+        chosen = self.place.host(array[..., columns])  # [blocks, b, width]
+        return chosen.reshape(layout.blocks * layout.block, chosen.shape[-1])[: layout.size]
+
+    def slabs(
+        self, names: Sequence[str], rows: int, checkpoint: int | None = None
+    ) -> Iterator[Slab]:
         """See `Rows`."""
         chosen = {name: self.arrays[name] for name in names}
+        if checkpoint is not None:
+            chosen = {name: x[:, :, checkpoint : checkpoint + 1] for name, x in chosen.items()}
         count = blocks_at_once(self.layout, rows)
         for start, fresh in slab_starts(self.layout.blocks, count):
             arrays = chosen if count == self.layout.blocks else _slab(chosen, start, count)
@@ -212,30 +263,6 @@ def pad_columns(x: jax.Array, width: int) -> jax.Array:
     """Appends columns of zeros to [..., p]."""
     missing = width - x.shape[-1]
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
-
-
-def all_rows(rows: Rows, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
-    """Reads columns of one array for all examples, to the host.
-
-    Args:
-      rows: the training side.
-      name: of the array.
-      checkpoint: its number.
-      columns: which.
-
-    Returns:
-      [n, width], on every host.
-    """
-    layout = rows.layout
-    if isinstance(rows, MemoryRows):
-        array = rows.arrays[_kept(name)][:, :, checkpoint, : layout.widths[name]]
-        chosen = rows.place.host(array[..., columns])  # [blocks, b, width]
-        return chosen.reshape(layout.blocks * layout.block, chosen.shape[-1])[: layout.size]
-    parts = [
-        rows.place.host(rows.read(name, block, checkpoint)[:, columns])
-        for block in range(layout.blocks)
-    ]
-    return np.concatenate(parts)[: layout.size]
 
 
 @functools.lru_cache(maxsize=32)

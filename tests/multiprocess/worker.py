@@ -4,7 +4,8 @@ import os
 import sys
 
 if __name__ == "__main__":  # and not where a test imports what it compares with
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    devices = os.environ.get("DEVICES", "2")
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from jaxattr.features import projections
 from tests import models
 
 SIZE, BATCH = 61, 8
+FIT = {"steps": 5, "top_k": 5, "materialize": False}
 
 
 def checkpoints():
@@ -25,6 +27,7 @@ def methods():
         "tracin": ja.tracin(models.loss, checkpoint_weights=[0.5, 2.0]),
         "trak": ja.trak(models.margin, projection=projections.rademacher(10)),
         "ekfac": ja.ekfac(models.loss),
+        "das": ja.das(models.margin, projection=projections.rademacher(10)),
     }
 
 
@@ -51,7 +54,7 @@ def results(index):
     """What must not depend on how many processes there are."""
     queries = models.data(6, seed=1)
     top = ja.top_k(index, queries, k=5)
-    fit = ja.learn_weights(index, queries, steps=5, top_k=5, materialize=False)
+    fit = ja.learn_weights(index, queries, **FIT)
     found = {"scores": ja.score(index, queries), "ids": top.ids, "top": top.scores}
     found["weights"] = np.array([fit.weights[name] for name in index.layout.names])
     found["self"] = ja.self_influence(index)
@@ -78,11 +81,26 @@ def attribute(folder):
 
 def build(folder):
     """Builds one index, that the test kills and begins anew."""
-    method = methods()[os.environ["METHOD"]]
-    train = models.data(SIZE * 5)
-    ja.build_index(
-        method, checkpoints(), train, batch_size=BATCH, mesh=mesh(), path=f"{folder}/index"
-    )
+    make(folder, SIZE * 5)
+
+
+def make(folder, size, **options):
+    method, path = methods()[os.environ["METHOD"]], f"{folder}/index"
+    arguments = {"batch_size": BATCH, "mesh": mesh(), "path": path} | options
+    return ja.build_index(method, checkpoints(), models.data(size), **arguments)
+
+
+def extend(folder):
+    """Extends a finished index to twice its examples, or goes on with that."""
+    make(folder, SIZE * 10, extend=True)
+
+
+def use(folder):
+    """Learns weights from a finished index, and writes scores beside it."""
+    method, queries = methods()[os.environ["METHOD"]], models.data(6, seed=1)
+    index = ja.open_index(f"{folder}/index", method, checkpoints(), mesh=mesh())
+    fit = ja.learn_weights(index, queries, **FIT)
+    ja.score(index, queries, weights=fit.weights, path=f"{folder}/scores")
 
 
 if __name__ == "__main__":
@@ -95,4 +113,4 @@ if __name__ == "__main__":
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if int(processes) > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
-    {"attribute": attribute, "build": build}[task](folder)
+    {"attribute": attribute, "build": build, "extend": extend, "use": use}[task](folder)
