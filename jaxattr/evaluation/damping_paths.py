@@ -38,7 +38,7 @@ def damping_path(
     Args:
       method: with a Gram kernel: `trak`, `d_trak`, `journey_trak`, `das`. Its damping is not used.
       checkpoints: as in `build_index`.
-      train: see there.
+      train: the training data: arrays with a leading axis, or a random-access source.
       dampings: `ja.relative(x)` or `ja.absolute(x)`, above 0.
       **options: of `build_index`, except for a path and a mesh.
 

@@ -48,8 +48,8 @@ def mean_reciprocal_rank(scores: Any, relevant: Any) -> float:
     """Mean over queries of one over the rank of the best relevant example.
 
     Args:
-      scores: as in `ranks`.
-      relevant: see there.
+      scores: float [q, n], larger = stronger.
+      relevant: bool [q, n], which examples hold what a query asks for.
 
     Returns:
       Between 0 and 1.
@@ -61,8 +61,8 @@ def hit_at_k(scores: Any, relevant: Any, k: int) -> np.ndarray:
     """Whether any relevant example is among the k best: one of two things called recall@k.
 
     Args:
-      scores: as in `ranks`.
-      relevant: see there.
+      scores: float [q, n], larger = stronger.
+      relevant: bool [q, n], which examples hold what a query asks for.
       k: how many.
 
     Returns:
@@ -75,8 +75,8 @@ def recall_at_k(scores: Any, relevant: Any, k: int) -> np.ndarray:
     """Share of the relevant examples that are among the k best: the other one, the strict.
 
     Args:
-      scores: as in `ranks`.
-      relevant: see there.
+      scores: float [q, n], larger = stronger.
+      relevant: bool [q, n], which examples hold what a query asks for.
       k: how many; below the number of relevant examples it cannot reach 1.
 
     Returns:
@@ -90,8 +90,8 @@ def precision_at_k(scores: Any, relevant: Any, k: int) -> np.ndarray:
     """Share of the k best that are relevant; for when there are many more than k of those.
 
     Args:
-      scores: as in `ranks`.
-      relevant: see there.
+      scores: float [q, n], larger = stronger.
+      relevant: bool [q, n], which examples hold what a query asks for.
       k: how many.
 
     Returns:

@@ -105,11 +105,11 @@ class Featurizer:
         """Computes features and what multiplies each training example's scores.
 
         Args:
-          params: as in a call, as all that follow.
-          batch: see there.
-          ids: see there.
-          checkpoint: see there.
-          fitted: see there.
+          params: the parameters.
+          batch: a pytree of arrays [b, ...].
+          ids: of the examples, integers [b].
+          checkpoint: its number, an integer.
+          fitted: what the basis was fitted to; `NOTHING` if it needs no data.
         """
         return self.step(self.key, params, batch, ids, checkpoint, fitted)
 

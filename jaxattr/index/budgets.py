@@ -113,17 +113,18 @@ def plan(
     """Says what `build_index` will take, from one compilation of its step; computes nothing.
 
     Args:
-      method: as in `build_index`.
-      checkpoints: as there, or their shapes.
-      train: as there.
-      groups: as there.
-      key: as there.
-      batch_size: as there.
-      microbatch: as there.
-      memory: as there.
-      mesh: as there.
+      method: the attribution method.
+      checkpoints: one params pytree, or a list or tuple of them; or their shapes.
+      train: a pytree of arrays with a common leading axis, or a random-access source.
+      groups: `by_layer`, `by_leaf`, a layout, or a pytree of labels.
+      key: key of projections and of stochastic outputs. Default: `jax.random.key(0)`.
+      batch_size: examples per step, and per chunk on disk.
+      microbatch: examples whose gradients are in memory at once, per device. Default: as many as
+        fit 256 MiB.
+      memory: instead of `microbatch`: bytes per device; the largest microbatch that fits is found.
+      mesh: devices to use, with an axis "data". Default: the default device.
       on_disk: whether the index will be.
-      dtype: as there.
+      dtype: of the stored features: float32 (the default; float64 where they are), or bfloat16.
 
     Returns:
       The plan. Bytes are those of XLA's memory analysis and of the arrays; a program around them,
@@ -135,13 +136,13 @@ def plan(
     place = placement(mesh)
     parameters = as_checkpoints(checkpoints)
     source = as_source(train, "train")
-    request = Request(method, parameters, source, groups, key, place, on_disk, dtype)
+    request = BuildRequest(method, parameters, source, groups, key, place, on_disk, dtype)
     featurize = request.settle(batch_size, microbatch, memory)
     return request.plan(featurize, request.block(featurize, batch_size))
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
+class BuildRequest:
     """What an index is asked to be made of, before it is known how many examples go at once.
 
     Attributes:

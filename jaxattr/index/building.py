@@ -21,8 +21,8 @@ from jax.sharding import Mesh
 from jaxattr import groups as groups_lib
 from jaxattr.groups import Groups
 from jaxattr.index import provenance
-from jaxattr.index.budgets import Request, check_device
-from jaxattr.index.checkpoint_builds import Job, Session, build_checkpoint
+from jaxattr.index.budgets import BuildRequest, check_device
+from jaxattr.index.checkpoint_builds import BuildJob, DiskBuild, build_checkpoint
 from jaxattr.index.index import (
     ConvergenceWarning,
     Index,
@@ -34,7 +34,7 @@ from jaxattr.index.saving import (
     COMPLETE,
     MANIFEST,
     Closed,
-    Finished,
+    BesideRows,
     examples_on_record,
     load_finished,
     read_closed,
@@ -143,13 +143,13 @@ def build_index(
     method.weights_of(len(parameters))
     key = place.whole(jax.random.key(0) if key is None else key)
     on_disk = path is not None
-    request = Request(method, parameters, source, groups, key, place, on_disk, dtype)
+    request = BuildRequest(method, parameters, source, groups, key, place, on_disk, dtype)
     featurize = request.settle(batch_size, microbatch, memory)
     folder = None if path is None else Folder(path)
     before = examples_on_record(folder) if folder is not None and extend else None
     block = request.block(featurize, batch_size, before)
     layout = request.rows(featurize, block)
-    job = Job(method, featurize, parameters, source, block, place)
+    job = BuildJob(method, featurize, parameters, source, block, place)
     if folder is None:
         check_device(layout.bytes_in_memory(place), place, "The index in memory")
         return _build(job, MemoryRows(layout, place), None)
@@ -157,7 +157,7 @@ def build_index(
         return _build_on_disk(job, folder, layout, extend, check_verify(verify, source), lease)
 
 
-def _build(job: Job, rows: Rows, session: Session | None) -> Index:
+def _build(job: BuildJob, rows: Rows, session: DiskBuild | None) -> Index:
     found = [
         build_checkpoint(job, job.pass_over(number), rows, session)
         for number in range(len(job.checkpoints))
@@ -167,7 +167,7 @@ def _build(job: Job, rows: Rows, session: Session | None) -> Index:
     if isinstance(kernel, Iterates):
         each = [rows.column(ERRORS, c)[:, 0] for c in range(len(found))]
         errors = functools.reduce(np.maximum, each)
-    result = Finished(
+    result = BesideRows(
         tuple(one.fitted for one in found),
         tuple(one.operator for one in found if isinstance(kernel, MapsQueries)),
         np.flatnonzero(~finite),
@@ -176,7 +176,7 @@ def _build(job: Job, rows: Rows, session: Session | None) -> Index:
     return _index(job, rows, result, session)
 
 
-def _index(job: Job, rows: Rows, found: Finished, session: Session | None) -> Index:
+def _index(job: BuildJob, rows: Rows, found: BesideRows, session: DiskBuild | None) -> Index:
     _report_non_finite(rows, found.non_finite)
     _report_errors(job.method.kernel, found.solve_errors)
     return Index(
@@ -192,7 +192,7 @@ def _index(job: Job, rows: Rows, found: Finished, session: Session | None) -> In
 
 
 def _build_on_disk(
-    job: Job,
+    job: BuildJob,
     folder: Folder,
     layout: RowLayout,
     extend: bool,
@@ -213,7 +213,7 @@ def _build_on_disk(
         _check_data(folder, there, complete, layout, job, verify)
     ledger = Ledger(folder, *process(), lease)
     rows = DiskRows(folder, layout, job.place, ledger)
-    session = Session(folder, ledger)
+    session = DiskBuild(folder, ledger)
     if limit is None and complete is not None and complete.examples == job.source.size:
         rows = DiskRows(folder, layout, job.place, seals=complete.seals)
         on_first_process(rows.remove_raw)
@@ -240,7 +240,7 @@ def _build_on_disk(
     # On all processes, since parameters and rows may be spread over them.
     recorded = Recorded(index.query_side, int(index.exponent))
     if process()[0] == 0:
-        found = Finished(index.fitted, index.operators, index.non_finite, index.solve_errors)
+        found = BesideRows(index.fitted, index.operators, index.non_finite, index.solve_errors)
         ledger.check()
         seals = save_seals(folder, rows.chunks())
         save_finished(folder, job.source.size, found, recorded, seals)
@@ -260,7 +260,7 @@ def _check_manifest(
     there: dict | None,
     complete: Closed | None,
     here: dict,
-    job: Job,
+    job: BuildJob,
     extend: bool,
 ) -> int | None:
     """Refuses what does not belong together.
@@ -305,7 +305,7 @@ def _check_data(
     there: dict,
     complete: Closed | None,
     layout: RowLayout,
-    job: Job,
+    job: BuildJob,
     verify: Verify,
 ) -> None:
     """Refuses other data than those of the blocks that are there."""

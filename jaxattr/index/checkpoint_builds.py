@@ -47,7 +47,7 @@ from jaxattr.store.rows import (
 from jaxattr.typing import Features, Params
 
 
-class Job(NamedTuple):
+class BuildJob(NamedTuple):
     """What an index is made from.
 
     Attributes:
@@ -73,7 +73,7 @@ class Job(NamedTuple):
         )
 
 
-class Session(NamedTuple):
+class DiskBuild(NamedTuple):
     """An index on disk that is being built.
 
     Attributes:
@@ -100,7 +100,7 @@ class BuiltCheckpoint(NamedTuple):
 
 
 def build_checkpoint(
-    job: Job, over: TrainingPass, rows: Rows, session: Session | None
+    job: BuildJob, over: TrainingPass, rows: Rows, session: DiskBuild | None
 ) -> BuiltCheckpoint:
     """Fits the basis, computes features, applies the kernel.
 
@@ -160,7 +160,7 @@ class _Inverted(NamedTuple):
 
 
 def _operator(
-    job: Job, over: TrainingPass, fitted: Fitted, rows: Rows, session: Session | None
+    job: BuildJob, over: TrainingPass, fitted: Fitted, rows: Rows, session: DiskBuild | None
 ) -> _Inverted:
     """Computes what is missing of the features, and the kernel from all of them."""
     kernel, number = job.method.kernel, over.number
@@ -201,7 +201,7 @@ def _operator(
     return _Inverted(operator, unit, finite)
 
 
-def _unit(job: Job, clean: CleanFeatures, session: Session | None, number: int) -> int:
+def _unit(job: BuildJob, clean: CleanFeatures, session: DiskBuild | None, number: int) -> int:
     """The power of two that a kernel's features are given over, kept for a run that goes on."""
     if job.method.kernel.degree is None:
         return 0
@@ -211,7 +211,7 @@ def _unit(job: Job, clean: CleanFeatures, session: Session | None, number: int) 
     return exponent
 
 
-def _unit_on_record(session: Session | None, number: int) -> int:
+def _unit_on_record(session: DiskBuild | None, number: int) -> int:
     found = None if session is None else session.folder.read(_unit_file(number))
     return 0 if found is None else int(found["exponent"])
 
@@ -220,7 +220,7 @@ def _unit_file(number: int) -> str:
     return f"raw-{number}/unit.json"  # goes when the raw features go
 
 
-def _fit(job: Job, over: TrainingPass, session: Session | None) -> Fitted:
+def _fit(job: BuildJob, over: TrainingPass, session: DiskBuild | None) -> Fitted:
     """Fits the method's basis to the checkpoint, or loads what an earlier run fitted."""
     if session is not None:
         loaded = load_fitted(session.folder, over.number, job.place)
@@ -235,7 +235,7 @@ def _fit(job: Job, over: TrainingPass, session: Session | None) -> Fitted:
 
 
 def _surroundings(
-    job: Job, over: TrainingPass, fitted: Fitted, rows: Rows, finite: np.ndarray, exponent: int
+    job: BuildJob, over: TrainingPass, fitted: Fitted, rows: Rows, finite: np.ndarray, exponent: int
 ) -> Surroundings:
     layout, dtype = job.featurizer.layout, rows.layout.wide
 
@@ -269,7 +269,7 @@ def _check_fitted(rows: Rows, fitted: Fitted, number: int) -> None:
         check_fitted(rows, fitted, number)
 
 
-def _done(session: Session | None, name: str, checkpoint: int) -> int:
+def _done(session: DiskBuild | None, name: str, checkpoint: int) -> int:
     return 0 if session is None else session.ledger.done(f"{name}/{checkpoint}")
 
 

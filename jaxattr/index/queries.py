@@ -108,7 +108,7 @@ def part_features(index: Index, queries: Any, split: Callable[[Example], Batch])
     return QueryFeatures(jnp.concatenate(found), lost, index.query_side)
 
 
-class State(NamedTuple):
+class QueryArrays(NamedTuple):
     """The arrays of an index that queries need, one of each per checkpoint.
 
     Attributes:
@@ -124,11 +124,11 @@ class State(NamedTuple):
     operators: tuple[Any, ...]
 
 
-def state_of(index: Index) -> State:
+def state_of(index: Index) -> QueryArrays:
     """Returns the arrays of an index that queries need."""
     if index.featurizer is None:
         raise _without_method()
-    return State(index.featurizer.key, index.checkpoints, index.fitted, index.operators)
+    return QueryArrays(index.featurizer.key, index.checkpoints, index.fitted, index.operators)
 
 
 class QueryFunctions(NamedTuple):
@@ -156,7 +156,7 @@ def functions_of(index: Index, example: Example) -> QueryFunctions:
 
 
 def features_of_batch(
-    functions: QueryFunctions, state: State, batch: Any, ids: jax.Array
+    functions: QueryFunctions, state: QueryArrays, batch: Any, ids: jax.Array
 ) -> tuple[Features, jax.Array]:
     """Features of one batch of queries for all checkpoints; pure and jittable.
 
@@ -226,7 +226,7 @@ def _part_step(step: Any, normalize: bool, kernel: Kernel, split: Any) -> Any:
     functions = QueryFunctions(scaled_step, together)
 
     @jax.jit
-    def run(state: State, query: Example, number: jax.Array) -> tuple[Features, jax.Array]:
+    def run(state: QueryArrays, query: Example, number: jax.Array) -> tuple[Features, jax.Array]:
         parts = split(query)
         ids = jnp.full(leading_size(parts), number)
         features, finite = features_of_batch(functions, state, parts, ids)

@@ -143,7 +143,7 @@ def refuse_others(folder: Folder, differences: Sequence[str]) -> None:
         )
 
 
-class Finished(NamedTuple):
+class BesideRows(NamedTuple):
     """What a finished index has beside its rows; as in `Index`."""
 
     fitted: tuple[Fitted, ...]
@@ -153,7 +153,7 @@ class Finished(NamedTuple):
 
 
 def save_finished(
-    folder: Folder, examples: int, found: Finished, recorded: Recorded, seals: Seals
+    folder: Folder, examples: int, found: BesideRows, recorded: Recorded, seals: Seals
 ) -> None:
     """Says that an index is finished, and what its rows came to; on the first process.
 
@@ -211,7 +211,7 @@ def read_closed(folder: Folder) -> Closed | None:
 
 def load_finished(
     folder: Folder, complete: Mapping[str, Any], checkpoints: int, place: Placement
-) -> Finished:
+) -> BesideRows:
     """Loads what a finished index has beside its rows.
 
     Args:
@@ -231,7 +231,7 @@ def load_finished(
         )
     operators = [load_operator(folder, number, place) for number in range(checkpoints)]
     errors = complete["solve_errors"]
-    return Finished(
+    return BesideRows(
         tuple(each for each in fitted if each is not None),
         tuple(each for each in operators if each is not None),
         np.asarray(complete["non_finite"], np.int64),

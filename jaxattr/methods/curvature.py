@@ -99,13 +99,17 @@ def kfac(
     Guarantees and cost: as `ekfac`.
 
     Args:
-      loss: see `ekfac`, as for all that follow.
-      damping: see there.
-      rank: see there.
-      fisher: see there.
-      sample: see there.
-      mask: see there.
-      bands: see there.
+      loss: (params, example, key) -> scalar, summed over the example's tokens or pixels.
+      damping: added to the products of eigenvalues; relative to their mean, layer by layer.
+        Default: `relative(0.1)`.
+      rank: eigenvectors per side, at most.
+      fisher: "empirical", of the data's own labels; or "true", of labels drawn from the model.
+      sample: (params, example, key) -> the example with labels drawn from the model, for
+        `fisher="true"`. Default: the loss's attribute `sample`.
+      mask: (example) -> [t], which token positions count in the covariances. The loss must ignore
+        the others already.
+      bands: splits each side of each layer's eigenbasis into so many groups, from large to small
+        eigenvalues: groups `layer[i,j]`, for weights by curvature.
 
     Returns:
       The method.

@@ -108,9 +108,9 @@ def journey_trak(
     Args:
       loss: of training examples, `ja.expectation(ja.diffusion.loss(denoiser), timesteps=...)`.
       journey: of queries, `ja.diffusion.journey(denoiser, steps=50)`.
-      damping: as in `d_trak`, as all that follow.
-      dense: see there.
-      projection: see there.
+      damping: of the Gram matrix, which carries no 1/n. Default: `relative(0.1)`.
+      dense: one kernel for all groups instead of one for each.
+      projection: of each group's gradient. Default: `rademacher(512)`.
 
     Returns:
       The method.

@@ -16,7 +16,7 @@ from jaxattr.index.index import Index, NonFiniteWarning, first_ids, self_contrib
 from jaxattr.index.queries import (
     QueryFeatures,
     QueryFunctions,
-    State,
+    QueryArrays,
     features_of_batch,
     functions_of,
     query_features,
@@ -253,7 +253,12 @@ def _compiled_attributor(functions: QueryFunctions, search: Any) -> Any:
 
     @jax.jit
     def run(
-        state: State, train: dict, w: jax.Array, exponent: jax.Array, batch: Batch, ids: jax.Array
+        state: QueryArrays,
+        train: dict,
+        w: jax.Array,
+        exponent: jax.Array,
+        batch: Batch,
+        ids: jax.Array,
     ) -> TopK:
         phi, finite = features_of_batch(functions, state, batch, ids)
         return _mark_top(search(w, phi, train, exponent), finite)

@@ -123,15 +123,16 @@ def fit_weights(
     Args:
       contributions: float [q, n, m].
       names: the m group names. Default: "0", "1", ...
-      top_k: see `learn_weights`, as for all that follow.
-      l2: see there.
-      signal: see there.
-      start: see there.
-      optimizer: see there.
-      steps: see there.
-      batch_size: see there.
-      held_out: see there.
-      key: see there.
+      top_k: number of training examples taken for the signal, at most n.
+      l2: strength of the pull towards the start, >= 0.
+      signal: "top_k", "top_k_abs" or "top_minus_bottom"; see `self_supervised_loss`.
+      start: where learning starts, and what it is pulled to: "uniform" or "unit_rms".
+      optimizer: any `optax.GradientTransformation`, over theta. Default: Adam with a cosine
+        schedule from 0.05 to 0 over `steps`.
+      steps: number of updates.
+      batch_size: queries per step. Default: all.
+      held_out: share of the queries that is not learned from, but reported on.
+      key: key of the split into held-out queries and of the minibatches.
 
     Returns:
       The weights with diagnostics.
