@@ -33,8 +33,8 @@ from jaxattr.index.index import (
 from jaxattr.index.saving import (
     COMPLETE,
     MANIFEST,
-    Closed,
     BesideRows,
+    Closed,
     examples_on_record,
     load_finished,
     read_closed,

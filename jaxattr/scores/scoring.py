@@ -14,9 +14,9 @@ from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.index.index import Index, NonFiniteWarning, first_ids, self_contributions
 from jaxattr.index.queries import (
+    QueryArrays,
     QueryFeatures,
     QueryFunctions,
-    QueryArrays,
     features_of_batch,
     functions_of,
     query_features,
