@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from scipy import stats
 
 from jaxattr.evaluation.lds import LDS, lds_of_predictions
 from jaxattr.index.index import Index
@@ -121,6 +120,8 @@ def upper_bound_weights(
     Returns:
       {group name: weight}, mean one.
     """
+    from scipy import stats  # slow to import, and needed here alone
+
     squared = index.link == "square"
     sums = (subset_products if squared else subset_contributions)(index, queries, masks)
     kept = np.isfinite(sums).all(axis=tuple(range(1, sums.ndim)))

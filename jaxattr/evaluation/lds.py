@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,6 +167,8 @@ class _Ranks(NamedTuple):
 
     @classmethod
     def of(cls, predicted: np.ndarray, actual: np.ndarray) -> "_Ranks":
+        from scipy import stats  # slow to import, and needed here alone
+
         finite = np.isfinite(predicted).all(axis=1) & np.isfinite(actual).all(axis=1)
         ranks = [
             stats.rankdata(np.where(finite[:, None], x, 0), axis=1) for x in (predicted, actual)

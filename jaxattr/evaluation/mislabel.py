@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from scipy import stats
 
 from jaxattr.typing import Key
 
@@ -62,6 +61,8 @@ def mislabel_auc(self_influence: Any, mislabelled: Any) -> float:
       >>> mislabel_auc([0.1, 0.2, 3.0], [False, False, True])
       1.0
     """
+    from scipy import stats  # slow to import, and needed here alone
+
     values, wrong = np.asarray(self_influence, np.float64), np.asarray(mislabelled)
     if values.shape != wrong.shape or wrong.dtype != bool:
         raise ValueError(
