@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxattr.counts import whole_number
 from jaxattr.evaluation.lds import LDS, lds_of_predictions
 from jaxattr.index.index import Index
 from jaxattr.index.queries import query_features
@@ -122,7 +123,7 @@ def upper_bound_weights(
     """
     from scipy import stats  # slow to import, and needed here alone
 
-    squared = index.link == "square"
+    squared, steps = index.link == "square", whole_number("steps", steps)
     sums = (subset_products if squared else subset_contributions)(index, queries, masks)
     kept = np.isfinite(sums).all(axis=tuple(range(1, sums.ndim)))
     sums = sums[kept] - sums[kept].mean(axis=1, keepdims=True)  # [q, s, m] or [q, s, m, m]

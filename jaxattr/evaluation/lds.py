@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxattr.counts import whole_number
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LDS:
@@ -114,7 +116,7 @@ def lds_of_predictions(
     ranks = _Ranks.of(predicted, actual)
     per_query = ranks.correlations(np.ones((1, m)))[0]
     kept = np.isfinite(per_query)
-    rows = np.random.default_rng(seed).integers(m, size=(resamples, m))
+    rows = np.random.default_rng(seed).integers(m, size=(whole_number("resamples", resamples), m))
     counts = np.stack([np.bincount(row, minlength=m) for row in rows])
     resampled = ranks.only(kept).correlations(counts)  # [resamples, q]
     resampled = np.array([_mean(correlations) for correlations in resampled])

@@ -12,6 +12,7 @@ from jax.extend.core import Jaxpr, Literal
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxattr.batches import leading_size
+from jaxattr.counts import whole_number
 from jaxattr.features.featurizer import check_output
 from jaxattr.sources import track
 from jaxattr.typing import Batch, Key, OutputFn, Params
@@ -48,11 +49,10 @@ def random_subsets(
       >>> masks.shape, masks.sum(axis=1)
       ((4, 10), array([5, 5, 5, 5]))
     """
+    n, count = whole_number("n", n), whole_number("count", count)
     strata = np.zeros(n, np.int64) if strata is None else np.asarray(strata)
     if strata.shape != (n,):
         raise ValueError(f"strata must be integers [{n}], got shape {strata.shape}.")
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}.")
     members = [np.flatnonzero(strata == value) for value in np.unique(strata)]
     sizes = [round(fraction * len(ids)) for ids in members]
     if not 0 < fraction < 1 or not 0 < sum(sizes) < n:
@@ -106,10 +106,11 @@ def retrain(
     """
     masks, devices = _check_masks(masks), 1 if mesh is None else mesh.shape[axis]
     ids = np.stack([np.flatnonzero(mask) for mask in masks])  # [m, s]
+    seeds = whole_number("seeds", seeds)
     keys = jax.random.split(key, seeds)
     _check_inputs_matter(train_fn, keys[0], ids[0])
     runs = len(ids) * seeds
-    at_once = min(runs, at_once or runs)
+    at_once = runs if at_once is None else min(runs, whole_number("at_once", at_once))
     at_once += -at_once % devices
     train = jax.vmap(train_fn)
     if mesh is not None:

@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxattr.counts import whole_number
+
 
 def strongest(scores: Any, k: int) -> np.ndarray:
     """Returns the ids of the k best training examples of each query, from an array of scores.
@@ -18,7 +20,7 @@ def strongest(scores: Any, k: int) -> np.ndarray:
     Raises:
       ValueError: if k is not between 1 and n.
     """
-    scores = np.asarray(scores)
+    scores, k = np.asarray(scores), whole_number("k", k, least=None)
     if not 1 <= k <= scores.shape[1]:
         raise ValueError(
             f"k must be between 1 and the {scores.shape[1]} training examples, got {k}."
@@ -118,7 +120,8 @@ def mean_interval(values: Any, *, resamples: int = 2000, seed: int = 0) -> tuple
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"values must be one number per query, got shape {list(values.shape)}.")
-    rows = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    shape = whole_number("resamples", resamples), len(values)
+    rows = np.random.default_rng(seed).integers(len(values), size=shape)
     low, high = np.quantile(values[rows].mean(axis=1), [0.025, 0.975])
     return float(low), float(high)
 
