@@ -275,7 +275,7 @@ def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:
       Float [m].
 
     Raises:
-      ValueError: if a weight is missing, unknown, negative or not finite.
+      ValueError: if a weight is missing, unknown, complex, negative or not finite.
     """
     if weights is None:
         return jnp.ones(len(layout.names))
@@ -286,6 +286,8 @@ def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:
             f"Weights must name exactly the index's groups. Missing: {missing}; unknown: {unknown}."
         )
     values = jnp.stack([jnp.asarray(weights[name]) for name in layout.names])
+    if jnp.issubdtype(values.dtype, jnp.complexfloating):
+        raise ValueError(f"Weights must be real numbers, got {values.dtype}.")
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     if values.ndim != 1:
         raise ValueError(f"Each weight must be a scalar, got shape {values.shape[1:]}.")
