@@ -165,8 +165,8 @@ class _Reader:
                 known, found = (jax.tree.map(jnp.shape, x) for x in (self.first[1], example))
                 raise ValueError(
                     "All examples need the same arrays with the same shapes. Example "
-                    f"{self.first[0]} has shapes {known}, example {row} has shapes {found}. If they "
-                    "are sequences of different lengths, pad them to one length, and keep the "
+                    f"{self.first[0]} has shapes {known}, example {row} has shapes {found}. If "
+                    "they are sequences of different lengths, pad them to one length, and keep the "
                     "padding out of the loss with a mask."
                 )
         return jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *examples)
@@ -178,7 +178,8 @@ def _shapes(example: Example) -> tuple[Any, list[tuple[int, ...]]]:
 
 
 def _as_arrays(tree: Any) -> Any:
-    return jax.tree.map(_as_array, tree, is_leaf=_is_list_of_numbers)
+    # An empty list stays what it is to JAX: a pytree of nothing.
+    return jax.tree.map(_as_array, tree, is_leaf=lambda x: _is_list_of_numbers(x) and len(x) > 0)
 
 
 def _is_list_of_numbers(node: Any) -> bool:

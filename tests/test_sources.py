@@ -59,6 +59,7 @@ def test_nested_lists_and_other_lists():
     for data in (Listed(nested), nested):
         read = as_source(data, "train").read(np.arange(2))
         np.testing.assert_array_equal(read, np.asarray(nested))
+    assert as_source({"x": np.ones(2), "nothing": []}, "train").size == 2
     pairs = Listed([[np.ones(2), 0], [np.zeros(2), 1]])  # what holds arrays is a pytree
     x, y = as_source(pairs, "train").read(np.arange(2))
     np.testing.assert_array_equal(x, [[1, 1], [0, 0]])
