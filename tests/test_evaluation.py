@@ -237,6 +237,45 @@ def test_small_label_types_do_not_wrap():
     assert which.all() and (flipped != labels).all() and 255 < flipped.max() < 300
 
 
+@pytest.mark.parametrize(
+    "key", [0, None, np.int64(3), "0", 0.5, jax.random.split(jax.random.key(0))]
+)
+def test_a_seed_is_no_key(key):
+    masks, models_of = evaluation.random_subsets(jax.random.key(0), 24, 4), jnp.ones((4, 1, 3))
+    uses = [
+        lambda: evaluation.random_subsets(key, 24, 4),
+        lambda: evaluation.flip_labels(key, [0, 1, 0, 1], fraction=0.5),
+        lambda: ja.retrain(train, masks, key),
+        lambda: evaluation.outputs(lambda p, x, k: p.sum(), models_of, jnp.ones(2), key=key),
+    ]
+    for use in uses[:-1] if key is None else uses:
+        with pytest.raises(ValueError, match=r"key must be one PRNG key, got .*random.key\(0\)"):
+            use()
+
+
+def test_keys_as_older_programs_make_them_are_keys():
+    old, new = jax.random.PRNGKey(1), jax.random.key(1)
+    found = [evaluation.random_subsets(key, 24, 4) for key in (new, old, np.asarray(old))]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("mesh", [3, "data", jax.devices()])
+def test_what_is_no_mesh_is_refused(mesh):
+    masks = evaluation.random_subsets(jax.random.key(0), 24, 4)
+    with pytest.raises(ValueError, match="mesh must be a jax.sharding.Mesh, got .*make_mesh"):
+        ja.retrain(train, masks, jax.random.key(0), mesh=mesh)
+    with pytest.raises(ValueError, match="mesh must be a jax.sharding.Mesh, got .*make_mesh"):
+        ja.build_index(ja.tracin(models.loss), models.mlp_params(), TRAIN, mesh=mesh)
+
+
+def test_the_axis_of_models_must_be_one_of_the_mesh():
+    masks = evaluation.random_subsets(jax.random.key(0), 24, 4)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    with pytest.raises(ValueError, match=r"axes \('data',\), and none that is called 'models'"):
+        ja.retrain(train, masks, jax.random.key(0), mesh=mesh, axis="models")
+
+
 @pytest.fixture(scope="module")
 def indexed():
     index = ja.build_index(ja.trak(models.margin), models.mlp_params(), TRAIN)

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from jaxattr.counts import whole_number
+from jaxattr.keys import check_key
 from jaxattr.typing import Key
 
 
@@ -36,7 +37,7 @@ def flip_labels(
     count = round(fraction * len(labels))
     if not 0 < fraction <= 1 or not count:
         raise ValueError(f"A fraction of {fraction} flips {count} of {len(labels)} labels.")
-    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(check_key(key))))
     flipped = np.zeros(len(labels), bool)
     flipped[generator.choice(len(labels), count, replace=False)] = True
     shift = np.where(flipped, generator.integers(1, classes, size=len(labels)), 0)

@@ -14,6 +14,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxattr.batches import leading_size
 from jaxattr.counts import whole_number
 from jaxattr.features.featurizer import check_output
+from jaxattr.keys import check_key
+from jaxattr.sharding import check_mesh
 from jaxattr.sources import track
 from jaxattr.typing import Batch, Key, OutputFn, Params
 
@@ -60,7 +62,7 @@ def random_subsets(
             f"A fraction of {fraction} of {n} training examples is {sum(sizes)}: needed more than "
             "none and fewer than all."
         )
-    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(check_key(key))))
     masks = np.zeros((count, n), bool)
     for mask in masks:
         for ids, size in zip(members, sizes, strict=True):
@@ -97,14 +99,15 @@ def retrain(
       Params whose leaves are [m, seeds, ...].
 
     Raises:
-      ValueError: if subsets differ in size, or the train function ignores its ids or its key.
+      ValueError: if subsets differ in size, the train function ignores its ids, or the key, a count
+        or the mesh is none.
 
     Warns:
       UserWarning: if runs ended with parameters that are not finite.
 
     Cost: m * seeds trainings; vmapped, small models take little more time together than one.
     """
-    masks, devices = _check_masks(masks), 1 if mesh is None else mesh.shape[axis]
+    masks, devices, key = _check_masks(masks), _devices(mesh, axis), check_key(key)
     ids = np.stack([np.flatnonzero(mask) for mask in masks])  # [m, s]
     seeds = whole_number("seeds", seeds)
     keys = jax.random.split(key, seeds)
@@ -142,7 +145,7 @@ def outputs(
       Float [m, q].
     """
     q = leading_size(queries)
-    key = jax.random.key(0) if key is None else key
+    key = jax.random.key(0) if key is None else check_key(key)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(q))
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), params)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], x.dtype), queries)
@@ -157,6 +160,19 @@ def outputs(
         return jax.lax.map(of_subset, params)  # one subset at a time bounds the memory
 
     return of_all(params, queries, keys)
+
+
+def _devices(mesh: Mesh | None, axis: str) -> int:
+    """Over how many devices the models are spread."""
+    if mesh is None:
+        return 1
+    check_mesh(mesh)
+    if axis not in mesh.axis_names:
+        raise ValueError(
+            f"The mesh has axes {mesh.axis_names}, and none that is called {axis!r}: say over "
+            "which to spread the models with axis=."
+        )
+    return mesh.shape[axis]
 
 
 def _check_masks(masks: Any) -> np.ndarray:
