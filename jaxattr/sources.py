@@ -84,8 +84,8 @@ def as_source(data: Any, role: str) -> Source:
       The source.
 
     Raises:
-      ValueError: if there are no examples, or arrays differ in their leading axis; from `read`, if
-        examples differ in their shapes.
+      ValueError: if there are no examples, arrays differ in their leading axis, or are spread over
+        processes; from `read`, if examples differ in their shapes.
     """
     containers = (Mapping, list, tuple, np.ndarray, jax.Array)
     if isinstance(data, RandomAccess) and not isinstance(data, containers):
@@ -190,6 +190,15 @@ def _is_list_of_numbers(node: Any) -> bool:
 
 
 def _as_array(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        if not leaf.is_fully_replicated:
+            raise ValueError(
+                f"The data hold an array {list(leaf.shape)} that is spread over several processes, "
+                "of which each can read a part. Pass what every process can read, as NumPy arrays "
+                "or a source with __len__ and __getitem__: each then reads its own rows alone. "
+                "jax.experimental.multihost_utils.process_allgather(array, tiled=True) makes one."
+            )
+        return np.asarray(leaf)
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return leaf
     try:
