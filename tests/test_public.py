@@ -1,6 +1,8 @@
 """What `import jaxattr` offers, and what it costs."""
 
+import ast
 import pathlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -32,6 +34,20 @@ def test_every_object_at_the_top_is_listed():
 def test_the_version_is_the_one_that_is_packaged():
     packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert ja.__version__ == packaged
+
+
+def test_what_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split("[>=<]", each)[0] for each in project["dependencies"]}
+    imported = set()
+    for path in (ROOT / "jaxattr").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").split(".")[0])
+    foreign = imported - set(sys.stdlib_module_names) - {"jaxattr"}
+    assert {{"orbax": "orbax-checkpoint"}.get(name, name) for name in foreign} <= declared
 
 
 def test_importing_is_light():
