@@ -1,42 +1,79 @@
 """jaxattr: which training examples made the model do this?"""
 
-from jaxattr import diffusion as diffusion
-from jaxattr import evaluation as evaluation
-from jaxattr import language as language
-from jaxattr.evaluation.lds import lds as lds
-from jaxattr.evaluation.retraining import retrain as retrain
-from jaxattr.features import projections as projections
-from jaxattr.features.expectations import expectation as expectation
-from jaxattr.groups import by_layer as by_layer
-from jaxattr.groups import by_leaf as by_leaf
-from jaxattr.groups import by_regex as by_regex
-from jaxattr.index.budgets import plan as plan
-from jaxattr.index.building import build_index as build_index
-from jaxattr.index.index import Index as Index
-from jaxattr.index.index import NonFiniteWarning as NonFiniteWarning
-from jaxattr.index.opening import open_index as open_index
-from jaxattr.index.queries import query_features as query_features
-from jaxattr.kernels import absolute as absolute
-from jaxattr.kernels import relative as relative
-from jaxattr.methods.curvature import data_inf as data_inf
-from jaxattr.methods.curvature import ekfac as ekfac
-from jaxattr.methods.curvature import influence as influence
-from jaxattr.methods.curvature import kfac as kfac
-from jaxattr.methods.curvature import logra as logra
-from jaxattr.methods.curvature import trackstar as trackstar
-from jaxattr.methods.describing import describe as describe
-from jaxattr.methods.inner_products import grad_cos as grad_cos
-from jaxattr.methods.inner_products import tracin as tracin
-from jaxattr.methods.method import Method as Method
-from jaxattr.methods.method import citation as citation
-from jaxattr.methods.method import featurizer as featurizer
-from jaxattr.methods.trak import d_trak as d_trak
-from jaxattr.methods.trak import das as das
-from jaxattr.methods.trak import journey_trak as journey_trak
-from jaxattr.methods.trak import trak as trak
-from jaxattr.scores.scoring import attributor as attributor
-from jaxattr.scores.scoring import contributions as contributions
-from jaxattr.scores.scoring import score as score
-from jaxattr.scores.scoring import self_influence as self_influence
-from jaxattr.scores.scoring import top_k as top_k
-from jaxattr.weights.learning import learn_weights as learn_weights
+from jaxattr import diffusion, evaluation, language
+from jaxattr.evaluation.lds import lds
+from jaxattr.evaluation.retraining import retrain
+from jaxattr.features import projections
+from jaxattr.features.expectations import expectation
+from jaxattr.fitting.eigenbases import TruncationWarning
+from jaxattr.groups import by_layer, by_leaf, by_regex
+from jaxattr.index.budgets import plan
+from jaxattr.index.building import build_index
+from jaxattr.index.index import ConvergenceWarning, Index, NonFiniteWarning
+from jaxattr.index.opening import open_index
+from jaxattr.index.queries import query_features
+from jaxattr.kernels import absolute, relative
+from jaxattr.methods.curvature import data_inf, ekfac, influence, kfac, logra, trackstar
+from jaxattr.methods.describing import describe
+from jaxattr.methods.inner_products import grad_cos, tracin
+from jaxattr.methods.method import Method, citation, featurizer
+from jaxattr.methods.trak import d_trak, das, journey_trak, trak
+from jaxattr.scores.scoring import attributor, contributions, score, self_influence, top_k
+from jaxattr.store import StoreError
+from jaxattr.weights.learning import learn_weights
+from jaxattr.weights.report import WeightWarning
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConvergenceWarning",
+    "Index",
+    "Method",
+    "NonFiniteWarning",
+    "StoreError",
+    "TruncationWarning",
+    "WeightWarning",
+    "__version__",
+    "absolute",
+    "attributor",
+    "build_index",
+    "by_layer",
+    "by_leaf",
+    "by_regex",
+    "citation",
+    "contributions",
+    "d_trak",
+    "das",
+    "data_inf",
+    "describe",
+    "diffusion",
+    "ekfac",
+    "evaluation",
+    "expectation",
+    "featurizer",
+    "grad_cos",
+    "influence",
+    "journey_trak",
+    "kfac",
+    "language",
+    "lds",
+    "learn_weights",
+    "logra",
+    "open_index",
+    "plan",
+    "projections",
+    "query_features",
+    "relative",
+    "retrain",
+    "score",
+    "self_influence",
+    "top_k",
+    "tracin",
+    "trackstar",
+    "trak",
+]
+
+
+def __dir__() -> list[str]:
+    """What is public; importing a module also puts its name here, and most are internal."""
+    return sorted(__all__)

@@ -7,7 +7,8 @@ plain data: every leaf is in exactly one group, or is excluded by name with a re
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import jax
@@ -67,16 +68,19 @@ a pytree of labels with the structure of the parameters (as in `optax.multi_tran
 def leaf_names(tree: Any) -> list[str]:
     """Names the leaves of a pytree by their paths, such as `blocks/0/kernel`.
 
-    A `flax.nnx.State` names its leaves as the equivalent dict does: the trailing `value` of an
-    nnx variable is dropped.
+    A `flax.nnx.State` names its leaves as the equivalent dict does: the `value` of an nnx variable
+    is no part of the name.
 
     Args:
       tree: any pytree.
 
     Returns:
       One name per leaf, in the order of `jax.tree.leaves`.
+
+    Raises:
+      ValueError: if two leaves have the same name, as {"a/b": ...} and {"a": {"b": ...}} do.
     """
-    return [_leaf_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return list(_by_path(tree))
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -88,7 +92,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     Returns:
       {leaf name: leaf}, in the order of `jax.tree.leaves`.
     """
-    return dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
+    return _by_path(tree)
 
 
 def by_leaf(
@@ -218,11 +222,36 @@ def split_layers(layout: GroupLayout, stacked: Mapping[str, int]) -> GroupLayout
     return _collect(labelled, layout.excluded)
 
 
-def _leaf_name(path: tuple[Any, ...]) -> str:
-    last = path[-1] if path else None
-    if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value" and len(path) > 1:
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+def _by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """The leaves by their names, of which no two may be the same."""
+    found: dict[str, Any] = {}
+    paths: dict[str, tuple[Any, ...]] = {}
+    for path, leaf in _paths(tree, is_leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+        if name in found:
+            both = [jax.tree_util.keystr(each) for each in (paths[name], path)]
+            raise ValueError(
+                f"Two leaves have the same name {name!r}: {both[0]} and {both[1]}. Leaves are told "
+                "apart by their names: rename one of the keys."
+            )
+        found[name], paths[name] = leaf, path
+    return found
+
+
+def _paths(
+    tree: Any, is_leaf: Callable[[Any], bool] | None
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The leaves with their paths, in which an nnx variable that holds one array is that array."""
+    nnx = sys.modules.get("flax.nnx")  # without it there are no variables, and it is slow to import
+    flatten = jax.tree_util.tree_flatten_with_path
+
+    def stops(node: Any) -> bool:
+        variable = nnx is not None and isinstance(node, nnx.Variable)
+        return variable or (is_leaf is not None and is_leaf(node))
+
+    for path, node in flatten(tree, stops)[0]:
+        for inner, leaf in flatten(node, is_leaf)[0]:
+            yield (path if path and len(inner) == 1 else path + inner), leaf
 
 
 def _by_name(
@@ -247,8 +276,7 @@ def _layers(name: str, shape: tuple[int, ...]) -> list[Member]:
 
 
 def _by_labels(params: Params, labels: Any) -> GroupLayout:
-    flat, _ = jax.tree_util.tree_flatten_with_path(labels, is_leaf=lambda node: node is None)
-    found = {_leaf_name(path): label for path, label in flat}
+    found = _by_path(labels, is_leaf=lambda node: node is None)
     leaves = named_leaves(params)
     if found.keys() != leaves.keys():
         raise ValueError(

@@ -1,10 +1,37 @@
 """Random keys that depend on names and on example ids alone."""
 
 import hashlib
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxattr.typing import Key
+
+
+def check_key(key: Any, name: str = "key") -> Key:
+    """Refuses what is no PRNG key, such as a seed.
+
+    Args:
+      key: what a caller gave as one key: typed, or raw as `jax.random.PRNGKey` makes it.
+      name: of the argument, for the message.
+
+    Returns:
+      The key.
+
+    Raises:
+      ValueError: if it is anything else, or several keys.
+    """
+    array = isinstance(key, jax.Array | np.ndarray)
+    if array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
+        return key
+    if array and key.dtype == jnp.uint32 and key.ndim == 1:
+        return key
+    got = f"{key.dtype} {list(key.shape)}" if array else f"{key!r} of type {type(key).__name__}"
+    raise ValueError(
+        f"{name} must be one PRNG key, got {got}. Make one of a seed: jax.random.key(0)."
+    )
 
 
 def named_key(key: Key, name: str) -> Key:

@@ -239,10 +239,11 @@ def placement(mesh: Mesh | Placement | None) -> Placement:
       The placement.
 
     Raises:
-      ValueError: if the mesh has no axis "data".
+      ValueError: if it is no mesh, or the mesh has no axis "data".
     """
     if mesh is None or isinstance(mesh, Placement):
         return mesh or Placement()
+    check_mesh(mesh)
     if DATA not in mesh.axis_names:
         raise ValueError(
             f'The mesh has axes {mesh.axis_names}; training examples go over an axis named "data". '
@@ -250,6 +251,23 @@ def placement(mesh: Mesh | Placement | None) -> Placement:
             '("data",)); parameters keep the sharding that they have.'
         )
     return Placement(_auto(mesh))
+
+
+def check_mesh(mesh: Any) -> None:
+    """Refuses what is no mesh of devices, such as how many there are.
+
+    Args:
+      mesh: what a caller gave as one.
+
+    Raises:
+      ValueError: if it is none.
+    """
+    if not isinstance(mesh, Mesh):
+        raise ValueError(
+            f"mesh must be a jax.sharding.Mesh, got {mesh!r} of type {type(mesh).__name__}. A mesh "
+            "names the axes of a grid of devices; of all devices along one axis it is "
+            'jax.make_mesh((jax.device_count(),), ("data",)).'
+        )
 
 
 def process() -> tuple[int, int]:

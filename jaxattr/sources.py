@@ -76,22 +76,24 @@ def as_source(data: Any, role: str) -> Source:
 
     Args:
       data: a pytree of arrays with a common leading axis; or an object with `__len__` and
-        `__getitem__` that is no mapping, list, tuple or array.
+        `__getitem__` that is no mapping, list, tuple or array. A list of numbers, or of such lists,
+        is an array; any other list or tuple is a pytree.
       role: what the data are, for messages: "train" or "queries".
 
     Returns:
       The source.
 
     Raises:
-      ValueError: if there are no examples, or arrays differ in their leading axis.
+      ValueError: if there are no examples, arrays differ in their leading axis, or are spread over
+        processes; from `read`, if examples differ in their shapes.
     """
     containers = (Mapping, list, tuple, np.ndarray, jax.Array)
     if isinstance(data, RandomAccess) and not isinstance(data, containers):
-        source = Source(len(data), lambda rows: _stack([data[int(row)] for row in rows]))
+        source = Source(len(data), _Reader(data))
     else:
-        if not jax.tree.leaves(data):
+        arrays = _as_arrays(data)
+        if not jax.tree.leaves(arrays):
             raise ValueError(f"{role} is empty: got a pytree without arrays.")
-        arrays = jax.tree.map(_as_array, data)
         size = leading_size(arrays)
         source = Source(size, lambda rows: jax.tree.map(lambda x: x[rows], arrays), in_memory=True)
     if source.size == 0:
@@ -147,9 +149,64 @@ def track(
     )
 
 
+class _Reader:
+    """Reads rows of a random-access source; all need the shapes of the first that was read."""
+
+    def __init__(self, data: RandomAccess) -> None:
+        self.data = data
+        self.first: tuple[int, Example] | None = None
+
+    def __call__(self, rows: np.ndarray) -> Batch:
+        """Returns the examples at some positions, stacked."""
+        examples = [_as_arrays(self.data[row]) for row in rows.tolist()]
+        self.first = self.first or (rows.tolist()[0], examples[0])
+        for row, example in zip(rows.tolist(), examples, strict=True):
+            if _shapes(example) != _shapes(self.first[1]):
+                known, found = (jax.tree.map(jnp.shape, x) for x in (self.first[1], example))
+                raise ValueError(
+                    "All examples need the same arrays with the same shapes. Example "
+                    f"{self.first[0]} has shapes {known}, example {row} has shapes {found}. If "
+                    "they are sequences of different lengths, pad them to one length, and keep the "
+                    "padding out of the loss with a mask."
+                )
+        return jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *examples)
+
+
+def _shapes(example: Example) -> tuple[Any, list[tuple[int, ...]]]:
+    leaves, structure = jax.tree.flatten(example)
+    return structure, [leaf.shape for leaf in leaves]
+
+
+def _as_arrays(tree: Any) -> Any:
+    # An empty list stays what it is to JAX: a pytree of nothing.
+    return jax.tree.map(_as_array, tree, is_leaf=lambda x: _is_list_of_numbers(x) and len(x) > 0)
+
+
+def _is_list_of_numbers(node: Any) -> bool:
+    numbers = bool | int | float | complex | np.generic
+    return isinstance(node, list) and all(
+        isinstance(each, numbers) or _is_list_of_numbers(each) for each in node
+    )
+
+
 def _as_array(leaf: Any) -> Any:
-    return leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else np.asarray(leaf)
-
-
-def _stack(examples: list[Example]) -> Batch:
-    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *examples)
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        if not leaf.is_fully_replicated:
+            raise ValueError(
+                f"The data hold an array {list(leaf.shape)} that is spread over several processes, "
+                "of which each can read a part. Pass what every process can read, as NumPy arrays "
+                "or a source with __len__ and __getitem__: each then reads its own rows alone. "
+                "jax.experimental.multihost_utils.process_allgather(array, tiled=True) makes one."
+            )
+        return np.asarray(leaf)
+    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+        return leaf
+    try:
+        return np.asarray(leaf)
+    except ValueError:
+        shapes = [np.shape(_as_array(row)) for row in leaf]
+        raise ValueError(
+            "Lists of numbers in a list are its rows, in a data set one per example, and need the "
+            f"same shape; got shapes {shapes[:10]}. If they are sequences of different lengths, "
+            "pad them to one length, and keep the padding out of the loss with a mask."
+        ) from None

@@ -7,7 +7,7 @@ import jaxattr
 
 ROOT = pathlib.Path(jaxattr.__file__).parent
 ROOMS = (
-    ("typing", "scales"),
+    ("typing", "scales", "counts"),
     ("keys",),
     ("groups",),
     ("identity",),

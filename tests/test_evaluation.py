@@ -126,6 +126,38 @@ def test_lds_interval_covers_about_as_often_as_it_says():
     assert 0.8 <= covered <= 1
 
 
+def test_two_subsets_many_times_are_two_subsets():
+    scores, masks, _ = random_problem()
+    twice = np.tile(masks[:2], (10, 1))
+    with pytest.raises(ValueError, match="at least 3 subsets, got 2 different ones"):
+        ja.lds(scores, twice, twice @ scores.T)
+
+
+@pytest.mark.parametrize("m", [3, 7, 8])
+def test_few_subsets_have_no_interval(m):
+    scores, masks, outputs = random_problem(m=m)
+    found = ja.lds(scores, masks, outputs)
+    expected = [
+        stats.spearmanr(a, b).statistic for a, b in zip(scores @ masks.T, outputs.T, strict=True)
+    ]
+    np.testing.assert_allclose(found.per_query, expected, atol=1e-12)
+    difference = evaluation.paired_difference(found, found)
+    unknown = [found.low, found.high, difference.low, difference.high]
+    assert np.isnan(unknown).tolist() == [m < 8] * 4
+    assert ("(no interval)" in str(found)) == (m < 8)
+
+
+def test_masks_may_be_zeros_and_ones_but_no_ids():
+    scores, masks, outputs = random_problem()
+    expected = ja.lds(scores, masks, outputs).per_query
+    for given in (masks.astype(np.uint8), masks.astype(float), masks.tolist()):
+        np.testing.assert_array_equal(ja.lds(scores, given, outputs).per_query, expected)
+    ids = np.argsort(np.random.default_rng(0).random(masks.shape), axis=1)
+    for given in (ids, ids[:, :15], np.where(masks, 0.5, 0)):  # also where shapes happen to fit
+        with pytest.raises(ValueError, match="masks must be bool .* If those are ids"):
+            ja.lds(scores, given, outputs)
+
+
 def test_skipped_queries_are_counted():
     scores, masks, outputs = random_problem()
     outputs[:, 2], scores[4, 3], scores[5] = 1.0, np.nan, 0
@@ -181,6 +213,67 @@ def test_flipped_labels():
     assert (which == (flipped != labels)).all() and flipped.max() < 4 and flipped.min() >= 0
     with pytest.raises(ValueError, match="flips 0 of 100"):
         evaluation.flip_labels(jax.random.key(0), labels, fraction=0.001)
+
+
+@pytest.mark.parametrize("labels", [[0, 3, 1, 2], [0, -1, 1, 2]])
+def test_labels_outside_the_classes_are_refused(labels):
+    message = rf"from 0 to 2, as there are 3 classes; got \[{labels[1]}\] at positions \[1\]"
+    with pytest.raises(ValueError, match=message):
+        evaluation.flip_labels(jax.random.key(0), labels, fraction=0.5, classes=3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "got"),
+    [([0.0, 1.0], "float64"), ([[0], [1]], "int64"), ([], "float64")],
+)
+def test_labels_are_integers(labels, got):
+    with pytest.raises(ValueError, match=rf"labels must be integers \[n\], got {got}"):
+        evaluation.flip_labels(jax.random.key(0), labels, fraction=0.5)
+
+
+def test_small_label_types_do_not_wrap():
+    labels = np.arange(200, dtype=np.uint8)
+    flipped, which = evaluation.flip_labels(jax.random.key(0), labels, fraction=1.0, classes=300)
+    assert which.all() and (flipped != labels).all() and 255 < flipped.max() < 300
+
+
+@pytest.mark.parametrize(
+    "key", [0, None, np.int64(3), "0", 0.5, jax.random.split(jax.random.key(0))]
+)
+def test_a_seed_is_no_key(key):
+    masks, models_of = evaluation.random_subsets(jax.random.key(0), 24, 4), jnp.ones((4, 1, 3))
+    uses = [
+        lambda: evaluation.random_subsets(key, 24, 4),
+        lambda: evaluation.flip_labels(key, [0, 1, 0, 1], fraction=0.5),
+        lambda: ja.retrain(train, masks, key),
+        lambda: evaluation.outputs(lambda p, x, k: p.sum(), models_of, jnp.ones(2), key=key),
+    ]
+    for use in uses[:-1] if key is None else uses:
+        with pytest.raises(ValueError, match=r"key must be one PRNG key, got .*random.key\(0\)"):
+            use()
+
+
+def test_keys_as_older_programs_make_them_are_keys():
+    old, new = jax.random.PRNGKey(1), jax.random.key(1)
+    found = [evaluation.random_subsets(key, 24, 4) for key in (new, old, np.asarray(old))]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("mesh", [3, "data", jax.devices()])
+def test_what_is_no_mesh_is_refused(mesh):
+    masks = evaluation.random_subsets(jax.random.key(0), 24, 4)
+    with pytest.raises(ValueError, match="mesh must be a jax.sharding.Mesh, got .*make_mesh"):
+        ja.retrain(train, masks, jax.random.key(0), mesh=mesh)
+    with pytest.raises(ValueError, match="mesh must be a jax.sharding.Mesh, got .*make_mesh"):
+        ja.build_index(ja.tracin(models.loss), models.mlp_params(), TRAIN, mesh=mesh)
+
+
+def test_the_axis_of_models_must_be_one_of_the_mesh():
+    masks = evaluation.random_subsets(jax.random.key(0), 24, 4)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    with pytest.raises(ValueError, match=r"axes \('data',\), and none that is called 'models'"):
+        ja.retrain(train, masks, jax.random.key(0), mesh=mesh, axis="models")
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,7 @@
+import dataclasses
+from typing import NamedTuple
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 import pytest
@@ -65,6 +69,57 @@ def test_labels_and_exclusion():
 def test_nnx_state_is_named_as_its_dict():
     state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
     assert groups.leaf_names(state) == groups.leaf_names(nnx.to_pure_dict(state))
+
+
+def test_only_the_value_of_a_variable_loses_its_name():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Registered:
+        query: jax.Array
+        key: jax.Array
+        value: jax.Array
+
+    @flax.struct.dataclass
+    class Struct:
+        query: jax.Array
+        key: jax.Array
+        value: jax.Array
+
+    class Tuple(NamedTuple):
+        query: jax.Array
+        key: jax.Array
+        value: jax.Array
+
+    for attention in (Registered, Struct, Tuple):
+        one = attention(jnp.ones((2, 3)), jnp.ones((2, 4)), jnp.ones((2, 5)))
+        params = {"net": {"a": one, "b": one}}
+        layout = groups.resolve(ja.by_layer, params)
+        assert layout.names == ("net/a", "net/b")
+        for name, members in zip(layout.names, layout.members, strict=True):
+            sizes = {member.leaf: member.size for member in members}
+            assert sizes == {f"{name}/query": 6, f"{name}/key": 8, f"{name}/value": 10}
+        labels = jax.tree.map(lambda _: "rest", params)
+        assert groups.resolve(labels, params).sizes == (48,)
+
+    # Inside a variable, too, an attribute keeps its name.
+    variable = nnx.Param(Registered(*[jnp.ones(3)] * 3))
+    names = ["a/value/query", "a/value/key", "a/value/value"]
+    assert groups.leaf_names(nnx.State({"a": variable})) == names
+
+
+def test_labels_of_an_nnx_state():
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    labels = {"kernel": "rest", "bias": None}
+    assert groups.resolve(labels, state).excluded == (("bias", "labelled None"),)
+    as_state = jax.tree.map(lambda x: "rest" if x.ndim == 2 else None, state)
+    assert groups.resolve(as_state, state) == groups.resolve(labels, state)
+
+
+def test_leaves_that_share_a_name_are_refused():
+    params = {"a/b": jnp.ones(2), "a": {"b": jnp.ones(3)}}
+    for grouping in (ja.by_leaf, ja.by_layer, jax.tree.map(lambda _: "rest", params)):
+        with pytest.raises(ValueError, match=r"'a/b': \['a'\]\['b'\] and \['a/b'\]"):
+            groups.resolve(grouping, params)
 
 
 def test_every_parameter_is_in_exactly_one_group():

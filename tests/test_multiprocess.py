@@ -73,6 +73,29 @@ def test_two_processes_give_what_one_gives(tmp_path):
                 assert models.relative_error(got[key], value) <= 1e-9, (name, key)
 
 
+@pytest.mark.slow
+def test_two_processes_retrain_what_one_does(tmp_path):
+    jobs = start("retrain", tmp_path, 2)
+    expected = ja.retrain(*worker.retraining(), seeds=3)
+    expected = {**expected, "outputs": worker.outputs_of(expected)}
+    finish(jobs)
+    for number, process in np.ndindex(2, 2):
+        got = np.load(tmp_path / f"{number}-{process}.npz")
+        for name, value in expected.items():
+            np.testing.assert_allclose(got[name], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_data_that_are_arrays_of_all_processes(tmp_path):
+    jobs = start("global_data", tmp_path, 2)
+    method, checkpoints = worker.methods()["tracin"], worker.checkpoints()
+    index = ja.build_index(method, checkpoints, models.data(64), batch_size=worker.BATCH)
+    expected = ja.score(index, models.data(6, seed=1))
+    finish(jobs)
+    for process in range(2):
+        assert models.relative_error(np.load(tmp_path / f"{process}.npy"), expected) <= 1e-9
+
+
 # How often each job is killed: enough for a run of all tests; set it for more.
 KILLS = int(os.environ.get("JAXATTR_KILLS", "2"))
 

@@ -38,3 +38,17 @@ def test_bad_input():
         evaluation.hit_at_k(SCORES, RELEVANT, 5)
     with pytest.raises(ValueError, match="one number per query"):
         evaluation.mean_interval([])
+    with pytest.raises(ValueError, match=r"2 values are not finite, at positions \[1, 2\]"):
+        evaluation.mean_interval([0.5, np.nan, np.inf, 1.0])
+    for scores, got in ((SCORES[0], "float64 .4."), (SCORES * 1j, "complex128")):
+        with pytest.raises(ValueError, match=rf"real numbers \[q, n\], got {got}"):
+            evaluation.strongest(scores, 1)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int8, np.uint64, np.int64, np.float16])
+def test_scores_of_any_type_are_ranked_by_their_size(dtype):
+    limits = [0, 1] if dtype is bool else [np.finfo, np.iinfo][dtype is not np.float16](dtype)
+    low, high = limits if dtype is bool else (limits.min, limits.max)
+    scores = np.array([[1, low, high, 0, low, high, 1]], object).astype(dtype)
+    expected = sorted(range(7), key=lambda n: (-int(scores[0, n]), n))
+    assert evaluation.strongest(scores, 7)[0].tolist() == expected

@@ -135,6 +135,7 @@ def test_positive_scores_are_proponents():
         (WEIGHTS | {"layer9": 1.0}, r"Missing: \[\]; unknown: \['layer9'\]"),
         (WEIGHTS | {"layer1": -0.5}, r"at least 0, got {'layer1': -0.5}"),
         (WEIGHTS | {"layer1": float("nan")}, "finite and at least 0, got {'layer1': nan}"),
+        (WEIGHTS | {"layer1": 1 + 2j}, "must be real numbers, got complex128"),
         (dict.fromkeys(WEIGHTS, jnp.ones(2)), r"must be a scalar, got shape \(2,\)"),
     ],
 )
@@ -152,3 +153,11 @@ def test_bad_k(k):
         ja.top_k(index("tracin"), QUERIES, k=k)
     with pytest.raises(ValueError, match=f"got {k}"):
         ja.attributor(index("tracin"), k=k)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -0.5])
+@pytest.mark.parametrize("method", [ja.tracin, ja.grad_cos])
+def test_bad_checkpoint_weights(method, wrong):
+    with pytest.raises(ValueError, match=f"finite and at least 0, one per .*got {{1: {wrong}}}"):
+        method(models.loss, checkpoint_weights=[0.5, wrong])
+    assert method(models.loss, checkpoint_weights=[0.5, 0]).checkpoint_weights == (0.5, 0.0)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from scipy import stats
 
+from jaxattr.counts import whole_number
 from jaxattr.evaluation.lds import LDS, lds_of_predictions
 from jaxattr.index.index import Index
 from jaxattr.index.queries import query_features
@@ -121,7 +121,9 @@ def upper_bound_weights(
     Returns:
       {group name: weight}, mean one.
     """
-    squared = index.link == "square"
+    from scipy import stats  # slow to import, and needed here alone
+
+    squared, steps = index.link == "square", whole_number("steps", steps)
     sums = (subset_products if squared else subset_contributions)(index, queries, masks)
     kept = np.isfinite(sums).all(axis=tuple(range(1, sums.ndim)))
     sums = sums[kept] - sums[kept].mean(axis=1, keepdims=True)  # [q, s, m] or [q, s, m, m]

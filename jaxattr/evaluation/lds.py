@@ -4,7 +4,11 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+
+from jaxattr.counts import whole_number
+
+# Resamples of fewer subsets are so few and so alike that their quantiles say nothing.
+FEWEST_FOR_AN_INTERVAL = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,13 +17,14 @@ class LDS:
 
     Attributes:
       mean: over queries.
-      low: 2.5 % quantile of the mean over resampled subsets.
-      high: 97.5 % quantile.
+      low: 2.5 % quantile of the mean over resampled subsets; NaN with fewer than 8 subsets, which
+        are too few to say how far the mean is known.
+      high: 97.5 % quantile; NaN with fewer than 8.
       per_query: Spearman correlation of each query; NaN where skipped, [q].
       skipped: queries without a correlation: their outputs or predictions are constant or not
         finite.
       resampled: the mean for each resample of the subsets; pairs up with any other LDS of the same
-        subsets and seed, [resamples].
+        subsets and seed, [resamples]; NaN with fewer than 8 subsets.
     """
 
     mean: float
@@ -30,7 +35,9 @@ class LDS:
     resampled: np.ndarray
 
     def __str__(self) -> str:
-        text = f"{100 * self.mean:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+        known = f"[{100 * self.low:.1f}, {100 * self.high:.1f}]"
+        interval = "(no interval)" if np.isnan(self.low) else known
+        text = f"{100 * self.mean:.1f} % {interval}"
         return text + (f" ({self.skipped} queries skipped)" if self.skipped else "")
 
 
@@ -57,11 +64,12 @@ def lds(scores: Any, masks: Any, outputs: Any, *, resamples: int = 1000, seed: i
 
     The prediction for a subset is the sum of the scores of its examples. The interval is over
     subsets (a percentile bootstrap of correlations of ranks, the ranks being taken once): it says
-    how far the mean is known for these queries.
+    how far the mean is known for these queries. It tends to be too narrow below some 24 subsets;
+    with fewer than 8 there is none (NaN), and a mean that can take few values.
 
     Args:
       scores: float [q, n], larger = stronger proponent.
-      masks: bool [m, n], which examples each model was trained on.
+      masks: bool [m, n], or integers 0 and 1, which examples each model was trained on.
       outputs: float [m, q], larger = more of what the score attributes: a margin, or minus a loss.
       resamples: of the subsets.
       seed: of the resamples.
@@ -70,7 +78,8 @@ def lds(scores: Any, masks: Any, outputs: Any, *, resamples: int = 1000, seed: i
       The score.
 
     Raises:
-      ValueError: if shapes do not match, or there are fewer than 3 subsets.
+      ValueError: if shapes do not match, masks are no masks, or there are fewer than 3 different
+        subsets.
 
     References:
       Park et al. (2023), TRAK, arXiv:2303.14186, section 2.
@@ -81,13 +90,20 @@ def lds(scores: Any, masks: Any, outputs: Any, *, resamples: int = 1000, seed: i
       >>> print(lds(scores, masks, masks @ scores.T))
       100.0 % [100.0, 100.0]
     """
-    scores, masks = np.asarray(scores), np.asarray(masks)
+    scores, masks = np.asarray(scores), _checked_masks(masks)
     if scores.ndim != 2 or masks.ndim != 2 or scores.shape[1] != masks.shape[1]:
         raise ValueError(
             f"scores [q, n] and masks [m, n] need the same n, got {scores.shape} and {masks.shape}."
         )
     predicted = scores.astype(np.float64) @ masks.T.astype(np.float64)  # [q, m]
-    return lds_of_predictions(predicted, outputs, resamples=resamples, seed=seed)
+    found = lds_of_predictions(predicted, outputs, resamples=resamples, seed=seed)
+    different = len(np.unique(masks, axis=0))
+    if different < 3:
+        raise ValueError(
+            f"A rank correlation needs at least 3 subsets, got {different} different ones: two "
+            "points are always in order or in reverse."
+        )
+    return found
 
 
 def lds_of_predictions(
@@ -115,10 +131,12 @@ def lds_of_predictions(
     ranks = _Ranks.of(predicted, actual)
     per_query = ranks.correlations(np.ones((1, m)))[0]
     kept = np.isfinite(per_query)
-    rows = np.random.default_rng(seed).integers(m, size=(resamples, m))
+    rows = np.random.default_rng(seed).integers(m, size=(whole_number("resamples", resamples), m))
     counts = np.stack([np.bincount(row, minlength=m) for row in rows])
     resampled = ranks.only(kept).correlations(counts)  # [resamples, q]
     resampled = np.array([_mean(correlations) for correlations in resampled])
+    if m < FEWEST_FOR_AN_INTERVAL:
+        resampled = np.full_like(resampled, np.nan)
     low, high = np.quantile(resampled, [0.025, 0.975]) if kept.any() else (np.nan, np.nan)
     return LDS(
         mean=_mean(per_query),
@@ -155,6 +173,17 @@ def paired_difference(first: LDS, second: LDS) -> Difference:
     return Difference(mean=first.mean - second.mean, low=float(low), high=float(high))
 
 
+def _checked_masks(masks: Any) -> np.ndarray:
+    masks = np.asarray(masks)
+    if masks.dtype != bool and not np.isin(masks, (0, 1)).all():
+        raise ValueError(
+            f"masks must be bool [m, n], or 0 and 1, got {masks.dtype} {list(masks.shape)} with "
+            "other values. If those are ids of the examples in each subset, make a mask of each: "
+            "mask = np.zeros(n, bool); mask[ids] = True."
+        )
+    return masks.astype(bool)
+
+
 def _mean(correlations: np.ndarray) -> float:
     finite = correlations[np.isfinite(correlations)]
     return float(finite.mean()) if len(finite) else float("nan")
@@ -168,6 +197,8 @@ class _Ranks(NamedTuple):
 
     @classmethod
     def of(cls, predicted: np.ndarray, actual: np.ndarray) -> "_Ranks":
+        from scipy import stats  # slow to import, and needed here alone
+
         finite = np.isfinite(predicted).all(axis=1) & np.isfinite(actual).all(axis=1)
         ranks = [
             stats.rankdata(np.where(finite[:, None], x, 0), axis=1) for x in (predicted, actual)

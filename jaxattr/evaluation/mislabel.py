@@ -4,8 +4,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from scipy import stats
 
+from jaxattr.counts import whole_number
+from jaxattr.keys import check_key
 from jaxattr.typing import Key
 
 
@@ -24,21 +25,19 @@ def flip_labels(
       New labels [n], and which were flipped, bool [n]. A flipped label is never the old one.
 
     Raises:
-      ValueError: if the fraction flips nothing, or there is only one class.
+      ValueError: if the fraction flips nothing, there is only one class, or labels are no integers
+        from 0 to classes - 1.
 
     Example:
       >>> labels, flipped = flip_labels(jax.random.key(0), np.arange(10), fraction=0.3)
       >>> int(flipped.sum()), bool((labels[flipped] != np.arange(10)[flipped]).all())
       (3, True)
     """
-    labels = np.asarray(labels)
-    classes = int(labels.max()) + 1 if classes is None else classes
+    labels, classes = _checked_labels(labels, classes)
     count = round(fraction * len(labels))
     if not 0 < fraction <= 1 or not count:
         raise ValueError(f"A fraction of {fraction} flips {count} of {len(labels)} labels.")
-    if classes < 2:
-        raise ValueError(f"Flipping a label needs at least 2 classes, got {classes}.")
-    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(check_key(key))))
     flipped = np.zeros(len(labels), bool)
     flipped[generator.choice(len(labels), count, replace=False)] = True
     shift = np.where(flipped, generator.integers(1, classes, size=len(labels)), 0)
@@ -62,6 +61,8 @@ def mislabel_auc(self_influence: Any, mislabelled: Any) -> float:
       >>> mislabel_auc([0.1, 0.2, 3.0], [False, False, True])
       1.0
     """
+    from scipy import stats  # slow to import, and needed here alone
+
     values, wrong = np.asarray(self_influence, np.float64), np.asarray(mislabelled)
     if values.shape != wrong.shape or wrong.dtype != bool:
         raise ValueError(
@@ -74,3 +75,21 @@ def mislabel_auc(self_influence: Any, mislabelled: Any) -> float:
     ranks = stats.rankdata(np.where(np.isnan(values), -np.inf, values))
     above = ranks[wrong].sum() - positives * (positives + 1) / 2
     return float(above / (positives * negatives))
+
+
+def _checked_labels(labels: Any, classes: int | None) -> tuple[np.ndarray, int]:
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "biu":
+        raise ValueError(f"labels must be integers [n], got {labels.dtype} {list(labels.shape)}.")
+    labels = labels.astype(np.int64)
+    count = int(labels.max()) + 1 if classes is None else whole_number("classes", classes)
+    if count < 2:
+        raise ValueError(f"Flipping a label needs at least 2 classes, got {count}.")
+    outside = np.flatnonzero((labels < 0) | (labels >= count))
+    if len(outside):
+        raise ValueError(
+            f"labels must be from 0 to {count - 1}, as there are {count} classes; got "
+            f"{labels[outside][:10].tolist()} at positions {outside[:10].tolist()}. Leave examples "
+            "without a label out, or say how many classes there are."
+        )
+    return labels, count

@@ -1,5 +1,6 @@
 """Training on many subsets of the training set at once: the ground truth of attribution."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -9,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, Literal
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxattr.batches import leading_size
+from jaxattr.counts import whole_number
 from jaxattr.features.featurizer import check_output
+from jaxattr.keys import check_key
+from jaxattr.sharding import DATA, Placement, check_mesh, placement, split_rows
 from jaxattr.sources import track
 from jaxattr.typing import Batch, Key, OutputFn, Params
 
@@ -48,11 +52,10 @@ def random_subsets(
       >>> masks.shape, masks.sum(axis=1)
       ((4, 10), array([5, 5, 5, 5]))
     """
+    n, count = whole_number("n", n), whole_number("count", count)
     strata = np.zeros(n, np.int64) if strata is None else np.asarray(strata)
     if strata.shape != (n,):
         raise ValueError(f"strata must be integers [{n}], got shape {strata.shape}.")
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}.")
     members = [np.flatnonzero(strata == value) for value in np.unique(strata)]
     sizes = [round(fraction * len(ids)) for ids in members]
     if not 0 < fraction < 1 or not 0 < sum(sizes) < n:
@@ -60,7 +63,7 @@ def random_subsets(
             f"A fraction of {fraction} of {n} training examples is {sum(sizes)}: needed more than "
             "none and fewer than all."
         )
-    generator = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(check_key(key))))
     masks = np.zeros((count, n), bool)
     for mask in masks:
         for ids, size in zip(members, sizes, strict=True):
@@ -90,37 +93,37 @@ def retrain(
       key: PRNG key.
       seeds: models per subset. Their mean is closer to the expected output.
       at_once: models in memory at once; with a mesh, on all its devices together. Default: all.
-      mesh: devices to spread the models over. Default: the default device.
+      mesh: devices to spread the models over, of one process or of several that all call this
+        with the same arguments. Default: the default device.
       axis: the axis of the mesh to spread them over.
 
     Returns:
-      Params whose leaves are [m, seeds, ...].
+      Params whose leaves are [m, seeds, ...]. With several processes each gets all of them.
 
     Raises:
-      ValueError: if subsets differ in size, or the train function ignores its ids or its key.
+      ValueError: if subsets differ in size, the train function ignores its ids, or the key, a count
+        or the mesh is none.
 
     Warns:
       UserWarning: if runs ended with parameters that are not finite.
 
     Cost: m * seeds trainings; vmapped, small models take little more time together than one.
     """
-    masks, devices = _check_masks(masks), 1 if mesh is None else mesh.shape[axis]
+    masks, key, place = _check_masks(masks), check_key(key), _placement(mesh, axis)
     ids = np.stack([np.flatnonzero(mask) for mask in masks])  # [m, s]
+    seeds = whole_number("seeds", seeds)
     keys = jax.random.split(key, seeds)
     _check_inputs_matter(train_fn, keys[0], ids[0])
     runs = len(ids) * seeds
-    at_once = min(runs, at_once or runs)
-    at_once += -at_once % devices
-    train = jax.vmap(train_fn)
-    if mesh is not None:
-        spec = PartitionSpec(axis)
-        train = jax.shard_map(train, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    train = jax.jit(train)
+    at_once = runs if at_once is None else min(runs, whole_number("at_once", at_once))
+    at_once = split_rows(at_once, place)
+    train = jax.jit(place.over_shards(jax.vmap(train_fn), ((DATA,), (DATA,)), (DATA,)))
     chunks = []
     starts = range(0, runs, at_once)
     for start in track(iter(starts), "retraining", len(starts)):
         run = np.minimum(np.arange(start, start + at_once), runs - 1)
-        chunks.append(train(keys[run % seeds], jnp.asarray(ids[run // seeds])))
+        given = place.whole((keys[run % seeds], jnp.asarray(ids[run // seeds])))
+        chunks.append(jax.tree.map(functools.partial(_everywhere, place), train(*given)))
     params = jax.tree.map(lambda *parts: jnp.concatenate(parts)[:runs], *chunks)
     _warn_of_divergence(params, seeds)
     return jax.tree.map(lambda leaf: leaf.reshape(len(ids), seeds, *leaf.shape[1:]), params)
@@ -141,7 +144,7 @@ def outputs(
       Float [m, q].
     """
     q = leading_size(queries)
-    key = jax.random.key(0) if key is None else key
+    key = jax.random.key(0) if key is None else check_key(key)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(q))
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), params)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], x.dtype), queries)
@@ -156,6 +159,25 @@ def outputs(
         return jax.lax.map(of_subset, params)  # one subset at a time bounds the memory
 
     return of_all(params, queries, keys)
+
+
+def _placement(mesh: Mesh | None, axis: str) -> Placement:
+    """Models over one axis of the mesh, whatever it is called; the same along others."""
+    if mesh is None:
+        return Placement()
+    check_mesh(mesh)
+    if axis not in mesh.axis_names:
+        raise ValueError(
+            f"The mesh has axes {mesh.axis_names}, and none that is called {axis!r}: say over "
+            "which to spread the models with axis=."
+        )
+    names = tuple(DATA if name == axis else f"not {name}" for name in mesh.axis_names)
+    return placement(Mesh(mesh.devices, names))
+
+
+def _everywhere(place: Placement, leaf: jax.Array) -> jax.Array:
+    """The whole array on every process, for all that is done with models from then on."""
+    return leaf if leaf.is_fully_addressable else jnp.asarray(place.host(leaf))
 
 
 def _check_masks(masks: Any) -> np.ndarray:

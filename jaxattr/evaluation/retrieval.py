@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxattr.counts import whole_number
+
 
 def strongest(scores: Any, k: int) -> np.ndarray:
     """Returns the ids of the k best training examples of each query, from an array of scores.
@@ -16,14 +18,20 @@ def strongest(scores: Any, k: int) -> np.ndarray:
       Integers [q, k]. Ties go to the lower id, as in `ja.top_k`.
 
     Raises:
-      ValueError: if k is not between 1 and n.
+      ValueError: if k is no int between 1 and n, or scores are no real numbers [q, n].
     """
-    scores = np.asarray(scores)
+    scores, k = np.asarray(scores), whole_number("k", k, least=None)
+    if scores.ndim != 2 or np.iscomplexobj(scores):
+        raise ValueError(
+            f"scores must be real numbers [q, n], got {scores.dtype} {list(scores.shape)}."
+        )
     if not 1 <= k <= scores.shape[1]:
         raise ValueError(
             f"k must be between 1 and the {scores.shape[1]} training examples, got {k}."
         )
-    return np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    # Minus an integer may be no integer of its type; its complement is, in reverse order.
+    descending = ~scores if scores.dtype.kind in "biu" else -scores
+    return np.argsort(descending, axis=1, kind="stable")[:, :k]
 
 
 def ranks(scores: Any, relevant: Any) -> np.ndarray:
@@ -111,6 +119,9 @@ def mean_interval(values: Any, *, resamples: int = 2000, seed: int = 0) -> tuple
     Returns:
       Low and high. Of values that are all the same, both are that value: no interval is known.
 
+    Raises:
+      ValueError: if values are not one finite number per query.
+
     Example:
       >>> mean_interval([1.0, 1.0, 1.0])
       (1.0, 1.0)
@@ -118,7 +129,14 @@ def mean_interval(values: Any, *, resamples: int = 2000, seed: int = 0) -> tuple
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"values must be one number per query, got shape {list(values.shape)}.")
-    rows = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    missing = np.flatnonzero(~np.isfinite(values))
+    if len(missing):
+        raise ValueError(
+            f"{len(missing)} values are not finite, at positions {missing[:10].tolist()}: leave "
+            "them out, and say how many they were."
+        )
+    shape = whole_number("resamples", resamples), len(values)
+    rows = np.random.default_rng(seed).integers(len(values), size=shape)
     low, high = np.quantile(values[rows].mean(axis=1), [0.025, 0.975])
     return float(low), float(high)
 

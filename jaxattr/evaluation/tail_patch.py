@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from jaxattr.batches import leading_size, shapes_of_one
+from jaxattr.counts import whole_number
 from jaxattr.features.featurizer import check_output
 from jaxattr.sources import track
 from jaxattr.typing import Batch, OutputFn, Params
@@ -61,6 +62,7 @@ def tail_patch(
         raise ValueError(
             f"ids must be those of the {n} training examples, or -1; got {ids.min()}, {ids.max()}."
         )
+    at_once = whole_number("at_once", at_once)
     key = jax.random.key(0)
     train, queries = jax.tree.map(jnp.asarray, (train, queries))
     check_output(loss, params, shapes_of_one(train), key)

@@ -1,6 +1,7 @@
 """Methods with inner products of gradients: TracIn and its cosine."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from jaxattr import kernels
@@ -31,6 +32,9 @@ def tracin(
     Returns:
       The method.
 
+    Raises:
+      ValueError: if a checkpoint's weight is negative or not finite.
+
     References:
       Pruthi et al. (2020), arXiv:2002.08484, Eq. 5.
     """
@@ -57,6 +61,9 @@ def grad_cos(
     Returns:
       The method.
 
+    Raises:
+      ValueError: if a checkpoint's weight is negative or not finite.
+
     References:
       Charpiat et al. (2019), arXiv:1906.01930; Hammoudeh and Lowd (2022), arXiv:2201.10055.
     """
@@ -66,4 +73,13 @@ def grad_cos(
 
 
 def _checkpoint_weights(weights: Sequence[float] | None) -> tuple[float, ...] | None:
-    return None if weights is None else tuple(float(weight) for weight in weights)
+    if weights is None:
+        return None
+    found = tuple(float(weight) for weight in weights)
+    bad = {c: weight for c, weight in enumerate(found) if not 0 <= weight < math.inf}
+    if bad:
+        raise ValueError(
+            f"checkpoint_weights must be finite and at least 0, one per checkpoint, got {bad} "
+            "(checkpoint: weight). Pass learning rates, or 0 to leave a checkpoint out."
+        )
+    return found

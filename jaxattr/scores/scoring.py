@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.batches import leading_size, shapes_of_one
+from jaxattr.counts import whole_number
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.index.index import Index, NonFiniteWarning, first_ids, self_contributions
 from jaxattr.index.queries import (
@@ -150,9 +151,10 @@ def top_k(
       Ids and scores [q, k]. Ties go to the lower id. Examples that are not finite never appear.
 
     Raises:
-      ValueError: if k is not between 1 and n, or weights are wrong.
+      ValueError: if k is no int between 1 and n, block_size is none of at least 1, or weights are
+        wrong.
     """
-    _check_k(k, index, opponents)
+    k, block_size = _checked_counts(k, block_size, index, opponents)
     w = weight_array(index.layout, weights)
     prepared = query_features(index, queries)
     sign = -1 if opponents else 1
@@ -225,9 +227,10 @@ def attributor(
       draws its randomness from (default -1, -2, ..., as in `score`).
 
     Raises:
-      ValueError: if the index is on disk: open it with `in_memory=True`.
+      ValueError: if k is no int between 1 and n, block_size is none of at least 1, weights are
+        wrong, or the index is on disk: open it with `in_memory=True`.
     """
-    _check_k(k, index, opponents)
+    k, block_size = _checked_counts(k, block_size, index, opponents)
     rows = index.rows
     if not rows.resident:
         raise ValueError(
@@ -277,7 +280,7 @@ def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:
       Float [m].
 
     Raises:
-      ValueError: if a weight is missing, unknown, negative or not finite.
+      ValueError: if a weight is missing, unknown, complex, negative or not finite.
     """
     if weights is None:
         return jnp.ones(len(layout.names))
@@ -288,6 +291,8 @@ def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:
             f"Weights must name exactly the index's groups. Missing: {missing}; unknown: {unknown}."
         )
     values = jnp.stack([jnp.asarray(weights[name]) for name in layout.names])
+    if jnp.issubdtype(values.dtype, jnp.complexfloating):
+        raise ValueError(f"Weights must be real numbers, got {values.dtype}.")
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     if values.ndim != 1:
         raise ValueError(f"Each weight must be a scalar, got shape {values.shape[1:]}.")
@@ -378,11 +383,13 @@ def _mark_queries(scores: jax.Array, prepared: QueryFeatures) -> jax.Array:
     return scores.at[prepared.non_finite].set(jnp.nan) if len(prepared.non_finite) else scores
 
 
-def _check_k(k: int, index: Index, opponents: bool) -> None:
+def _checked_counts(k: Any, block_size: Any, index: Index, opponents: bool) -> tuple[int, int]:
     if opponents and index.link == "square":
         raise ValueError(
             "Scores of this index are squares, so there are no opponents: its smallest scores are "
             'of examples without influence. Build it with link="identity".'
         )
+    k = whole_number("k", k, least=None)
     if not 1 <= k <= index.size:
         raise ValueError(f"k must be between 1 and the {index.size} training examples, got {k}.")
+    return k, whole_number("block_size", block_size)

@@ -9,6 +9,7 @@ if __name__ == "__main__":  # and not where a test imports what it compares with
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxattr as ja
 from jaxattr.features import projections
@@ -103,6 +104,55 @@ def use(folder):
     ja.score(index, queries, weights=fit.weights, path=f"{folder}/scores")
 
 
+def mean_model(key, ids):
+    """A model that one step of arithmetic trains."""
+    x = models.data(SIZE)["x"][ids]
+    return {"w": x.mean(axis=0) + jax.random.normal(key, (6,)), "steps": ids.sum()}
+
+
+def retraining():
+    """The arguments of `ja.retrain`, the same everywhere; the runs do not divide over devices."""
+    return mean_model, ja.evaluation.random_subsets(jax.random.key(0), SIZE, 7), jax.random.key(1)
+
+
+def outputs_of(retrained):
+    """What is done with models next, on one process."""
+    queries = models.data(6, seed=1)
+    return ja.evaluation.outputs(lambda p, x, key: p["w"] @ x["x"], retrained, queries)
+
+
+def retrain(folder):
+    """Trains models on all processes; each uses all of them."""
+    for number, at_once in enumerate((None, 3)):
+        retrained = ja.retrain(*retraining(), seeds=3, at_once=at_once, mesh=mesh())
+        found = {name: np.asarray(x) for name, x in retrained.items()}
+        found["outputs"] = np.asarray(outputs_of(retrained))
+        np.savez(f"{folder}/{number}-{jax.process_index()}.npz", **found)
+
+
+def global_data(folder):
+    """Data that are arrays of all processes: read where each has all, else refused."""
+    spread = NamedSharding(mesh(), PartitionSpec("data"))
+    whole = NamedSharding(mesh(), PartitionSpec())
+    train = jax.tree.map(np.asarray, models.data(64))
+
+    def put(sharding):
+        return jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), train
+        )
+
+    method = methods()["tracin"]
+    try:
+        ja.build_index(method, checkpoints(), put(spread), mesh=mesh())
+        raise AssertionError("Data that are spread over processes were taken.")
+    except ValueError as error:
+        assert "spread over several processes" in str(error), error
+        assert "source with __len__ and __getitem__" in str(error), error
+    index = ja.build_index(method, checkpoints(), put(whole), batch_size=BATCH, mesh=mesh())
+    scores = np.asarray(ja.score(index, models.data(6, seed=1)))
+    np.save(f"{folder}/{jax.process_index()}.npy", scores)
+
+
 if __name__ == "__main__":
     process, processes, port, task, folder = sys.argv[1:]
     cache = f"{os.environ['JAXATTR_TEST_CACHE']}/process-{process}-of-{processes}"
@@ -113,4 +163,8 @@ if __name__ == "__main__":
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if int(processes) > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
-    {"attribute": attribute, "build": build, "extend": extend, "use": use}[task](folder)
+    tasks = {
+        "attribute": attribute, "build": build, "extend": extend, "use": use, "retrain": retrain,
+        "global_data": global_data,
+    }  # fmt: skip
+    tasks[task](folder)

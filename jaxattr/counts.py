@@ -1,0 +1,36 @@
+"""Counts that callers give: whole numbers, and nothing that only equals one."""
+
+import operator
+from typing import Any
+
+import numpy as np
+
+
+def whole_number(name: str, value: Any, *, least: int | None = 1) -> int:
+    """Returns a caller's count as an int.
+
+    What equals an int and is none must go no further: compiled functions are kept by their counts,
+    and 2.0 would be found in place of 2.
+
+    Args:
+      name: of the argument, for the message.
+      value: an int of Python or NumPy.
+      least: the smallest that is of use, or None for any.
+
+    Returns:
+      The int.
+
+    Raises:
+      ValueError: if it is a float, a bool or a string, or too small.
+    """
+    try:
+        found = None if isinstance(value, bool | np.bool_) else operator.index(value)
+    except TypeError:
+        found = None
+    if found is None:
+        raise ValueError(
+            f"{name} must be a whole number, an int, got {value!r} of type {type(value).__name__}."
+        )
+    if least is not None and found < least:
+        raise ValueError(f"{name} must be at least {least}, got {found}.")
+    return found

@@ -1,0 +1,59 @@
+"""What `import jaxattr` offers, and what it costs."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import jaxattr as ja
+
+ROOT = pathlib.Path(ja.__file__).parent.parent
+
+
+def test_dir_shows_what_is_public_and_no_more():
+    public = [name for name in dir(ja) if not name.startswith("_")]
+    assert {"StoreError", "NonFiniteWarning", "ConvergenceWarning"} <= set(public)
+    assert {"WeightWarning", "TruncationWarning", "build_index", "evaluation"} <= set(public)
+    assert not {"sources", "sharding", "batches", "keys", "store", "kernels"} & set(public)
+    assert set(dir(ja)) == set(ja.__all__) and len(public) <= 60
+    assert all(hasattr(ja, name) for name in ja.__all__)
+
+
+def test_every_object_at_the_top_is_listed():
+    modules = type(ja)
+    there = {
+        name for name, value in vars(ja).items()
+        if not name.startswith("_") and not isinstance(value, modules)
+    }  # fmt: skip
+    listed = {name for name in ja.__all__ if not isinstance(getattr(ja, name), modules)}
+    assert there == listed - {"__version__"}
+
+
+def test_the_version_is_the_one_that_is_packaged():
+    packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert ja.__version__ == packaged
+
+
+def test_what_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split("[>=<]", each)[0] for each in project["dependencies"]}
+    imported = set()
+    for path in (ROOT / "jaxattr").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add((node.module or "").split(".")[0])
+    foreign = imported - set(sys.stdlib_module_names) - {"jaxattr"}
+    assert {{"orbax": "orbax-checkpoint"}.get(name, name) for name in foreign} <= declared
+
+
+def test_importing_is_light():
+    program = (
+        "import sys, jax, optax, flax; heavy = {'scipy.stats', 'flax.nnx'}; "
+        "before = heavy & set(sys.modules); import jaxattr; "
+        "assert heavy & set(sys.modules) == before"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
