@@ -18,7 +18,7 @@ def check_key(key: Any, name: str = "key") -> Key:
       name: of the argument, for the message.
 
     Returns:
-      The key.
+      The key, typed.
 
     Raises:
       ValueError: if it is anything else, or several keys.
@@ -27,7 +27,7 @@ def check_key(key: Any, name: str = "key") -> Key:
     if array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
         return key
     if array and key.dtype == jnp.uint32 and key.ndim == 1:
-        return key
+        return jax.random.wrap_key_data(jnp.asarray(key))
     got = f"{key.dtype} {list(key.shape)}" if array else f"{key!r} of type {type(key).__name__}"
     raise ValueError(
         f"{name} must be one PRNG key, got {got}. Make one of a seed: jax.random.key(0)."

@@ -368,7 +368,7 @@ def _place(mesh: Mesh, leaf: Any) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _summed(place: Placement) -> Callable[[Any], Any]:
-    return place.jit(lambda tree: jax.tree.map(lambda x: x.sum(axis=0), tree))
+    return place.jit(lambda tree: jax.tree.map(lambda x: x.sum(axis=0, dtype=x.dtype), tree))
 
 
 @functools.lru_cache(maxsize=16)

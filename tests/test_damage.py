@@ -57,11 +57,11 @@ class Killed(Exception):
 def test_raw_features_that_a_killed_build_left_are_removed(tmp_path, monkeypatch):
     path, began = tmp_path / "index", []
 
-    def killed(self, name, checkpoint):
+    def killed(self, checkpoint):
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(DiskRows, "remove", killed)
+        patched.setattr(DiskRows, "_remove_raw", killed)
         with pytest.raises(Killed):
             build(path, TRAK)
     assert (path / "raw-0").exists()

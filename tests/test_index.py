@@ -1,3 +1,4 @@
+import functools
 import warnings
 
 import jax
@@ -183,3 +184,15 @@ def test_queries_and_training_examples_share_a_program():
     before = len(traced)
     ja.query_features(index, models.data(4, seed=1))
     assert len(traced) == before
+
+
+def test_keys_of_any_kind():
+    method = ja.tracin(models.loss, projection=projections.rademacher(5))
+    build = functools.partial(ja.build_index, method, models.mlp_params(), models.data(9))
+    typed, raw = build(key=jax.random.key(3)), build(key=jax.random.PRNGKey(3))
+    np.testing.assert_array_equal(typed.features, raw.features)
+    learn = functools.partial(ja.learn_weights, typed, models.data(9), top_k=3)
+    for wrong in (0, jax.random.split(jax.random.key(0)), "3"):
+        for call in (build, learn):
+            with pytest.raises(ValueError, match=r"one PRNG key, got .*: jax.random.key\(0\)"):
+                call(key=wrong)

@@ -329,3 +329,82 @@ def test_a_build_goes_on_with_other_hosts_if_they_share_no_chunk(path, monkeypat
     monkeypatch.setattr(Placement, "boundaries", halves)
     with pytest.raises(StoreError, match="chunks of 8 .* rows .4. of a block, so two would"):
         build(other)
+
+
+def test_a_basis_fitted_on_a_mesh_knows_its_data(path):
+    mesh = jax.make_mesh((8,), ("data",))
+    index = build(path, ja.ekfac(models.loss), mesh=mesh)
+    expected = build(None, ja.ekfac(models.loss))
+    got = np.asarray(ja.score(index, QUERIES))
+    assert models.relative_error(got, np.asarray(ja.score(expected, QUERIES))) <= 1e-9
+
+
+def test_a_basis_is_not_taken_for_that_of_other_data(path):
+    """A run that was killed after its basis was fitted, and goes on with other data unseen."""
+    method = ja.ekfac(models.loss)
+    with pytest.raises(Stops):
+        build(path, method, train=Passes(1))
+    assert finished(Folder(path)) == {}
+    with pytest.raises(StoreError, match="was fitted to other data than its features are"):
+        build(path, method, train=models.data(SIZE, seed=7))
+    build(path.parent / "other", method, train=models.data(SIZE, seed=7))
+
+
+class Passes(Interrupted):
+    """A source that can be read so many times, and then fails."""
+
+    def __init__(self, passes):
+        super().__init__()
+        self.passes = passes
+
+    def __getitem__(self, index):
+        if index == SIZE - 2:
+            self.passes -= 1
+        if self.passes < 0 or (self.passes == 0 and index < SIZE - 2):
+            raise Stops
+        return super().__getitem__(index)
+
+
+def test_a_source_that_changes_is_refused(path):
+    class Shuffling(Interrupted):
+        def __getitem__(self, index):
+            example = super().__getitem__(index)
+            again = self.read.count(index) > 1 and index == 5
+            return example | {"x": -example["x"]} if again else example
+
+    with pytest.raises(StoreError, match="gave other examples when it was read again.*first: 5"):
+        build(path, train=Shuffling())
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_all_of_the_data_is_compared_where_it_is_in_memory(path, in_memory):
+    build(path)
+    labels = TRAIN["y"].at[jnp.array([3, 4, 7, 50])].add(1)
+    other = TRAIN | {"y": labels}
+    given = Interrupted()
+    given.arrays = other
+    given = other if in_memory else given
+    with pytest.raises(StoreError, match="train: y of 4 examples differs .*, first: 3, 4, 7, 50"):
+        build(path, train=given, verify="all")
+    with pytest.raises(ValueError, match='verify must be "all" or "sample", got .some'):
+        build(path, train=given, verify="some")
+
+
+def test_a_sample_of_the_data_says_that_it_is_one(path, monkeypatch):
+    monkeypatch.setattr("jaxattr.index.verifying._SAMPLES", 3)
+    build(path)
+    last = TRAIN | {"y": TRAIN["y"].at[SIZE - 1].add(1)}
+    match = "y of 1 examples of the 3 that were looked at differs .*, first: 52"
+    with pytest.raises(StoreError, match=match):
+        build(path, train=last, verify="sample")
+    build(path, train=TRAIN | {"y": TRAIN["y"].at[5].add(1)}, verify="sample")  # goes unseen
+
+
+def test_an_index_of_few_examples_grows(path):
+    """Built with fewer examples than a batch has."""
+    few = jax.tree.map(lambda x: x[:5], TRAIN)
+    build(path, train=few)
+    index = build(path, train=TRAIN, extend=True)
+    expected = ja.build_index(IDENTITY, CHECKPOINTS, TRAIN, batch_size=BATCH)
+    got, right = (np.asarray(ja.score(each, QUERIES)) for each in (index, expected))
+    np.testing.assert_allclose(got, right, rtol=1e-12)

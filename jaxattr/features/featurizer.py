@@ -31,7 +31,7 @@ from jaxattr.features.expectations import (
 from jaxattr.features.plans import FeatureLayout, Plan, make_plan
 from jaxattr.features.projections import Projection
 from jaxattr.groups import GroupLayout, Groups
-from jaxattr.keys import example_keys
+from jaxattr.keys import check_key, example_keys
 from jaxattr.typing import Batch, Example, Features, Key, OutputFn, Params
 
 
@@ -194,7 +194,7 @@ def featurize_with(
         groups are no partition of them.
     """
     layout = groups_lib.resolve(groups, params)
-    key = jax.random.key(0) if key is None else key
+    key = jax.random.key(0) if key is None else check_key(key)
     rule = rule.traced(params, example, key)
     for function in (rule.output, rule.residual):
         if function is not None:

@@ -44,6 +44,7 @@ from jaxattr.index.saving import (
 )
 from jaxattr.index.verifying import Verify, check_rereading, check_verify, data_differences
 from jaxattr.kernels import Identity, Iterates, Kernel, MapsQueries
+from jaxattr.keys import check_key
 from jaxattr.methods.method import Method
 from jaxattr.sharding import barrier, placement, process
 from jaxattr.sources import as_checkpoints, as_source
@@ -141,7 +142,7 @@ def build_index(
     parameters = tuple(place.whole(each) for each in as_checkpoints(checkpoints))
     source = as_source(train, "train")
     method.weights_of(len(parameters))
-    key = place.whole(jax.random.key(0) if key is None else key)
+    key = place.whole(jax.random.key(0) if key is None else check_key(key))
     on_disk = path is not None
     request = BuildRequest(method, parameters, source, groups, key, place, on_disk, dtype)
     featurize = request.settle(batch_size, microbatch, memory)

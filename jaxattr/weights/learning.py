@@ -16,6 +16,7 @@ import optax
 
 from jaxattr.index.index import Index
 from jaxattr.index.queries import query_features
+from jaxattr.keys import check_key
 from jaxattr.scales import exponent_of, scaled
 from jaxattr.scores import scoring
 from jaxattr.store.rows import EXAMPLES, FEATURES
@@ -249,7 +250,8 @@ def _fit(
 ) -> WeightFit:
     _check_options(options, scores.examples)
     held = int(scores.queries * options.held_out)
-    draws = optimising.draw(jax.random.key(0) if key is None else key, scores.queries, options)
+    key = jax.random.key(0) if key is None else check_key(key)
+    draws = optimising.draw(key, scores.queries, options)
     rows = (draws.order[held:], draws.order[:held])  # learned from, held out
 
     listed, passes = scores.listed(np.ones(scores.groups)), 1
