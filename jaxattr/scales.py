@@ -11,6 +11,18 @@ import jax.numpy as jnp
 _BITS = {4: (jnp.int32, 23, 127), 8: (jnp.int64, 52, 1023)}
 
 
+def wide(dtype: Any) -> Any:
+    """Returns the type to compute in: float32 for shorter floats, else the type itself.
+
+    Unlike `jnp.promote_types` it is the same under strict promotion.
+
+    Args:
+      dtype: a real type.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(dtype, jnp.float32)
+
+
 def exponent_of(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:
     """Returns the smallest e with |x| < 2^e, for the largest entry along some axes.
 
@@ -22,7 +34,7 @@ def exponent_of(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.
       int32; zero where all is zero.
     """
     largest = jnp.max(jnp.abs(x), axis=axis, initial=0)
-    return jnp.frexp(largest.astype(jnp.promote_types(x.dtype, jnp.float32)))[1]
+    return jnp.frexp(largest.astype(wide(x.dtype)))[1]
 
 
 def scaled(x: jax.Array, exponent: Any) -> jax.Array:

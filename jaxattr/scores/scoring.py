@@ -23,7 +23,7 @@ from jaxattr.index.queries import (
     query_features,
     state_of,
 )
-from jaxattr.scales import exponent_of, scaled
+from jaxattr.scales import exponent_of, scaled, wide
 from jaxattr.scores import ranking
 from jaxattr.scores.ranking import TopK
 from jaxattr.sharding import DATA, Placement, barrier
@@ -168,7 +168,7 @@ def top_k(
     else:
         weighing, absorbing, merging = ranking.absorb_step(place, layout, index.link, sign)
         weighted = weighing(w, phi, exponent)
-        best = ranking.empty(place, len(phi), k, jnp.promote_types(phi.dtype, jnp.float32))
+        best = ranking.empty(place, len(phi), k, wide(phi.dtype))
         for slab in _slabs(index, block_size):
             best = absorbing(best, weighted, slab.arrays, slab.first, slab.fresh)
         top = merging(best, weighted.exponents)
@@ -293,7 +293,7 @@ def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:
     values = jnp.stack([jnp.asarray(weights[name]) for name in layout.names])
     if jnp.issubdtype(values.dtype, jnp.complexfloating):
         raise ValueError(f"Weights must be real numbers, got {values.dtype}.")
-    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    values = values.astype(wide(values.dtype))
     if values.ndim != 1:
         raise ValueError(f"Each weight must be a scalar, got shape {values.shape[1:]}.")
     if not isinstance(values, jax.core.Tracer):

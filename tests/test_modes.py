@@ -1,0 +1,85 @@
+"""The settings that people debug with change nothing but speed."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+import jaxattr as ja
+from jaxattr.features import projections
+from tests import models
+
+PARAMS, TRAIN, QUERIES = models.mlp_params(), models.data(21), models.data(4, seed=1)
+WEIGHTS = {"layer0": 0.5, "layer1": 2.0, "layer2": 0.5}
+METHODS = {
+    "tracin": ja.tracin(models.loss, projection=projections.rademacher(8)),
+    "trak": ja.trak(models.margin, projection=projections.rademacher(8)),
+    "ekfac": ja.ekfac(models.loss),
+}
+MODES = {
+    "debug_nans": lambda: jax.debug_nans(True),
+    "strict promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "checking_leaks": jax.checking_leaks,
+    "disable_jit": jax.disable_jit,
+}
+PROMOTES = "types of features are found with jnp.promote_types, which strict promotion refuses"
+NAN_START = "the losses of a fit start as an array of NaN"
+NAN_EIGENVALUES = "eigenvalues that are not known yet are an array of NaN"
+LEAKS = "a low-rank term closes over the output of its map, where the shape would do"
+EXPECTED_TO_FAIL = {
+    ("debug_nans", "tracin", "weights"): NAN_START,
+    ("debug_nans", "trak", "weights"): NAN_START,
+    ("debug_nans", "ekfac", "weights"): NAN_EIGENVALUES,
+    ("debug_nans", "ekfac", "scores"): NAN_EIGENVALUES,
+    ("checking_leaks", "ekfac", "scores"): LEAKS,
+    ("checking_leaks", "ekfac", "weights"): LEAKS,
+    **{("strict promotion", name, part): PROMOTES
+       for name in METHODS for part in ("scores", "weights")},
+}  # fmt: skip
+
+
+def scores(method):
+    index = ja.build_index(method, PARAMS, TRAIN, batch_size=8)
+    top = ja.top_k(index, QUERIES, k=5, weights=WEIGHTS, block_size=8)
+    return {
+        "scores": ja.score(index, QUERIES),
+        "weighted": ja.score(index, QUERIES, weights=WEIGHTS),
+        "ids": top.ids,
+        "top": top.scores,
+        "self": ja.self_influence(index),
+        "attributed": ja.attributor(index, k=5, weights=WEIGHTS)(QUERIES).scores,
+    }
+
+
+def weights(method):
+    index = ja.build_index(method, PARAMS, TRAIN, batch_size=8)
+    fit = ja.learn_weights(index, QUERIES, steps=3, top_k=4)
+    return {"weights": np.array([fit.weights[name] for name in index.layout.names])}
+
+
+PARTS = {"scores": scores, "weights": weights}
+
+
+@functools.cache
+def expected(part, name):
+    return PARTS[part](METHODS[name])
+
+
+def cases():
+    for case in ((mode, name, part) for mode in MODES for name in METHODS for part in PARTS):
+        reason = EXPECTED_TO_FAIL.get(case)
+        marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
+        yield pytest.param(*case, marks=marks)
+
+
+@pytest.mark.filterwarnings("ignore::jaxattr.WeightWarning")
+@pytest.mark.parametrize(("mode", "name", "part"), list(cases()))
+def test_debugging_changes_no_result(mode, name, part):
+    plain = expected(part, name)
+    if mode == "checking_leaks":
+        jax.clear_caches()  # leaks are looked for while a function is traced
+    with MODES[mode]():
+        found = PARTS[part](METHODS[name])
+    for what, value in plain.items():
+        assert models.relative_error(found[what], value) <= 1e-9, what
