@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattr import scales
 from jaxattr.features.expectations import Expectation, TimestepFn, expectation
 from jaxattr.typing import Example, Key, OutputFn, Params
 
@@ -57,7 +58,7 @@ class Denoiser(NamedTuple):
           noise: of the image's shape.
         """
         # A narrow type would round the first of them to one.
-        wide = jnp.promote_types(image.dtype, jnp.float32)
+        wide = scales.wide(image.dtype)
         left = jnp.asarray(self.alpha_bar, wide)[timestep]
         return (jnp.sqrt(left) * image + jnp.sqrt(1 - left) * noise).astype(image.dtype)
 
@@ -202,7 +203,7 @@ def _predicted_of(
             f"predict must return noise of the image's shape {list(noise.shape)}, got "
             f"{list(predicted.shape)}."
         )
-    wide = jnp.promote_types(predicted.dtype, jnp.float32)
+    wide = scales.wide(predicted.dtype)
     return predicted.astype(wide), noise.astype(wide)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxattr.index.index import Index
 from jaxattr.index.queries import QueryFeatures, part_features
+from jaxattr.scales import wide
 from jaxattr.typing import Example, Key, OutputFn, Params
 
 LogitsFn: TypeAlias = Callable[[Params, Example], jax.Array]
@@ -129,7 +130,7 @@ def log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
     Returns:
       Float [t].
     """
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = logits.astype(wide(logits.dtype))
     picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return picked - jax.nn.logsumexp(logits, axis=-1)
 

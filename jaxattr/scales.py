@@ -3,6 +3,7 @@
 Scaling by a power of two is exact, and leaves every bit of the mantissa as it was.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -19,8 +20,17 @@ def wide(dtype: Any) -> Any:
     Args:
       dtype: a real type.
     """
+    return widest(dtype, jnp.float32)
+
+
+def widest(*dtypes: Any) -> Any:
+    """Returns the type that holds all of several, the same under strict promotion.
+
+    Args:
+      *dtypes: of arrays, at least one.
+    """
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(dtype, jnp.float32)
+        return functools.reduce(jnp.promote_types, dtypes)
 
 
 def exponent_of(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:

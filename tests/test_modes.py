@@ -23,20 +23,6 @@ MODES = {
     "checking_leaks": jax.checking_leaks,
     "disable_jit": jax.disable_jit,
 }
-PROMOTES = "types of features are found with jnp.promote_types, which strict promotion refuses"
-NAN_START = "the losses of a fit start as an array of NaN"
-NAN_EIGENVALUES = "eigenvalues that are not known yet are an array of NaN"
-LEAKS = "a low-rank term closes over the output of its map, where the shape would do"
-EXPECTED_TO_FAIL = {
-    ("debug_nans", "tracin", "weights"): NAN_START,
-    ("debug_nans", "trak", "weights"): NAN_START,
-    ("debug_nans", "ekfac", "weights"): NAN_EIGENVALUES,
-    ("debug_nans", "ekfac", "scores"): NAN_EIGENVALUES,
-    ("checking_leaks", "ekfac", "scores"): LEAKS,
-    ("checking_leaks", "ekfac", "weights"): LEAKS,
-    **{("strict promotion", name, part): PROMOTES
-       for name in METHODS for part in ("scores", "weights")},
-}  # fmt: skip
 
 
 def scores(method):
@@ -66,15 +52,10 @@ def expected(part, name):
     return PARTS[part](METHODS[name])
 
 
-def cases():
-    for case in ((mode, name, part) for mode in MODES for name in METHODS for part in PARTS):
-        reason = EXPECTED_TO_FAIL.get(case)
-        marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
-        yield pytest.param(*case, marks=marks)
-
-
 @pytest.mark.filterwarnings("ignore::jaxattr.WeightWarning")
-@pytest.mark.parametrize(("mode", "name", "part"), list(cases()))
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("mode", MODES)
 def test_debugging_changes_no_result(mode, name, part):
     plain = expected(part, name)
     if mode == "checking_leaks":

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxattr.keys import named_key
 from jaxattr.linear_maps import LinearMap
+from jaxattr.scales import wide
 from jaxattr.typing import Key
 
 Sides = tuple[jax.Array | None, jax.Array | None]
@@ -50,7 +51,7 @@ class Factored(NamedTuple):
     @property
     def dtype(self) -> Any:
         """What its features are computed in."""
-        return jnp.promote_types(self.map.dtype, jnp.float32)
+        return wide(self.map.dtype)
 
 
 class Fitted(NamedTuple):
@@ -59,7 +60,7 @@ class Fitted(NamedTuple):
     Attributes:
       sides: {leaf: A and B}; empty where they are drawn at random.
       scales: {leaf: what its gradient is multiplied with, elementwise}; empty for ones.
-      curvature: eigenvalue of each feature [p], NaN where it is not known; or None.
+      curvature: eigenvalue of each feature [p], `UNKNOWN` where it is not known; or None.
       captured: {leaf: share of the trace of the covariances that A and B hold, [2]}; of a side
         that was narrowed at random first, of the trace that was left.
       exponent: the curvature is to be multiplied by 2 to this power.
@@ -78,8 +79,12 @@ class Fitted(NamedTuple):
         if self.curvature is None:
             return None
         own = 0 if self.exponent is None else int(self.exponent)
-        return np.ldexp(np.asarray(self.curvature, np.float64), own - 2 * exponent)
+        found = np.asarray(self.curvature, np.float64)
+        return np.where(found == UNKNOWN, UNKNOWN, np.ldexp(found, own - 2 * exponent))
 
+
+UNKNOWN = -1.0
+"""Stands for an eigenvalue that is not known; not NaN, which people who debug look for."""
 
 NOTHING = Fitted({}, {}, None, {})
 

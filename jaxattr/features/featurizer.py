@@ -32,6 +32,7 @@ from jaxattr.features.plans import FeatureLayout, Plan, make_plan
 from jaxattr.features.projections import Projection
 from jaxattr.groups import GroupLayout, Groups
 from jaxattr.keys import check_key, example_keys
+from jaxattr.scales import wide
 from jaxattr.typing import Batch, Example, Features, Key, OutputFn, Params
 
 
@@ -370,7 +371,7 @@ def _features(
         if of_each_draw:
             return unit_norm(assemble(*found))
         # Sums of many draws would stand still in a narrow type.
-        return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), found)
+        return jax.tree.map(lambda x: x.astype(wide(x.dtype)), found)
 
     count = draws_of(output)
     total = sum_over_draws(output, batch, keys, gradients)

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.features.bases import Basis, Factored
+from jaxattr.features.bases import UNKNOWN, Basis, Factored
 from jaxattr.features.projections import Projection
 from jaxattr.groups import GroupLayout, Member
 from jaxattr.keys import named_key
 from jaxattr.linear_maps import LinearMaps
+from jaxattr.scales import wide, widest
 from jaxattr.typing import Features, Key
 
 
@@ -156,16 +157,16 @@ class Plan:
           values: {leaf: [r, r'], or [stack, r, r']}.
 
         Returns:
-          Float [p], NaN where no value is given.
+          Float [p], `UNKNOWN` where no value is given.
         """
         columns = []
         for group in self.groups:
             for piece in group.pieces:
                 known = values.get(piece.leaf)
                 columns.append(
-                    np.full(piece.size, np.nan) if known is None else piece.of(known[None])[0]
+                    np.full(piece.size, UNKNOWN) if known is None else piece.of(known[None])[0]
                 )
-            columns.append(np.full(group.rest_dim, np.nan))
+            columns.append(np.full(group.rest_dim, UNKNOWN))
         return np.concatenate(columns)
 
     def assemble(
@@ -192,7 +193,7 @@ class Plan:
             if group.rest:
                 members = {member.name: _wide(_flat(member, rest)) for member in group.rest}
                 columns.append(projection.project(named_key(key, group.name), members))
-        dtype = jnp.result_type(*columns)
+        dtype = widest(*(column.dtype for column in columns))
         return jnp.concatenate([column.astype(dtype) for column in columns], axis=1)  # [b, p]
 
 
@@ -319,4 +320,4 @@ def _flat(member: Member, leaves: Mapping[str, jax.Array]) -> jax.Array:
 
 
 def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide(x.dtype))

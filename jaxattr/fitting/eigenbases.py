@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxattr import identity, linear_maps
 from jaxattr.batches import shapes_of_one
-from jaxattr.features.bases import Basis, Factored, Fitted, Sides
+from jaxattr.features.bases import UNKNOWN, Basis, Factored, Fitted, Sides
 from jaxattr.features.expectations import refuse_unit_norm, sum_over_draws
 from jaxattr.features.featurizer import FeatureRule
 from jaxattr.fitting.passes import (
@@ -30,7 +30,7 @@ from jaxattr.fitting.passes import (
 from jaxattr.kernels.diagonal import sum_of_squares
 from jaxattr.keys import example_keys, named_key
 from jaxattr.linear_maps import Captured
-from jaxattr.scales import exponent_of, scaled
+from jaxattr.scales import exponent_of, scaled, wide
 from jaxattr.typing import Batch, Example, Key, OutputFn, Params
 
 SampleFn = Callable[[Params, Example, Key], Example]
@@ -142,19 +142,18 @@ class Eigenbasis(Basis):
             curvature[leaf] = np.ldexp(products, 2 * sum(map(int, exponents[leaf])))
         _warn_of_loss(captured)
         fitted = Fitted(sides, {}, None, captured, data=data)
-        known = np.full(over.featurizer.layout.total, np.nan)
+        known = np.full(over.featurizer.layout.total, UNKNOWN)
         values = over.featurizer.plan.scatter(curvature) if self.eigenvalues else known
-        if sampler is not None and np.isnan(values).any():
+        if sampler is not None and (values == UNKNOWN).any():
             known = _second_moments(over, fitted, sampler)
-        return _with_curvature(fitted, np.where(np.isnan(values), known, values))
+        return _with_curvature(fitted, np.where(values == UNKNOWN, known, values))
 
 
 def _with_curvature(fitted: Fitted, curvature: np.ndarray) -> Fitted:
     """Keeps the curvature over a power of two, since squares of gradients may leave float32."""
-    exponent = int(np.frexp(np.nanmax(curvature, initial=0))[1])
-    return fitted._replace(
-        curvature=jnp.asarray(np.ldexp(curvature, -exponent)), exponent=jnp.asarray(exponent)
-    )
+    exponent = int(np.frexp(np.max(curvature, initial=0))[1])
+    shown = np.where(curvature == UNKNOWN, UNKNOWN, np.ldexp(curvature, -exponent))
+    return fitted._replace(curvature=jnp.asarray(shown), exponent=jnp.asarray(exponent))
 
 
 class TruncationWarning(UserWarning):
@@ -311,7 +310,7 @@ def _in_range(
         for use in each:
             for x, exponent in zip((use.inputs, use.cotangents), exponents[leaf], strict=True):
                 if jnp.issubdtype(x.dtype, jnp.floating):
-                    x = scaled(x.astype(jnp.promote_types(x.dtype, jnp.float32)), -exponent)
+                    x = scaled(x.astype(wide(x.dtype)), -exponent)
                     squares = jnp.sum(x**2, axis=tuple(range(1, x.ndim)))
                     kept.append(squares < jnp.finfo(x.dtype).max * 2.0**-40)
     return functools.reduce(jnp.logical_and, kept)

@@ -19,6 +19,7 @@ from jaxattr.groups import Groups, named_leaves
 from jaxattr.identity import LANES
 from jaxattr.kernels import Identity, Iterates, Kernel
 from jaxattr.methods.method import Method, featurizer
+from jaxattr.scales import widest
 from jaxattr.sharding import DATA, Placement, placement, split_rows
 from jaxattr.sources import Source, as_checkpoints, as_source
 from jaxattr.store.rows import (
@@ -293,7 +294,7 @@ def feature_dtype(featurize: Featurizer, params: Params) -> Any:
     plan, leaves = featurize.plan, named_leaves(params)
     dtypes = [factored.dtype for factored in plan.factored]
     dtypes += [leaves[name].dtype for name in plan.rest]
-    return np.dtype(jnp.result_type(jnp.float32, *dtypes))
+    return np.dtype(widest(jnp.float32, *dtypes))
 
 
 def check_device(planned_bytes: int, place: Placement, what: str) -> None:

@@ -77,8 +77,8 @@ class Surroundings(NamedTuple):
       layout: the columns of the features.
       rows: columns -> those of the features of all training examples [n, width], on the host; rows
         of zeros for examples that do not count.
-      curvature: eigenvalue of each feature [p] as the basis of the features knows it, NaN where it
-        does not; or None.
+      curvature: eigenvalue of each feature [p] as the basis of the features knows it, `UNKNOWN`
+        where it does not; or None.
       sums_of: (sums, data, description) -> the sums over the features of other examples, for
         `sums` as in `Kernel`.
       exponent: features are given over 2 to this power, so that their squares stay within range;

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattr.features.bases import UNKNOWN
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.kernels.base import Damping, Surroundings, check_damping
 from jaxattr.typing import Features
@@ -67,7 +68,7 @@ class SecondMoment:
         curvature = means
         if surroundings.curvature is not None:
             known = np.asarray(surroundings.curvature, np.float64)
-            curvature = np.where(np.isnan(known), means, known)
+            curvature = np.where(known == UNKNOWN, means, known)
         blocks = surroundings.layout.column_blocks
         sizes = np.maximum(np.bincount(blocks), 1)  # a block of no column is never looked up
         unit = surroundings.exponent

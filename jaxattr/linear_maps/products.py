@@ -10,7 +10,6 @@ with s numbering layers, t positions, i inputs and o outputs, by naming the axes
 
 import abc
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from jax.lax import GatherScatterMode
 
 from jaxattr.linear_maps.labels import Dim, Dims, Label, extent, flat, ordered, rearrange
 from jaxattr.linear_maps.views import Factors, View, aval
+from jaxattr.scales import widest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -337,4 +337,4 @@ def _new(number: int, size: int) -> Dim:
 
 
 def _compute_dtype(eqn: JaxprEqn) -> Any:
-    return functools.reduce(jnp.promote_types, (aval(v).dtype for v in eqn.invars))
+    return widest(*(aval(v).dtype for v in eqn.invars))

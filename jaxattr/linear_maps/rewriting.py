@@ -14,6 +14,7 @@ from jaxattr.linear_maps.interpreter import Output, Taps, Walk
 from jaxattr.linear_maps.labels import Label, ordered, rearrange
 from jaxattr.linear_maps.products import Product
 from jaxattr.linear_maps.views import Factors, Site, View
+from jaxattr.scales import widest
 from jaxattr.typing import Example, Key, OutputFn, Params
 
 Bases: TypeAlias = Mapping[str, tuple[jax.Array | None, jax.Array | None]]
@@ -283,7 +284,7 @@ def zeros(maps: LinearMaps, bases: Bases) -> dict[str, jax.Array]:
         left = linear_map.size_in if a is None else a.shape[-1]
         right = linear_map.size_out if b is None else b.shape[-1]
         dtypes = [x.dtype for x in (a, b) if x is not None] or [linear_map.dtype]
-        dtype = jnp.result_type(jnp.float32, *dtypes)
+        dtype = widest(jnp.float32, *dtypes)
         result[leaf] = jnp.zeros((*_lead(linear_map), left, right), dtype)
     return result
 
@@ -310,14 +311,14 @@ class _Bottleneck(_Rewriting):
     ) -> tuple[Any, Taps]:
         assert view.factors is not None
         transposed = self.transposed[walk.site]
-        (a, z, b), dtype = view.factors, y.dtype
+        (a, z, b), shape, dtype = view.factors, y.shape, y.dtype
 
         # The term is linear in Z, and Z is zero: its value is nothing, and so is its derivative in
         # x. Saying so spares a pass forwards through B and one backwards through A.
         @jax.custom_jvp
         def term(z: jax.Array, x: jax.Array, a: jax.Array | None, b: jax.Array | None) -> jax.Array:
             del z, x, a, b
-            return jnp.zeros(y.shape, dtype)
+            return jnp.zeros(shape, dtype)
 
         @term.defjvp
         def _derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
@@ -473,5 +474,9 @@ def _by_layer(
     numbers = [use.layers(linear_map.stack_axes) for use in together]
     if np.array_equal(numbers[0], np.arange(linear_map.stack)):
         return blocks[0]
-    whole = jnp.full((linear_map.stack, *blocks[0].shape[1:]), nothing, jnp.result_type(*blocks))
+    whole = jnp.full(
+        (linear_map.stack, *blocks[0].shape[1:]),
+        nothing,
+        widest(*(block.dtype for block in blocks)),
+    )
     return whole.at[np.concatenate(numbers)].set(jnp.concatenate(blocks))

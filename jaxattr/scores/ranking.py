@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.scales import exponent_of, scaled
+from jaxattr.scales import exponent_of, scaled, wide, widest
 from jaxattr.sharding import DATA, MODEL, Placement
 from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES, axes_of, pad_columns
 from jaxattr.typing import Features, Link
@@ -64,8 +64,8 @@ def train_side(arrays: dict[str, jax.Array]) -> TrainSide:
     examples = examples.reshape(-1, *examples.shape[2:])  # [r, c, 2]
     counted = (examples[..., COLUMNS.finite] > 0).all(axis=1)
     residual = jnp.where(counted, examples[..., COLUMNS.residual].mean(axis=1), 0)
-    wide = jnp.promote_types(features.dtype, jnp.float32)
-    return TrainSide(features.reshape(len(counted), -1).astype(wide), residual, counted)
+    rows = features.reshape(len(counted), -1).astype(wide(features.dtype))
+    return TrainSide(rows, residual, counted)
 
 
 # Products of features are below 2 to this power: as far up as sums of them stay finite, so that
@@ -325,7 +325,7 @@ def top_k_of_arrays(
             first = start * b * place.shards
             return absorb(place, link, sign, best, weighted, slab, first, i * at_once - start)
 
-        dtype = jnp.promote_types(weighted.features.dtype, arrays[EXAMPLES].dtype)
+        dtype = widest(weighted.features.dtype, arrays[EXAMPLES].dtype)
         none = jax.tree.map(lambda x: x[:1], empty(place, len(weighted.features), k, dtype))
         best = jax.lax.fori_loop(0, -(-blocks // at_once), step, none)
         return merge(place, link, sign, best, weighted.exponents)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattr.scales import wide
 from jaxattr.sharding import DATA, MODEL, Placement
 
 FEATURES, RAW, EXAMPLES, SELF, ERRORS = "features", "raw", "examples", "self", "errors"
@@ -80,7 +81,7 @@ class RowLayout:
     @property
     def wide(self) -> Any:
         """The dtype that features are computed with, however they are stored."""
-        return jnp.promote_types(self.dtypes[FEATURES], jnp.float32)
+        return wide(self.dtypes[FEATURES])
 
     def bytes_on_disk(self) -> int:
         """Bytes of all arrays, while the index is built."""

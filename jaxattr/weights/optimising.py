@@ -107,7 +107,8 @@ def run(
     """
     dynamic = (gauge, abs(loss_at_start) or 1.0, options.l2)
     static = options._replace(l2=0.0, held_out=0.0, start="uniform")
-    return _run(listed, rows, state, keys, *dynamic, options=static)
+    with jax.numpy_dtype_promotion("standard"):  # which Optax's schedules take for granted
+        return _run(listed, rows, state, keys, *dynamic, options=static)
 
 
 def loss_of(listed: Shortlist, rows: np.ndarray, w: np.ndarray, options: FitOptions) -> float:
@@ -165,7 +166,7 @@ def _optimizer(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _start(m: int, optimizer: optax.GradientTransformation | None, steps: int) -> LoopState:
     theta = jnp.zeros(m)
-    losses = jnp.full(steps, jnp.nan, theta.dtype)
+    losses = jnp.zeros(steps, theta.dtype)
     state = _optimizer(optimizer, steps).init(theta)
     return LoopState(theta, state, jnp.asarray(0), losses, jnp.asarray(True))
 

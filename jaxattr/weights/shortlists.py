@@ -29,6 +29,7 @@ import jax.numpy as jnp
 
 from jaxattr import identity
 from jaxattr.features.plans import FeatureLayout
+from jaxattr.scales import wide
 from jaxattr.scores.ranking import (
     SIDE,
     TrainSide,
@@ -212,7 +213,7 @@ def compiled_pass(
 
     def start(w: jax.Array, phi: Features) -> _Pass:
         q, m, lists, shards = len(phi), len(layout.names), len(signs), place.shards
-        dtype = jnp.promote_types(phi.dtype, jnp.float32)
+        dtype = wide(phi.dtype)
         zeros = functools.partial(jnp.zeros, dtype=dtype)
         rows = _Rows(
             jnp.full((shards, lists, q, length), -1, jnp.int32),
