@@ -5,9 +5,10 @@ has such an axis. Parameters keep whatever sharding the training job gave them. 
 function here does nothing, so that the rest of the library is written once.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -215,6 +216,32 @@ class Placement:
         sharding = self.sharding(DATA)
         return [(0, rows)] if sharding is None else _joined(_spans(sharding, rows))
 
+    def owned_spans(self, rows: int) -> list[tuple[int, int]]:
+        """Returns those of `local_spans` that are this host's to write.
+
+        Where the columns go over hosts, several have the same rows: the first of them writes.
+        """
+        sharding = self.sharding(DATA)
+        if sharding is None:
+            return [(0, rows)]
+        owners = owners_of(dict(sharding.devices_indices_map((rows,))), rows)
+        mine = jax.process_index()
+        return _joined(sorted(span for span, owner in owners.items() if owner == mine))
+
+    def agreed(self, tree: Any) -> Any:
+        """Takes the first process's arrays on all: decompositions may differ by the last bits.
+
+        Arrays that are spread over processes are the same everywhere, and stay.
+        """
+        if jax.process_count() == 1:
+            return tree
+        leaves, structure = jax.tree.flatten(tree)
+        own = [i for i, x in enumerate(leaves) if getattr(x, "is_fully_addressable", True)]
+        shared = multihost_utils.broadcast_one_to_all([np.asarray(leaves[i]) for i in own])
+        for i, value in zip(own, shared, strict=True):
+            leaves[i] = jnp.asarray(value)
+        return jax.tree.unflatten(structure, leaves)
+
     def boundaries(self, rows: int) -> list[int]:
         """Returns where rows of one host end and those of another begin, of all hosts."""
         if self.mesh is None:
@@ -294,6 +321,43 @@ def agree(problem: str | None) -> str | None:
         if each.any():
             return bytes(each[each > 0]).decode(errors="replace")
     return None
+
+
+class OtherProcessError(RuntimeError):
+    """Another process of the job failed, and says why."""
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Makes a failure of one process within it one of all, at its end, so that none waits.
+
+    Raises:
+      OtherProcessError: where it was another process that failed.
+    """
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    shared = agree(None if problem is None else f"{type(problem).__name__}: {problem}")
+    if problem is not None:
+        raise problem
+    if shared is not None:
+        raise OtherProcessError(f"Another process failed. {shared}")
+
+
+def owners_of(places: Mapping[Any, Any], rows: int) -> dict[tuple[int, int], int]:
+    """Returns {span of rows: the first process that has it}.
+
+    Args:
+      places: {device: index of an array [rows]}, of all devices.
+      rows: of a block.
+    """
+    owners: dict[tuple[int, int], int] = {}
+    for device, index in places.items():
+        span = _span(index[0], rows)
+        owners[span] = min(owners.get(span, device.process_index), device.process_index)
+    return owners
 
 
 def barrier(name: str) -> None:

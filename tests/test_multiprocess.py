@@ -96,6 +96,34 @@ def test_data_that_are_arrays_of_all_processes(tmp_path):
         assert models.relative_error(np.load(tmp_path / f"{process}.npy"), expected) <= 1e-9
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["tracin", "trak"])
+def test_a_full_disk_of_one_process_ends_all(tmp_path, method):
+    began = time.time()
+    jobs = start("fail", tmp_path, 2, METHOD=method)
+    first, second = (job.communicate(timeout=90)[0] for job in jobs)
+    assert jobs[0].returncode and jobs[1].returncode
+    assert "OtherProcessError: Another process failed. StoreError: Cannot write" in first
+    assert "StoreError: Cannot write: no space left" in second
+    assert time.time() - began < 90  # and not when JAX misses a heartbeat
+    finish(start("build", tmp_path, 2, METHOD=method))
+
+
+@pytest.mark.slow
+def test_columns_over_processes(tmp_path):
+    finish(start("over_columns", tmp_path, 2, METHOD="trak"))
+    method, train = worker.methods()["trak"], models.data(worker.SIZE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", WeightWarning)
+        index = ja.build_index(method, worker.checkpoints(), train, batch_size=worker.BATCH)
+        expected = worker.results(index)
+    found = [np.load(tmp_path / f"{process}.npz") for process in range(2)]
+    for name, value in expected.items():
+        assert models.relative_error(found[0][name], value) <= 1e-9, name
+        np.testing.assert_array_equal(found[1][name], found[0][name])
+    assert found[0]["writes"] > 0 and found[1]["writes"] == 0
+
+
 # How often each job is killed: enough for a run of all tests; set it for more.
 KILLS = int(os.environ.get("JAXATTR_KILLS", "2"))
 

@@ -13,7 +13,7 @@ from jaxattr import identity
 from jaxattr.features.bases import Fitted
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.scales import exponent_of, scaled
-from jaxattr.sharding import DATA, Placement
+from jaxattr.sharding import DATA, Placement, failing_together
 from jaxattr.sources import Source, track
 from jaxattr.typing import Batch, Features, Params
 
@@ -126,13 +126,14 @@ class TrainingPass:
         """
         add = _compiled_sums(self.place, function)
         total = None
-        for arguments in blocks:
-            if total is None:
-                shapes = jax.eval_shape(self.place.per_shard(function), shared, *arguments)
-                total = jax.tree.map(
-                    lambda shape: self.place.zeros(shape.shape, shape.dtype, DATA), shapes
-                )
-            total = add(total, shared, *arguments)
+        with failing_together():
+            for arguments in blocks:
+                if total is None:
+                    shapes = jax.eval_shape(self.place.per_shard(function), shared, *arguments)
+                    total = jax.tree.map(
+                        lambda shape: self.place.zeros(shape.shape, shape.dtype, DATA), shapes
+                    )
+                total = add(total, shared, *arguments)
         return self.place.sum_of_shards(total)
 
     def _numbers(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

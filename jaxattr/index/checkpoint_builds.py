@@ -30,7 +30,7 @@ from jaxattr.index.verifying import check_fitted
 from jaxattr.kernels import Identity, Iterates, Kernel, MapsQueries, Surroundings
 from jaxattr.methods.method import Method
 from jaxattr.scales import exponent_of, scaled
-from jaxattr.sharding import DATA, Placement, barrier, process
+from jaxattr.sharding import DATA, Placement, barrier, failing_together, process
 from jaxattr.sources import Source, as_source, track
 from jaxattr.store import Folder, Ledger
 from jaxattr.store.rows import (
@@ -121,9 +121,10 @@ def build_checkpoint(
     if isinstance(kernel, Identity):
         prepare = _compiled_identity(job.place, layout, eta)
         stream = over.features(fitted, "features", first=first, digests=digests)
-        for block, clean in enumerate(stream, first):
-            rows.write(block, number, prepare(clean))
-        rows.flush()
+        with failing_together():
+            for block, clean in enumerate(stream, first):
+                rows.write(block, number, prepare(clean))
+            rows.flush()
         _check_fitted(rows, fitted, number)
         return BuiltCheckpoint(fitted, (), _finite(rows, number))
     if session is not None and first == blocks:
@@ -134,13 +135,14 @@ def build_checkpoint(
     found = _operator(job, over, fitted, rows, session)
     apply, residual = apply_kernel(job.place, kernel, layout, eta)
     starts = range(first, blocks)
-    for block in track(iter(starts), f"{kernel.name}, checkpoint {number}", blocks, first):
-        phi = rows.read(RAW, block, number).astype(rows.layout.wide)
-        mapped, values = apply(found.operator, phi, found.exponent)
-        if residual is not None:
-            values[ERRORS] = residual(found.operator, phi, mapped)
-        rows.write(block, number, values)
-    rows.flush()
+    with failing_together():
+        for block in track(iter(starts), f"{kernel.name}, checkpoint {number}", blocks, first):
+            phi = rows.read(RAW, block, number).astype(rows.layout.wide)
+            mapped, values = apply(found.operator, phi, found.exponent)
+            if residual is not None:
+                values[ERRORS] = residual(found.operator, phi, mapped)
+            rows.write(block, number, values)
+        rows.flush()
     rows.finish(number)
     return BuiltCheckpoint(fitted, found.operator, found.finite)
 
@@ -189,13 +191,14 @@ def _operator(
 
     function = _kernel_sums(kernel, job.featurizer.layout, rows.layout.size, rows.layout.wide)
     statistics = over.sums(function, (), blocks())
-    rows.flush()
+    with failing_together():
+        rows.flush()
     barrier("features written")
     _check_fitted(rows, fitted, number)
     finite = _finite(rows, number)
     unit = exponent or 0
     operator = kernel.finalize(statistics, _surroundings(job, over, fitted, rows, finite, unit))
-    operator = job.place.whole(operator)
+    operator = job.place.whole(job.place.agreed(operator))
     if isinstance(kernel, MapsQueries) and session is not None:
         save_operator(session.folder, number, operator, job.place)
     return _Inverted(operator, unit, finite)
@@ -228,7 +231,7 @@ def _fit(job: BuildJob, over: TrainingPass, session: DiskBuild | None) -> Fitted
             return loaded
     basis = job.featurizer.rule.projection.basis
     fitted = basis.fit(over) if isinstance(basis, Fits) else NOTHING
-    fitted = job.place.whole(fitted)
+    fitted = job.place.whole(job.place.agreed(fitted))
     if session is not None:
         save_fitted(session.folder, over.number, fitted, job.place)
     return fitted

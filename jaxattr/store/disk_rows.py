@@ -254,7 +254,7 @@ class DiskRows:
         column = 0 if name == RAW else checkpoint
         dtype = np.dtype(self.layout.dtypes[name])
         first, futures = block * self.layout.block, []
-        for start, stop in self.place.local_spans(self.layout.block):
+        for start, stop in self.place.owned_spans(self.layout.block):
             stop = min(stop, self.layout.size - first)
             if start < stop:
                 rows = _local_rows(value, start, stop).astype(dtype, copy=False)

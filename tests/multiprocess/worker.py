@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxattr as ja
 from jaxattr.features import projections
+from jaxattr.store import DiskRows
 from tests import models
 
 SIZE, BATCH = 61, 8
@@ -91,6 +92,38 @@ def make(folder, size, **options):
     return ja.build_index(method, checkpoints(), models.data(size), **arguments)
 
 
+def fail(folder):
+    """Builds, where the disk of the second process is full after some blocks."""
+    write, written = DiskRows._start_write, []
+
+    def full(self, *arguments):
+        written.append(arguments)
+        if jax.process_index() == 1 and len(written) > 20:
+            raise ja.StoreError("Cannot write: no space left")
+        return write(self, *arguments)
+
+    DiskRows._start_write = full
+    build(folder)
+
+
+def over_columns(folder):
+    """Builds on a mesh whose columns go over the processes, so that both have all rows."""
+    devices = np.array(jax.devices()).reshape(2, 2).T
+    place = jax.sharding.Mesh(devices, ("data", "model"))
+    write, mine = DiskRows._start_write, []
+
+    def noted(self, *arguments):
+        futures = write(self, *arguments)
+        mine.extend(futures)
+        return futures
+
+    DiskRows._start_write = noted
+    make(folder, SIZE, mesh=place)
+    index = ja.open_index(f"{folder}/index", methods()["trak"], checkpoints(), mesh=place)
+    found = results(index) | {"writes": len(mine)}
+    np.savez(f"{folder}/{jax.process_index()}.npz", **found)
+
+
 def extend(folder):
     """Extends a finished index to twice its examples, or goes on with that."""
     make(folder, SIZE * 10, extend=True)
@@ -165,6 +198,6 @@ if __name__ == "__main__":
         jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
     tasks = {
         "attribute": attribute, "build": build, "extend": extend, "use": use, "retrain": retrain,
-        "global_data": global_data,
+        "global_data": global_data, "fail": fail, "over_columns": over_columns,
     }  # fmt: skip
     tasks[task](folder)
