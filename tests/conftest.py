@@ -9,6 +9,8 @@ os.environ["XLA_FLAGS"] = (
 ).strip()
 
 import jax
+import pytest
+from xdist.scheduler import LoadFileScheduling
 
 # Many tests compile the same programs. Each worker keeps its own: older releases of JAX may read
 # an entry that another process is still writing.
@@ -24,3 +26,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def pytest_sessionfinish(session):
     if not hasattr(session.config, "workerinput"):  # the run itself, and none of its workers
         shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keeps the tests of a file on one worker, which has compiled their programs by then."""
+    return LoadFileScheduling(config, log)
