@@ -10,22 +10,21 @@ import numpy as np
 import pytest
 
 import jaxattr as ja
-from jaxattr.features import projections
 from jaxattr.sharding import Placement
 from jaxattr.store import Folder, StoreError, finished
 from tests import models
-
-SIZE, BATCH = 53, 8
-TRAIN, QUERIES = models.data(SIZE), models.data(6, seed=1)
-CHECKPOINTS = [models.mlp_params(jax.random.key(i)) for i in range(2)]
-IDENTITY = ja.tracin(models.loss, projection=projections.identity())
-TRAK = ja.trak(models.margin, projection=projections.rademacher(10))
-
-
-def build(path, method=IDENTITY, checkpoints=CHECKPOINTS, train=TRAIN, **options):
-    return ja.build_index(
-        method, checkpoints, train, **{"batch_size": BATCH, "path": path} | options
-    )
+from tests.stored import (
+    BATCH,
+    CHECKPOINTS,
+    IDENTITY,
+    QUERIES,
+    SIZE,
+    TRAIN,
+    TRAK,
+    Interrupted,
+    Stops,
+    build,
+)
 
 
 @pytest.fixture
@@ -139,26 +138,6 @@ def test_examples_that_are_not_finite_stay_so(path):
     assert 17 not in np.asarray(ja.top_k(index, QUERIES, k=SIZE).ids)
 
 
-class Stops(Exception):
-    pass
-
-
-class Interrupted:
-    """A source that fails at some example, and says what was read."""
-
-    def __init__(self, stop=None, size=SIZE):
-        self.arrays, self.stop, self.read = models.data(size), stop, []
-
-    def __len__(self):
-        return len(self.arrays["y"])
-
-    def __getitem__(self, index):
-        self.read.append(index)
-        if self.stop is not None and self.stop <= index < SIZE - 1:
-            raise Stops
-        return jax.tree.map(lambda x: x[index], self.arrays)
-
-
 @pytest.mark.parametrize("method", [IDENTITY, TRAK], ids=lambda m: m.name)
 def test_a_build_that_stops_goes_on_where_it_was(path, method, monkeypatch):
     monkeypatch.setattr("jaxattr.index.verifying._SAMPLES", 2)
@@ -195,44 +174,6 @@ def test_a_finished_index_is_only_opened(path):
     source = Interrupted()
     build(path, train=source)
     assert len(source.read) <= 64 + 2  # for the fingerprint and the shapes
-
-
-def other_loss(params, example, key):
-    return 2 * models.loss(params, example, key)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"method": TRAK}, "method.name: the index has TracIn, got TRAK"),
-        ({"method": ja.tracin(other_loss, projection=projections.identity())},
-         "the function that is attributed .the loss, .* computes something else than when"),
-        ({"method": ja.tracin(models.loss, projection=projections.rademacher(9))},
-         "projection.kind: the index has Identity, got Rademacher"),
-        ({"checkpoints": CHECKPOINTS[::-1]}, "parameters of checkpoint 1 differ: layer2/kernel"),
-        ({"checkpoints": CHECKPOINTS[:1]}, "rows.checkpoints: the index has 2, got 1"),
-        ({"train": models.data(SIZE, seed=3)}, "train: x of 53 examples differs .*: 0, 1, 2"),
-        ({"train": models.data(SIZE + 1)}, "data.examples: the index has 53, got 54"),
-        ({"key": jax.random.key(1)}, "key.words: the index has .0, 0., got .0, 1."),
-        ({"groups": ja.by_leaf}, "groups: "),
-        ({"batch_size": 9}, "rows.block: the index has 8, got 9"),
-        ({"dtype": jnp.bfloat16}, "rows.dtypes.features: the index has float64, got bfloat16"),
-    ],
-)  # fmt: skip
-def test_what_does_not_belong_together_is_refused(finished_index, change, message):
-    options = {"method": IDENTITY, "checkpoints": CHECKPOINTS, "train": TRAIN} | change
-    with pytest.raises(StoreError, match=f"(?s)was made from something else.*{message}"):
-        build(finished_index, **options)
-
-
-def test_opening_checks_method_and_checkpoints(finished_index):
-    with pytest.raises(StoreError, match="method.name: the index has TracIn, got TRAK"):
-        ja.open_index(finished_index, TRAK, CHECKPOINTS)
-    with pytest.raises(StoreError, match="the parameters of checkpoint 0 differ: layer0/bias"):
-        ja.open_index(finished_index, IDENTITY, CHECKPOINTS[::-1])
-    with pytest.raises(ValueError, match='blocks of 8 .* the 3 devices of the mesh axis "data"'):
-        devices = jax.devices()[:3]
-        ja.open_index(finished_index, mesh=jax.make_mesh((3,), ("data",), devices=devices))
 
 
 def test_places_that_hold_no_index(tmp_path):
@@ -329,75 +270,6 @@ def test_a_build_goes_on_with_other_hosts_if_they_share_no_chunk(path, monkeypat
     monkeypatch.setattr(Placement, "boundaries", halves)
     with pytest.raises(StoreError, match="chunks of 8 .* rows .4. of a block, so two would"):
         build(other)
-
-
-def test_a_basis_fitted_on_a_mesh_knows_its_data(path):
-    mesh = jax.make_mesh((8,), ("data",))
-    index = build(path, ja.ekfac(models.loss), mesh=mesh)
-    expected = build(None, ja.ekfac(models.loss))
-    got = np.asarray(ja.score(index, QUERIES))
-    assert models.relative_error(got, np.asarray(ja.score(expected, QUERIES))) <= 1e-9
-
-
-def test_a_basis_is_not_taken_for_that_of_other_data(path):
-    """A run that was killed after its basis was fitted, and goes on with other data unseen."""
-    method = ja.ekfac(models.loss)
-    with pytest.raises(Stops):
-        build(path, method, train=Passes(1))
-    assert finished(Folder(path)) == {}
-    with pytest.raises(StoreError, match="was fitted to other data than its features are"):
-        build(path, method, train=models.data(SIZE, seed=7))
-    build(path.parent / "other", method, train=models.data(SIZE, seed=7))
-
-
-class Passes(Interrupted):
-    """A source that can be read so many times, and then fails."""
-
-    def __init__(self, passes):
-        super().__init__()
-        self.passes = passes
-
-    def __getitem__(self, index):
-        if index == SIZE - 2:
-            self.passes -= 1
-        if self.passes < 0 or (self.passes == 0 and index < SIZE - 2):
-            raise Stops
-        return super().__getitem__(index)
-
-
-def test_a_source_that_changes_is_refused(path):
-    class Shuffling(Interrupted):
-        def __getitem__(self, index):
-            example = super().__getitem__(index)
-            again = self.read.count(index) > 1 and index == 5
-            return example | {"x": -example["x"]} if again else example
-
-    with pytest.raises(StoreError, match="gave other examples when it was read again.*first: 5"):
-        build(path, train=Shuffling())
-
-
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_all_of_the_data_is_compared_where_it_is_in_memory(path, in_memory):
-    build(path)
-    labels = TRAIN["y"].at[jnp.array([3, 4, 7, 50])].add(1)
-    other = TRAIN | {"y": labels}
-    given = Interrupted()
-    given.arrays = other
-    given = other if in_memory else given
-    with pytest.raises(StoreError, match="train: y of 4 examples differs .*, first: 3, 4, 7, 50"):
-        build(path, train=given, verify="all")
-    with pytest.raises(ValueError, match='verify must be "all" or "sample", got .some'):
-        build(path, train=given, verify="some")
-
-
-def test_a_sample_of_the_data_says_that_it_is_one(path, monkeypatch):
-    monkeypatch.setattr("jaxattr.index.verifying._SAMPLES", 3)
-    build(path)
-    last = TRAIN | {"y": TRAIN["y"].at[SIZE - 1].add(1)}
-    match = "y of 1 examples of the 3 that were looked at differs .*, first: 52"
-    with pytest.raises(StoreError, match=match):
-        build(path, train=last, verify="sample")
-    build(path, train=TRAIN | {"y": TRAIN["y"].at[5].add(1)}, verify="sample")  # goes unseen
 
 
 def test_an_index_of_few_examples_grows(path):

@@ -1,0 +1,486 @@
+"""Every way in which a leaf may enter a loss: each rule against `vmap(grad)` in float64."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests import architectures
+from tests.linear_map_checks import case_batch, check, normal
+
+
+# Each case: shapes of the parameters, the loss up to a final tanh, and what each leaf is, written
+# as kind and sizes, with the bias. x is float [4, 6], ids int [4], image float [5, 5, 4].
+def lookup(w, ids, mode):
+    return w.at[ids].get(mode=mode)
+
+
+def remat_scan(p, x):
+    def layer(x, leaves):
+        w, b = leaves
+        return jnp.tanh(jax.checkpoint(lambda x: x @ w + b)(x)), None
+
+    return jax.checkpoint(lambda p, x: jax.lax.scan(layer, x, (p["w"], p["b"]))[0])(p, x)
+
+
+def shared_in_scan(p, x):
+    def layer(x, w):
+        return jnp.tanh(x @ p["shared"] + p["b"]) @ w, x @ p["shared"]
+
+    return jax.lax.scan(layer, x, p["w"], reverse=True)[0]
+
+
+def unused_is_returned(p, x):
+    """As nnx.scan does: the step returns its layer, which is used again outside."""
+
+    def layer(x, w):
+        return jnp.tanh(x @ w), w
+
+    x, w = jax.lax.scan(layer, x, p["w"])
+    return jnp.einsum("ti,lio->tlo", x, w)[:, 0]
+
+
+def nested_scan(p, x):
+    def inner(x, w):
+        return jnp.tanh(x @ w), None
+
+    def outer(x, w):
+        return jax.lax.scan(inner, x, w)[0], None
+
+    return jax.lax.scan(outer, x, p["w"])[0]
+
+
+@jax.custom_jvp
+def clipped(x):
+    return jnp.clip(x, -1, 1)
+
+
+clipped.defjvp(lambda x, t: (clipped(*x), t[0] * 0.5))
+
+
+@jax.custom_vjp
+def reversed_gradient(x):
+    return x
+
+
+reversed_gradient.defvjp(lambda x: (x, None), lambda _, g: (-g,))
+
+
+def image_conv(**options):
+    return lambda p, e: architectures.conv(e["image"][None], p["w"], **options)
+
+
+CASES = {
+    "dense": ({"w": (6, 5)}, lambda p, e: e["x"] @ p["w"], {"w": "dense 6 5"}),
+    "weight on the left": ({"w": (5, 6)}, lambda p, e: p["w"] @ e["x"].T, {"w": "dense 6 5"}),
+    "vector": ({"w": (6, 5)}, lambda p, e: e["x"][0] @ p["w"], {"w": "dense 6 5"}),
+    "one output": ({"w": (6,)}, lambda p, e: e["x"] @ p["w"], {"w": "dense 6 1"}),
+    "outer product": (
+        {"w": (5,)},
+        lambda p, e: e["x"][:, 0, None] @ p["w"][None],
+        {"w": "dense 1 5"},
+    ),
+    "transposed": ({"w": (5, 6)}, lambda p, e: e["x"] @ p["w"].T, {"w": "dense 6 5"}),
+    "heads split": (
+        {"w": (6, 4), "b": (2, 2)},
+        lambda p, e: (e["x"] @ p["w"]).reshape(4, 2, 2) + p["b"],
+        {"w": "dense 6 4 b"},
+    ),
+    "heads split in the weight": (
+        {"w": (6, 6)},
+        lambda p, e: jnp.einsum("td,hdo->hto", e["x"], p["w"].reshape(6, 3, 2).transpose(1, 0, 2)),
+        {"w": "dense 6 6"},
+    ),
+    "inputs behind the outputs": (
+        {"w": (5, 2, 3)},
+        lambda p, e: jnp.einsum("tij,oij->ot", e["x"].reshape(4, 2, 3), p["w"]),
+        {"w": "dense 6 5"},
+    ),
+    "inputs around the outputs": (
+        {"w": (2, 5, 3)},
+        lambda p, e: jnp.einsum("tij,ioj->to", e["x"].reshape(4, 2, 3), p["w"]),
+        {"w": "dense 6 5"},
+    ),
+    "inputs in another order": (
+        {"w": (2, 3, 5)},
+        lambda p, e: jnp.einsum("tji,ijo->to", e["x"].reshape(4, 3, 2), p["w"]),
+        {"w": "dense 6 5"},
+    ),
+    "outputs in another order": (
+        {"w": (6, 2, 3), "b": (2, 3)},
+        lambda p, e: jnp.einsum("ti,iab->tba", e["x"], p["w"]) + p["b"].T,
+        {"w": "dense 6 6 b"},
+    ),
+    "bias in another order is no bias": (
+        {"w": (6, 2, 2), "b": (2, 2)},
+        lambda p, e: jnp.einsum("ti,iab->tba", e["x"], p["w"]) + p["b"],
+        {"w": "dense 6 4", "b": "added to products, but not to each product with w as its bias"},
+    ),
+    "squeezed and expanded": (
+        {"w": (1, 6, 1, 5), "b": (1, 5)},
+        lambda p, e: e["x"] @ p["w"].squeeze((0, 2))[None][0] + p["b"],
+        {"w": "dense 6 5 b"},
+    ),
+    "broadcast over positions": (
+        {"w": (6, 5)},
+        lambda p, e: jnp.einsum("ti,tio->to", e["x"], jnp.broadcast_to(p["w"], (4, 6, 5))),
+        {"w": "dense 6 5"},
+    ),
+    "broadcast twice": (
+        {"w": (6, 5)},
+        lambda p, e: jnp.einsum(
+            "sti,stio->sto",
+            jnp.stack([e["x"], jnp.sin(e["x"])]),
+            jnp.broadcast_to(jnp.broadcast_to(p["w"], (4, 6, 5))[None], (2, 4, 6, 5)),
+        ),
+        {"w": "dense 6 5"},
+    ),
+    "stacked, one product": (
+        {"w": (3, 6, 5), "b": (3, 5)},
+        lambda p, e: jnp.einsum("ti,lio->lto", e["x"], p["w"]) + p["b"][:, None],
+        {"w": "dense 6 15 b"},
+    ),
+    "experts": (
+        {"w": (3, 2, 5), "b": (3, 5)},
+        lambda p, e: jnp.einsum("tli,lio->lto", e["x"].reshape(4, 3, 2), p["w"]) + p["b"][:, None],
+        {"w": "dense 2 5 b x3"},
+    ),
+    "vmap over layers": (
+        {"w": (6, 4, 5), "b": (4, 5)},
+        lambda p, e: jax.vmap(lambda w, b, x: x @ w + b, (1, 0, 0))(p["w"], p["b"], e["x"]),
+        {"w": "dense 6 5 b x4"},
+    ),
+    "vmap over positions": (
+        {"w": (6, 5), "b": (5,)},
+        lambda p, e: jax.vmap(lambda x: x @ p["w"] + p["b"])(e["x"]),
+        {"w": "dense 6 5 b"},
+    ),
+    "stacked by hand": (
+        {"w": (3, 6, 6), "b": (3, 6)},
+        lambda p, e: functools.reduce(
+            lambda x, i: jnp.tanh(x @ p["w"][i] + p["b"][i]), range(3), e["x"]
+        ),
+        {"w": "dense 6 6 b x3"},
+    ),
+    "stacked along the last axis": (
+        {"w": (6, 6, 3)},
+        lambda p, e: e["x"] @ p["w"][..., 0] @ p["w"][..., 2],
+        {"w": "dense 6 6 x3"},
+    ),
+    "one layer used twice": (
+        {"w": (2, 6, 6)},
+        lambda p, e: jnp.tanh(e["x"] @ p["w"][0]) @ p["w"][0] @ p["w"][1],
+        {"w": "dense 6 6 x2"},
+    ),
+    "split": (
+        {"w": (2, 6, 6)},
+        lambda p, e: functools.reduce(
+            lambda x, w: jnp.tanh(x @ w[0]), jnp.split(p["w"], 2), e["x"]
+        ),
+        {"w": "dense 6 6 x2"},
+    ),
+    "unstacked": (
+        {"w": (2, 6, 6)},
+        lambda p, e: functools.reduce(lambda x, w: jnp.tanh(x @ w), p["w"], e["x"]),
+        {"w": "dense 6 6 x2"},
+    ),
+    "scan with remat": (
+        {"w": (3, 6, 6), "b": (3, 6)},
+        lambda p, e: remat_scan(p, e["x"]),
+        {"w": "dense 6 6 b x3"},
+    ),
+    "scan over a part of the layers": (
+        {"w": (4, 6, 6)},
+        lambda p, e: (
+            jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), e["x"], p["w"][1:3])[0] @ p["w"][0]
+        ),
+        {"w": "dense 6 6 x4"},
+    ),
+    "nested scans": (
+        {"w": (2, 3, 6, 6)},
+        lambda p, e: nested_scan(p, e["x"]),
+        {"w": "dense 6 6 x6"},
+    ),
+    "shared in a scan": (
+        {"w": (3, 5, 6), "shared": (6, 5), "b": (5,)},
+        lambda p, e: shared_in_scan(p, e["x"]),
+        {"w": "dense 5 6 x3", "shared": "dense 6 5", "b": "added to products, but not .*"},
+    ),
+    "returned by a scan": (
+        {"w": (3, 6, 6)},
+        lambda p, e: unused_is_returned(p, e["x"]),
+        {"w": "multiplied along different axes in different places"},
+    ),
+    "scan of length one": (
+        {"w": (1, 6, 6)},
+        lambda p, e: jax.lax.scan(lambda x, w: (x @ w, None), e["x"], p["w"])[0] @ p["w"][0],
+        {"w": "dense 6 6 x1"},
+    ),
+    "used twice with its bias": (
+        {"w": (6, 6), "b": (6,)},
+        lambda p, e: jnp.tanh(e["x"] @ p["w"] + p["b"]) @ p["w"] + p["b"],
+        {"w": "dense 6 6 b"},
+    ),
+    "used twice, once with its bias": (
+        {"w": (6, 6), "b": (6,)},
+        lambda p, e: jnp.tanh(e["x"] @ p["w"] + p["b"]) @ p["w"],
+        {"w": "dense 6 6", "b": "added to products, but not to each product with w as its bias"},
+    ),
+    "used both ways": (
+        {"w": (6, 5)},
+        lambda p, e: jnp.tanh(e["x"] @ p["w"]) @ p["w"].T,
+        {"w": "tied 6 5"},
+    ),
+    "result read twice has no bias": (
+        {"w": (6, 5), "b": (5,)},
+        lambda p, e: (lambda y: (y + p["b"]) * jnp.sin(y))(e["x"] @ p["w"]),
+        {"w": "dense 6 5", "b": "used by add"},
+    ),
+    "lookup": ({"w": (7, 5)}, lambda p, e: p["w"][e["ids"]], {"w": "embedding 7 5"}),
+    "lookup of one": ({"w": (7, 5)}, lambda p, e: p["w"][e["ids"][0]], {"w": "embedding 7 5"}),
+    "lookup along the second axis": (
+        {"w": (5, 7)},
+        lambda p, e: jnp.take(p["w"], e["ids"], axis=1),
+        {"w": "embedding 7 5"},
+    ),
+    "lookup of blocks": ({"w": (7, 2, 3)}, lambda p, e: p["w"][e["ids"]], {"w": "embedding 7 6"}),
+    "lookup, clipped": (
+        {"w": (7, 5)},
+        lambda p, e: lookup(p["w"], e["ids"] * 3 - 2, "clip"),
+        {"w": "embedding 7 5"},
+    ),
+    "lookup with no such row": (
+        {"w": (7, 5)},
+        lambda p, e: p["w"].at[e["ids"] * 3].get(mode="fill", fill_value=0.5),
+        {"w": "embedding 7 5"},
+    ),
+    "lookup in a stack": (
+        {"w": (2, 7, 5)},
+        lambda p, e: p["w"][0][e["ids"]] + p["w"][1][e["ids"][::-1]],
+        {"w": "embedding 7 5 x2"},
+    ),
+    "tied": (
+        {"w": (7, 6)},
+        lambda p, e: (p["w"][e["ids"]] + e["x"]) @ p["w"].T,
+        {"w": "tied 7 6"},
+    ),
+    "conv": ({"w": (3, 3, 4, 5)}, image_conv(), {"w": "conv 36 5"}),
+    "conv, strided and padded": (
+        {"w": (3, 2, 4, 5)},
+        image_conv(strides=(2, 1), padding=((0, 2), (1, 0))),
+        {"w": "conv 24 5"},
+    ),
+    "conv, dilated": (
+        {"w": (2, 2, 4, 5)},
+        image_conv(rhs_dilation=(2, 1), lhs_dilation=(1, 2), padding=((0, 1), (2, 1))),
+        {"w": "conv 16 5"},
+    ),
+    "conv, grouped": ({"w": (3, 3, 2, 6)}, image_conv(feature_group_count=2), {"w": "conv 18 6"}),
+    "conv, depthwise": (
+        {"w": (3, 3, 1, 8), "b": (8,)},
+        lambda p, e: image_conv(feature_group_count=4)(p, e) + p["b"].reshape(1, 1, 1, 8),
+        {"w": "conv 9 8 b"},
+    ),
+    "conv, outputs first": (
+        {"w": (5, 4, 3, 3)},
+        image_conv(layout=("NHWC", "OIHW", "NCHW")),
+        {"w": "conv 36 5"},
+    ),
+    "conv of a transposed kernel": (
+        {"w": (5, 3, 3, 4)},
+        lambda p, e: image_conv()({"w": p["w"].transpose(1, 2, 3, 0)}, e),
+        {"w": "conv 36 5"},
+    ),
+    "conv, upwards": (
+        {"w": (3, 3, 4, 5)},
+        lambda p, e: jax.lax.conv_transpose(e["image"][None], p["w"], (2, 2), "SAME"),
+        {"w": "conv 36 5"},
+    ),
+    "conv in a vmap over images": (
+        {"w": (3, 3, 4, 5)},
+        lambda p, e: jax.vmap(lambda x: image_conv()(p, {"image": x}))(
+            jnp.stack([e["image"], jnp.sin(e["image"])])
+        ),
+        {"w": "conv 36 5"},
+    ),
+    "conv in a vmap over kernels": (
+        {"w": (3, 2, 2, 4, 5)},
+        lambda p, e: jax.vmap(lambda w: image_conv()({"w": w}, e))(p["w"]),
+        None,
+    ),
+    "conv over one axis": (
+        {"w": (2, 6, 5)},
+        lambda p, e: jax.lax.conv_general_dilated(
+            e["x"][None], p["w"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        ),
+        {"w": "conv 12 5"},
+    ),
+    "scanned conv": (
+        {"w": (2, 3, 3, 4, 4)},
+        lambda p, e: jax.lax.scan(
+            lambda x, w: (jnp.tanh(architectures.conv(x, w)), None), e["image"][None], p["w"]
+        )[0],
+        {"w": "conv 36 4 x2"},
+    ),
+    "jit in jit": (
+        {"w": (6, 5), "b": (5,)},
+        lambda p, e: jax.jit(lambda x: jax.jit(jnp.matmul)(x, p["w"]))(e["x"]) + p["b"],
+        {"w": "dense 6 5 b"},
+    ),
+    "custom derivatives beside it": (
+        {"w": (6, 6), "v": (6, 5)},
+        lambda p, e: clipped(reversed_gradient(e["x"] @ p["w"]) @ p["v"]),
+        {"w": "dense 6 6", "v": "dense 6 5"},
+    ),
+    "control flow beside it": (
+        {"w": (6, 6), "v": (6, 5)},
+        lambda p, e: jax.lax.cond(e["x"][0, 0] > 0, jnp.sin, jnp.cos, e["x"] @ p["w"]) @ p["v"],
+        {"w": "dense 6 6", "v": "dense 6 5"},
+    ),
+    "gradient inside the loss": (
+        {"w": (6, 5)},
+        lambda p, e: jax.grad(lambda x: jnp.sin(x @ p["w"]).sum())(e["x"]),
+        {"w": "tied 6 5"},
+    ),
+    # Uses that are not covered: the leaf falls back whole, and its neighbour does not.
+    "weight decay": (
+        {"w": (6, 5), "v": (5, 5)},
+        lambda p, e: e["x"] @ p["w"] @ p["v"] + (p["w"] ** 2).sum(),
+        {"w": "used by square|used by integer_pow", "v": "dense 5 5"},
+    ),
+    "weight normalisation": (
+        {"w": (6, 5), "v": (5, 5)},
+        lambda p, e: e["x"] @ (p["w"] / jnp.linalg.norm(p["w"])) @ p["v"],
+        {"w": "used by (mul|div|square).*", "v": "dense 5 5"},
+    ),
+    "gram matrix": (
+        {"w": (6, 5)},
+        lambda p, e: e["x"] @ p["w"] @ (p["w"].T @ p["w"]),
+        {"w": "used by dot_general with itself"},
+    ),
+    "singular values": (
+        {"w": (6, 5)},
+        lambda p, e: e["x"] @ p["w"] / jnp.linalg.svd(p["w"], compute_uv=False)[0],
+        {"w": "used by .*"},
+    ),
+    "product of two leaves": (
+        {"w": (6, 2), "v": (2, 5)},
+        lambda p, e: e["x"] @ (p["w"] @ p["v"]),
+        {"w": "used by dot_general with v", "v": "used by dot_general with w"},
+    ),
+    "elementwise": ({"w": (4, 6)}, lambda p, e: p["w"] * e["x"], {"w": "used by mul"}),
+    "sliced": ({"w": (6, 5)}, lambda p, e: e["x"] @ p["w"][:, 1:], {"w": "sliced before .*"}),
+    "strided": (
+        {"w": (6, 5)},
+        lambda p, e: e["x"][:, ::2] @ p["w"][::2],
+        {"w": "sliced before .*|embedding 6 5"},
+    ),
+    "reversed": ({"w": (6, 5)}, lambda p, e: e["x"] @ p["w"][::-1], {"w": "used by rev"}),
+    "part of an axis": (
+        {"w": (6, 5)},
+        lambda p, e: jnp.einsum("ti,aio->tao", e["x"][:, :3], p["w"].reshape(2, 3, 5)),
+        {"w": "multiplied along a part of an axis"},
+    ),
+    "diagonal": (
+        {"w": (6, 5)},
+        lambda p, e: jnp.einsum("ti,io->io", e["x"], p["w"]),
+        {"w": "dense 1 5 x6"},
+    ),
+    "summed over copies": (
+        {"w": (6, 5)},
+        lambda p, e: jnp.einsum("ti,jio->to", e["x"], jnp.broadcast_to(p["w"], (2, 6, 5))),
+        {"w": "used by (dot_general|reduce_sum)"},
+    ),
+    "concatenated": (
+        {"w": (6, 2), "v": (6, 3)},
+        lambda p, e: e["x"] @ jnp.concatenate([p["w"], p["v"]], 1),
+        {"w": "used by concatenate with v", "v": "used by concatenate with w"},
+    ),
+    "different axes": (
+        {"w": (6, 6, 6)},
+        lambda p, e: (
+            jnp.einsum("ti,ijk->tjk", e["x"], p["w"]) + jnp.einsum("tj,ijk->tik", e["x"], p["w"])
+        ),
+        {"w": "multiplied along different axes in different places"},
+    ),
+    "no gradient": (
+        {"w": (6, 5), "v": (6, 5)},
+        lambda p, e: e["x"] @ jax.lax.stop_gradient(p["w"]) + jnp.sin(e["x"] @ p["v"]),
+        {"w": "used by stop_gradient", "v": "dense 6 5"},
+    ),
+    "inside a cond": (
+        {"w": (6, 6), "v": (6, 5)},
+        lambda p, e: jax.lax.cond(e["x"][0, 0] > 0, lambda x: x @ p["w"], jnp.sin, e["x"]) @ p["v"],
+        {"w": "used by cond", "v": "dense 6 5"},
+    ),
+    "inside a custom_jvp": (
+        {"w": (6, 5)},
+        lambda p, e: e["x"] @ clipped(p["w"]),
+        {"w": "used by custom_jvp_call"},
+    ),
+    "inside a custom_vjp": (
+        {"w": (6, 5)},
+        lambda p, e: e["x"] @ reversed_gradient(p["w"]),
+        {"w": "used by custom_vjp_call.*"},
+    ),
+    "carried by a scan": (
+        {"w": (6, 6)},
+        lambda p, e: jax.lax.scan(
+            lambda c, _: ((c[0] @ c[1], c[1].T), None), (e["x"], p["w"]), length=2
+        )[0][0],
+        {"w": "carried by a scan"},
+    ),
+    "picked by a traced index in a loop": (
+        {"w": (3, 6, 6)},
+        lambda p, e: jax.lax.fori_loop(0, 3, lambda i, x: x @ p["w"][i], e["x"]),
+        {"w": "used by dynamic_slice|carried by a scan"},
+    ),
+    "bias to different products": (
+        {"w": (6, 5), "v": (6, 5), "b": (5,)},
+        lambda p, e: jnp.tanh(e["x"] @ p["w"] + p["b"]) + jnp.sin(e["x"] @ p["v"] + p["b"]),
+        {"w": "dense 6 5", "v": "dense 6 5", "b": "added to products, but not .*"},
+    ),
+    "bias along positions": (
+        {"w": (6, 4), "b": (4,)},
+        lambda p, e: e["x"] @ p["w"] + p["b"][:, None],
+        {"w": "dense 6 4", "b": "added to products, but not .*"},
+    ),
+    "bias that is also used elsewhere": (
+        {"w": (6, 5), "b": (5,)},
+        lambda p, e: (e["x"] @ p["w"] + p["b"]) * (1 + jnp.sin(p["b"])),
+        {"w": "dense 6 5", "b": "used by sin"},
+    ),
+    "bias of a leaf that falls back": (
+        {"w": (6, 5), "b": (5,)},
+        lambda p, e: e["x"] @ p["w"] + p["b"] + jnp.sin(p["w"]).sum(),
+        {"w": "used by sin", "b": "added to the product with w, which is not covered"},
+    ),
+}
+
+
+def case_loss(function):
+    def loss(params, example, key):
+        del key
+        with jax.numpy_rank_promotion("allow"):
+            return jnp.sum(jnp.tanh(function(params, example)) ** 2)
+
+    return loss
+
+
+def described(linear_map):
+    stack = "" if linear_map.stack is None else f" x{linear_map.stack}"
+    bias = "" if linear_map.bias is None else f" {linear_map.bias}"
+    return f"{linear_map.kind} {linear_map.size_in} {linear_map.size_out}{bias}{stack}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case(name):
+    shapes, function, expected = CASES[name]
+    params = {leaf: normal(i, *shape) / 2 for i, (leaf, shape) in enumerate(shapes.items())}
+    found = check(case_loss(function), params, case_batch())
+    got = {leaf: described(m) for leaf, m in found.maps.items()} | found.exact
+    for leaf, pattern in (expected or {}).items():
+        assert re.fullmatch(pattern, got[leaf]), (leaf, got)
+    assert expected is None or set(expected) == set(got), got

@@ -1,0 +1,122 @@
+"""TrackStar, and an optimizer's second moments."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxattr as ja
+from jaxattr.fitting import optimizer_moments
+from tests import models
+from tests.curvature import FEW, PARAMS, QUERIES, TRAIN, adam_state, rank_one_moments
+
+
+def inverse_root(matrix):
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors / np.sqrt(values)) @ vectors.T
+
+
+@pytest.mark.parametrize("mixing", [None, 0.0, 0.7])
+def test_trackstar_is_its_formula(mixing):
+    state = adam_state()
+    method = ja.trackstar(
+        models.loss, state, PARAMS, rank=99, queries=QUERIES, mixing=mixing, epsilon=1e-3
+    )
+    index = FEW(method, PARAMS, TRAIN)
+    nu = optimizer_moments.second_moments(state, PARAMS)
+    scaled = [
+        jax.vmap(
+            lambda x: jax.tree.map(
+                lambda g, v: g / (jnp.sqrt(v) + 1e-3), jax.grad(models.loss)(PARAMS, x, None), nu
+            )
+        )(data)
+        for data in (TRAIN, QUERIES)
+    ]
+    white = [[], []]
+    if mixing is None:
+        spectra = []
+        for each in scaled:
+            blocks = [np.linalg.eigvalsh(second(each[name])) for name in PARAMS]
+            spectra.append(np.sort(np.concatenate(blocks))[::-1][2])  # 2 = ceil(91 * 1000 / 65536)
+        mixing = spectra[0] / sum(spectra)
+    for name in PARAMS:
+        train, queries = (second(each[name]) for each in scaled)
+        r = mixing * queries + (1 - mixing) * train
+        root = inverse_root(r + 0.1 * np.trace(r) / len(r) * np.eye(len(r)))
+        for side, each in zip(white, scaled, strict=True):
+            side.append(rows(each[name]) @ root)
+    n, q = (np.concatenate(side, axis=1) for side in white)
+    n, q = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (n, q))
+    np.testing.assert_allclose(ja.score(index, QUERIES), q @ n.T, rtol=1e-7)
+    np.testing.assert_allclose(ja.self_influence(index), 1, rtol=1e-9)
+
+
+def rows(layer):
+    kernel = layer["kernel"].reshape(len(layer["kernel"]), -1)
+    return np.concatenate([kernel, layer["bias"]], axis=1)
+
+
+def second(layer):
+    x = rows(layer)
+    return x.T @ x / len(x)
+
+
+def test_second_moments_of_rank_one_need_no_weight_gradient():
+    """By leaf, since the bias's moments are not of one rank with the kernel's."""
+    scores = []
+    for rank_one in (False, True):
+        method = ja.trackstar(
+            models.loss, rank_one_moments(), PARAMS, rank=4, rank_one=rank_one, epsilon=0.0
+        )
+        index = FEW(method, PARAMS, TRAIN, groups=ja.by_leaf)
+        scores.append(ja.score(index, QUERIES))
+    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-8)
+
+
+def test_adafactor_moments_are_restored():
+    params = {"w": jnp.ones((3, 5)), "b": jnp.ones(4), "t": jnp.ones((2, 5, 3))}
+    optimizer = optax.adafactor(1e-3, min_dim_size_to_factor=2)
+    gradient = jax.tree.map(lambda x: jnp.arange(1.0, x.size + 1).reshape(x.shape) / x.size, params)
+    _, state = optimizer.update(gradient, optimizer.init(params), params)
+    found = optimizer_moments.second_moments(state, params)
+    square = gradient["w"] ** 2
+    row, column = square.mean(1), square.mean(0)
+    expected = row[:, None] * column[None] / row.mean()
+    ratio = found["w"] / expected  # one constant: the decay of the first step
+    np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-5)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, params)
+
+
+def test_optimizer_states_without_second_moments():
+    state = optax.sgd(0.1, momentum=0.9).init(PARAMS)
+    with pytest.raises(ValueError, match=r"Missing: \['layer0/bias'.*'TraceState'"):
+        ja.trackstar(models.loss, state, PARAMS)
+    other = optax.adam(0.1).init({"w": jnp.ones(3)})
+    with pytest.raises(ValueError, match=r"of other names or shapes: \['w'\]"):
+        ja.trackstar(models.loss, other, PARAMS)
+    with pytest.raises(ValueError, match=r"found twice: \['layer0/bias'"):
+        ja.trackstar(models.loss, (adam_state(), adam_state()), PARAMS)
+    method = ja.trackstar(models.loss, [adam_state()], PARAMS)
+    with pytest.raises(ValueError, match="there is none for checkpoint 1"):
+        FEW(method, [PARAMS, PARAMS], TRAIN)
+
+
+def test_second_moments_in_parts_and_those_that_the_optimizer_divides_by():
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    gradient = {"a": jnp.arange(1.0, 3.0), "b": jnp.arange(1.0, 4.0)}
+    optimizers = {"fast": optax.adam(0.1), "slow": optax.rmsprop(0.1, decay=0.999)}
+    parts = optax.multi_transform(optimizers, {"a": "fast", "b": "slow"})
+    found = [
+        optimizer_moments.second_moments(opt.update(gradient, opt.init(params), params)[1], params)
+        for opt in (parts, optax.adam(0.1))
+    ]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), *found)
+    assert optimizer_moments.second_moments(gradient, params) is gradient
+    amsgrad = optax.amsgrad(0.1)
+    _, state = amsgrad.update(gradient, amsgrad.init(params), params)
+    _, state = amsgrad.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    largest = optimizer_moments.second_moments(state, params)
+    np.testing.assert_allclose(largest["a"], gradient["a"] ** 2, rtol=1e-6)
