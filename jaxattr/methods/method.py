@@ -91,7 +91,8 @@ def featurizer(
       ...     return 0.5 * (params["w"] @ example["x"] - example["y"]) ** 2
       >>> batch = {"x": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "y": jnp.ones(2)}
       >>> params = {"w": jnp.zeros(2)}
-      >>> featurize = featurizer(tracin(loss), params, {"x": jnp.ones(2), "y": jnp.ones(())})
+      >>> import jaxattr as ja
+      >>> featurize = ja.featurizer(ja.tracin(loss), params, {"x": jnp.ones(2), "y": jnp.ones(())})
       >>> print(featurize(params, batch))
       [[-1. -2.]
        [-3. -4.]]
@@ -111,7 +112,8 @@ def citation(method: Method) -> str:
       BibTeX entries, separated by blank lines.
 
     Example:
-      >>> print(citation(tracin(lambda params, example, key: 0.0)).splitlines()[0])
+      >>> import jaxattr as ja
+      >>> print(ja.citation(ja.tracin(lambda params, example, key: 0.0)).splitlines()[0])
       @inproceedings{pruthi2020tracin,
     """
     return "\n\n".join(BIBTEX[reference] for reference in (*method.references, "weights"))
