@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 import jaxattr as ja
-from jaxattr.weights import learning
+from jaxattr.weights import learning, shortlists
 from jaxattr.weights.loss import self_supervised_loss
 from jaxattr.weights.report import WeightWarning
 from tests import models
@@ -293,9 +293,9 @@ def test_learning_from_an_index_shares_its_programs(materialize):
     assert again == [0, 0, 0, 0]
 
 
-def with_copies(generator, copies):
-    """1,000 examples of 12 features, some of them many times over, in any order."""
-    x = generator.normal(size=(1000, 12))
+def with_copies(generator, copies, n=1000):
+    """Examples of 12 features, some of them many times over, in any order."""
+    x = generator.normal(size=(n, 12))
     for count in copies:
         rows = generator.choice(len(x), count, replace=False)
         x[rows] = 3 * x[rows[0]]
@@ -307,26 +307,84 @@ def bilinear(params, example, key):
     return sum(jnp.sum(p * x) for p, x in parts)
 
 
+def fits_of_copies(copies, mesh, seed=0, n=1000, near=4, **options):
+    """Weights learned without the array of contributions, which are those learned with it.
+
+    Some of twelve queries are near the strongest example.
+    """
+    generator = np.random.default_rng(seed)
+    train = with_copies(generator, copies, n)
+    strongest = train["x"][np.square(train["x"]).sum(axis=1).argmax()]
+    queries = generator.normal(size=(12, 12))
+    queries[:near] = strongest + 0.3 * queries[:near]
+    queries = {"x": queries}
+    params = {name: jnp.ones(4) for name in NAMES}
+    mesh = None if mesh is None else jax.make_mesh((mesh,), ("data",))
+    index = ja.build_index(
+        ja.tracin(bilinear), params, train, groups=ja.by_leaf, batch_size=64, mesh=mesh
+    )
+    whole = ja.learn_weights(index, queries, materialize=True, **options)
+    streamed = ja.learn_weights(index, queries, materialize=False, **options)
+    np.testing.assert_allclose(streamed.losses, whole.losses, rtol=1e-9)
+    assert streamed.loss == pytest.approx(whole.loss, rel=1e-9)
+    assert streamed.weights == pytest.approx(whole.weights, rel=1e-9)
+    assert (streamed.hub, streamed.hub_share) == (whole.hub, whole.hub_share)
+    return streamed
+
+
+@QUIET
+@pytest.mark.parametrize("mesh", [None, 8])
+def test_a_page_that_a_crawl_holds_600_times_costs_no_passes(mesh):
+    streamed = fits_of_copies((600,), mesh, n=4000)
+    assert streamed.passes <= 5
+
+
+def short_lists(monkeypatch):
+    """Lists of 64 and slabs of 128."""
+    monkeypatch.setattr("jaxattr.weights.learning._SHORTEST", 64)
+    monkeypatch.setattr("jaxattr.scores.scoring.SLAB", 128)
+
+
 @QUIET
 @pytest.mark.parametrize("signal", ["top_k", "top_k_abs", "top_minus_bottom"])
 @pytest.mark.parametrize(
     ("copies", "mesh"), [((150,), None), ((150, 90, 40), None), ((150, 90), 8), ((900,), None)]
 )
 def test_copies_of_strong_examples_cost_no_passes(monkeypatch, copies, mesh, signal):
-    """Lists of 64, and slabs of 128, among up to 900 copies; as with all contributions."""
-    monkeypatch.setattr("jaxattr.weights.learning._SHORTEST", 64)
-    monkeypatch.setattr("jaxattr.scores.scoring.SLAB", 128)
-    generator = np.random.default_rng(len(copies))
-    train = with_copies(generator, copies)
-    queries = {"x": np.concatenate([train["x"][:6], generator.normal(size=(6, 12))])}
-    params = {name: jnp.ones(4) for name in NAMES}
-    mesh = None if mesh is None else jax.make_mesh((mesh,), ("data",))
-    index = ja.build_index(
-        ja.tracin(bilinear), params, train, groups=ja.by_leaf, batch_size=64, mesh=mesh
-    )
-    options = {"steps": 40, "top_k": 5, "signal": signal}
-    whole = ja.learn_weights(index, queries, materialize=True, **options)
-    streamed = ja.learn_weights(index, queries, materialize=False, **options)
-    np.testing.assert_allclose(streamed.losses, whole.losses, rtol=1e-9)
-    assert streamed.weights == pytest.approx(whole.weights, rel=1e-9)
+    """Up to 900 copies on short lists; as with all contributions."""
+    short_lists(monkeypatch)
+    streamed = fits_of_copies(copies, mesh, steps=40, top_k=5, signal=signal)
     assert streamed.passes <= 12
+
+
+@QUIET
+@pytest.mark.parametrize("mesh", [None, 8])
+@pytest.mark.parametrize(
+    ("seed", "signal"), [(1, "top_k"), (2, "top_k_abs"), (3, "top_minus_bottom")]
+)
+def test_any_copies_leave_the_weights_as_they_are(monkeypatch, seed, signal, mesh):
+    short_lists(monkeypatch)
+    generator = np.random.default_rng(seed)
+    copies = generator.integers(2, 200, size=generator.integers(2, 6))
+    fits_of_copies(copies, mesh, seed, steps=20, top_k=int(generator.integers(1, 9)), signal=signal)
+
+
+@QUIET
+@pytest.mark.parametrize("mesh", [None, 8])
+def test_of_copies_that_are_a_hub_the_first_is_named(mesh):
+    fit = fits_of_copies((200,), mesh, near=12, steps=5, top_k=5)
+    train = with_copies(np.random.default_rng(0), (200,))["x"]
+    assert fit.hub == np.square(train).sum(axis=1).argmax() and fit.hub_share == 1
+
+
+@QUIET
+@pytest.mark.parametrize("mesh", [None, 8])
+def test_examples_that_only_share_a_digest_are_no_copies(monkeypatch, mesh):
+    short_lists(monkeypatch)
+    monkeypatch.setattr(
+        "jaxattr.weights.shortlists._digests",
+        lambda place, side: jnp.ones((len(side.counted), 2), jnp.uint32),
+    )
+    shortlists.compiled_pass.cache_clear()
+    fits_of_copies((150, 90), mesh, steps=40, top_k=5)
+    shortlists.compiled_pass.cache_clear()
