@@ -128,7 +128,8 @@ def step_arguments(index, place):
 
 def weight_loop(listed):
     options = FitOptions(5, 0.1, "top_k", "uniform", None, 4, None, 0.0)
-    given = (np.arange(6), optimising.start(3, options), None, np.ones(3), 1.0, options)
+    _, keys, loop = optimising.begin(jax.random.key(0), 6, 3, options)
+    given = (np.arange(6), loop, keys, np.ones(3), 1.0, options)
     return lambda listed: optimising.run(listed, *given), listed
 
 

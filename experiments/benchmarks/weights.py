@@ -82,10 +82,10 @@ def _time_step(
         none = jnp.full((1, q), -1e30, parts.dtype)
         whole = whole._replace(gram=gram, dropped=none, radius=jnp.zeros((1, q)))
     options = FitOptions(TOP_K, 0.1, "top_k", "uniform", None, arguments.steps, None, 0.0)
-    begin, rows = optimising.start(m, options), np.arange(q)
+    _, keys, loop = optimising.begin(jax.random.key(0), q, m, options)
 
     def learn() -> Any:
-        return optimising.run(whole, rows, begin, None, np.ones(m), 1.0, options)
+        return optimising.run(whole, np.arange(q), loop, keys, np.ones(m), 1.0, options)
 
     @jax.jit
     def bare(parts: jax.Array, gram: Any) -> jax.Array:

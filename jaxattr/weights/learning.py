@@ -23,7 +23,7 @@ from jaxattr.store.rows import EXAMPLES, FEATURES
 from jaxattr.typing import Key
 from jaxattr.weights import optimising, shortlists
 from jaxattr.weights.loss import Signal, check_signal, signs_of
-from jaxattr.weights.optimising import FitOptions, Start
+from jaxattr.weights.optimising import FitOptions, Outcome, Start
 from jaxattr.weights.report import ContributionStatistics, Optimised, WeightFit, named, report
 from jaxattr.weights.shortlists import Shortlist
 
@@ -183,7 +183,7 @@ def _from_index(
     kept = np.setdiff1d(np.arange(prepared.features.shape[0]), prepared.non_finite)
     if not len(kept):
         raise ValueError("No query has a finite gradient: there is nothing to learn from.")
-    phi = _of_size_one(prepared.features[kept], index.exponent)
+    phi = _of_size_one(prepared.features, index.exponent, kept)
     groups = len(index.layout.names)
     if materialize is None:
         numbers = len(kept) * index.size * groups
@@ -209,8 +209,9 @@ def _as_floats(contributions: Any) -> Any:
 
 
 @jax.jit
-def _of_size_one(x: jax.Array, exponent: jax.Array) -> jax.Array:
+def _of_size_one(x: jax.Array, exponent: jax.Array, kept: jax.Array | None = None) -> jax.Array:
     """Over a power of two, and another one, so that squares stay within range: no loss sees it."""
+    x = x if kept is None else x[kept]
     return scaled(x, -exponent_of(x) - exponent)
 
 
@@ -223,7 +224,7 @@ def _pass_over(
     affordable = _MATERIALIZE_BYTES // 2 // numbers
     length = max(top_k, min(affordable, max(_SHORTEST, _PER_TOP * top_k)) // place.shards)
     start, absorb, merge = shortlists.compiled_pass(place, layout, length, signs, top_k)
-    state = start(place.whole(jnp.asarray(w)), phi)
+    state = start(place.whole(w), phi)
     rows = max(index.batch_size, min(affordable, scoring.SLAB))
     for slab in index.rows.slabs([FEATURES, EXAMPLES], rows):
         state = absorb(state, phi, slab.arrays, slab.first, slab.fresh)
@@ -251,20 +252,16 @@ def _fit(
     _check_options(options, scores.examples)
     held = int(scores.queries * options.held_out)
     key = jax.random.key(0) if key is None else check_key(key)
-    draws = optimising.draw(key, scores.queries, options)
-    rows = (draws.order[held:], draws.order[:held])  # learned from, held out
+    order, keys, loop = optimising.begin(key, scores.queries, scores.groups, options)
+    rows = (order[held:], order[:held])  # learned from, held out
 
     listed, passes = scores.listed(np.ones(scores.groups)), 1
     statistics = _statistics(scores, listed)
-    gauge = np.ones(scores.groups)
-    if options.start == "unit_rms":
-        gauge = _unit_rms(statistics)
-        listed, passes = _listed_at(scores, listed, gauge, options, passes)
-    begin = [optimising.loss_of(listed, each, gauge, options) for each in rows]
+    gauge = np.ones(scores.groups) if options.start == "uniform" else _unit_rms(statistics)
+    listed, before, passes = _outcome_at(gauge, scores, listed, rows, options, passes)
 
-    loop = optimising.start(scores.groups, options)
     while True:
-        loop = optimising.run(listed, rows[0], loop, draws.keys, gauge, begin[0], options)
+        loop = optimising.run(listed, rows[0], loop, keys, gauge, before.losses[0], options)
         theta = np.asarray(loop.theta, np.float64)
         w = gauge * np.exp(theta - theta.max())
         w = w / w.mean()
@@ -272,23 +269,29 @@ def _fit(
             break
         listed, passes = scores.listed(w), passes + 1
 
-    listed, passes = _listed_at(scores, listed, w, options, passes)
-    end = [optimising.loss_of(listed, each, w, options) for each in rows]
-    hub, hub_share = optimising.hub(listed, w, options)
+    _, after, passes = _outcome_at(w, scores, listed, rows, options, passes)
+    learned, held_out = zip(before.losses, after.losses, strict=True)
     found = Optimised(
-        gauge, w, np.asarray(loop.losses), (begin[0], end[0]),
-        (begin[1], end[1]) if held else None, hub, hub_share, options.top_k, passes,
+        gauge, w, np.asarray(loop.losses), learned, held_out if held else None,
+        *optimising.hub(after.strongest), options.top_k, passes,
     )  # fmt: skip
     return report(names, found, statistics)
 
 
-def _listed_at(
-    scores: _Scores, listed: Shortlist, w: np.ndarray, options: FitOptions, passes: int
-) -> tuple[Shortlist, int]:
-    """A shortlist that is certain at some weights; and how many passes there were."""
-    if optimising.is_certain(listed, w, options):
-        return listed, passes
-    return scores.listed(w), passes + 1
+def _outcome_at(
+    w: np.ndarray,
+    scores: _Scores,
+    listed: Shortlist,
+    rows: tuple[np.ndarray, np.ndarray],
+    options: FitOptions,
+    passes: int,
+) -> tuple[Shortlist, Outcome, int]:
+    """A shortlist that is certain at some weights, what they come to, and passes so far."""
+    found = optimising.outcome(listed, rows, w, options)
+    if found.certain:
+        return listed, found, passes
+    listed = scores.listed(w)
+    return listed, optimising.outcome(listed, rows, w, options), passes + 1
 
 
 def _check_options(options: FitOptions, n: int) -> None:

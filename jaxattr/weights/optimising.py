@@ -21,7 +21,18 @@ Start = Literal["unit_rms", "uniform"]
 
 
 class FitOptions(NamedTuple):
-    """Arguments of `learn_weights`, as there."""
+    """How weights are to be learned.
+
+    Attributes:
+      top_k: number of training examples taken for the signal.
+      l2: strength of the pull towards the start.
+      signal: "top_k", "top_k_abs" or "top_minus_bottom".
+      start: where learning starts, "uniform" or "unit_rms".
+      optimizer: over theta; None for Adam with a cosine schedule.
+      steps: number of updates.
+      batch_size: queries per step; None for all.
+      held_out: share of the queries that is not learned from.
+    """
 
     top_k: int
     l2: float
@@ -31,18 +42,6 @@ class FitOptions(NamedTuple):
     steps: int
     batch_size: int | None
     held_out: float
-
-
-class Draws(NamedTuple):
-    """What is random in a fit.
-
-    Attributes:
-      order: of the queries; the first are held out, [q].
-      keys: one per step, for its minibatch, [steps].
-    """
-
-    order: np.ndarray
-    keys: Key
 
 
 class LoopState(NamedTuple):
@@ -63,33 +62,53 @@ class LoopState(NamedTuple):
     certain: jax.Array
 
 
-def draw(key: Key, queries: int, options: FitOptions) -> Draws:
-    """Splits the queries and makes the keys of the minibatches.
+class Beginning(NamedTuple):
+    """What a fit begins with.
+
+    Attributes:
+      order: of the queries, at random; the first are held out, [q].
+      keys: one per step, for its minibatch, [steps].
+      loop: the state before the first update.
+    """
+
+    order: np.ndarray
+    keys: Key
+    loop: LoopState
+
+
+class Outcome(NamedTuple):
+    """What some weights come to.
+
+    Attributes:
+      losses: without the penalty, of the queries that are learned from, and of the others; zero
+        where there are none.
+      certain: whether the strongest examples of every query are certainly on its list.
+      strongest: their ids, [q, k].
+    """
+
+    losses: tuple[float, float]
+    certain: bool
+    strongest: np.ndarray
+
+
+def begin(key: Key, queries: int, m: int, options: FitOptions) -> Beginning:
+    """Splits the queries, and makes the keys of the minibatches and the state of the loop.
 
     Args:
       key: of the fit.
       queries: q.
-      options: of the fit.
-    """
-    order, keys = _draw(key, queries, options.steps)
-    return Draws(np.asarray(order), keys)
-
-
-def start(m: int, options: FitOptions) -> LoopState:
-    """The state before the first update.
-
-    Args:
       m: number of groups.
       options: of the fit.
     """
-    return _start(m, options.optimizer, options.steps)
+    order, keys, loop = _begin(key, queries, m, options.optimizer, options.steps)
+    return Beginning(np.asarray(order), keys, loop)
 
 
 def run(
     listed: Shortlist,
     rows: np.ndarray,
     state: LoopState,
-    keys: Key | None,
+    keys: Key,
     gauge: np.ndarray,
     loss_at_start: float,
     options: FitOptions,
@@ -100,7 +119,7 @@ def run(
       listed: the shortlist, made with the weights of the state.
       rows: queries that are learned from.
       state: where to begin.
-      keys: of the minibatches; None where there are none.
+      keys: of the minibatches, one per step.
       gauge: weights that the softmax is multiplied with, [m].
       loss_at_start: what the loss is divided by.
       options: of the fit.
@@ -111,48 +130,30 @@ def run(
         return _run(listed, rows, state, keys, *dynamic, options=static)
 
 
-def loss_of(listed: Shortlist, rows: np.ndarray, w: np.ndarray, options: FitOptions) -> float:
-    """The loss of some queries without its penalty; zero for none.
+def outcome(
+    listed: Shortlist, rows: tuple[np.ndarray, np.ndarray], w: np.ndarray, options: FitOptions
+) -> Outcome:
+    """The losses of some weights, and the strongest examples under them.
 
     Args:
       listed: the shortlist.
-      rows: the queries.
+      rows: queries that are learned from, and those that are held out.
       w: weights [m].
       options: of the fit.
     """
-    if not len(rows):
-        return 0.0
-    return float(_loss(listed, rows, w, options.top_k, options.signal))
+    losses, certain, strongest = _outcome(listed, rows, w, options.top_k, options.signal)
+    learned, held = map(float, losses)
+    return Outcome((learned, held), bool(certain), np.asarray(strongest))
 
 
-def is_certain(listed: Shortlist, w: np.ndarray, options: FitOptions) -> bool:
-    """Whether the strongest examples of every query are certainly on its list.
-
-    Args:
-      listed: the shortlist.
-      w: weights [m].
-      options: of the fit.
-    """
-    return listed.complete or bool(_certain(listed, w, options.top_k, options.signal))
-
-
-def hub(listed: Shortlist, w: np.ndarray, options: FitOptions) -> tuple[int, float]:
+def hub(strongest: np.ndarray) -> tuple[int, float]:
     """The example that is among the strongest of the most queries, and of what share of them.
 
     Args:
-      listed: the shortlist.
-      w: weights [m].
-      options: of the fit.
+      strongest: ids [q, k].
     """
-    ids = np.asarray(_strongest(listed, w, options.top_k, options.signal))
-    found, counts = np.unique(ids[ids >= 0], return_counts=True)
-    return int(found[counts.argmax()]), float(counts.max() / len(ids))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _draw(key: Key, queries: int, steps: int) -> tuple[jax.Array, Key]:
-    split_key, batch_key = jax.random.split(key)
-    return jax.random.permutation(split_key, queries), jax.random.split(batch_key, steps)
+    found, counts = np.unique(strongest[strongest >= 0], return_counts=True)
+    return int(found[counts.argmax()]), float(counts.max() / len(strongest))
 
 
 def _optimizer(
@@ -163,12 +164,16 @@ def _optimizer(
     return optax.adam(optax.cosine_decay_schedule(0.05, steps))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _start(m: int, optimizer: optax.GradientTransformation | None, steps: int) -> LoopState:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _begin(
+    key: Key, queries: int, m: int, optimizer: optax.GradientTransformation | None, steps: int
+) -> tuple[jax.Array, Key, LoopState]:
+    split_key, batch_key = jax.random.split(key)
     theta = jnp.zeros(m)
     losses = jnp.zeros(steps, theta.dtype)
     state = _optimizer(optimizer, steps).init(theta)
-    return LoopState(theta, state, jnp.asarray(0), losses, jnp.asarray(True))
+    loop = LoopState(theta, state, jnp.asarray(0), losses, jnp.asarray(True))
+    return jax.random.permutation(split_key, queries), jax.random.split(batch_key, steps), loop
 
 
 @functools.partial(jax.jit, static_argnames="options")
@@ -176,7 +181,7 @@ def _run(
     listed: Shortlist,
     rows: jax.Array,
     state: LoopState,
-    keys: Key | None,
+    keys: Key,
     gauge: jax.Array,
     scale: jax.Array,
     l2: jax.Array,
@@ -198,7 +203,6 @@ def _run(
     def update(state: LoopState) -> LoopState:
         chosen = listed
         if options.batch_size is not None and options.batch_size < q:
-            assert keys is not None
             drawn = jax.random.choice(keys[state.step], q, (options.batch_size,), replace=False)
             chosen = listed.rows(drawn)
         loss, gradient = jax.value_and_grad(objective)(state.theta, chosen)
@@ -217,18 +221,19 @@ def _run(
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _loss(
-    listed: Shortlist, rows: jax.Array, w: jax.Array, top_k: int, signal: Signal
-) -> jax.Array:
-    return loss_of_list(listed.rows(rows), w, top_k, signal)
+def _outcome(
+    listed: Shortlist,
+    rows: tuple[jax.Array, jax.Array],
+    w: jax.Array,
+    top_k: int,
+    signal: Signal,
+) -> tuple[list[Any], jax.Array, jax.Array]:
+    losses = [
+        loss_of_list(listed.rows(each), w, top_k, signal) if len(each) else 0 for each in rows
+    ]
+    return losses, certain(listed, w, top_k, signal), _strongest(listed, w, top_k, signal)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _certain(listed: Shortlist, w: jax.Array, top_k: int, signal: Signal) -> jax.Array:
-    return certain(listed, w, top_k, signal)
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3))
 def _strongest(listed: Shortlist, w: jax.Array, top_k: int, signal: Signal) -> jax.Array:
     """Ids of the strongest examples of each query, [q, k]."""
     signs = signs_of(signal)

@@ -16,9 +16,10 @@ now, v at the pass, any a >= 0, and c_n the contributions of a dropped example,
 (Bounding each group by itself never came to fewer passes; see BUILD_NOTES.md.)
 
 Copies of one training example score alike under all weights, and k of them fill a top k. So of rows
-with the same features, told by 64 bits of them, a list takes k at most, and the others need no
-bound: whatever bounds, or lists, the k bounds them too. Without that, a page that a crawl holds 600
-times would fill every list, and no certificate would outlast a step.
+with the same contributions a list takes k at most, and the others need no bound: whatever bounds,
+or lists, the k bounds them too. Without that, a page that a crawl holds 600 times would fill every
+list, and no certificate would outlast a step. Digests of features only put rows side by side; their
+contributions are compared, so that two rows that share a digest are no copies for that.
 """
 
 import functools
@@ -252,9 +253,9 @@ def _absorb(
     side = train_side(arrays)
     counted = side.counted & fresh
     digests = _digests(place, side)  # [r, 2]
-    listable = counted & ~_further_copies(digests, counted, top_k)
     parts = local_contributions(place, layout, phi, arrays)  # [q, r, m]
     parts = jnp.where(counted[None, :, None], parts, 0).astype(found.gram.dtype)
+    listable = counted & ~_further_copies(digests, counted, jnp.moveaxis(parts, 1, 0), top_k)
     weighted = parts * found.weights[None, None]
     scores, lengths = weighted.sum(axis=-1), jnp.linalg.norm(weighted, axis=-1)  # [q, r]
     ids = jnp.where(counted, slab_ids(place, (g, b), first), -1).astype(found.rows.ids.dtype)
@@ -292,15 +293,18 @@ def _digests(place: Placement, side: TrainSide) -> jax.Array:
     return found[:, : identity.LANES] + identity.mixed(found[:, identity.LANES :])
 
 
-def _further_copies(digests: jax.Array, present: jax.Array, top_k: int) -> jax.Array:
-    """Which rows [r] come after as many present ones with the same digest, [r, 2]."""
+def _further_copies(
+    digests: jax.Array, present: jax.Array, parts: jax.Array, top_k: int
+) -> jax.Array:
+    """Which rows [r] come after as many present ones with the same contributions, [r, ..., m]."""
     r = len(present)
     keys = (~present, *jnp.moveaxis(digests, -1, 0), jnp.arange(r))
     absent, *words, order = jax.lax.sort(keys, num_keys=len(keys))
-    first = jnp.arange(r) == 0
+    ordered = parts[order]
+    new = jnp.any(ordered != jnp.roll(ordered, 1, axis=0), axis=range(1, parts.ndim))
     for word in (absent, *words):
-        first |= word != jnp.roll(word, 1)
-    begin = jax.lax.cummax(jnp.where(first, jnp.arange(r), 0))
+        new |= word != jnp.roll(word, 1)
+    begin = jax.lax.cummax(jnp.where(new, jnp.arange(r), 0))
     further = jnp.arange(r) - begin >= top_k
     return jnp.zeros(r, bool).at[order].set(further) & present
 
@@ -308,7 +312,7 @@ def _further_copies(digests: jax.Array, present: jax.Array, top_k: int) -> jax.A
 def _without_copies(rows: _Rows, top_k: int) -> _Rows:
     """Rows of several queries, from each of which copies beyond the k-th are taken out."""
     further = functools.partial(_further_copies, top_k=top_k)
-    out = jax.vmap(further)(rows.digests, rows.ids >= 0)
+    out = jax.vmap(further)(rows.digests, rows.ids >= 0, rows.parts)
     return rows._replace(
         ids=jnp.where(out, -1, rows.ids),
         scores=jnp.where(out, -jnp.inf, rows.scores),
@@ -339,10 +343,13 @@ def _merge(place: Placement, found: _Pass) -> Shortlist:
         x = jnp.moveaxis(place.gather_shards(x), 0, 2)
         return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
+    # By id, so that ties go to the lower one, as they do where all examples are listed.
+    ids, parts = joined(found.rows.ids), joined(found.rows.parts)
+    order = jnp.argsort(ids, axis=-1)
     # A full list's weakest example bounds what was dropped; a list with room dropped nothing.
     return Shortlist(
-        ids=joined(found.rows.ids),
-        parts=joined(found.rows.parts),
+        ids=jnp.take_along_axis(ids, order, axis=-1),
+        parts=jnp.take_along_axis(parts, order[..., None], axis=-2),
         dropped=place.largest_of_shards(found.rows.scores.min(axis=-1)),
         radius=place.largest_of_shards(found.radius),
         gram=place.sum_shards(found.gram),
