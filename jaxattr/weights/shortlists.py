@@ -309,7 +309,7 @@ def _further_copies(
     keys = (~present, *jnp.moveaxis(digests, -1, 0), jnp.arange(r))
     absent, *words, order = jax.lax.sort(keys, num_keys=len(keys))
     ordered = parts[order]
-    new = jnp.any(ordered != jnp.roll(ordered, 1, axis=0), axis=range(1, parts.ndim))
+    new = jnp.any(ordered != jnp.roll(ordered, 1, axis=0), axis=tuple(range(1, parts.ndim)))
     for word in (absent, *words):
         new |= word != jnp.roll(word, 1)
     begin = jax.lax.cummax(jnp.where(new, jnp.arange(r), 0))
