@@ -203,8 +203,11 @@ def test_over_fitting_is_reported():
         ({"l2": np.nan}, "l2 must be finite"),
         ({"signal": "topk"}, "signal must be \"top_k\", .* got 'topk'"),
         ({"start": "zero"}, 'start must be "unit_rms" or "uniform"'),
+        ({"top_k": 5.0}, r"top_k must be a whole number, an int, got 5\.0"),
         ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 30.0}, r"steps must be a whole number, an int, got 30\.0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": True}, "batch_size must be a whole number"),
         ({"held_out": 1.0}, "held_out must be at least 0 and below 1"),
     ],
 )
@@ -230,6 +233,17 @@ def test_bad_contributions():
         learning.fit_weights(jnp.zeros((4, 20, 3)))
     with pytest.raises(ValueError, match=r"contributions must be \[q, n, m\], got shape"):
         learning.fit_weights(jnp.zeros((4, 20)))
+
+
+@QUIET
+@pytest.mark.parametrize("dtype", ["int8", "int64", "bool", "bfloat16", "float16"])
+def test_contributions_of_any_real_type_are_taken_as_floats(dtype):
+    given = np.round(3 * np.asarray(random_contributions())).astype(jnp.dtype(dtype))
+    expected = learning.fit_weights(given.astype("float64"), NAMES, steps=20)
+    for kind in (np.asarray, jnp.asarray):
+        fit = learning.fit_weights(kind(given), NAMES, steps=20)
+        assert fit.weights == pytest.approx(expected.weights, rel=1e-12)
+        assert fit.loss == pytest.approx(expected.loss, rel=1e-12)
 
 
 def test_unit_rms_weights(index):
@@ -268,12 +282,12 @@ def test_fits_share_their_programs():
         "optimizer = optax.sgd(0.1)\n"
         "def fit(**options):\n"
         "    count(fit_weights, draw(size=(20, 50, 5)).astype('float32'), **options)\n"
-        "fit(), fit(), fit(l2=0.5, key=jax.random.key(3)), fit(start='unit_rms')\n"
+        "fit(), fit(), fit(l2=0.5, key=jax.random.key(3)), fit(l2=1), fit(start='unit_rms')\n"
         "fit(optimizer=optimizer), fit(optimizer=optimizer)\n"
         "fit(batch_size=5), fit(batch_size=5, key=jax.random.key(3))\n"
     )
     assert first <= 7
-    assert again == [0, 0, 0, 2, 0, 1, 0]  # another optimizer is another loop, a minibatch too
+    assert again == [0, 0, 0, 0, 2, 0, 1, 0]  # another optimizer is another loop, a minibatch too
 
 
 @QUIET

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxattr.counts import whole_number
 from jaxattr.index.index import Index
 from jaxattr.index.queries import query_features
 from jaxattr.keys import check_key
@@ -33,7 +34,7 @@ def unit_rms_weights(index: Index, queries: Any) -> dict[str, float]:
 
     Args:
       index: the index.
-      queries: as in `score`.
+      queries: a pytree of arrays, a random-access source, or `query_features(index, ...)`.
 
     Returns:
       {group name: weight}, mean one; zero for a group without any contribution.
@@ -68,22 +69,26 @@ def learn_weights(
 
     Args:
       index: the index.
-      queries: as in `score`; not those that the weights will be evaluated on.
+      queries: a pytree of arrays, a random-access source, or `query_features(index, ...)`; not
+        those that the weights will be evaluated on.
       top_k: number of training examples taken for the signal, at most n; no more than two or three
         times as many as a query has true proponents.
       l2: strength of the pull towards the start, >= 0.
-      signal: see `self_supervised_loss`. Default: "top_k"; of a squared method (DAS) "top_k_abs",
-        which ranks as the squares do and stays linear in the weights.
-      start: where learning starts, and what it is pulled to.
+      signal: "top_k", the mean of the largest scores; "top_k_abs", of the largest absolute scores;
+        "top_minus_bottom", half the distance between the means of the largest and the smallest.
+        Default: "top_k"; of a squared method (DAS) "top_k_abs", which ranks as the squares do and
+        stays linear in the weights.
+      start: where learning starts, and what it is pulled to: "uniform" or "unit_rms".
       optimizer: any `optax.GradientTransformation`, over theta. Default: Adam with a cosine
         schedule from 0.05 to 0 over `steps`.
       steps: number of updates; the top k are found anew at each.
       batch_size: queries per step. Default: all.
       held_out: share of the queries that is not learned from, but reported on.
       key: key of the split into held-out queries and of the minibatches.
-      materialize: whether to keep the contributions [q, n, m], or to go over the training set
-        again whenever the strongest examples may have changed (see `jaxattr.shortlists`), from
-        memory or from disk. Same result; default: to keep them if they fit 512 MiB.
+      materialize: whether to keep the contributions [q, n, m]; or those of each query's strongest
+        examples alone, and to go over the training set again, in memory or on disk, whenever
+        others may have become the strongest. Same result; default: to keep them if they fit
+        512 MiB.
 
     Returns:
       The weights with diagnostics.
@@ -122,11 +127,12 @@ def fit_weights(
     """Learns weights from contributions that were computed elsewhere, by any library.
 
     Args:
-      contributions: float [q, n, m].
+      contributions: real numbers [q, n, m].
       names: the m group names. Default: "0", "1", ...
       top_k: number of training examples taken for the signal, at most n.
       l2: strength of the pull towards the start, >= 0.
-      signal: "top_k", "top_k_abs" or "top_minus_bottom"; see `self_supervised_loss`.
+      signal: "top_k", the mean of the largest scores; "top_k_abs", of the largest absolute scores;
+        "top_minus_bottom", half the distance between the means of the largest and the smallest.
       start: where learning starts, and what it is pulled to: "uniform" or "unit_rms".
       optimizer: any `optax.GradientTransformation`, over theta. Default: Adam with a cosine
         schedule from 0.05 to 0 over `steps`.
@@ -137,6 +143,13 @@ def fit_weights(
 
     Returns:
       The weights with diagnostics.
+
+    Raises:
+      ValueError: if an argument is out of its range, a name occurs twice, or contributions are
+        complex, not finite, or all zero.
+
+    Warns:
+      WeightWarning: for each entry of `WeightFit.warnings`.
     """
     if contributions.ndim != 3:
         raise ValueError(f"contributions must be [q, n, m], got shape {contributions.shape}.")
@@ -203,9 +216,9 @@ def _from_index(
 def _as_floats(contributions: Any) -> Any:
     if jnp.issubdtype(contributions.dtype, jnp.complexfloating):
         raise ValueError(f"contributions must be real, got {contributions.dtype}.")
-    if jnp.issubdtype(contributions.dtype, jnp.floating):
+    if contributions.dtype in (np.float32, np.float64):
         return contributions
-    return np.asarray(contributions, np.float32)
+    return np.asarray(contributions, jnp.result_type(float))
 
 
 @jax.jit
@@ -300,9 +313,8 @@ def _check_options(options: FitOptions, n: int) -> None:
         raise ValueError(f'start must be "unit_rms" or "uniform", got {options.start!r}.')
     if not (math.isfinite(options.l2) and options.l2 >= 0):
         raise ValueError(f"l2 must be finite and at least 0, got {options.l2}.")
-    if options.steps < 1:
-        raise ValueError(f"steps must be at least 1, got {options.steps}.")
-    if options.batch_size is not None and options.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {options.batch_size}.")
+    whole_number("steps", options.steps)
+    if options.batch_size is not None:
+        whole_number("batch_size", options.batch_size)
     if not 0 <= options.held_out < 1:
         raise ValueError(f"held_out must be at least 0 and below 1, got {options.held_out}.")

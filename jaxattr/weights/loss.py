@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxattr.counts import whole_number
 from jaxattr.weights import shortlists
 from jaxattr.weights.shortlists import Shortlist
 
@@ -119,10 +120,10 @@ def _relative(found: jax.Array, squares: jax.Array) -> jax.Array:
 
 
 def check_signal(signal: str, top_k: int, n: int) -> None:
-    """Raises if the signal is unknown, or top_k is not between 1 and n."""
+    """Raises if the signal is unknown, or top_k is no whole number between 1 and n."""
     if signal not in ("top_k", "top_k_abs", "top_minus_bottom"):
         raise ValueError(
             f'signal must be "top_k", "top_k_abs" or "top_minus_bottom", got {signal!r}.'
         )
-    if not 1 <= top_k <= n:
+    if not 1 <= whole_number("top_k", top_k, least=None) <= n:
         raise ValueError(f"top_k must be between 1 and the {n} training examples, got {top_k}.")

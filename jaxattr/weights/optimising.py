@@ -124,7 +124,7 @@ def run(
       loss_at_start: what the loss is divided by.
       options: of the fit.
     """
-    dynamic = (gauge, abs(loss_at_start) or 1.0, options.l2)
+    dynamic = (gauge, abs(loss_at_start) or 1.0, float(options.l2))
     static = options._replace(l2=0.0, held_out=0.0, start="uniform")
     with jax.numpy_dtype_promotion("standard"):  # which Optax's schedules take for granted
         return _run(listed, rows, state, keys, *dynamic, options=static)

@@ -96,12 +96,12 @@ class Optimised(NamedTuple):
       start: weights where learning started, [m].
       w: learned weights, mean one, [m].
       losses: the objective at each step.
-      loss: see `WeightFit`.
-      held_out_loss: see `WeightFit`.
-      hub: see `WeightFit`.
-      hub_share: see `WeightFit`.
+      loss: on the queries that were learned from, (start, end); no penalty.
+      held_out_loss: the same on queries that were held out; None if there were none.
+      hub: id of the training example that is in the top k of the most queries.
+      hub_share: in how many, as a share.
       top_k: number of training examples taken for the signal.
-      passes: see `WeightFit`.
+      passes: how often the training set was gone over.
     """
 
     start: np.ndarray

@@ -178,7 +178,16 @@ class _Rows(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """What a device has found so far; names as in `Shortlist`."""
+    """What a device has found so far.
+
+    Attributes:
+      rows: on each list, [l, q, s].
+      radius: the largest norm of the weighted contributions of rows that are on no list, [l, q].
+      gram: sum of c_n c_n^T, [q, m, m].
+      squares: sum of squared contributions, [q, m].
+      largest: largest absolute contribution, [q, m].
+      weights: of the pass, [m].
+    """
 
     rows: _Rows
     radius: jax.Array
@@ -198,7 +207,7 @@ def compiled_pass(
       place: the devices.
       layout: the groups.
       length: examples per list and device.
-      signs: as in `signed_scores`.
+      signs: 1 for a list of the largest scores, -1 for one of the smallest.
       top_k: examples of a top k; a list takes as many copies of one, and no more.
 
     Returns:
@@ -301,7 +310,7 @@ def _further_copies(
     keys = (~present, *jnp.moveaxis(digests, -1, 0), jnp.arange(r))
     absent, *words, order = jax.lax.sort(keys, num_keys=len(keys))
     ordered = parts[order]
-    new = jnp.any(ordered != jnp.roll(ordered, 1, axis=0), axis=range(1, parts.ndim))
+    new = jnp.any(ordered != jnp.roll(ordered, 1, axis=0), axis=tuple(range(1, parts.ndim)))
     for word in (absent, *words):
         new |= word != jnp.roll(word, 1)
     begin = jax.lax.cummax(jnp.where(new, jnp.arange(r), 0))
