@@ -145,22 +145,22 @@ def contents(folder):
     return found
 
 
-def prepare(folder, task, method):
-    """The index that a job starts from."""
+def prepare(folder, task, processes, job):
+    """The index that a job starts from, by as many processes: chunks are theirs."""
     folder.mkdir()
     if task != "build":
-        finish(start("build", folder, 1, METHOD=method))
+        finish(start("build", folder, processes, **job))
     return folder
 
 
 def kill_and_go_on(folder, task, method, processes, devices, seed):
     """Kills all processes of a job again and again, then lets it end."""
     job = {"METHOD": method, "DEVICES": str(devices)}
-    whole = prepare(folder / "whole", task, method)
+    whole = prepare(folder / "whole", task, processes, job)
     began = time.time()
     finish(start(task, whole, processes, **job))
     length = time.time() - began
-    killed = prepare(folder / "killed", task, method)
+    killed = prepare(folder / "killed", task, processes, job)
     generator = random.Random(seed)
     for _ in range(KILLS):
         jobs = start(task, killed, processes, **job)
