@@ -126,7 +126,9 @@ def compare(
         "unit RMS": unit_rms_weights(index, learning),
         "learned": fit.weights,
         **(more or {}),
-        "upper bound": evaluation.upper_bound_weights(index, learning, truth.masks, truth.learning),
+        "fitted to truth": ja.learn_weights(
+            index, learning, outcomes=ja.Outcomes(truth.masks, truth.learning)
+        ).weights,
     }
     lds = dict(lds_of_weights(index, queries, truth, weights))
     difference = evaluation.paired_difference(lds["learned"], lds["uniform"])

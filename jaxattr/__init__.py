@@ -2,7 +2,9 @@
 
 from jaxattr import diffusion, evaluation, language
 from jaxattr.evaluation.lds import lds
+from jaxattr.evaluation.outcomes import outcomes
 from jaxattr.evaluation.retraining import retrain
+from jaxattr.evaluation.training import trainer
 from jaxattr.features import projections
 from jaxattr.features.expectations import expectation
 from jaxattr.fitting.eigenbases import TruncationWarning
@@ -20,7 +22,9 @@ from jaxattr.methods.method import Method, citation, featurizer
 from jaxattr.methods.trak import d_trak, das, journey_trak, trak
 from jaxattr.scores.scoring import attributor, contributions, score, self_influence, top_k
 from jaxattr.store import StoreError
+from jaxattr.weights.copies import noised
 from jaxattr.weights.learning import learn_weights
+from jaxattr.weights.outcomes import Outcomes
 from jaxattr.weights.report import WeightWarning
 
 __version__ = "0.1.0"
@@ -30,6 +34,7 @@ __all__ = [
     "Index",
     "Method",
     "NonFiniteWarning",
+    "Outcomes",
     "StoreError",
     "TruncationWarning",
     "WeightWarning",
@@ -59,7 +64,9 @@ __all__ = [
     "lds",
     "learn_weights",
     "logra",
+    "noised",
     "open_index",
+    "outcomes",
     "plan",
     "projections",
     "query_features",
@@ -70,6 +77,7 @@ __all__ = [
     "top_k",
     "tracin",
     "trackstar",
+    "trainer",
     "trak",
 ]
 

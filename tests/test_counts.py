@@ -16,6 +16,10 @@ METHOD = ja.tracin(models.loss, projection=projections.rademacher(4))
 MASKS = np.random.default_rng(0).permuted(np.tile(np.arange(12) < 6, (4, 1)), axis=1)
 SCORES, RELEVANT = np.random.default_rng(0).normal(size=(3, 12)), np.tile(np.arange(12) < 2, (3, 1))
 KEY = jax.random.key(0)
+OUTCOMES = ja.Outcomes(
+    np.random.default_rng(1).permuted(np.tile(np.arange(12) < 6, (9, 1)), axis=1),
+    np.random.default_rng(2).normal(size=(9, 3)),
+)
 
 
 def index():
@@ -50,12 +54,11 @@ USES = {
     "k of recall_at_k": lambda n: evaluation.recall_at_k(SCORES, RELEVANT, n),
     "k of precision_at_k": lambda n: evaluation.precision_at_k(SCORES, RELEVANT, n),
     "at_once of tail_patch": patched,
-    "steps": lambda n: evaluation.upper_bound_weights(
-        index(), QUERIES, MASKS, MASKS @ SCORES.T, steps=n
-    ),
+    "steps": lambda n: ja.learn_weights(index(), QUERIES, steps=n, outcomes=OUTCOMES).losses,
 }
 
 
+@pytest.mark.filterwarnings("ignore::jaxattr.weights.report.WeightWarning")
 @pytest.mark.parametrize("name", USES)
 def test_counts_are_ints(name):
     use = USES[name]

@@ -163,18 +163,18 @@ def test_weights_of_squared_scores_are_learned_from_absolute_ones():
     assert got.weights == expected.weights
 
 
-def test_lds_of_groups_and_the_upper_bound_of_squared_scores():
+def test_lds_of_groups_and_weights_from_outcomes_of_squared_scores():
     index = index_of(das())
-    masks = evaluation.random_subsets(jax.random.key(0), 24, 20)
+    masks = evaluation.random_subsets(jax.random.key(0), 24, 40)
     true = {name: float(i % 2) for i, name in enumerate(index.layout.names)}
     outputs = masks @ np.asarray(ja.score(index, QUERIES, weights=true)).T
     for name, found in evaluation.group_lds(index, QUERIES, masks, outputs).items():
         alone = dict.fromkeys(index.layout.names, 0.0) | {name: 1.0}
         expected = ja.lds(ja.score(index, QUERIES, weights=alone), masks, outputs)
         assert found.mean == pytest.approx(expected.mean)
-    bound = evaluation.upper_bound_weights(index, QUERIES, masks, outputs)
-    reached = ja.lds(ja.score(index, QUERIES, weights=bound), masks, outputs).mean
-    assert reached > 0.97 > ja.lds(ja.score(index, QUERIES), masks, outputs).mean
+    fit = ja.learn_weights(index, QUERIES, outcomes=ja.Outcomes(masks, outputs))
+    reached = ja.lds(ja.score(index, QUERIES, weights=fit.weights), masks, outputs).mean
+    assert reached > 0.95 > ja.lds(ja.score(index, QUERIES), masks, outputs).mean
 
 
 def test_opponents_of_squares_are_refused():

@@ -293,13 +293,3 @@ def test_group_lds_is_the_lds_of_contributions(indexed):
         np.testing.assert_allclose(found[name].per_query, expected.per_query, atol=1e-9)
     with pytest.raises(ValueError, match="subsets, 24"):
         evaluation.group_lds(index, QUERIES, masks[:, :5], outputs)
-
-
-def test_upper_bound_finds_the_group_that_makes_the_outputs(indexed):
-    index, masks, parts = indexed
-    w = np.array([0.0, 0.3, 1.0]) / np.sqrt((parts**2).mean(axis=(0, 1)))
-    outputs = masks @ (parts @ w).T
-    weights = evaluation.upper_bound_weights(index, QUERIES, masks, outputs)
-    assert np.mean(list(weights.values())) == pytest.approx(1)
-    found = ja.lds(ja.score(index, QUERIES, weights=weights), masks, outputs).mean
-    assert found > 0.99 > ja.lds(ja.score(index, QUERIES), masks, outputs).mean

@@ -1,6 +1,8 @@
 """Ground truth and metrics: is an attribution method right about this model?
 
 retraining.py     train on many subsets at once
+outcomes.py       small models on subsets, to learn weights from
+training.py       a training function for those who have none
 lds.py            do scores predict what the retrained models do?
 mislabel.py       does self-influence find wrong labels?
 heterogeneity.py  how right is each parameter group by itself?
@@ -10,9 +12,6 @@ retrieval.py      do the strongest proponents hold what the query asks for?
 
 from jaxattr.evaluation.damping_paths import damping_path as damping_path
 from jaxattr.evaluation.heterogeneity import group_lds as group_lds
-from jaxattr.evaluation.heterogeneity import subset_contributions as subset_contributions
-from jaxattr.evaluation.heterogeneity import subset_products as subset_products
-from jaxattr.evaluation.heterogeneity import upper_bound_weights as upper_bound_weights
 from jaxattr.evaluation.lds import LDS as LDS
 from jaxattr.evaluation.lds import Difference as Difference
 from jaxattr.evaluation.lds import lds as lds
@@ -20,6 +19,7 @@ from jaxattr.evaluation.lds import lds_of_predictions as lds_of_predictions
 from jaxattr.evaluation.lds import paired_difference as paired_difference
 from jaxattr.evaluation.mislabel import flip_labels as flip_labels
 from jaxattr.evaluation.mislabel import mislabel_auc as mislabel_auc
+from jaxattr.evaluation.outcomes import outcomes as outcomes
 from jaxattr.evaluation.retraining import outputs as outputs
 from jaxattr.evaluation.retraining import random_subsets as random_subsets
 from jaxattr.evaluation.retraining import retrain as retrain
@@ -31,3 +31,6 @@ from jaxattr.evaluation.retrieval import ranks as ranks
 from jaxattr.evaluation.retrieval import recall_at_k as recall_at_k
 from jaxattr.evaluation.retrieval import strongest as strongest
 from jaxattr.evaluation.tail_patch import tail_patch as tail_patch
+from jaxattr.evaluation.training import trainer as trainer
+from jaxattr.scores.subsets import subset_contributions as subset_contributions
+from jaxattr.scores.subsets import subset_products as subset_products

@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -109,24 +109,56 @@ def retrain(
 
     Cost: m * seeds trainings; vmapped, small models take little more time together than one.
     """
-    masks, key, place = _check_masks(masks), check_key(key), _placement(mesh, axis)
-    ids = np.stack([np.flatnonzero(mask) for mask in masks])  # [m, s]
+    masks, key, place = _check_masks(masks), check_key(key), models_over(mesh, axis)
     seeds = whole_number("seeds", seeds)
-    keys = jax.random.split(key, seeds)
-    _check_inputs_matter(train_fn, keys[0], ids[0])
-    runs = len(ids) * seeds
-    at_once = runs if at_once is None else min(runs, whole_number("at_once", at_once))
-    at_once = split_rows(at_once, place)
-    train = jax.jit(place.over_shards(jax.vmap(train_fn), ((DATA,), (DATA,)), (DATA,)))
-    chunks = []
-    starts = range(0, runs, at_once)
-    for start in track(iter(starts), "retraining", len(starts)):
-        run = np.minimum(np.arange(start, start + at_once), runs - 1)
-        given = place.whole((keys[run % seeds], jnp.asarray(ids[run // seeds])))
-        chunks.append(jax.tree.map(functools.partial(_everywhere, place), train(*given)))
-    params = jax.tree.map(lambda *parts: jnp.concatenate(parts)[:runs], *chunks)
+    at_once = len(masks) * seeds if at_once is None else whole_number("at_once", at_once)
+    chunks = list(trained(train_fn, masks, key, seeds=seeds, at_once=at_once, place=place))
+    params = jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks)
     _warn_of_divergence(params, seeds)
-    return jax.tree.map(lambda leaf: leaf.reshape(len(ids), seeds, *leaf.shape[1:]), params)
+    return jax.tree.map(lambda leaf: leaf.reshape(len(masks), seeds, *leaf.shape[1:]), params)
+
+
+def trained(
+    train_fn: TrainFn,
+    masks: np.ndarray,
+    key: Key,
+    *,
+    seeds: int,
+    at_once: int,
+    place: Placement,
+    then: Callable[[Params], Any] = lambda params: params,
+    done: int = 0,
+) -> Iterator[Any]:
+    """Trains one model after the other, some at once.
+
+    Args:
+      train_fn: as in `retrain`, as all that follow.
+      masks: see there.
+      key: see there.
+      seeds: see there.
+      at_once: models in memory at once.
+      place: where they are trained.
+      then: what is wanted of a model, of its parameters; pure.
+      done: runs that need not be made again.
+
+    Yields:
+      What is wanted of the next runs, stacked; run i is of subset i // seeds and seed i % seeds.
+    """
+    ids = np.stack([np.flatnonzero(mask) for mask in masks])  # [m, s]
+    keys, runs = jax.random.split(key, seeds), len(ids) * seeds
+    check_inputs_matter(train_fn, keys[0], ids[0])
+    at_once = split_rows(min(runs, at_once), place)
+
+    def run(key: Key, ids: jax.Array) -> Any:
+        return then(train_fn(key, ids))
+
+    train = jax.jit(place.over_shards(jax.vmap(run), ((DATA,), (DATA,)), (DATA,)))
+    starts = range(done, runs, at_once)
+    for start in track(iter(starts), "retraining", len(starts)):
+        wanted = np.minimum(np.arange(start, start + at_once), runs - 1)
+        given = place.whole((keys[wanted % seeds], jnp.asarray(ids[wanted // seeds])))
+        found = jax.tree.map(functools.partial(_everywhere, place), train(*given))
+        yield jax.tree.map(lambda leaf, start=start: leaf[: runs - start], found)
 
 
 def outputs(
@@ -143,26 +175,51 @@ def outputs(
     Returns:
       Float [m, q].
     """
-    q = leading_size(queries)
     key = jax.random.key(0) if key is None else check_key(key)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(q))
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), params)
-    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], x.dtype), queries)
-    check_output(output_fn, one, example, key)
-    on_queries = jax.vmap(output_fn, in_axes=(None, 0, 0))
+    on_queries = of_queries(output_fn, one, queries, key)
 
     @jax.jit
-    def of_all(params: Params, queries: Batch, keys: Key) -> jax.Array:
+    def of_all(params: Params) -> jax.Array:
         def of_subset(params: Params) -> jax.Array:
-            return jax.vmap(on_queries, in_axes=(0, None, None))(params, queries, keys).mean(axis=0)
+            return jax.vmap(on_queries)(params).mean(axis=0)
 
         return jax.lax.map(of_subset, params)  # one subset at a time bounds the memory
 
-    return of_all(params, queries, keys)
+    return of_all(params)
 
 
-def _placement(mesh: Mesh | None, axis: str) -> Placement:
-    """Models over one axis of the mesh, whatever it is called; the same along others."""
+def of_queries(
+    output_fn: OutputFn, params: Params, queries: Batch, key: Key
+) -> Callable[[Params], jax.Array]:
+    """Makes a function from parameters to the outputs on all queries, [q].
+
+    Args:
+      output_fn: (params, example, key) -> scalar.
+      params: of one model, or their shapes.
+      queries: a pytree of arrays [q, ...].
+      key: of a stochastic output; query i gets the same randomness from every model.
+
+    Raises:
+      ValueError: if the output is no scalar.
+    """
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(leading_size(queries)))
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], x.dtype), queries)
+    check_output(output_fn, params, example, key)
+    on_queries = jax.vmap(output_fn, in_axes=(None, 0, 0))
+    return lambda params: on_queries(params, queries, keys)
+
+
+def models_over(mesh: Mesh | None, axis: str = "data") -> Placement:
+    """Models over one axis of the mesh, whatever it is called; the same along others.
+
+    Args:
+      mesh: of a user, or None.
+      axis: of the mesh.
+
+    Raises:
+      ValueError: if it is no mesh, or has no such axis.
+    """
     if mesh is None:
         return Placement()
     check_mesh(mesh)
@@ -194,7 +251,14 @@ def _check_masks(masks: Any) -> np.ndarray:
     return masks
 
 
-def _check_inputs_matter(train_fn: TrainFn, key: Key, ids: np.ndarray) -> None:
+def check_inputs_matter(train_fn: TrainFn, key: Key, ids: np.ndarray) -> None:
+    """Refuses a train function that ignores its ids, and warns of one that ignores its key.
+
+    Args:
+      train_fn: (key, ids) -> params.
+      key: any.
+      ids: of one subset, [s].
+    """
     closed = jax.make_jaxpr(train_fn)(key, ids)
     keyed, identified = _used(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     if not identified:

@@ -24,7 +24,9 @@ from jaxattr.store.rows import EXAMPLES, FEATURES
 from jaxattr.typing import Key
 from jaxattr.weights import optimising, shortlists
 from jaxattr.weights.loss import Signal, check_signal, signs_of
-from jaxattr.weights.optimising import FitOptions, Outcome, Start
+from jaxattr.weights.optimising import AtWeights, FitOptions, Start
+from jaxattr.weights.outcome_fits import fit_to_outcomes
+from jaxattr.weights.outcomes import Outcomes
 from jaxattr.weights.report import ContributionStatistics, Optimised, WeightFit, named, report
 from jaxattr.weights.shortlists import Shortlist
 
@@ -48,6 +50,8 @@ def learn_weights(
     index: Index,
     queries: Any,
     *,
+    outcomes: Outcomes | None = None,
+    copies: tuple[Any, Any] | None = None,
     top_k: int = 20,
     l2: float = 0.1,
     signal: Signal | None = None,
@@ -61,9 +65,15 @@ def learn_weights(
 ) -> WeightFit:
     r"""Learns one weight per group from queries without labels.
 
-    Weights are :math:`w_j \propto g_j \, \mathrm{softmax}(\theta)_j` from :math:`\theta = 0`, where
-    g is one (`start="uniform"`, the paper) or scales each group to unit root mean square
-    (`start="unit_rms"`). The objective is the loss relative to its size at the start,
+    With `outcomes` of small retrained models, weights are fitted to what scores predict of them
+    (`weights.agreement.outcome_loss`), go to uniform ones where no gain can be shown, and
+    `fit.gain` says how much they gain. Of the options only `copies`, `optimizer` (default: Optax's
+    L-BFGS) and `steps` apply then.
+
+    Without, the objective is the paper's, which is not safe: it can make a method worse, and cannot
+    say whether it does. Weights are :math:`w_j \propto g_j \, \mathrm{softmax}(\theta)_j` from
+    :math:`\theta = 0`, where g is one (`start="uniform"`, the paper) or scales each group to unit
+    root mean square (`start="unit_rms"`). The objective is the loss relative to its start,
     plus l2 times the squared coefficient of variation of the softmax: a unit that depends on
     neither m, n nor k.
 
@@ -71,6 +81,9 @@ def learn_weights(
       index: the index.
       queries: a pytree of arrays, a random-access source, or `query_features(index, ...)`; not
         those that the weights will be evaluated on.
+      outcomes: of models retrained on subsets, on these queries; see `ja.outcomes`.
+      copies: noised copies of training examples and the ids of those, `(batch, ids)`; with
+        outcomes alone, which they complement. See `ja.noised`.
       top_k: number of training examples taken for the signal, at most n; no more than two or three
         times as many as a query has true proponents.
       l2: strength of the pull towards the start, >= 0.
@@ -94,15 +107,32 @@ def learn_weights(
       The weights with diagnostics.
 
     Raises:
-      ValueError: if an argument is out of its range, or no query is finite.
+      ValueError: if an argument is out of its range, or no query is finite; if outcomes are of
+        other queries or another training set, or an option does not go with them.
 
     Warns:
       WeightWarning: for each entry of `WeightFit.warnings`.
 
+    Cost: one pass over the training set with outcomes, and one or a few without; 2 q n m^2
+    operations beside those of `score`.
+
     References:
       Li et al. (2025), arXiv:2506.05647, section 3. Deviation: the unit of l2. The defaults are
-      from a study of three models by three methods, see BUILD_NOTES.md.
+      from a study of three models by three methods, see BUILD_NOTES.md. Outcomes are ours.
     """
+    if outcomes is not None:
+        _check_goes_with_outcomes(
+            top_k=(top_k, 20), l2=(l2, 0.1), signal=(signal, None), start=(start, "uniform"),
+            batch_size=(batch_size, None), held_out=(held_out, 0.2), key=(key, None),
+            materialize=(materialize, None),
+        )  # fmt: skip
+        steps = whole_number("steps", steps)
+        return fit_to_outcomes(index, queries, outcomes, copies, optimizer, steps)
+    if copies is not None:
+        raise ValueError(
+            "copies complement outcomes, and there are none: alone they mislead. Pass outcomes= "
+            "too, or leave copies out."
+        )
     if signal is None:
         signal = "top_k_abs" if index.link == "square" else "top_k"
     scores = _from_index(index, queries, materialize, top_k, signal)
@@ -271,7 +301,7 @@ def _fit(
     listed, passes = scores.listed(np.ones(scores.groups)), 1
     statistics = _statistics(scores, listed)
     gauge = np.ones(scores.groups) if options.start == "uniform" else _unit_rms(statistics)
-    listed, before, passes = _outcome_at(gauge, scores, listed, rows, options, passes)
+    listed, before, passes = _at_certain(gauge, scores, listed, rows, options, passes)
 
     while True:
         loop = optimising.run(listed, rows[0], loop, keys, gauge, before.losses[0], options)
@@ -282,7 +312,7 @@ def _fit(
             break
         listed, passes = scores.listed(w), passes + 1
 
-    _, after, passes = _outcome_at(w, scores, listed, rows, options, passes)
+    _, after, passes = _at_certain(w, scores, listed, rows, options, passes)
     learned, held_out = zip(before.losses, after.losses, strict=True)
     found = Optimised(
         gauge, w, np.asarray(loop.losses), learned, held_out if held else None,
@@ -291,20 +321,30 @@ def _fit(
     return report(names, found, statistics)
 
 
-def _outcome_at(
+def _at_certain(
     w: np.ndarray,
     scores: _Scores,
     listed: Shortlist,
     rows: tuple[np.ndarray, np.ndarray],
     options: FitOptions,
     passes: int,
-) -> tuple[Shortlist, Outcome, int]:
+) -> tuple[Shortlist, AtWeights, int]:
     """A shortlist that is certain at some weights, what they come to, and passes so far."""
-    found = optimising.outcome(listed, rows, w, options)
+    found = optimising.at_weights(listed, rows, w, options)
     if found.certain:
         return listed, found, passes
     listed = scores.listed(w)
-    return listed, optimising.outcome(listed, rows, w, options), passes + 1
+    return listed, optimising.at_weights(listed, rows, w, options), passes + 1
+
+
+def _check_goes_with_outcomes(**options: tuple[Any, Any]) -> None:
+    """Refuses options that were given and would be ignored; each is (value, default)."""
+    given = [name for name, (value, default) in options.items() if value != default]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)} belong to the objective without outcomes: with outcomes only "
+            "copies, optimizer and steps apply. Leave out one or the other."
+        )
 
 
 def _check_options(options: FitOptions, n: int) -> None:

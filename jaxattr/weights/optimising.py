@@ -76,7 +76,7 @@ class Beginning(NamedTuple):
     loop: LoopState
 
 
-class Outcome(NamedTuple):
+class AtWeights(NamedTuple):
     """What some weights come to.
 
     Attributes:
@@ -130,9 +130,9 @@ def run(
         return _run(listed, rows, state, keys, *dynamic, options=static)
 
 
-def outcome(
+def at_weights(
     listed: Shortlist, rows: tuple[np.ndarray, np.ndarray], w: np.ndarray, options: FitOptions
-) -> Outcome:
+) -> AtWeights:
     """The losses of some weights, and the strongest examples under them.
 
     Args:
@@ -141,9 +141,9 @@ def outcome(
       w: weights [m].
       options: of the fit.
     """
-    losses, certain, strongest = _outcome(listed, rows, w, options.top_k, options.signal)
+    losses, certain, strongest = _at_weights(listed, rows, w, options.top_k, options.signal)
     learned, held = map(float, losses)
-    return Outcome((learned, held), bool(certain), np.asarray(strongest))
+    return AtWeights((learned, held), bool(certain), np.asarray(strongest))
 
 
 def hub(strongest: np.ndarray) -> tuple[int, float]:
@@ -221,7 +221,7 @@ def _run(
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _outcome(
+def _at_weights(
     listed: Shortlist,
     rows: tuple[jax.Array, jax.Array],
     w: jax.Array,

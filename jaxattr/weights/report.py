@@ -14,27 +14,87 @@ class WeightWarning(UserWarning):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Gain:
+    """What learned weights gain over uniform ones, estimated on models that were left out.
+
+    In the unit of LDS, for models as those of the outcomes: the correlation, mean over queries, of
+    what scores predict for a subset with the rank of what a model trained on it does.
+
+    Attributes:
+      mean: of the gain.
+      low: lower end of its 95 % interval, over models and queries drawn anew.
+      high: upper end.
+      uniform: what uniform weights reach.
+      uniform_low: lower end of its 95 % interval.
+      uniform_high: upper end.
+      models: that are finite.
+      queries: that say something.
+      dropped: models that are not finite.
+      skipped: queries on which all models do the same, or none is finite.
+      to_uniform: how much uniform weights count in the weights: 0 where the gain is beyond doubt, 1
+        where there is none.
+    """
+
+    mean: float
+    low: float
+    high: float
+    uniform: float
+    uniform_low: float
+    uniform_high: float
+    models: int
+    queries: int
+    dropped: int
+    skipped: int
+    to_uniform: float
+
+    def __str__(self) -> str:
+        shown = "" if self.low > 0 else "; not shown to be above zero"
+        left = [
+            f"{count} {what}"
+            for count, what in ((self.dropped, "models dropped"), (self.skipped, "queries skipped"))
+            if count
+        ]
+        return (
+            f"gain {100 * self.mean:+.1f} % LDS [{100 * self.low:+.1f}, {100 * self.high:+.1f}] "
+            f"over uniform weights' {100 * self.uniform:.1f} %{shown} ({self.models} retrained "
+            f"models, {self.queries} queries{''.join(', ' + each for each in left)}; weights are "
+            f"{self.to_uniform:.0%} of the way to uniform)"
+        )
+
+
+UNKNOWN_GAIN = (
+    "gain over uniform weights: not known. Outcomes of small retrained models, "
+    "learn_weights(..., outcomes=ja.outcomes(...)), give it, at the cost of 4 to 16 trainings."
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightFit:
     """Learned weights and what tells whether to trust them.
 
     Attributes:
       weights: {group name: weight}, mean one.
-      losses: the objective at each step, relative to the size of the loss at the start, [steps].
-      loss: the loss on the queries that were learned from, (start, end); no penalty.
-      held_out_loss: the same on queries that were held out; None if there were none.
+      gain: over uniform weights; None where they were learned without outcomes.
+      losses: the objective at each step, relative to the size of the loss at the start, [steps];
+        with outcomes, at the end for each strength of the pull.
+      loss: the loss on the queries that were learned from, (start, end); no penalty. With outcomes
+        minus the correlation that `gain` speaks of.
+      held_out_loss: the same on queries that were held out; with outcomes on models that were.
+        None if there were none.
       shares: {group name: share of the scores}: weight times the root mean square of the group's
         contributions, summing to one. Unlike the weights they do not depend on a group's scale.
       start_shares: the shares where learning started.
       entropy: of the shares; 1 is all equal, 0 a single group.
       tail_ratio: {group name: largest contribution relative to the root mean square, averaged over
         queries}. Near sqrt(n) means that single training examples are all there is.
-      hub: id of the training example that is in the top k of the most queries.
+      hub: id of the training example that is in the top k of the most queries; None with outcomes.
       hub_share: in how many, as a share.
       passes: how often the training set was gone over.
       warnings: what a user should look at, in words.
     """
 
     weights: dict[str, float]
+    gain: Gain | None
     losses: np.ndarray
     loss: tuple[float, float]
     held_out_loss: tuple[float, float] | None
@@ -42,8 +102,8 @@ class WeightFit:
     start_shares: dict[str, float]
     entropy: float
     tail_ratio: dict[str, float]
-    hub: int
-    hub_share: float
+    hub: int | None
+    hub_share: float | None
     passes: int
     warnings: tuple[str, ...]
 
@@ -58,6 +118,7 @@ class WeightFit:
             held = f", held out {self.held_out_loss[0]:.4f} -> {self.held_out_loss[1]:.4f}"
         ranked = sorted(self.shares, key=lambda name: -self.shares[name])
         lines = [
+            UNKNOWN_GAIN if self.gain is None else str(self.gain),
             f"loss {self.loss[0]:.4f} -> {self.loss[1]:.4f}{held}; entropy {self.entropy:.2f}",
             "    weight  share  group",
             *(f"  {self.weights[name]:8.3f}  {self.shares[name]:4.0%}   {name}" for name in ranked),
@@ -98,10 +159,11 @@ class Optimised(NamedTuple):
       losses: the objective at each step.
       loss: on the queries that were learned from, (start, end); no penalty.
       held_out_loss: the same on queries that were held out; None if there were none.
-      hub: id of the training example that is in the top k of the most queries.
+      hub: id of the training example that is in the top k of the most queries, if it is known.
       hub_share: in how many, as a share.
       top_k: number of training examples taken for the signal.
       passes: how often the training set was gone over.
+      gain: over uniform weights, if it is known.
     """
 
     start: np.ndarray
@@ -109,10 +171,11 @@ class Optimised(NamedTuple):
     losses: np.ndarray
     loss: tuple[float, float]
     held_out_loss: tuple[float, float] | None
-    hub: int
-    hub_share: float
-    top_k: int
+    hub: int | None
+    hub_share: float | None
+    top_k: int | None
     passes: int
+    gain: Gain | None = None
 
 
 def named(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
@@ -136,6 +199,7 @@ def report(names: Sequence[str], found: Optimised, statistics: ContributionStati
     entropy = -float(np.sum(present * np.log(present)))
     fit = WeightFit(
         weights=named(names, found.w),
+        gain=found.gain,
         losses=found.losses,
         loss=found.loss,
         held_out_loss=found.held_out_loss,
@@ -159,9 +223,38 @@ def _shares(w: np.ndarray, statistics: ContributionStatistics) -> np.ndarray:
     return strength / strength.sum()
 
 
-def _suspicions(fit: WeightFit, statistics: ContributionStatistics, top_k: int) -> Iterator[str]:
+def _suspicions(
+    fit: WeightFit, statistics: ContributionStatistics, top_k: int | None
+) -> Iterator[str]:
     if not np.isfinite(fit.losses).all():
         yield "the loss was not finite at some steps: lower the optimizer's learning rate."
+    if fit.gain is None:
+        yield from _suspicions_without_outcomes(fit, statistics, top_k or 1)
+    else:
+        yield from _suspicions_of_outcomes(fit.gain)
+
+
+def _suspicions_of_outcomes(gain: Gain) -> Iterator[str]:
+    if gain.uniform_high < 0:
+        yield (
+            "sign: the more scores predict for a subset, the less its model has of the outputs "
+            f"(correlation {gain.uniform:.2f}). Outputs must be larger where scores are: a margin, "
+            "or MINUS the loss."
+        )
+    elif gain.uniform_low < 0:
+        yield (
+            f"no hold: scores do not predict these {gain.models} models (correlation "
+            f"{gain.uniform:.2f}, 95 % interval {gain.uniform_low:.2f} to {gain.uniform_high:.2f}),"
+            " so weights have little to go by. Use more models or more queries, or train the "
+            "models for longer."
+        )
+    if gain.dropped > 0.1 * (gain.dropped + gain.models):
+        yield f"divergence: {gain.dropped} models are not finite and were dropped."
+
+
+def _suspicions_without_outcomes(
+    fit: WeightFit, statistics: ContributionStatistics, top_k: int
+) -> Iterator[str]:
     name = fit.largest
     before, after = fit.start_shares[name], fit.shares[name]
     if len(fit.weights) > 2 and after > max(0.5, before + 0.1):
@@ -172,10 +265,11 @@ def _suspicions(fit: WeightFit, statistics: ContributionStatistics, top_k: int) 
             "being informative. Exclude it, or raise l2 or top_k."
         )
     queries, chance = len(statistics.squares), top_k / statistics.n
-    if queries >= 10 and fit.hub_share > max(0.5, 4 * chance):
+    if queries >= 10 and (fit.hub_share or 0) > max(0.5, 4 * chance):
         yield (
-            f"hub: training example {fit.hub} is among the top {top_k} of {fit.hub_share:.0%} of "
-            "the queries. Look at it; grad_cos or a kernel may suit better."
+            f"hub: training example {fit.hub} is among the top {top_k} of "
+            f"{fit.hub_share or 0:.0%} of the queries. Look at it; grad_cos or a kernel "
+            "may suit better."
         )
     held_out = fit.held_out_loss
     if held_out is not None and held_out[1] - held_out[0] > 0.01 * abs(held_out[0]):

@@ -1,0 +1,62 @@
+"""Noised copies of training examples, whose strongest proponents should be what they copy."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxattr.keys import check_key
+from jaxattr.sources import as_source
+from jaxattr.typing import Batch, Key
+
+
+def noised(train: Any, ids: Any, key: Key, *, scale: float = 0.4) -> Batch:
+    """Copies training examples, with noise on every array of floats.
+
+    For `ja.learn_weights(index, queries, outcomes=outcomes, copies=(ja.noised(train, ids, key),
+    ids))`. 128 copies are usual.
+
+    Args:
+      train: the training set, a pytree of arrays [n, ...] or a random-access source.
+      ids: of the examples to copy, integers [b].
+      key: PRNG key.
+      scale: deviation of the noise, in units of the deviation of the array's values over the
+        copied examples.
+
+    Returns:
+      A pytree of NumPy arrays [b, ...]. Arrays that hold no floats, such as labels, are as they
+      were.
+
+    Raises:
+      ValueError: if ids are none, or no array holds floats: tokens, say, are noised by rules of
+        their own, such as words that are left out.
+
+    Example:
+      >>> train = {"x": np.arange(6.0), "label": np.arange(6)}
+      >>> copies = noised(train, [4, 2], jax.random.key(0))
+      >>> copies["x"].shape, copies["label"]
+      ((2,), array([4, 2]))
+    """
+    source, ids = as_source(train, "train"), np.asarray(ids)
+    whole = ids.ndim == 1 and ids.dtype.kind in "iu" and ids.size
+    if not whole or not ((ids >= 0) & (ids < source.size)).all():
+        raise ValueError(
+            f"ids must be ids of training examples, integers [b] from 0 to {source.size - 1}; got "
+            f"{ids.dtype} {list(ids.shape)}."
+        )
+    copies = jax.tree.map(np.asarray, source.read(ids))
+    floats = [leaf for leaf in jax.tree.leaves(copies) if np.issubdtype(leaf.dtype, np.floating)]
+    if not floats:
+        raise ValueError(
+            "No array of the training examples holds floats, which noise could be added to: make "
+            "copies of your own, such as rows in which some tokens are replaced."
+        )
+    generator = np.random.default_rng(np.asarray(jax.random.key_data(check_key(key))))
+
+    def noise(leaf: np.ndarray) -> np.ndarray:
+        if not np.issubdtype(leaf.dtype, np.floating):
+            return leaf
+        drawn = scale * leaf.std() * generator.standard_normal(leaf.shape)
+        return (leaf + drawn).astype(leaf.dtype)
+
+    return jax.tree.map(noise, copies)

@@ -1,0 +1,170 @@
+"""What retrained models did on the queries that weights are learned from."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxattr.identity import Contents
+
+# Fewer models cannot be split into some to fit to and some to check on.
+FEWEST_MODELS = 8
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outcomes:
+    """Outputs of models that were trained on subsets of the training set.
+
+    One set serves every method, index and grouping of a model. `ja.outcomes` makes them; those of
+    models that were trained elsewhere do as well.
+
+    Attributes:
+      masks: bool [s, n], which training examples each model was trained on.
+      outputs: float [s, q], what it does on each learning query; larger = more of what scores
+        attribute: a margin, or minus a loss.
+      queries: digest of the learning queries, where it is known.
+      reference: what the real model does on them, where it is known, [q].
+
+    Raises:
+      ValueError: if shapes do not match, there are fewer than 8 models, or the subsets are all the
+        same, such as all of the training set.
+
+    Example:
+      >>> rng = np.random.default_rng(0)
+      >>> outcomes = Outcomes(rng.random((16, 40)) < 0.25, rng.normal(size=(16, 5)))
+      >>> print(outcomes)
+      16 models on 9 of 40 training examples each, asked 5 queries
+    """
+
+    masks: Any
+    outputs: Any
+    queries: str | None = None
+    reference: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        masks, outputs = np.asarray(self.masks), np.asarray(self.outputs)
+        if masks.dtype != bool or masks.ndim != 2:
+            raise ValueError(
+                f"masks must be bool [models, n], got {masks.dtype} {list(masks.shape)}. If those "
+                "are ids of the examples in each subset, make a mask of each: "
+                "mask = np.zeros(n, bool); mask[ids] = True."
+            )
+        if outputs.ndim != 2 or len(outputs) != len(masks) or outputs.dtype.kind not in "fiu":
+            raise ValueError(
+                f"outputs must be real numbers [models, queries], a row for each of the "
+                f"{len(masks)} rows of masks; got {outputs.dtype} {list(outputs.shape)}."
+            )
+        if len(masks) < FEWEST_MODELS:
+            raise ValueError(
+                f"Weights need outcomes of at least {FEWEST_MODELS} models, got {len(masks)}; 64 "
+                "are usual, and 16 often enough: ja.outcomes(..., models=64)."
+            )
+        if not _varies(masks).any():
+            whole = " The masks are all True." if masks.all() else ""
+            raise ValueError(
+                "The subsets are all the same, so that outputs say nothing of single training "
+                f"examples.{whole} Draw them with ja.evaluation.random_subsets(key, n, count, "
+                "fraction=0.25), and train a model on each."
+            )
+        object.__setattr__(self, "masks", masks)
+        object.__setattr__(self, "outputs", outputs.astype(np.float64))
+
+    def __str__(self) -> str:
+        (s, n), q = self.masks.shape, self.outputs.shape[1]
+        size = self.masks.sum(axis=1).mean()
+        text = f"{s} models on {size:.0f} of {n} training examples each, asked {q} queries"
+        finite = np.isfinite(self.outputs).all(axis=1)
+        if not finite.all():
+            text += f"; {(~finite).sum()} of them not finite"
+        if self.reference is None or not finite.any():
+            return text
+        mean = self.outputs[finite].mean()
+        return (
+            f"{text}; their mean output is {mean:.3g}, the real model's {self.reference.mean():.3g}"
+        )
+
+
+def digest_of_queries(queries: Any) -> str | None:
+    """A digest of a pytree of arrays, or None for a source that is read on demand.
+
+    Args:
+      queries: the queries.
+    """
+    if not all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(queries)):
+        return None
+    return Contents(queries).digest
+
+
+class Agreed(NamedTuple):
+    """Outcomes as weights are fitted to them.
+
+    Attributes:
+      masks: of the models that are finite, bool [s, n].
+      ranks: of each model's output among the models, centred, of unit variance; zero for a query
+        that says nothing, [s, q].
+      dropped: models that are not finite on all queries that others are finite on.
+      skipped: queries on which no model is finite, or all do the same.
+    """
+
+    masks: np.ndarray
+    ranks: np.ndarray
+    dropped: int
+    skipped: int
+
+
+def agreed(outcomes: Outcomes, queries: np.ndarray) -> Agreed:
+    """Drops what is not finite, and ranks the rest.
+
+    Args:
+      outcomes: as the user has them.
+      queries: positions of the queries that are wanted.
+
+    Returns:
+      Ranks.
+
+    Raises:
+      ValueError: if fewer than 8 models are finite, or no query says anything.
+    """
+    from scipy import stats  # slow to import, and needed here alone
+
+    outputs = outcomes.outputs[:, queries]
+    finite = np.isfinite(outputs)
+    known = finite.any(axis=0)
+    kept = finite[:, known].all(axis=1)
+    if kept.sum() < FEWEST_MODELS:
+        raise ValueError(
+            f"Only {kept.sum()} of the {len(kept)} models have finite outputs on all queries, and "
+            f"{FEWEST_MODELS} are needed: training diverged for models "
+            f"{np.flatnonzero(~kept)[:10].tolist()}. Lower its learning rate."
+        )
+    ranks = np.zeros((int(kept.sum()), outputs.shape[1]))
+    ranks[:, known] = stats.rankdata(outputs[kept][:, known], axis=0)
+    ranks = ranks - ranks.mean(axis=0)
+    deviation = ranks.std(axis=0)
+    if not deviation.any():
+        raise ValueError(
+            f"All {len(ranks)} models have the same output on each of the {len(known)} queries: "
+            "the output must depend on the parameters, and training on the examples."
+        )
+    ranks = ranks / np.where(deviation > 0, deviation, 1)
+    return Agreed(outcomes.masks[kept], ranks, int((~kept).sum()), int((deviation == 0).sum()))
+
+
+def variance_of_sums(masks: np.ndarray, count: int) -> float:
+    """Variance over random subsets of a sum, for centred values of which `count` have square sum 1.
+
+    Subsets of the sizes at hand, drawn from the examples that are in some masks and not in all.
+
+    Args:
+      masks: bool [s, n].
+      count: number of values.
+    """
+    varying = _varies(masks)
+    size, pool = masks[:, varying].sum(axis=1).mean(), int(varying.sum())
+    return float(size * (pool - size) / max(pool - 1, 1) / max(count, 1))
+
+
+def _varies(masks: np.ndarray) -> np.ndarray:
+    some, every = masks.any(axis=0), masks.all(axis=0)
+    return np.asarray(some & ~every)

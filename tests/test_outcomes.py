@@ -1,0 +1,579 @@
+"""Weights fitted to retrained models: the objective, the fit, the gain, and what goes wrong."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxattr as ja
+from jaxattr import evaluation
+from jaxattr.scores.subsets import subset_sums
+from jaxattr.weights import outcome_fits
+from jaxattr.weights.agreement import (
+    Evidence,
+    LinearSums,
+    SquaredSums,
+    Strengths,
+    agreement,
+    outcome_loss,
+)
+from jaxattr.weights.outcomes import agreed, variance_of_sums
+from jaxattr.weights.report import WeightWarning
+from tests import models
+
+N, Q, R = 60, 6, 16
+TRAIN, QUERIES = models.data(N), models.data(Q, seed=1)
+CHECKPOINTS = [models.mlp_params(jax.random.key(i)) for i in range(2)]
+METHOD = ja.tracin(models.loss, projection=ja.projections.identity())
+MASKS = evaluation.random_subsets(jax.random.key(0), N, R, fraction=0.25)
+QUIET = pytest.mark.filterwarnings("ignore::jaxattr.weights.report.WeightWarning")
+COPIES = (ja.noised(TRAIN, np.arange(8), jax.random.key(7)), np.arange(8))
+
+
+@functools.cache
+def index():
+    return ja.build_index(METHOD, CHECKPOINTS, TRAIN, groups=ja.by_leaf, batch_size=16)
+
+
+@functools.cache
+def outcomes():
+    """Outputs that follow the scores of some weights, and noise."""
+    true = np.exp(np.random.default_rng(0).normal(size=6))
+    scores = np.asarray(ja.contributions(index(), QUERIES)) @ true
+    predicted = MASKS @ scores.T
+    noise = np.random.default_rng(1).normal(size=predicted.shape) * predicted.std(axis=0)
+    return ja.Outcomes(MASKS, predicted + 0.2 * noise)
+
+
+def evidence_of(contributions, found, copies=None):
+    """Evidence of contributions [q, n, m], in a few lines."""
+    centred = contributions - contributions.mean(axis=1, keepdims=True)
+    sums = np.einsum("sn,qnm->sqm", found.masks.astype(float), centred)
+    gram = np.einsum("qnm,qnk->qmk", centred, centred)
+    gram = gram * variance_of_sums(found.masks, contributions.shape[1])
+    ranks = agreed(found, np.arange(len(contributions))).ranks
+    return Evidence(LinearSums(sums - sums.mean(axis=0), gram), ranks, copies)
+
+
+def test_sums_over_subsets_are_those_of_contributions():
+    parts = np.asarray(ja.contributions(index(), QUERIES))
+    phi = ja.query_features(index(), QUERIES).features
+    own = np.array([3, -1, 0, 59, 17, -1])
+    found = subset_sums(index(), phi, MASKS, own=own, products=True)
+    centred = parts - parts.mean(axis=1, keepdims=True)
+    expected = np.einsum("sn,qnm->sqm", MASKS.astype(float), centred)
+    np.testing.assert_allclose(found.sums, expected, atol=1e-12)
+    np.testing.assert_allclose(found.gram, np.einsum("qnm,qnk->qmk", centred, centred), atol=1e-12)
+    np.testing.assert_allclose(found.mean, parts.mean(axis=1), atol=1e-13)
+    np.testing.assert_allclose(found.squares, (parts**2).sum(axis=1), rtol=1e-10)
+    np.testing.assert_allclose(found.largest, np.abs(parts).max(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(found.own[0], centred[0, 3], atol=1e-13)
+    products = np.einsum("sn,qnm,qnk->sqmk", MASKS.astype(float), parts, parts)
+    np.testing.assert_allclose(found.products, products, atol=1e-12)
+    sums = evaluation.subset_contributions(index(), QUERIES, MASKS)
+    np.testing.assert_allclose(sums, np.einsum("sn,qnm->qsm", MASKS, parts), atol=1e-12)
+
+
+def test_sums_keep_their_digits_beside_a_large_mean():
+    """In single precision, where squares of the mean would leave nothing of the deviation."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 3)).astype(np.float32) + np.float32(3000)
+
+    def output(params, example, key):
+        return params["a"] @ example["x"][:2] + params["b"] * example["x"][2]
+
+    params = {"a": jnp.ones(2, jnp.float32), "b": jnp.ones((), jnp.float32)}
+    made = ja.build_index(ja.tracin(output), params, {"x": x}, batch_size=32)
+    queries = {"x": np.ones((2, 3), np.float32)}
+    phi = ja.query_features(made, queries).features
+    found = subset_sums(made, phi, np.eye(200, dtype=bool)[:4])
+    parts = np.stack([x[:, :2].astype(np.float64).sum(axis=1), x[:, 2].astype(np.float64)], axis=1)
+    centred = parts - parts.mean(axis=0)
+    np.testing.assert_allclose(found.gram[0], centred.T @ centred, rtol=2e-3)
+    np.testing.assert_allclose(found.sums[:, 0], centred[:4], atol=3e-3)
+
+
+def test_agreement_is_the_correlation_of_predictions_with_ranks():
+    parts = np.asarray(ja.contributions(index(), QUERIES))
+    evidence = evidence_of(parts, outcomes())
+    w = np.exp(np.random.default_rng(3).normal(size=6))
+    centred = parts - parts.mean(axis=1, keepdims=True)
+    scores = centred @ w  # [q, n]
+    k = MASKS.sum(axis=1)[0]
+    varying = int((MASKS.any(axis=0) & ~MASKS.all(axis=0)).sum())
+    deviation = np.sqrt(k * (varying - k) / (varying - 1) * (scores**2).mean(axis=1))
+    predicted = MASKS @ scores.T
+    f = (predicted - predicted.mean(axis=0)) / deviation
+    expected = (evidence.ranks * f).mean(axis=1)
+    np.testing.assert_allclose(agreement(w, evidence.sums, evidence.ranks), expected, rtol=1e-10)
+    np.testing.assert_allclose(agreement(3 * w, evidence.sums, evidence.ranks), expected)
+    # With all subsets there are, the variance is exact, and the mean is a correlation.
+    n = 8
+    few = np.random.default_rng(4).normal(size=(2, n, 3))
+    every = np.array([[i >> j & 1 for j in range(n)] for i in range(2**n)], bool)
+    every = every[every.sum(axis=1) == 3]
+    actual = np.random.default_rng(5).normal(size=(len(every), 2))
+    evidence = evidence_of(few, ja.Outcomes(every, actual))
+    got = agreement(np.ones(3), evidence.sums, evidence.ranks).mean()
+    predicted = every @ few.sum(axis=2).T
+    each = [np.corrcoef(predicted[:, i], evidence.ranks[:, i])[0, 1] for i in range(2)]
+    assert got == pytest.approx(np.mean(each), rel=1e-9)
+
+
+def loss_oracle(theta, evidence, models_, caution, copies, pull):
+    w = np.exp(theta)
+    shares = [np.mean(evidence.ranks * np.asarray(evidence.sums.predictions(v)), axis=1)[models_]
+              for v in (w, np.ones_like(w))]  # fmt: skip
+    d, count = shares[0] - shares[1], models_.sum()
+    base, error = shares[1].mean(), shares[1].std(ddof=1) / np.sqrt(count)
+    unit = max(base, 2 * error)
+    noise = np.sqrt((d.var(ddof=1) + (1e-4 * unit) ** 2) / count)
+    found = (d.mean() - caution * noise) / unit
+    c = [np.mean(np.asarray(evidence.copies.predictions(v))) for v in (w, np.ones_like(w))]
+    return pull * theta.var() - found - copies * (c[0] / c[1] - 1)
+
+
+def test_the_loss_and_its_gradient_against_an_oracle():
+    rng = np.random.default_rng(0)
+    parts, noised = rng.normal(size=(5, 40, 4)), np.abs(rng.normal(size=(1, 9, 4)))
+    gram = np.einsum("sqm,sqk->qmk", noised, noised) + np.eye(4)
+    found = ja.Outcomes(rng.random((12, 40)) < 0.3, rng.normal(size=(12, 5)))
+    evidence = evidence_of(parts, found, LinearSums(noised, gram))
+    chosen = np.arange(12) % 4 != 1
+    theta = rng.normal(size=4)
+
+    def loss(theta, caution=1.0, copies=0.5, pull=0.02):
+        strengths = Strengths(jnp.asarray(chosen, float), caution, copies, pull)
+        return outcome_loss(jnp.exp(theta), evidence, strengths)
+
+    expected = loss_oracle(theta, evidence, chosen, 1.0, 0.5, 0.02)
+    assert loss(theta) == pytest.approx(expected, rel=1e-10)
+    step = 1e-6
+    numeric = [
+        (loss_oracle(theta + step * e, evidence, chosen, 1.0, 0.5, 0.02)
+         - loss_oracle(theta - step * e, evidence, chosen, 1.0, 0.5, 0.02)) / (2 * step)
+        for e in np.eye(4)
+    ]  # fmt: skip
+    np.testing.assert_allclose(jax.grad(loss)(theta), numeric, rtol=1e-6, atol=1e-8)
+    # A pytree of scalars is what weights are; their scale is not seen.
+    tree = dict(zip("abcd", np.exp(theta), strict=True))
+    strengths = Strengths(jnp.asarray(chosen, float), 1.0, 0.5, 0.02)
+    assert outcome_loss(tree, evidence, strengths) == pytest.approx(expected)
+    assert loss(theta + 3.0) == pytest.approx(expected)
+    # At uniform weights it is zero, and has a gradient.
+    assert loss(np.zeros(4)) == pytest.approx(0, abs=1e-4)
+    assert np.isfinite(jax.grad(loss)(np.zeros(4))).all()
+    # The limits: each part alone.
+    for caution, copies, pull in ((0, 0, 0), (1e3, 0, 0), (0, 1e3, 0), (0, 0, 1e3)):
+        expected = loss_oracle(theta, evidence, chosen, caution, copies, pull)
+        assert loss(theta, caution, copies, pull) == pytest.approx(expected, rel=1e-9)
+
+
+def planted(noise, n=400, m=6, q=16, r=64, seed=0):
+    """Groups that read a sparse truth, each with more noise; and outcomes of the truth."""
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(size=(q, n)) * (rng.random((q, n)) < 0.05)
+    levels = noise * np.geomspace(0.1, 3, m)
+    parts = truth[..., None] + rng.normal(size=(q, n, m)) * levels
+    masks = evaluation.random_subsets(jax.random.key(seed), n, r, fraction=0.25)
+    outputs = masks @ truth.T
+    outputs = outputs + rng.normal(size=outputs.shape) * outputs.std()
+    return parts, levels, ja.Outcomes(masks, outputs), truth
+
+
+def test_planted_influence_is_found():
+    parts, levels, found, truth = planted(1.0)
+    fit = outcome_fits.cross_fitted(evidence_of(parts, found))
+    assert fit.gain.low > 0 and fit.to_uniform < 0.01
+    rank = np.corrcoef(np.argsort(np.argsort(fit.theta)), np.arange(6)[::-1])[0, 1]
+    assert rank > 0.9
+    # On other subsets and queries: nearly what inverse variances reach, which are the best.
+    others, _, new, _ = planted(1.0, r=400, seed=1)
+    predicted = np.einsum("sn,qnm->qsm", new.masks, others)
+    reach = {
+        name: evaluation.lds_of_predictions(predicted @ w, new.outputs).mean
+        for name, w in {
+            "uniform": np.ones(6), "learned": np.exp(fit.theta), "best": 1 / levels**2
+        }.items()
+    }  # fmt: skip
+    assert reach["learned"] - reach["uniform"] > 0.95 * (reach["best"] - reach["uniform"])
+
+
+def test_the_interval_of_the_gain_holds_what_is_gained_elsewhere():
+    """On other queries and models, of which there are so many that little of it is chance."""
+    held = 0
+    for seed in range(20):
+        parts, _, found, _ = planted(1.0, seed=seed)
+        fit = outcome_fits.cross_fitted(evidence_of(parts, found))
+        others, _, new, _ = planted(1.0, r=400, q=64, seed=100 + seed)
+        predicted = np.einsum("sn,qnm->qsm", new.masks, others)
+        reach = [
+            evaluation.lds_of_predictions(predicted @ w, new.outputs, resamples=1).mean
+            for w in (np.ones(6), np.exp(fit.theta))
+        ]
+        held += fit.gain.low <= reach[1] - reach[0] <= fit.gain.high
+    assert held >= 17
+
+
+def test_where_nothing_is_to_be_gained_weights_stay_near_uniform():
+    """Groups that read the truth equally well: the interval holds zero, in nearly all of ten."""
+    moved, held = [], 0
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        parts, _, found, truth = planted(1.0, seed=seed)
+        parts = truth[..., None] + rng.normal(size=parts.shape)
+        fit = outcome_fits.cross_fitted(evidence_of(parts, found))
+        held += fit.gain.low <= 0
+        moved.append(fit.theta.std())
+        w = np.exp(fit.theta)
+        # Of uniform weights' correlation with the truth, next to nothing is lost.
+        reached = [np.corrcoef((parts @ v)[i], truth[i])[0, 1] for v in (w, np.ones(6))
+                   for i in range(3)]  # fmt: skip
+        assert np.mean(reached[:3]) > 0.99 * np.mean(reached[3:])
+    assert held >= 9 and np.median(moved) < 0.2
+
+
+def test_outputs_that_are_noise_leave_weights_near_uniform():
+    for seed in range(4):
+        parts, _, found, _ = planted(1.0, seed=seed)
+        noise = np.random.default_rng(seed).normal(size=found.outputs.shape)
+        fit = outcome_fits.cross_fitted(evidence_of(parts, ja.Outcomes(found.masks, noise)))
+        assert fit.gain.low <= 0 and fit.theta.std() < 0.4
+
+
+@QUIET
+def test_learned_weights_have_a_gain_and_say_it_first():
+    fit = ja.learn_weights(index(), QUERIES, outcomes=outcomes())
+    assert np.mean(list(fit.weights.values())) == pytest.approx(1)
+    gain = fit.gain
+    assert (gain.models, gain.queries, gain.dropped, gain.skipped) == (R, Q, 0, 0)
+    assert str(fit).startswith(f"gain {100 * gain.mean:+.1f} % LDS [{100 * gain.low:+.1f}, ")
+    parts = np.asarray(ja.contributions(index(), QUERIES))
+    expected = outcome_fits.cross_fitted(evidence_of(parts, outcomes()))
+    got = np.log(list(fit.weights.values()))
+    np.testing.assert_allclose(got - got.mean(), expected.theta, atol=1e-5)
+    assert sum(fit.shares.values()) == pytest.approx(1)
+    without = ja.learn_weights(index(), QUERIES, steps=2, top_k=5)
+    assert without.gain is None
+    assert str(without).startswith("gain over uniform weights: not known. Outcomes of small")
+
+
+@QUIET
+def test_copies_count():
+    phi = ja.query_features(index(), COPIES[0])
+    parts = np.asarray(ja.contributions(index(), COPIES[0]))
+    centred = parts - parts.mean(axis=1, keepdims=True)
+    copies = LinearSums(
+        centred[np.arange(8), COPIES[1]][None], np.einsum("qnm,qnk->qmk", centred, centred) / N
+    )
+    evidence = evidence_of(np.asarray(ja.contributions(index(), QUERIES)), outcomes(), copies)
+    expected = outcome_fits.cross_fitted(evidence).theta
+    for given in (COPIES, (phi, COPIES[1])):
+        fit = ja.learn_weights(index(), QUERIES, outcomes=outcomes(), copies=given)
+        got = np.log(list(fit.weights.values()))
+        np.testing.assert_allclose(got - got.mean(), expected, atol=1e-5)
+    alone = ja.learn_weights(index(), QUERIES, outcomes=outcomes()).weights
+    assert alone != pytest.approx(fit.weights, rel=1e-3)
+
+
+@QUIET
+@pytest.mark.parametrize("shape", [(1,), (4,), (8,), (4, 2)])
+def test_any_mesh_and_the_disk_give_the_same_weights(shape, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxattr.scores.subsets._SLAB", 16)
+    mesh = jax.make_mesh(shape, ("data", "model")[: len(shape)])
+    expected = ja.learn_weights(index(), QUERIES, outcomes=outcomes(), copies=COPIES)
+    for options in ({}, {"path": tmp_path / "index"}):
+        other = ja.build_index(
+            METHOD, CHECKPOINTS, TRAIN, groups=ja.by_leaf, batch_size=16, mesh=mesh, **options
+        )
+        fit = ja.learn_weights(other, QUERIES, outcomes=outcomes(), copies=COPIES)
+        assert fit.weights == pytest.approx(expected.weights, rel=1e-5)
+        assert fit.gain.mean == pytest.approx(expected.gain.mean, abs=1e-6)
+
+
+def test_squared_scores():
+    """Fitted to what their own squares predict of models; oracle by direct sums."""
+    rng = np.random.default_rng(0)
+    parts = rng.normal(size=(3, 30, 4))
+    masks = evaluation.random_subsets(jax.random.key(1), 30, 12, fraction=0.25)
+    products = np.einsum("sn,qnm,qnk->sqmk", masks.astype(float), parts, parts)
+    sums = SquaredSums(products - products.mean(axis=0))
+    w = np.exp(rng.normal(size=4))
+    direct = masks @ ((parts @ w) ** 2).T
+    expected = (direct - direct.mean(axis=0)) / direct.std(axis=0)
+    np.testing.assert_allclose(sums.predictions(w), expected, rtol=1e-9)
+
+
+def test_models_that_are_not_finite_are_dropped_and_counted():
+    found = outcomes()
+    outputs = np.concatenate([found.outputs, np.full((2, Q), np.nan)])
+    outputs[-1, :3] = 1.0
+    masks = np.concatenate([MASKS, MASKS[:2]])
+    expected = ja.learn_weights(index(), QUERIES, outcomes=found)
+    with pytest.warns(WeightWarning, match="divergence: 2 models are not finite and were dropped"):
+        fit = ja.learn_weights(index(), QUERIES, outcomes=ja.Outcomes(masks, outputs))
+    assert fit.gain.dropped == 2 and "2 models dropped" in str(fit)
+    assert fit.weights == pytest.approx(expected.weights, rel=1e-6)
+
+
+@QUIET
+def test_queries_that_say_nothing_are_skipped_and_counted():
+    outputs = outcomes().outputs.copy()
+    outputs[:, 2], outputs[:, 4] = 7.0, np.nan
+    fit = ja.learn_weights(index(), QUERIES, outcomes=ja.Outcomes(MASKS, outputs))
+    assert (fit.gain.skipped, fit.gain.queries) == (2, 4) and "2 queries skipped" in str(fit)
+    some = np.array([0, 1, 3, 5])
+    few = jax.tree.map(lambda x: x[some], QUERIES)
+    expected = ja.learn_weights(index(), few, outcomes=ja.Outcomes(MASKS, outputs[:, some]))
+    assert fit.weights == pytest.approx(expected.weights, rel=1e-6)
+
+
+@QUIET
+def test_queries_without_a_gradient_are_left_out():
+    bad = QUERIES | {"x": QUERIES["x"].at[1].set(jnp.nan)}
+    with pytest.warns(ja.NonFiniteWarning, match="queries"):
+        fit = ja.learn_weights(index(), bad, outcomes=outcomes())
+    rest = np.array([0, 2, 3, 4, 5])
+    few = jax.tree.map(lambda x: x[rest], QUERIES)
+    expected = ja.learn_weights(
+        index(), few, outcomes=ja.Outcomes(MASKS, outcomes().outputs[:, rest])
+    )
+    assert fit.weights == pytest.approx(expected.weights, rel=1e-6)
+
+
+def test_outputs_of_the_wrong_sign_are_warned_of():
+    wrong = ja.Outcomes(MASKS, -outcomes().outputs)
+    with pytest.warns(WeightWarning, match="sign: .*a margin, or MINUS the loss"):
+        ja.learn_weights(index(), QUERIES, outcomes=wrong)
+
+
+@QUIET
+def test_any_optimizer_of_optax():
+    fit = ja.learn_weights(index(), QUERIES, outcomes=outcomes())
+    adam = ja.learn_weights(
+        index(), QUERIES, outcomes=outcomes(), optimizer=optax.adam(0.05), steps=2000
+    )
+    assert adam.weights == pytest.approx(fit.weights, rel=0.01)
+
+
+def test_subsets_of_different_sizes_and_of_a_pool():
+    masks = np.zeros((3, 10), bool)
+    masks[0, :2], masks[1, 2:5], masks[2, 1:4] = True, True, True
+    masks[:, 9] = True  # in all, so that it makes no difference
+    size, pool = (2 + 3 + 3) / 3, 5
+    assert variance_of_sums(masks, 10) == pytest.approx(size * (pool - size) / (pool - 1) / 10)
+
+
+OUTPUTS = np.zeros((R, Q))
+REFUSED = {
+    "other queries": (dict(outcomes=ja.Outcomes(MASKS, np.zeros((R, 4)))),
+                      "Outcomes are of 4 queries, and there are 6: pass the queries"),
+    "another n": (dict(outcomes=ja.Outcomes(MASKS[:, :50], OUTPUTS)),
+                  r"masks must be bool \[subsets, 60\].*got bool \[16, 50\]"),
+    "all the same": (dict(outcomes=ja.Outcomes(MASKS, OUTPUTS)),
+                     "All 16 models have the same output on each of the 6 queries"),
+    "diverged": (dict(outcomes=ja.Outcomes(MASKS, np.where(MASKS[:, :6], np.nan, 1.0))),
+                 "models have finite outputs on all queries, and 8 are needed: training diverged"),
+    "top_k": (dict(outcomes=ja.Outcomes(MASKS, OUTPUTS), top_k=5, l2=1.0),
+              "top_k, l2 belong to the objective without outcomes"),
+    "copies alone": (dict(copies=COPIES), "copies complement outcomes, and there are none"),
+    "no pair": (dict(outcomes=ja.Outcomes(MASKS, np.eye(R)[:, :Q]), copies=COPIES[0]),
+                "copies must be a pair .*got dict"),
+    "no ids": (dict(outcomes=ja.Outcomes(MASKS, np.eye(R)[:, :Q]),
+                    copies=(COPIES[0], np.arange(8) + 55)),
+               "The sources of 8 copies must be ids .*from 0 to 59; got int64 .*from 55 to 62"),
+    "too few ids": (dict(outcomes=ja.Outcomes(MASKS, np.eye(R)[:, :Q]),
+                         copies=(COPIES[0], np.arange(3))),
+                    r"The sources of 8 copies must be ids.*got int64 \[3\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused(case):
+    options, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        ja.learn_weights(index(), QUERIES, **options)
+
+
+@pytest.mark.parametrize(
+    ("masks", "outputs", "message"),
+    [
+        (MASKS[:7], OUTPUTS[:7], "outcomes of at least 8 models, got 7"),
+        (np.ones((R, N), bool), OUTPUTS, "subsets are all the same.*The masks are all True"),
+        (np.repeat(MASKS[:1], R, axis=0), OUTPUTS, "subsets are all the same, so that"),
+        (np.arange(R * 3).reshape(R, 3), OUTPUTS, "masks must be bool .*make a mask of each"),
+        (MASKS, OUTPUTS[:9], r"a row for each of the 16 rows of masks; got float64 \[9, 6\]"),
+        (MASKS, OUTPUTS.astype(complex), "outputs must be real numbers"),
+    ],
+)
+def test_what_are_no_outcomes_is_refused(masks, outputs, message):
+    with pytest.raises(ValueError, match=message):
+        ja.Outcomes(masks, outputs)
+
+
+def test_squares_of_many_groups_are_refused_before_they_fill_the_memory(monkeypatch):
+    monkeypatch.setattr("jaxattr.weights.evidence._PRODUCT_BYTES", 1 << 10)
+    from jaxattr.weights import evidence
+
+    with pytest.raises(ValueError, match=re.escape("Take fewer groups (groups=ja.by_layer)")):
+        evidence._check_products(64, 128, 55)
+
+
+START = models.mlp_params()
+TRAIN_FN = ja.trainer(models.loss, START, TRAIN, optimizer=optax.sgd(0.1), batch_size=4, epochs=2)
+KEY = jax.random.key(3)
+
+
+def made(**options):
+    options = {"models": 10, "at_once": 4, "key": KEY} | options
+    return ja.outcomes(TRAIN_FN, models.margin, QUERIES, N, **options)
+
+
+def test_outcomes_are_outputs_of_models_trained_on_the_subsets():
+    found = made(params=CHECKPOINTS)
+    assert found.masks.shape == (10, N) and (found.masks.sum(axis=1) == 15).all()
+    train_key = jax.random.split(jax.random.split(KEY, 3)[1], 1)[0]
+    for mask, row in zip(found.masks, found.outputs, strict=True):
+        params = TRAIN_FN(train_key, jnp.asarray(np.flatnonzero(mask)))
+        expected = [models.margin(params, models.one({k: v[i:] for k, v in QUERIES.items()}), None)
+                    for i in range(Q)]  # fmt: skip
+        np.testing.assert_allclose(row, expected, rtol=1e-9)
+    margins = [jax.vmap(models.margin, (None, 0, None))(p, QUERIES, None) for p in CHECKPOINTS]
+    np.testing.assert_allclose(found.reference, np.mean(margins, axis=0), rtol=1e-9)
+    assert "10 models on 15 of 60" in str(found) and "the real model's" in str(found)
+    np.testing.assert_array_equal(made(at_once=10).outputs, found.outputs)
+    mesh = jax.make_mesh((4,), ("data",))
+    np.testing.assert_allclose(made(mesh=mesh).outputs, found.outputs, rtol=1e-9)
+    other = made(seeds=2)
+    np.testing.assert_array_equal(other.masks, found.masks)
+    assert np.abs(other.outputs - found.outputs).max() > 1e-6
+
+
+def test_subsets_of_a_pool_and_of_strata():
+    found = made(pool=20)
+    assert (found.masks.sum(axis=1) == 5).all() and found.masks.any(axis=0).sum() <= 20
+    ids = np.arange(10, 34)
+    found = made(pool=ids, strata=np.arange(N) % 2, fraction=0.5)
+    assert set(np.flatnonzero(found.masks.any(axis=0))) <= set(ids)
+    np.testing.assert_array_equal(found.masks[:, ::2].sum(axis=1), 6)
+    np.testing.assert_array_equal(found.masks[:, 1::2].sum(axis=1), 6)
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    path, expected = tmp_path / "deep" / "outcomes.npz", made()
+    calls, more = [], outcomes_module()._Kept.with_more
+
+    def killed(self, chunk):
+        calls.append(len(chunk))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return more(self, chunk)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outcomes_module()._Kept, "with_more", killed)
+        with pytest.raises(KeyboardInterrupt):
+            made(path=path)
+    assert calls == [4, 4, 2]
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(outcomes_module()._Kept, "with_more", killed)
+        found = made(path=path)
+    assert calls == [2]
+    np.testing.assert_array_equal(found.outputs, expected.outputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(outcomes_module(), "trained", lambda *a, **k: 1 / 0)
+        np.testing.assert_array_equal(made(path=path).outputs, expected.outputs)
+    for changed in ({"key": jax.random.key(4)}, {"fraction": 0.5}, {"seeds": 2}):
+        with pytest.raises(ValueError, match="holds outcomes of something else"):
+            made(path=path, **changed)
+    with pytest.raises(ValueError, match=r"path must end in \.npz"):
+        made(path=tmp_path / "outcomes")
+
+
+def outcomes_module():
+    import sys
+
+    return sys.modules["jaxattr.evaluation.outcomes"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": 7}, "models must be at least 8"),
+        ({"pool": 61}, "A pool of 61 of 60"),
+        ({"pool": [0, 60]}, "pool must be how many .* between 0 and 59"),
+        ({"strata": [0, 1]}, r"strata must be integers \[60\]"),
+        ({"fraction": 1.0}, "A fraction of 1.0 of 60"),
+        ({"key": 0}, "key must be one PRNG key"),
+    ],
+)
+def test_bad_requests_for_outcomes(options, message):
+    with pytest.raises(ValueError, match=message):
+        made(**options)
+
+
+def test_a_train_function_that_ignores_what_it_is_given():
+    options = {"key": KEY, "models": 8}
+    with pytest.raises(ValueError, match="train_fn ignores its ids"):
+        ja.outcomes(lambda key, ids: START, models.margin, QUERIES, N, **options)
+    fixed = ja.trainer(models.loss, START, TRAIN, optimizer=optax.sgd(0.1), batch_size=4, epochs=1)
+    with pytest.warns(UserWarning, match="train_fn ignores its key"):
+        ja.outcomes(
+            lambda key, ids: fixed(jax.random.key(0), ids), models.margin, QUERIES, N, **options
+        )
+
+
+def test_outcomes_know_their_queries():
+    found = made()
+    other = models.data(Q, seed=9)
+    with pytest.raises(ValueError, match="Outcomes are of 6 other queries .* though as many"):
+        ja.learn_weights(index(), other, outcomes=found)
+
+
+def test_a_trainer_takes_the_steps_that_a_loop_takes():
+    """Against a loop in Python, with a schedule over all steps and a start from the key."""
+
+    def start(key):
+        return models.mlp_params(key)
+
+    def optimizer(steps):
+        return optax.adam(optax.cosine_decay_schedule(0.01, steps))
+
+    train_fn = ja.trainer(models.loss, start, TRAIN, optimizer=optimizer, batch_size=4, epochs=3)
+    ids, key = jnp.asarray([3, 5, 8, 13, 21, 34, 55, 1, 2, 0]), jax.random.key(5)
+    start_key, order_key, _ = jax.random.split(key, 3)
+    params = start(start_key)
+    chosen = optimizer(6)
+    state = chosen.init(params)
+    for epoch in range(3):
+        order = jax.random.permutation(jax.random.split(order_key, 3)[epoch], ids)
+        for batch in (order[:4], order[4:8]):
+
+            def mean(params, batch=batch):
+                return jnp.mean(jnp.stack([
+                    models.loss(params, jax.tree.map(lambda x, i=i: x[i], TRAIN), None)
+                    for i in batch
+                ]))  # fmt: skip
+
+            updates, state = chosen.update(jax.grad(mean)(params), state, params)
+            params = optax.apply_updates(params, updates)
+    got = train_fn(key, ids)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8), got, params)
+
+
+def test_noise_is_on_floats_alone_and_of_the_size_that_is_said():
+    train = {"x": np.random.default_rng(0).normal(size=(500, 30)) * 3, "y": np.arange(500)}
+    ids = np.arange(100, 300)
+    copies = ja.noised(train, ids, KEY, scale=0.5)
+    np.testing.assert_array_equal(copies["y"], ids)
+    assert (copies["x"] - train["x"][ids]).std() == pytest.approx(1.5, rel=0.05)
+    np.testing.assert_array_equal(ja.noised(train, ids, KEY, scale=0.5)["x"], copies["x"])
+    with pytest.raises(ValueError, match="holds floats.*make copies of your own"):
+        ja.noised({"tokens": np.zeros((5, 3), np.int32)}, [0, 1], KEY)
+    for wrong in ([0, 500], [0.5], [[1]], []):
+        with pytest.raises(ValueError, match="integers .b. from 0 to 499"):
+            ja.noised(train, wrong, KEY)
