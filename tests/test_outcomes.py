@@ -221,7 +221,7 @@ def test_the_interval_of_the_gain_holds_what_is_gained_elsewhere():
 
 def test_where_nothing_is_to_be_gained_weights_stay_near_uniform():
     """Groups that read the truth equally well: the interval holds zero, in nearly all of ten."""
-    moved, held = [], 0
+    moved, held, lost = [], 0, []
     for seed in range(10):
         rng = np.random.default_rng(seed)
         parts, _, found, truth = planted(1.0, seed=seed)
@@ -229,20 +229,25 @@ def test_where_nothing_is_to_be_gained_weights_stay_near_uniform():
         fit = outcome_fits.cross_fitted(evidence_of(parts, found))
         held += fit.gain.low <= 0
         moved.append(fit.theta.std())
-        w = np.exp(fit.theta)
-        # Of uniform weights' correlation with the truth, next to nothing is lost.
-        reached = [np.corrcoef((parts @ v)[i], truth[i])[0, 1] for v in (w, np.ones(6))
-                   for i in range(3)]  # fmt: skip
-        assert np.mean(reached[:3]) > 0.99 * np.mean(reached[3:])
-    assert held >= 9 and np.median(moved) < 0.2
+        reached = [
+            np.mean([np.corrcoef(parts[i] @ w, truth[i])[0, 1] for i in range(len(truth))])
+            for w in (np.ones(6), np.exp(fit.theta))
+        ]
+        lost.append(1 - reached[1] / reached[0])
+    assert held >= 9 and np.median(moved) < 0.15 and max(moved) < 0.5
+    assert np.mean(lost) < 0.01 and max(lost) < 0.05
 
 
-def test_outputs_that_are_noise_leave_weights_near_uniform():
-    for seed in range(4):
+def test_outputs_that_are_noise_move_weights_little():
+    """Less than they would move without cross-fitting; and the gain is not shown."""
+    shown, moved = 0, []
+    for seed in range(6):
         parts, _, found, _ = planted(1.0, seed=seed)
-        noise = np.random.default_rng(seed).normal(size=found.outputs.shape)
+        noise = np.random.default_rng(100 + seed).normal(size=found.outputs.shape)
         fit = outcome_fits.cross_fitted(evidence_of(parts, ja.Outcomes(found.masks, noise)))
-        assert fit.gain.low <= 0 and fit.theta.std() < 0.4
+        shown += fit.gain.low > 0
+        moved.append(fit.theta.std())
+    assert shown <= 1 and np.median(moved) < 0.2
 
 
 @QUIET

@@ -3,8 +3,8 @@
 The fit is repeated for several strengths of the pull towards uniform weights and with every fold of
 the models left out. On the models that were left out each strength gains so much; how often it
 gains the most, of all strengths and of uniform weights, when models are drawn again with
-replacement, is how much it counts in the weights that are returned. So the pull is chosen by the
-data, and where no gain can be shown the weights go to uniform, and go there smoothly.
+replacement, is how much it counts in the logarithms of the weights that are returned. So the pull
+is chosen by the data, and where no gain can be shown the weights go to uniform, smoothly.
 """
 
 import functools
@@ -141,20 +141,21 @@ def _cross_fitted(
         [_shares(evidence, theta[fold]) - uniform for fold in range(FOLDS)]
     )  # [folds, pulls, s, q]
     left_out = gains[folds, :, np.arange(models)].mean(axis=2)  # [s, pulls]
-    counts = _how_often_best(left_out)  # [pulls + 1], uniform weights first
+    by_model = uniform.mean(axis=1)
+    counts = _how_much(left_out, by_model)  # [pulls]
     joined = np.zeros_like(uniform)
     for fold in range(FOLDS):
         # A fold has no say in how much the pulls count where it is what is measured on.
-        own = _how_often_best(left_out[folds != fold])
-        there = np.tensordot(own[1:], theta[fold], 1)
+        own = _how_much(left_out[folds != fold], by_model[folds != fold])
+        there = np.tensordot(own, theta[fold], 1)
         joined[folds == fold] = (_shares(evidence, there[None])[0] - uniform)[folds == fold]
-    final = np.tensordot(counts[1:], theta[-1], 1)
+    final = np.tensordot(counts, theta[-1], 1)
     return CrossFitted(
         theta=final,
         gain=_estimate(joined),
         uniform=_estimate(uniform),
         reached=float(_shares(evidence, final[None])[0].mean()),
-        to_uniform=float(counts[0]),
+        to_uniform=float(1 - counts.sum()),
         losses=losses[-1],
     )
 
@@ -247,20 +248,29 @@ def _shares(evidence: Evidence, theta: np.ndarray) -> np.ndarray:
     return np.asarray(_shares_of(evidence, jnp.asarray(theta)))[:, :, counted]
 
 
-def _how_often_best(gains: np.ndarray) -> np.ndarray:
-    """How often no weights, and those of each column, gain most over resampled rows; sums to one.
+def _how_much(gains: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """How much each pull counts; what is missing to one is what uniform weights count.
+
+    How often the pull gains most when models are drawn again, zero being what uniform weights gain.
+    Less where neither the scores themselves nor the gain are two standard errors above zero: where
+    scores say nothing of the models, neither do weights.
 
     Args:
       gains: of each model by each pull, [s, pulls].
-
-    Returns:
-      [pulls + 1], uniform weights first.
+      uniform: agreement of uniform weights with each model, [s].
     """
-    models = len(gains)
+    models, pulls = gains.shape
     counts = np.random.default_rng(0).multinomial(models, np.full(models, 1 / models), _RESAMPLES)
     resampled = np.concatenate([np.zeros((_RESAMPLES, 1)), counts @ gains], axis=1)
-    best = resampled.argmax(axis=1)
-    return np.bincount(best, minlength=resampled.shape[1]) / _RESAMPLES
+    best = np.bincount(resampled.argmax(axis=1), minlength=pulls + 1)[1:] / _RESAMPLES
+    surest = max(_in_errors(uniform), _in_errors(gains @ best), 0)
+    return best * min(1, surest / 2) ** 2
+
+
+def _in_errors(values: np.ndarray) -> float:
+    """The mean of values in units of its standard error; zero if all are the same."""
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    return float(values.mean() / error) if error > 0 else 0.0
 
 
 def _estimate(shares: np.ndarray) -> Estimate:
