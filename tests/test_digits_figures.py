@@ -27,7 +27,8 @@ def test_the_clearest_gain_is_shown_and_not_the_largest():
     results = {"vit": {"A": LARGER_BUT_VAGUE, "B": UNKNOWN}, "resnet": {"A": GAIN, "B": LOSS}}
     assert figures.clearest(results) == ("resnet", "A")
     assert figures.headline(results).split("\n") == [
-        "Learned weights gain clearly in 1 of 4 cases; the clearest: A on resnet",
+        "Learned weights gain in 1 of 4 cases and lose in 1 (95 % intervals beyond zero). "
+        "The clearest gain: A on resnet",
         "LDS 14.2 % with uniform weights, 16.6 % with learned weights: +2.4 points "
         "(95 % interval +1.8 to +3.0)",
     ]
@@ -37,7 +38,10 @@ def test_without_a_clear_gain_the_title_says_so():
     results = {"vit": {"A": LOSS, "B": UNKNOWN}, "mlp": {"B": LARGER_BUT_VAGUE}}
     assert figures.clearest(results) == ("mlp", "B")
     first, second = figures.headline(results).split("\n")
-    assert first == "Learned weights gain clearly in none of 3 cases; the closest to it: B on mlp"
+    assert first == (
+        "Learned weights gain in none of 3 cases and lose in 1 (95 % intervals beyond zero). "
+        "The closest to a gain: B on mlp"
+    )
     assert second.endswith("+10.0 points (95 % interval -5.0 to +25.0)")
 
 

@@ -77,13 +77,15 @@ def headline(results: Results) -> str:
     shown = results[name][method]
     low, high = (100 * end for end in (shown.difference.low, shown.difference.high))
     differences = [each.difference for found in results.values() for each in found.values()]
-    cases, clear = len(differences), sum(each.low > 0 for each in differences)
+    gains = sum(each.low > 0 for each in differences)
+    losses = sum(each.high < 0 for each in differences)
+    verdict = (
+        f"Learned weights gain in {gains or 'none'} of {len(differences)} cases and lose in "
+        f"{losses or 'none'} (95 % intervals beyond zero). "
+        f"{'The clearest gain' if gains else 'The closest to a gain'}:"
+    )
     if all(math.isnan(each.low) for each in differences):
         verdict = "Too few retrained models to say whether learned weights gain anything. Shown:"
-    elif clear:
-        verdict = f"Learned weights gain clearly in {clear} of {cases} cases; the clearest:"
-    else:
-        verdict = f"Learned weights gain clearly in none of {cases} cases; the closest to it:"
     known = "no interval" if math.isnan(low) else f"95 % interval {low:+.1f} to {high:+.1f}"
     before, after = (100 * shown.lds[side].mean for side in SIDES)
     return (
