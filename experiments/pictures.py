@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot as plt
 
-from jaxattr.evaluation import LDS
+from jaxattr.evaluation import LDS, Difference
 
 UNIFORM, LEARNED = "#9aa0a6", "#1f6feb"
 
@@ -21,12 +21,17 @@ class Measured(Protocol):
 
     @property
     def lds(self) -> dict[str, LDS]:
-        """{name of weights: LDS}."""
+        """{name of weights: LDS}; those fitted to ground truth come last."""
+        ...
+
+    @property
+    def difference(self) -> Difference:
+        """Learned minus uniform."""
         ...
 
 
 def draw_lds(results: Mapping[str, Mapping[str, Measured]], path: Path) -> None:
-    """Draws the LDS of every method before and after learning, with intervals and upper bound.
+    """Draws the LDS of every method before and after learning, beside a fit to ground truth.
 
     Args:
       results: {model, or kind of queries: {method: result}}; not all need have all methods.
@@ -37,10 +42,13 @@ def draw_lds(results: Mapping[str, Mapping[str, Measured]], path: Path) -> None:
     figure, axes = plt.subplots(
         1,
         len(results),
-        figsize=(2.2 + 3.6 * len(results), 1.6 + 0.42 * len(methods)),
+        figsize=(2.2 + 3.6 * len(results), 2.1 + 0.42 * len(methods)),
+        sharex=True,
         sharey=True,
         squeeze=False,
+        layout="constrained",
     )
+    fitted = list(next(iter(next(iter(results.values())).values())).lds)[-1]
     styles = {"uniform": (0.16, UNIFORM), "learned": (-0.16, LEARNED)}
     for axis, (name, found) in zip(axes[0], results.items(), strict=True):
         there = np.array([place for place, method in enumerate(methods) if method in found])
@@ -58,16 +66,29 @@ def draw_lds(results: Mapping[str, Mapping[str, Measured]], path: Path) -> None:
                 capsize=2,
                 label=f"{weights} weights",
             )
-        bounds = [100 * each["upper bound"].mean for each in measured]
-        axis.plot(bounds, there, "|", color="#57606a", markersize=14, label="upper bound")
+        axis.plot(
+            [100 * each[fitted].mean for each in measured],
+            there,
+            "|",
+            color="#57606a",
+            markersize=14,
+            markeredgewidth=2,
+            label=f"{fitted} (needs the retrained models)",
+        )
         axis.set_title(name)
         axis.set_xlabel("LDS, %")
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_yticks(places, methods)
-    axes[0, -1].legend(fontsize=8, loc="best")
-    figure.suptitle("How well scores predict models retrained on half of the data")
-    save(figure, path)
+    axes[0, 0].set_ylim(-0.6, len(methods) - 0.4)
+    handles = axes[0, 0].get_legend_handles_labels()[0]
+    handles = handles[1:] + handles[:1]  # as the figures are ordered: fitted to ground truth, last
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    figure.suptitle(
+        "How well scores predict models retrained on half of the data\n"
+        "LDS with 95 % intervals over these models; right is better"
+    )
+    save(figure, path, tight=False)
 
 
 def draw_image(axis: Any, image: np.ndarray, title: str = "", color: str = "black") -> None:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from experiments import command_line, pictures
 from experiments.digits import figures, study
-from experiments.digits.study import Result
+from experiments.digits.study import Choice, Result, Subject
 from jaxattr.weights.report import WeightWarning
 
 
@@ -30,6 +30,7 @@ def main() -> None:
     methods = study.METHODS | (study.CURVATURE if arguments.full else {})
     console, started = Console(), time.monotonic()
     results: dict[str, dict[str, Result]] = {}
+    measured: dict[tuple[str, str], tuple[Subject, Choice]] = {}
     for name in config.architectures:
         console.print(
             f"[bold]{name}[/bold]: training {config.subsets} models on halves of the data"
@@ -38,20 +39,31 @@ def main() -> None:
         results[name] = {}
         for method, choice in methods.items():
             console.print(f"{name}: {method}")
+            choice = made_once(subject, choice)
             results[name][method] = study.measure(subject, choice)
-        if name == config.architectures[0]:
-            figures.draw_proponents(
-                subject, results[name]["TracIn"], arguments.folder / "proponents.png"
-            )
-    figures.draw_groups(by_array(results), arguments.folder / "groups.png")
-    pictures.draw_lds(results, arguments.folder / "lds.png")
+            measured[name, method] = subject, choice
     console.print(table(results))
     path = arguments.folder / ("full.json" if arguments.full else "quick.json")
     path.write_text(json.dumps({name: as_json(found) for name, found in results.items()}, indent=1))
+    case = figures.clearest(results)
+    figures.draw_proponents(
+        *measured[case],
+        results[case[0]][case[1]],
+        figures.headline(results),
+        arguments.folder / "proponents.png",
+    )
+    figures.draw_groups(by_array(results), arguments.folder / "groups.png")
+    pictures.draw_lds(results, arguments.folder / "lds.png")
     console.print(
         f"{time.monotonic() - started:.0f} s. Figures in {arguments.folder}/: proponents.png, "
         f"groups.png, lds.png. Numbers in {path}."
     )
+
+
+def made_once(subject: Subject, choice: Choice) -> Choice:
+    """The same choice with its method made: what measuring it compiles also serves to draw it."""
+    method = choice.make(subject)
+    return choice._replace(make=lambda _: method)
 
 
 def by_array(results: dict[str, dict[str, Result]]) -> dict[str, dict[str, Result]]:

@@ -224,11 +224,13 @@ def _checkpoints(
     both = {name: np.concatenate([train[name], mislabelled[name]]) for name in train}
     masks = np.repeat(np.eye(2, dtype=bool), n, axis=1)
     train_fn = training.trainer(model, both, state=True)
-    params, states = ja.retrain(train_fn, masks, jax.random.key(2), seeds=config.checkpoints)
+    trained = ja.retrain(train_fn, masks, jax.random.key(2), seeds=config.checkpoints)
+    params, states = jax.device_get(trained)  # slices of what is on a device are compiled, each
 
     def seeds_of(tree: Any, row: int) -> list[Any]:
         seeds = range(config.checkpoints)
-        return [jax.tree.map(lambda leaf, i=seed: leaf[row, i], tree) for seed in seeds]
+        own = [jax.tree.map(lambda leaf, i=seed: leaf[row, i], tree) for seed in seeds]
+        return jax.device_put(own)
 
     return seeds_of(params, 0), seeds_of(states, 0), seeds_of(params, 1)
 
