@@ -11,7 +11,7 @@ import pytest
 
 import jaxattr as ja
 from jaxattr import evaluation
-from jaxattr.scores.subsets import subset_sums
+from jaxattr.scores.subsets import Asked, subset_sums
 from jaxattr.weights import outcome_fits
 from jaxattr.weights.agreement import (
     Evidence,
@@ -63,7 +63,7 @@ def test_sums_over_subsets_are_those_of_contributions():
     parts = np.asarray(ja.contributions(index(), QUERIES))
     phi = ja.query_features(index(), QUERIES).features
     own = np.array([3, -1, 0, 59, 17, -1])
-    found = subset_sums(index(), phi, MASKS, own=own, products=True)
+    found = subset_sums(index(), Asked(phi, MASKS, own, products=True))[0]
     centred = parts - parts.mean(axis=1, keepdims=True)
     expected = np.einsum("sn,qnm->sqm", MASKS.astype(float), centred)
     np.testing.assert_allclose(found.sums, expected, atol=1e-12)
@@ -90,7 +90,7 @@ def test_sums_keep_their_digits_beside_a_large_mean():
     made = ja.build_index(ja.tracin(output), params, {"x": x}, batch_size=32)
     queries = {"x": np.ones((2, 3), np.float32)}
     phi = ja.query_features(made, queries).features
-    found = subset_sums(made, phi, np.eye(200, dtype=bool)[:4])
+    found = subset_sums(made, Asked(phi, np.eye(200, dtype=bool)[:4]))[0]
     parts = np.stack([x[:, :2].astype(np.float64).sum(axis=1), x[:, 2].astype(np.float64)], axis=1)
     centred = parts - parts.mean(axis=0)
     np.testing.assert_allclose(found.gram[0], centred.T @ centred, rtol=2e-3)

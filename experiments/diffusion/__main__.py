@@ -88,7 +88,7 @@ def lds_table(everything: dict[str, Results]) -> Table:
         "the same kind",
         padding=(0, 0, 0, 1),
     )
-    headings = ("uniform", "unit RMS", "learned", "upper bound", "learned - uniform")
+    headings = ("uniform", "unit RMS", "learned", "fitted to truth", "learned - uniform")
     for heading in ("model", "queries", "method", *headings):
         table.add_column(heading.replace(" ", "\n", 1))
     for model, results in everything.items():

@@ -159,7 +159,7 @@ def lds_table(runs: list[Run]) -> Table:
         "change in % of the mean token probability after one step on a top proponent",
         padding=(0, 0, 0, 1),
     )
-    headings = ("method", "uniform", "unit RMS", "learned", "upper bound", "learned - uniform")
+    headings = ("method", "uniform", "unit RMS", "learned", "fitted to truth", "learned - uniform")
     for heading in (*headings, "tail-patch uniform", "learned"):
         table.add_column(heading.replace(" ", "\n", 1))
     for method in runs[0].results:

@@ -61,11 +61,20 @@ def train_side(arrays: dict[str, jax.Array]) -> TrainSide:
       Its rows, in order; float32 or wider.
     """
     features, examples = arrays[FEATURES], arrays[EXAMPLES]
+    counted = counted_rows(examples)
     examples = examples.reshape(-1, *examples.shape[2:])  # [r, c, 2]
-    counted = (examples[..., COLUMNS.finite] > 0).all(axis=1)
     residual = jnp.where(counted, examples[..., COLUMNS.residual].mean(axis=1), 0)
     rows = features.reshape(len(counted), -1).astype(wide(features.dtype))
     return TrainSide(rows, residual, counted)
+
+
+def counted_rows(examples: jax.Array) -> jax.Array:
+    """Which rows of a slab are finite and no padding, bool [r].
+
+    Args:
+      examples: of the slab, [g, b, c, 2].
+    """
+    return (examples[..., COLUMNS.finite] > 0).all(axis=-1).reshape(-1)
 
 
 # Products of features are below 2 to this power: as far up as sums of them stay finite, so that

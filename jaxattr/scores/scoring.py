@@ -112,7 +112,7 @@ def contributions(index: Index, queries: Any) -> jax.Array:
     Cost: q n m numbers. `score` and `learn_weights` do not need them.
     """
     prepared = query_features(index, queries)
-    step = _compiled_contributions(index.place, index.layout)
+    step = compiled_contributions(index.place, index.layout)
     phi, exponent = index.place.whole((prepared.features, index.exponent))
     parts = [
         index.place.gathered(step(phi, slab.arrays, exponent))[:, slab.fresh :]  # [q, g, b, m]
@@ -305,7 +305,9 @@ def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled_contributions(place: Placement, layout: FeatureLayout) -> Any:
+def compiled_contributions(place: Placement, layout: FeatureLayout) -> Any:
+    """The compiled step (phi [q, c * p], slab, exponent) -> [q, g, b, m], b over `data`."""
+
     def of_shard(phi: Features, arrays: dict[str, jax.Array], exponent: jax.Array) -> jax.Array:
         g, b = arrays[EXAMPLES].shape[:2]
         exponents = (exponent_of(phi, axis=1) + exponent)[:, None]

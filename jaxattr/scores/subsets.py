@@ -11,17 +11,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.features.plans import FeatureLayout
 from jaxattr.index.index import Index
 from jaxattr.index.queries import query_features
 from jaxattr.scales import exponent_of, scaled, wide
-from jaxattr.scores.ranking import SIDE, local_contributions, slab_ids, train_side
+from jaxattr.scores import scoring
+from jaxattr.scores.ranking import counted_rows, slab_ids
 from jaxattr.sharding import DATA, Placement
 from jaxattr.store.rows import EXAMPLES, FEATURES
 from jaxattr.typing import Features
 
 # Contributions of so many bytes are in memory at once, and training examples read from disk.
 _SLAB_BYTES, _SLAB = 1 << 28, 8192
+
+
+class Asked(NamedTuple):
+    """Queries, and what is wanted of their contributions.
+
+    Attributes:
+      phi: query features [q, c * p], finite.
+      masks: subsets, bool [s, n]; s may be zero.
+      own: id of one training example for each query, [q]; None for none.
+      products: whether sums of products over the subsets are wanted.
+    """
+
+    phi: Features
+    masks: np.ndarray
+    own: np.ndarray | None = None
+    products: bool = False
 
 
 class SubsetSums(NamedTuple):
@@ -52,45 +68,72 @@ class SubsetSums(NamedTuple):
         return np.einsum("qmm->qm", self.gram) + self.examples * self.mean**2
 
 
-def subset_sums(
-    index: Index,
-    phi: Features,
-    masks: np.ndarray,
-    *,
-    own: np.ndarray | None = None,
-    products: bool = False,
-) -> SubsetSums:
-    """Goes over the training set once, in memory or on disk.
+def subset_sums(index: Index, *several: Asked) -> list[SubsetSums]:
+    """Goes over the training set once, in memory or on disk, for one or more sets of queries.
 
     Args:
       index: the index.
-      phi: query features [q, c * p], finite.
-      masks: subsets, bool [s, n].
-      own: id of one training example for each query, [q]; -1 for none. Default: none.
-      products: whether sums of products are wanted.
+      *several: queries, and what is wanted of them.
 
     Returns:
-      The sums. On a mesh, and with several processes, every process gets all.
+      The sums of each. On a mesh, and with several processes, every process gets all.
 
     Cost: 2 q n m (s + m) operations beside those of `score`; with products s times as many.
     """
-    place, layout, stored = index.place, index.layout, index.rows.layout
-    own = np.full(len(phi), -1) if own is None else np.asarray(own)
-    chosen = np.zeros((len(masks), stored.blocks, stored.block), bool)
-    chosen.reshape(len(masks), -1)[:, : index.size] = masks
-    phi, exponents = _of_size_one(phi, index.exponent)
-    phi, own = place.whole((phi, own.astype(np.int32)))
-    start, absorb, merge = _compiled(place, layout, products)
-    affordable = _SLAB_BYTES // (len(phi) * len(layout.names) * phi.dtype.itemsize)
-    state = None
+    place, stored = index.place, index.rows.layout
+    given = [_Given.of(index, asked) for asked in several]
+    contribute = scoring.compiled_contributions(place, index.layout)
+    start, absorb, merge = _compiled(place)
+    numbers = sum(len(asked.phi) for asked in several) * len(index.layout.names)
+    affordable = _SLAB_BYTES // (numbers * several[0].phi.dtype.itemsize)
+    states: list[Any] = [None] * len(given)
     slabs = index.rows.slabs([FEATURES, EXAMPLES], max(index.batch_size, min(affordable, _SLAB)))
     for slab in slabs:
+        arrays, blocks = slab.arrays, slab.arrays[EXAMPLES].shape[0]
         first = slab.first // stored.block
-        subsets = place.whole(chosen[:, first : first + slab.arrays[EXAMPLES].shape[0]])
-        if state is None:
-            state = start(phi, slab.arrays, subsets[:, :1, :1])
-        state = absorb(state, phi, own, slab.arrays, subsets, slab.first, slab.fresh)
-    return _finished(jax.tree.map(place.host, merge(state)), np.asarray(exponents))
+        for number, each in enumerate(given):
+            parts = contribute(each.phi, arrays, index.exponent)  # [q, g, b, m]
+            subsets = place.whole(each.chosen[:, first : first + blocks])
+            examples = arrays[EXAMPLES]
+            if states[number] is None:
+                states[number] = start(parts, examples, subsets[:, :1, :1], each.products)
+            states[number] = absorb(
+                states[number], parts, examples, subsets, each.own, slab.first, slab.fresh
+            )
+    return [
+        _finished(jax.tree.map(place.host, merge(state)), each.exponents)
+        for state, each in zip(states, given, strict=True)
+    ]
+
+
+class _Given(NamedTuple):
+    """What was asked, as a pass takes it.
+
+    Attributes:
+      phi: query features, so scaled that contributions are of size one.
+      exponents: of that scale, int [q].
+      chosen: subsets as rows are stored, bool [s, blocks, block].
+      own: ids [q]; -1 for none.
+      products: zeros [1] if sums of products are wanted, else None: its structure says so.
+    """
+
+    phi: jax.Array
+    exponents: np.ndarray
+    chosen: np.ndarray
+    own: jax.Array
+    products: jax.Array | None
+
+    @classmethod
+    def of(cls, index: Index, asked: Asked) -> "_Given":
+        stored = index.rows.layout
+        chosen = np.zeros((len(asked.masks), stored.blocks, stored.block), bool)
+        chosen.reshape(len(chosen), stored.blocks * stored.block)[:, : index.size] = asked.masks
+        own = np.full(len(asked.phi), -1) if asked.own is None else np.asarray(asked.own)
+        phi, exponents = _of_size_one(asked.phi, index.exponent)
+        phi, own = index.place.whole((phi, own.astype(np.int32)))
+        return cls(
+            phi, np.asarray(exponents), chosen, own, jnp.zeros(1) if asked.products else None
+        )
 
 
 def subset_contributions(index: Index, queries: Any, masks: Any) -> np.ndarray:
@@ -179,43 +222,34 @@ class _State(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(place: Placement, layout: FeatureLayout, products: bool) -> tuple[Any, Any, Any]:
-    """The steps of a pass: start, absorb and merge."""
+def _compiled(place: Placement) -> tuple[Any, Any, Any]:
+    """The steps of a pass: start, absorb and merge; none depends on the number of groups."""
     own = (DATA,)  # every array of the state has a leading axis of devices
-    masks = (None, None, DATA)
-    start = place.over_shards(
-        functools.partial(_start, place, layout, products), ((), SIDE, ()), own
-    )
+    parts, examples, masks = (None, None, DATA, None), (None, DATA), (None, None, DATA)
+    start = place.over_shards(functools.partial(_start, place), (parts, examples, (), ()), own)
     absorb = place.over_shards(
-        functools.partial(_absorb, place, layout), (own, (), (), SIDE, masks, (), ()), own
+        functools.partial(_absorb, place), (own, parts, examples, masks, (), (), ()), own
     )
     merge = place.over_shards(functools.partial(_merge, place), (own,), ())
     return jax.jit(start), jax.jit(absorb, donate_argnums=0), jax.jit(merge)
 
 
-def _parts(
-    place: Placement,
-    layout: FeatureLayout,
-    phi: Features,
-    arrays: dict[str, jax.Array],
-    counted: jax.Array,
-) -> jax.Array:
+def _counted(parts: jax.Array, counted: jax.Array) -> jax.Array:
     """Contributions of a device's own rows, zero for those that do not count; [q, r, m]."""
-    parts = local_contributions(place, layout, phi, arrays)
-    return jnp.where(counted[None, :, None], parts, 0).astype(wide(phi.dtype))
+    parts = parts.reshape(parts.shape[0], -1, parts.shape[-1])
+    return jnp.where(counted[None, :, None], parts, 0).astype(wide(parts.dtype))
 
 
 def _start(
     place: Placement,
-    layout: FeatureLayout,
-    products: bool,
-    phi: Features,
-    arrays: dict[str, jax.Array],
+    parts: jax.Array,
+    examples: jax.Array,
     subsets: jax.Array,
+    products: jax.Array | None,
 ) -> _State:
     """Nothing summed yet; the shift is the mean over the first slab."""
-    counted = train_side(arrays).counted
-    parts = _parts(place, layout, phi, arrays, counted)
+    counted = counted_rows(examples)
+    parts = _counted(parts, counted)
     total, count = place.sum_shards((parts.sum(axis=1), counted.sum()))
     shift = total / jnp.maximum(count, 1)
     (q, m), s = shift.shape, len(subsets)
@@ -224,7 +258,7 @@ def _start(
         shift=shift,
         sums=zeros((s, q, m)),
         sizes=zeros(s),
-        products=zeros((s, q, m, m)) if products else None,
+        products=None if products is None else zeros((s, q, m, m)),
         own=zeros((q, m)),
         total=zeros((q, m)),
         gram=zeros((q, m, m)),
@@ -236,22 +270,21 @@ def _start(
 
 def _absorb(
     place: Placement,
-    layout: FeatureLayout,
     state: _State,
-    phi: Features,
-    own: jax.Array,
-    arrays: dict[str, jax.Array],
+    parts: jax.Array,
+    examples: jax.Array,
     subsets: jax.Array,
+    own: jax.Array,
     first: Any,
     skip: Any,
 ) -> _State:
     """Takes a slab in; every array of the state has a leading axis of one device."""
     state = jax.tree.map(lambda x: x[0], state)
-    g, b = arrays[EXAMPLES].shape[:2]
-    counted = train_side(arrays).counted & jnp.repeat(jnp.arange(g) >= skip, b)
-    parts = _parts(place, layout, phi, arrays, counted)
+    g, b = examples.shape[:2]
+    counted = counted_rows(examples) & jnp.repeat(jnp.arange(g) >= skip, b)
+    parts = _counted(parts, counted)
     ids = slab_ids(place, (g, b), first)
-    chosen = (subsets.reshape(len(subsets), -1) & counted[None]).astype(parts.dtype)
+    chosen = (subsets.reshape(len(subsets), len(ids)) & counted[None]).astype(parts.dtype)
     named = ((ids[None] == own[:, None]) & counted[None]).astype(parts.dtype)  # [q, r]
     shifted = jnp.where(counted[None, :, None], parts - state.shift[:, None], 0)
     einsum = functools.partial(jnp.einsum, precision="highest")
@@ -317,7 +350,7 @@ def _of_queries(
     """Sums for all queries, the masks, and positions of queries that are not finite."""
     masks = checked_masks(masks, index.size)
     prepared = query_features(index, queries)
-    found = subset_sums(index, prepared.features, masks, products=products)
+    found = subset_sums(index, Asked(prepared.features, masks, products=products))[0]
     return found, masks, prepared.non_finite
 
 

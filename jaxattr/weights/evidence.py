@@ -3,13 +3,12 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.batches import leading_size
 from jaxattr.index.index import Index
 from jaxattr.index.queries import QueryFeatures, query_features
-from jaxattr.scores.subsets import SubsetSums, checked_masks, subset_sums
+from jaxattr.scores.subsets import Asked, SubsetSums, checked_masks, subset_sums
 from jaxattr.weights.agreement import Evidence, LinearSums, SquaredSums, Sums
 from jaxattr.weights.outcomes import (
     Agreed,
@@ -60,31 +59,33 @@ def gather(
     if not len(kept):
         raise ValueError("No query has a finite gradient: there is nothing to learn from.")
     found = agreed(outcomes, kept)
-    phi, own = prepared.features[kept], np.full(len(kept), -1)
-    if copies is not None:
-        noised, sources = _of_copies(index, copies)
-        phi, own = jnp.concatenate([phi, noised]), np.concatenate([own, sources])
-    squared = index.link == "square"
+    squared, q, m = index.link == "square", len(kept), len(index.layout.names)
     if squared:
-        _check_products(len(found.masks), len(phi), len(index.layout.names))
-    sums = subset_sums(index, phi, found.masks, own=own, products=squared)
-    q = len(kept)
-    statistics = ContributionStatistics(sums.squares[:q], sums.largest[:q], sums.examples)
+        _check_products(len(found.masks), q, m)
+    asked = [Asked(_only(prepared, kept), found.masks, products=squared)]
+    if copies is not None:
+        asked.append(_of_copies(index, copies))
+    sums, *own = subset_sums(index, *asked)
     evidence = Evidence(
-        _sums(sums, found.masks, q),
+        _sums(sums, found.masks),
         found.ranks,
-        None if copies is None else LinearSums(sums.own[None, q:], sums.gram[q:] / sums.examples),
+        LinearSums(own[0].own[None], own[0].gram / own[0].examples) if own else None,
     )
+    statistics = ContributionStatistics(sums.squares, sums.largest, sums.examples)
     return Gathered(evidence, statistics, found)
 
 
-def _sums(found: SubsetSums, masks: np.ndarray, q: int) -> Sums:
+def _only(prepared: QueryFeatures, kept: np.ndarray) -> jax.Array:
+    """Features of some queries; the very array if those are all, for which programs exist."""
+    every = len(kept) == len(prepared.features)
+    return prepared.features if every else prepared.features[kept]
+
+
+def _sums(found: SubsetSums, masks: np.ndarray) -> Sums:
     if found.products is not None:
-        products = found.products[:, :q]
-        return SquaredSums(products - products.mean(axis=0))
-    sums = found.sums[:, :q]
-    gram = found.gram[:q] * variance_of_sums(masks, found.examples)
-    return LinearSums(sums - sums.mean(axis=0), gram)
+        return SquaredSums(found.products - found.products.mean(axis=0))
+    gram = found.gram * variance_of_sums(masks, found.examples)
+    return LinearSums(found.sums - found.sums.mean(axis=0), gram)
 
 
 def _check_queries(prepared: QueryFeatures, queries: Any, outcomes: Outcomes) -> None:
@@ -102,8 +103,8 @@ def _check_queries(prepared: QueryFeatures, queries: Any, outcomes: Outcomes) ->
         )
 
 
-def _of_copies(index: Index, copies: tuple[Any, Any]) -> tuple[jax.Array, np.ndarray]:
-    """Features of the copies that are finite, and the ids of their sources."""
+def _of_copies(index: Index, copies: tuple[Any, Any]) -> Asked:
+    """The copies that are finite, and the ids of their sources."""
     if not isinstance(copies, tuple) or len(copies) != 2:
         raise ValueError(
             "copies must be a pair (batch, ids of the training examples that its rows are copies "
@@ -124,7 +125,7 @@ def _of_copies(index: Index, copies: tuple[Any, Any]) -> tuple[jax.Array, np.nda
     kept = np.setdiff1d(np.arange(count), lost)
     if not len(kept):
         raise ValueError("No copy of a finite training example has a finite gradient.")
-    return prepared.features[kept], sources[kept]
+    return Asked(_only(prepared, kept), np.zeros((0, index.size), bool), sources[kept])
 
 
 def _check_products(models: int, queries: int, groups: int) -> None:
