@@ -16,7 +16,6 @@ from jaxattr.evaluation.retraining import TrainFn
 from jaxattr.index.queries import QueryFeatures
 from jaxattr.scores import scoring
 from jaxattr.typing import OutputFn
-from jaxattr.weights.learning import unit_rms_weights
 from jaxattr.weights.report import WeightFit
 
 
@@ -106,6 +105,9 @@ def compare(
     learning: QueryFeatures,
     queries: QueryFeatures,
     truth: Truth,
+    *,
+    outcomes: ja.Outcomes | None = None,
+    copies: tuple[Any, Any] | None = None,
     more: Mapping[str, dict[str, float]] | None = None,
 ) -> Comparison:
     """Learns weights, and measures them beside those that learn nothing, or from ground truth.
@@ -115,20 +117,23 @@ def compare(
       learning: features of the queries to learn from.
       queries: features of those to measure on.
       truth: outputs of retrained models on both.
+      outcomes: of small retrained models on the queries to learn from, if weights are to be learned
+        from those.
+      copies: noised training examples, as in `ja.learn_weights`.
       more: other weights to measure.
 
     Returns:
       The figures; those of ground truth come last.
-    """  # fmt: skip
-    fit = ja.learn_weights(index, learning)
+    """
+    fit = ja.learn_weights(index, learning, outcomes=outcomes, copies=copies)
+    fitted_to_truth = ja.learn_weights(
+        index, learning, outcomes=ja.Outcomes(truth.masks, truth.learning)
+    )
     weights = {
         "uniform": scoring.uniform_weights(index),
-        "unit RMS": unit_rms_weights(index, learning),
-        "learned": fit.weights,
         **(more or {}),
-        "fitted to truth": ja.learn_weights(
-            index, learning, outcomes=ja.Outcomes(truth.masks, truth.learning)
-        ).weights,
+        "learned": fit.weights,
+        "fitted to truth": fitted_to_truth.weights,
     }
     lds = dict(lds_of_weights(index, queries, truth, weights))
     difference = evaluation.paired_difference(lds["learned"], lds["uniform"])

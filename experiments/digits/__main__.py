@@ -33,7 +33,8 @@ def main() -> None:
     measured: dict[tuple[str, str], tuple[Subject, Choice]] = {}
     for name in config.architectures:
         console.print(
-            f"[bold]{name}[/bold]: training {config.subsets} models on halves of the data"
+            f"[bold]{name}[/bold]: training {config.subsets} models on halves of the data, to "
+            f"measure on, and {config.outcomes} on quarters, to learn weights from"
         )
         subject = study.prepare(name, config, arguments.folder)
         results[name] = {}
@@ -41,6 +42,7 @@ def main() -> None:
             console.print(f"{name}: {method}")
             choice = made_once(subject, choice)
             results[name][method] = study.measure(subject, choice)
+            console.print(f"  {results[name][method].fit.gain}")
             measured[name, method] = subject, choice
     console.print(table(results))
     path = arguments.folder / ("full.json" if arguments.full else "quick.json")
@@ -109,6 +111,7 @@ def as_json(found: dict[str, Result]) -> dict[str, Any]:
                 for name, lds in result.lds.items()
             },
             "learned_minus_uniform": vars(result.difference),
+            "estimated_gain": vars(result.fit.gain),
             "mislabel_auc": result.auc,
             "weights": result.weights,
             "group_lds": result.group_lds,

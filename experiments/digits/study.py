@@ -31,20 +31,26 @@ class Config:
       train: training examples.
       queries: queries to learn from, and as many others to measure on.
       subsets: half-subsets to retrain on.
+      outcomes: models retrained on quarters, which weights are learned from.
+      copies: noised training examples, which they are learned from too.
       seeds: models per subset.
       checkpoints: independently trained models that attribution averages over.
     """
 
     architectures: tuple[str, ...]
-    train: int = 1000
+    train: int = 600
     queries: int = 128
     subsets: int = 64
+    outcomes: int = 64
+    copies: int = 128
     seeds: int = 1
     checkpoints: int = 2
 
 
-QUICK = Config(("vit", "resnet"), queries=100, subsets=32)
-FULL = Config(("vit", "resnet", "mlp"), queries=256, subsets=256, seeds=2, checkpoints=4)
+QUICK = Config(("vit", "resnet"))
+FULL = Config(
+    ("vit", "resnet", "mlp"), train=1000, queries=256, subsets=256, seeds=2, checkpoints=4
+)
 
 EXACT = ja.projections.identity()  # these networks are small enough
 
@@ -97,7 +103,9 @@ class Subject(NamedTuple):
     Attributes:
       model: the network.
       digits: the images.
-      truth: outputs of models retrained on subsets.
+      truth: outputs of models retrained on halves.
+      outcomes: of models retrained on quarters, on the learning queries.
+      copies: noised training examples, and their ids.
       checkpoints: models trained on all training examples.
       states: the optimizer's state at the end of each.
       misled: models trained with a tenth of the labels flipped.
@@ -108,6 +116,8 @@ class Subject(NamedTuple):
     model: Model
     digits: Digits
     truth: Truth
+    outcomes: ja.Outcomes
+    copies: tuple[Any, np.ndarray]
     checkpoints: list[Any]
     states: list[Any]
     misled: list[Any]
@@ -154,6 +164,8 @@ def prepare(name: str, config: Config, folder: Path) -> Subject:
         model,
         digits,
         _truth(model, digits, config, folder),
+        _outcomes(model, digits, config, folder),
+        _copies(digits.train, config),
         *_checkpoints(model, digits.train, mislabelled, config),
         mislabelled,
         flipped,
@@ -175,11 +187,10 @@ def measure(subject: Subject, choice: Choice) -> Result:
     index = index_of(method, subject.checkpoints, digits.train, choice.groups)
     learning = ja.query_features(index, digits.learning)
     queries = ja.query_features(index, digits.evaluation)
-    alone = evaluation.group_lds(index, learning, truth.masks, truth.learning)
-    best = max(alone, key=lambda name: alone[name].mean)
-    best_group = dict.fromkeys(index.layout.names, 0.0) | {best: 1.0}
-    found = ground_truth.compare(index, learning, queries, truth, {"best group": best_group})
-    groups = evaluation.group_lds(index, queries, truth.masks, truth.evaluation)
+    found = ground_truth.compare(
+        index, learning, queries, truth, outcomes=subject.outcomes, copies=subject.copies
+    )
+    groups = evaluation.group_lds(index, queries, truth.masks, truth.evaluation, resamples=1)
     return Result(
         lds=found.lds,
         difference=found.difference,
@@ -195,7 +206,7 @@ def index_of(
 ) -> ja.Index:
     """Builds an index."""
     # As many per step as there are queries: one compiled program serves both.
-    return ja.build_index(method, checkpoints, train, groups=groups, batch_size=100)
+    return ja.build_index(method, checkpoints, train, groups=groups, batch_size=128)
 
 
 def _mislabel_auc(
@@ -235,11 +246,33 @@ def _checkpoints(
     return seeds_of(params, 0), seeds_of(states, 0), seeds_of(params, 1)
 
 
-def _truth(model: Model, digits: Digits, config: Config, folder: Path) -> Truth:
+def _copies(train: data.Images, config: Config) -> tuple[data.Images, np.ndarray]:
+    ids = np.random.default_rng(5).choice(config.train, config.copies, replace=False)
+    return ja.noised(train, ids, jax.random.key(5)), ids
+
+
+def _outcomes(model: Model, digits: Digits, config: Config, folder: Path) -> ja.Outcomes:
+    return ja.outcomes(
+        training.trainer(model, digits.train),
+        training.margin(model),
+        digits.learning,
+        config.train,
+        key=jax.random.key(6),
+        models=config.outcomes,
+        at_once=64,
+        mesh=ground_truth.mesh_of_devices(),
+        path=folder / f"outcomes-{model.name}-{_digest(model, config)}.npz",
+    )
+
+
+def _digest(model: Model, config: Config) -> str:
     settings = dataclasses.asdict(config) | {"architectures": model.name}
     settings |= {"learning_rate": model.recipe.learning_rate, "epochs": model.recipe.epochs}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    path = folder / f"truth-{model.name}-{digest}.npz"
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _truth(model: Model, digits: Digits, config: Config, folder: Path) -> Truth:
+    path = folder / f"truth-{model.name}-{_digest(model, config)}.npz"
 
     def make() -> Truth:
         return ground_truth.retrained(

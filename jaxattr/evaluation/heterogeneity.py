@@ -9,7 +9,9 @@ from jaxattr.index.index import Index
 from jaxattr.scores.subsets import subset_contributions, subset_products
 
 
-def group_lds(index: Index, queries: Any, masks: Any, outputs: Any) -> dict[str, LDS]:
+def group_lds(
+    index: Index, queries: Any, masks: Any, outputs: Any, *, resamples: int = 1000
+) -> dict[str, LDS]:
     """LDS of each parameter group's contributions alone: the heterogeneity that weights exploit.
 
     Args:
@@ -17,6 +19,7 @@ def group_lds(index: Index, queries: Any, masks: Any, outputs: Any) -> dict[str,
       queries: as in `score`.
       masks: bool [s, n].
       outputs: float [s, q], as in `lds`.
+      resamples: of the subsets, as there; 1 where only means matter.
 
     Returns:
       {group name: LDS}.
@@ -29,6 +32,6 @@ def group_lds(index: Index, queries: Any, masks: Any, outputs: Any) -> dict[str,
     else:
         sums = subset_contributions(index, queries, masks)
     return {
-        name: lds_of_predictions(sums[:, :, j], outputs)
+        name: lds_of_predictions(sums[:, :, j], outputs, resamples=resamples)
         for j, name in enumerate(index.layout.names)
     }
