@@ -20,7 +20,7 @@ from experiments import checkpoints, ground_truth
 from experiments.diffusion import data, process, schedule, training
 from experiments.diffusion.data import Data
 from experiments.diffusion.training import Recipe
-from experiments.diffusion.unet import UNetConfig, make_model
+from experiments.diffusion.unet import Model, UNetConfig, make_model
 from experiments.ground_truth import Comparison, Truth
 from jaxattr import diffusion, evaluation
 from jaxattr.diffusion import Denoiser
@@ -107,7 +107,8 @@ class Subject(NamedTuple):
 
     Attributes:
       name: what tables show.
-      denoiser: the network for `jaxattr`, as a function of what is trained.
+      model: the network.
+      denoiser: the same for `jaxattr`, as a function of what is trained.
       train: the training images.
       checkpoints: models trained on all of them.
       learning: {kind: queries that weights are learned from}; the generated ones with trajectory.
@@ -118,6 +119,7 @@ class Subject(NamedTuple):
     """
 
     name: str
+    model: Model
     denoiser: Denoiser
     train: data.Images
     checkpoints: list[Any]
@@ -167,6 +169,7 @@ def prepare(name: str, found: Data, config: Config, folder: Path) -> Subject:
     )
     return Subject(
         name=name,
+        model=model,
         denoiser=denoiser,
         train={"image": found.train["image"]},
         checkpoints=trained,
@@ -396,6 +399,14 @@ def _queries(
     }  # fmt: skip
 
 
+def minus_loss(denoiser: Denoiser, config: Config) -> OutputFn:
+    """What models of subsets are asked: minus the loss of an image, over timesteps and noises."""
+    loss = ja.expectation(
+        diffusion.loss(denoiser), timesteps=range(25, schedule.STEPS, 50), draws=config.noises
+    )
+    return lambda params, example, key: -loss(params, example, key)
+
+
 def _truth(
     train_fn: Callable[[jax.Array, jax.Array], Any],
     denoiser: Denoiser,
@@ -405,12 +416,6 @@ def _truth(
     cache: _Cache,
 ) -> dict[str, Truth]:
     """Minus the loss of all queries, under models trained on subsets."""
-    loss = ja.expectation(
-        diffusion.loss(denoiser), timesteps=range(25, schedule.STEPS, 50), draws=config.noises
-    )
-
-    def output(params: Any, example: Any, key: jax.Array) -> jax.Array:
-        return -loss(params, example, key)
 
     def images(use: int) -> dict[str, np.ndarray]:
         return {"image": np.concatenate([queries[kind][use]["image"] for kind in KINDS])}
@@ -418,7 +423,8 @@ def _truth(
     def make() -> Truth:
         masks = evaluation.random_subsets(jax.random.key(0), n, config.subsets)
         return ground_truth.retrained(
-            train_fn, masks, jax.random.key(TRAINING_SEED), output, images(0), images(1),
+            train_fn, masks, jax.random.key(TRAINING_SEED), minus_loss(denoiser, config),
+            images(0), images(1),
             seeds=config.seeds, at_once=config.at_once,
         )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Small deep networks for 8x8 digits in `flax.nnx`, seen as pure functions of their parameters."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -73,8 +74,10 @@ class ResidualBlock(nnx.Module):
 class ResNet(nnx.Module):
     """A stem, three residual blocks with GroupNorm and a linear head."""
 
-    def __init__(self, *, width: int = 8, rngs: nnx.Rngs):
-        self.stem = convolution(1, width, 3, bias=False, rngs=rngs)
+    def __init__(
+        self, *, width: int = 8, channels: int = 1, classes: int = CLASSES, rngs: nnx.Rngs
+    ):
+        self.stem = convolution(channels, width, 3, bias=False, rngs=rngs)
         self.blocks = nnx.List(
             [
                 ResidualBlock(width, width, 1, rngs=rngs),
@@ -83,11 +86,11 @@ class ResNet(nnx.Module):
             ]
         )
         self.norm = nnx.GroupNorm(2 * width, num_groups=4, rngs=rngs)
-        self.head = nnx.Linear(2 * width, CLASSES, rngs=rngs)
+        self.head = nnx.Linear(2 * width, classes, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Maps images [b, 8, 8] to logits [b, 10]."""
-        hidden = self.stem(images[..., None])
+        """Maps images [b, h, w] or [b, h, w, channels] to logits [b, classes]."""
+        hidden = self.stem(images if images.ndim == 4 else images[..., None])
         for block in self.blocks:
             hidden = block(hidden)
         return self.head(nnx.relu(self.norm(hidden)).mean(axis=(1, 2)))
@@ -127,6 +130,7 @@ RECIPES = {
     "vit": Recipe(ViT, 1.5e-2, 12),
     "resnet": Recipe(ResNet, 2e-2, 8),
     "mlp": Recipe(MLP, 5e-3, 10),
+    "cifar2": Recipe(functools.partial(ResNet, channels=3, classes=2), 2e-2, 12),
 }
 
 

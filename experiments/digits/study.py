@@ -146,19 +146,23 @@ class Result(NamedTuple):
     fit: WeightFit
 
 
-def prepare(name: str, config: Config, folder: Path) -> Subject:
+def prepare(name: str, config: Config, folder: Path, images: Digits | None = None) -> Subject:
     """Trains what is needed; subsets are trained once and then read from `folder`.
 
     Args:
       name: key of `models.ARCHITECTURES`.
       config: size of the study.
       folder: where ground truth is kept.
+      images: other than the digits.
 
     Returns:
       The subject.
     """
-    model, digits = make_model(name), data.load(config.train, config.queries, config.queries)
-    labels, flipped = evaluation.flip_labels(jax.random.key(3), digits.train["label"], classes=10)
+    model = make_model(name)
+    digits = images or data.load(config.train, config.queries, config.queries)
+    labels, flipped = evaluation.flip_labels(
+        jax.random.key(3), digits.train["label"], classes=int(digits.train["label"].max()) + 1
+    )
     mislabelled = digits.train | {"label": labels}
     return Subject(
         model,

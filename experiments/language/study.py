@@ -77,6 +77,7 @@ class Subject(NamedTuple):
       logits_fn: the network.
       loss: of one row.
       corpus: its data.
+      start: parameters before tuning.
       params: after tuning on all documents.
       state: of the optimizer, at the end of it.
       optimizer: that did it.
@@ -86,6 +87,7 @@ class Subject(NamedTuple):
     logits_fn: LogitsFn
     loss: Any
     corpus: Corpus
+    start: Any
     params: Any
     state: Any
     optimizer: Any
@@ -186,7 +188,7 @@ def prepare(
     )
     optimizer = config.tuning.optimizer(n)
     loss = language.loss(logits_fn)
-    return Subject(logits_fn, loss, corpus, params, state, optimizer, truth)
+    return Subject(logits_fn, loss, corpus, start, params, state, optimizer, truth)
 
 
 def measure(subject: Subject, name: str, config: Config, groups: Any = ja.by_layer) -> Result:

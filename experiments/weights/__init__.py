@@ -1,0 +1,1 @@
+"""Do learned weights help, in all domains, and do they ever hurt?"""
