@@ -35,8 +35,8 @@ def draw(found: list[Cell], path: Path) -> None:
         means = [100 * change.mean for change in changes]
         axis.plot(means, places, marker, color=color, label=label, markersize=6)
         if kind == "R = 64":
-            ends = [[100 * change.low for change in changes], [100 * c.high for c in changes]]
-            axis.hlines(places, *ends, color=color, linewidth=1)
+            lows, highs = ([100 * getattr(c, end) for c in changes] for end in ("low", "high"))
+            axis.hlines(places, lows, highs, color=color, linewidth=1)
     names = [
         f"{cell.subject}, {cell.method} ({100 * cell.lds['uniform'].mean:.0f} %)" for cell in found
     ]

@@ -119,15 +119,12 @@ def _ways(subject: Subject, folder: Path) -> Iterator[tuple[str, Way]]:
 
 def _groupings() -> Iterator[tuple[str, Choice]]:
     for bands in BANDS:
-        yield (
-            "by layer" if bands == 1 else f"{bands}x{bands} bands",
-            Choice(
-                lambda s, bands=bands: ja.ekfac(
-                    training.loss(s.model), **({} if bands == 1 else {"bands": bands})
-                ),
-                ja.by_layer,
-            ),
-        )
+        options = {} if bands == 1 else {"bands": bands}
+
+        def make(subject: Subject, options: dict[str, Any] = options) -> ja.Method:
+            return ja.ekfac(training.loss(subject.model), **options)
+
+        yield ("by layer" if bands == 1 else f"{bands}x{bands} bands"), Choice(make, ja.by_layer)
 
 
 def _without(outcomes: ja.Outcomes, known: np.ndarray) -> ja.Outcomes:
