@@ -441,9 +441,9 @@ def made(**options):
 def test_outcomes_are_outputs_of_models_trained_on_the_subsets():
     found = made(params=CHECKPOINTS)
     assert found.masks.shape == (10, N) and (found.masks.sum(axis=1) == 15).all()
-    train_key = jax.random.split(jax.random.split(KEY, 3)[1], 1)[0]
-    for mask, row in zip(found.masks, found.outputs, strict=True):
-        params = TRAIN_FN(train_key, jnp.asarray(np.flatnonzero(mask)))
+    keys = jax.random.split(jax.random.split(KEY, 3)[1], 10)
+    for key, mask, row in zip(keys, found.masks, found.outputs, strict=True):
+        params = TRAIN_FN(key, jnp.asarray(np.flatnonzero(mask)))
         expected = [models.margin(params, models.one({k: v[i:] for k, v in QUERIES.items()}), None)
                     for i in range(Q)]  # fmt: skip
         np.testing.assert_allclose(row, expected, rtol=1e-9)
@@ -582,3 +582,28 @@ def test_noise_is_on_floats_alone_and_of_the_size_that_is_said():
     for wrong in ([0, 500], [0.5], [[1]], []):
         with pytest.raises(ValueError, match="integers .b. from 0 to 499"):
             ja.noised(train, wrong, KEY)
+
+
+@QUIET
+def test_the_gain_is_measured_on_other_queries():
+    fit = ja.learn_weights(index(), QUERIES, outcomes=outcomes())
+    queries = models.data(9, seed=4)
+    masks = evaluation.random_subsets(jax.random.key(9), N, 12)
+    found = ja.Outcomes(masks, np.random.default_rng(0).normal(size=(12, 9)))
+    gain = evaluation.measured_gain(index(), queries, fit, found)
+    for weights, got in ((None, gain.uniform), (fit.weights, gain.learned)):
+        expected = ja.lds(ja.score(index(), queries, weights=weights), masks, found.outputs)
+        assert got.mean == pytest.approx(expected.mean, abs=1e-9)
+    assert gain.difference.mean == pytest.approx(gain.learned.mean - gain.uniform.mean)
+    with pytest.raises(ValueError, match="Outcomes are of 9 queries, and there are 6"):
+        evaluation.measured_gain(index(), models.data(6, seed=5), fit, found)
+
+
+def test_queries_that_were_learned_from_are_warned_of():
+    fit = ja.learn_weights(index(), QUERIES, outcomes=outcomes())
+    other = models.data(Q, seed=4)
+    mixed = jax.tree.map(lambda a, b: jnp.concatenate([a[:3], b[3:]]), other, QUERIES)
+    found = ja.Outcomes(MASKS, outcomes().outputs)
+    with pytest.warns(WeightWarning, match=r"learned from 3 of the 6 .* positions \[3, 4, 5\]"):
+        evaluation.measured_gain(index(), mixed, fit, found)
+    evaluation.measured_gain(index(), other, fit, found)

@@ -3,6 +3,7 @@
 retraining.py     train on many subsets at once
 outcomes.py       small models on subsets, to learn weights from
 training.py       a training function for those who have none
+gains.py          what do learned weights gain on other queries?
 lds.py            do scores predict what the retrained models do?
 mislabel.py       does self-influence find wrong labels?
 heterogeneity.py  how right is each parameter group by itself?
@@ -11,6 +12,8 @@ retrieval.py      do the strongest proponents hold what the query asks for?
 """
 
 from jaxattr.evaluation.damping_paths import damping_path as damping_path
+from jaxattr.evaluation.gains import MeasuredGain as MeasuredGain
+from jaxattr.evaluation.gains import measured_gain as measured_gain
 from jaxattr.evaluation.heterogeneity import group_lds as group_lds
 from jaxattr.evaluation.lds import LDS as LDS
 from jaxattr.evaluation.lds import Difference as Difference

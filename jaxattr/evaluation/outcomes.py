@@ -44,9 +44,10 @@ def outcomes(
     """Trains models on random subsets and asks each the learning queries.
 
     One set serves every method and index of a model: `ja.learn_weights(index, queries,
-    outcomes=...)`. Models are trained from the same keys, so that they differ by their data and not
-    by their luck; they may be worse than the real one, but must be trained to an end (a full
-    schedule on fewer examples, not a few steps from a checkpoint, which misleads).
+    outcomes=...)`. Models may be worse than the real one, but must be trained to an end (a full
+    schedule on fewer examples, not a few steps from a checkpoint, which misleads). Each has a key
+    of its own: from one key for all, the gain that is said would be that of one initialisation,
+    and its interval too narrow (BUILD_NOTES.md).
 
     Args:
       train_fn: (key, ids int [s]) -> params, pure: initialisation and batches from the key, data
@@ -94,8 +95,9 @@ def outcomes(
         train_fn, ask, masks, train_key, ids, seeds
     ))  # fmt: skip
     if kept.done < len(kept.outputs):
+        keys = jax.random.split(train_key, len(kept.outputs))
         chunks = trained(
-            train_fn, masks, train_key, seeds=seeds, at_once=at_once, place=place, then=ask,
+            train_fn, masks, keys, seeds=seeds, at_once=at_once, place=place, then=ask,
             done=kept.done,
         )  # fmt: skip
         for chunk in chunks:

@@ -112,7 +112,8 @@ def retrain(
     masks, key, place = _check_masks(masks), check_key(key), models_over(mesh, axis)
     seeds = whole_number("seeds", seeds)
     at_once = len(masks) * seeds if at_once is None else whole_number("at_once", at_once)
-    chunks = list(trained(train_fn, masks, key, seeds=seeds, at_once=at_once, place=place))
+    keys = jax.random.split(key, seeds)[np.tile(np.arange(seeds), len(masks))]
+    chunks = list(trained(train_fn, masks, keys, seeds=seeds, at_once=at_once, place=place))
     params = jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks)
     _warn_of_divergence(params, seeds)
     return jax.tree.map(lambda leaf: leaf.reshape(len(masks), seeds, *leaf.shape[1:]), params)
@@ -121,7 +122,7 @@ def retrain(
 def trained(
     train_fn: TrainFn,
     masks: np.ndarray,
-    key: Key,
+    keys: Key,
     *,
     seeds: int,
     at_once: int,
@@ -134,7 +135,7 @@ def trained(
     Args:
       train_fn: as in `retrain`, as all that follow.
       masks: see there.
-      key: see there.
+      keys: one per run, [m * seeds].
       seeds: see there.
       at_once: models in memory at once.
       place: where they are trained.
@@ -145,7 +146,7 @@ def trained(
       What is wanted of the next runs, stacked; run i is of subset i // seeds and seed i % seeds.
     """
     ids = np.stack([np.flatnonzero(mask) for mask in masks])  # [m, s]
-    keys, runs = jax.random.split(key, seeds), len(ids) * seeds
+    runs = len(ids) * seeds
     check_inputs_matter(train_fn, keys[0], ids[0])
     at_once = split_rows(min(runs, at_once), place)
 
@@ -156,7 +157,7 @@ def trained(
     starts = range(done, runs, at_once)
     for start in track(iter(starts), "retraining", len(starts)):
         wanted = np.minimum(np.arange(start, start + at_once), runs - 1)
-        given = place.whole((keys[wanted % seeds], jnp.asarray(ids[wanted // seeds])))
+        given = place.whole((keys[wanted], jnp.asarray(ids[wanted // seeds])))
         found = jax.tree.map(functools.partial(_everywhere, place), train(*given))
         yield jax.tree.map(lambda leaf, start=start: leaf[: runs - start], found)
 

@@ -251,7 +251,7 @@ def _start(
     counted = counted_rows(examples)
     parts = _counted(parts, counted)
     total, count = place.sum_shards((parts.sum(axis=1), counted.sum()))
-    shift = total / jnp.maximum(count, 1)
+    shift = total / jnp.maximum(count, 1).astype(total.dtype)
     (q, m), s = shift.shape, len(subsets)
     zeros = functools.partial(jnp.zeros, dtype=shift.dtype)
     state = _State(

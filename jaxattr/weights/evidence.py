@@ -95,7 +95,7 @@ def _check_queries(prepared: QueryFeatures, queries: Any, outcomes: Outcomes) ->
             f"Outcomes are of {q} queries, and there are {len(prepared.features)}: pass the queries"
             " that the retrained models were asked, in their order."
         )
-    found = None if isinstance(queries, QueryFeatures) else digest_of_queries(queries)
+    found = digest_of_queries(queries)
     if None not in (found, outcomes.queries) and found != outcomes.queries:
         raise ValueError(
             f"Outcomes are of {q} other queries than those that are given, though as many: pass "

@@ -4,6 +4,7 @@ The loss is a pure function of a weight pytree (see `loss`); `learn_weights` is 
 it. The loss does not see the scale of w; results have mean one, so that ones are the base method.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from jaxattr.weights import optimising, shortlists
 from jaxattr.weights.loss import Signal, check_signal, signs_of
 from jaxattr.weights.optimising import AtWeights, FitOptions, Start
 from jaxattr.weights.outcome_fits import fit_to_outcomes
-from jaxattr.weights.outcomes import Outcomes
+from jaxattr.weights.outcomes import Outcomes, digests_of_queries
 from jaxattr.weights.report import ContributionStatistics, Optimised, WeightFit, named, report
 from jaxattr.weights.shortlists import Shortlist
 
@@ -127,7 +128,8 @@ def learn_weights(
             materialize=(materialize, None),
         )  # fmt: skip
         steps = whole_number("steps", steps)
-        return fit_to_outcomes(index, queries, outcomes, copies, optimizer, steps)
+        fit = fit_to_outcomes(index, queries, outcomes, copies, optimizer, steps)
+        return _knowing(fit, queries)
     if copies is not None:
         raise ValueError(
             "copies complement outcomes, and there are none: alone they mislead. Pass outcomes= "
@@ -137,7 +139,11 @@ def learn_weights(
         signal = "top_k_abs" if index.link == "square" else "top_k"
     scores = _from_index(index, queries, materialize, top_k, signal)
     options = FitOptions(top_k, l2, signal, start, optimizer, steps, batch_size, held_out)
-    return _fit(scores, index.layout.names, options, key)
+    return _knowing(_fit(scores, index.layout.names, options, key), queries)
+
+
+def _knowing(fit: WeightFit, queries: Any) -> WeightFit:
+    return dataclasses.replace(fit, learned_from=frozenset(digests_of_queries(queries)))
 
 
 def fit_weights(

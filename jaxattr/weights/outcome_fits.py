@@ -76,7 +76,7 @@ def fit_to_outcomes(
 
 
 class Estimate(NamedTuple):
-    """A mean over models and queries, with its 95 % interval over both.
+    """A mean over models and queries, with a 95 % interval over both.
 
     Attributes:
       mean: the estimate.
@@ -94,7 +94,8 @@ class CrossFitted(NamedTuple):
 
     Attributes:
       theta: logarithms of weights, mean zero, [m].
-      gain: of agreement over uniform weights, on models that were left out.
+      gain: of agreement over uniform weights, on models that were left out; its interval is for
+        what is measured with as many other models and queries.
       uniform: agreement of uniform weights.
       reached: agreement of the weights on the models that they are fitted to.
       to_uniform: how much uniform weights count in them, between 0 and 1.
@@ -125,7 +126,9 @@ def cross_fitted(
     Cost: 9 x 4 fits of some 60 steps, of 6 q m (m + s) operations each. On the host's CPU in
     float64, whatever the default device: single precision leaves weights uncertain by 1e-3.
     """
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+    on_host = jax.default_device(jax.local_devices(backend="cpu")[0])
+    # Optax takes the standard promotion of types for granted.
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), on_host:
         return _cross_fitted(jax.tree.map(jnp.asarray, evidence), optimizer, steps)
 
 
@@ -152,7 +155,7 @@ def _cross_fitted(
     final = np.tensordot(counts, theta[-1], 1)
     return CrossFitted(
         theta=final,
-        gain=_estimate(joined),
+        gain=_estimate(joined, draws=2),
         uniform=_estimate(uniform),
         reached=float(_shares(evidence, final[None])[0].mean()),
         to_uniform=float(1 - counts.sum()),
@@ -273,8 +276,14 @@ def _in_errors(values: np.ndarray) -> float:
     return float(values.mean() / error) if error > 0 else 0.0
 
 
-def _estimate(shares: np.ndarray) -> Estimate:
-    """The mean of shares [s, q], with an interval over both models and queries drawn anew."""
+def _estimate(shares: np.ndarray, draws: int = 1) -> Estimate:
+    """The mean of shares [s, q], with an interval over both models and queries drawn anew.
+
+    Args:
+      shares: of each model and query.
+      draws: 1 for the interval of the mean itself; 2 for one that holds the mean over as many other
+        models and queries, which are drawn as well.
+    """
     from scipy import stats  # slow to import, and needed here alone
 
     (s, q), mean = shares.shape, shares.mean()
@@ -286,5 +295,5 @@ def _estimate(shares: np.ndarray) -> Estimate:
     )
     # Both ways of drawing anew draw the rest anew too: it is taken off once.
     variance = max(of_models / s + of_queries / q - of_rest / (s * q), of_models / s)
-    reach = float(stats.t.ppf(0.975, s - 1)) * np.sqrt(variance)
+    reach = float(stats.t.ppf(0.975, s - 1)) * np.sqrt(draws * variance)
     return Estimate(float(mean), float(mean - reach), float(mean + reach))

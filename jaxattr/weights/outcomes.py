@@ -1,12 +1,14 @@
 """What retrained models did on the queries that weights are learned from."""
 
 import dataclasses
+import hashlib
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxattr.identity import Contents
+from jaxattr.index.queries import QueryFeatures
 
 # Fewer models cannot be split into some to fit to and some to check on.
 FEWEST_MODELS = 8
@@ -91,9 +93,27 @@ def digest_of_queries(queries: Any) -> str | None:
     Args:
       queries: the queries.
     """
-    if not all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(queries)):
-        return None
-    return Contents(queries).digest
+    return Contents(queries).digest if _are_arrays(queries) else None
+
+
+def digests_of_queries(queries: Any) -> list[bytes]:
+    """A digest of each query of a pytree of arrays; none for a source that is read on demand.
+
+    Args:
+      queries: the queries.
+    """
+    if not _are_arrays(queries):
+        return []
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(queries)]
+    rows = (b"".join(leaf[i].tobytes() for leaf in leaves) for i in range(len(leaves[0])))
+    return [hashlib.sha256(row).digest() for row in rows]
+
+
+def _are_arrays(queries: Any) -> bool:
+    leaves = jax.tree.leaves(queries)
+    return not isinstance(queries, QueryFeatures) and all(
+        hasattr(leaf, "dtype") and hasattr(leaf, "shape") for leaf in leaves
+    )
 
 
 class Agreed(NamedTuple):

@@ -22,7 +22,8 @@ class Gain:
 
     Attributes:
       mean: of the gain.
-      low: lower end of its 95 % interval, over models and queries drawn anew.
+      low: lower end of a 95 % interval that holds what is measured with as many other models and
+        queries.
       high: upper end.
       uniform: what uniform weights reach.
       uniform_low: lower end of its 95 % interval.
@@ -91,6 +92,7 @@ class WeightFit:
       hub_share: in how many, as a share.
       passes: how often the training set was gone over.
       warnings: what a user should look at, in words.
+      learned_from: digests of the learning queries, where those are arrays.
     """
 
     weights: dict[str, float]
@@ -106,6 +108,7 @@ class WeightFit:
     hub_share: float | None
     passes: int
     warnings: tuple[str, ...]
+    learned_from: frozenset[bytes] = frozenset()
 
     @property
     def largest(self) -> str:

@@ -52,6 +52,18 @@ def mesh():
     return jax.make_mesh((jax.device_count(),), ("data",))
 
 
+def outcomes():
+    """Of no models, but of numbers that say something of the training examples."""
+    masks = ja.evaluation.random_subsets(jax.random.key(2), SIZE, 12, fraction=0.25)
+    return ja.Outcomes(masks, masks @ np.random.default_rng(0).normal(size=(SIZE, 6)))
+
+
+def copies():
+    """Some training examples with noise, and their ids."""
+    ids = np.array([3, 60, 17])
+    return ja.noised(models.data(SIZE), ids, jax.random.key(3)), ids
+
+
 def results(index):
     """What must not depend on how many processes there are."""
     queries = models.data(6, seed=1)
@@ -59,6 +71,8 @@ def results(index):
     fit = ja.learn_weights(index, queries, **FIT)
     found = {"scores": ja.score(index, queries), "ids": top.ids, "top": top.scores}
     found["weights"] = np.array([fit.weights[name] for name in index.layout.names])
+    fit = ja.learn_weights(index, queries, outcomes=outcomes(), copies=copies())
+    found["from outcomes"] = np.array([fit.weights[name] for name in index.layout.names])
     found["self"] = ja.self_influence(index)
     return {name: np.asarray(value) for name, value in found.items()}
 

@@ -1,0 +1,91 @@
+"""What learned weights gain, measured on queries that they were not learned from."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxattr.evaluation.lds import LDS, Difference, lds_of_predictions, paired_difference
+from jaxattr.index.index import Index
+from jaxattr.index.queries import query_features
+from jaxattr.scores.subsets import subset_contributions, subset_products
+from jaxattr.weights.outcomes import Outcomes, digests_of_queries
+from jaxattr.weights.report import WeightFit, WeightWarning
+
+
+class MeasuredGain(NamedTuple):
+    """LDS with and without learned weights.
+
+    Attributes:
+      uniform: LDS of uniform weights.
+      learned: LDS of the learned ones.
+      difference: learned minus uniform, with the interval that shared models allow.
+    """
+
+    uniform: LDS
+    learned: LDS
+    difference: Difference
+
+    def __str__(self) -> str:
+        return (
+            f"LDS {100 * self.uniform.mean:.1f} % with uniform weights, "
+            f"{100 * self.learned.mean:.1f} % with learned ones: {self.difference}"
+        )
+
+
+def measured_gain(
+    index: Index, queries: Any, fit: WeightFit, outcomes: Outcomes, *, resamples: int = 1000
+) -> MeasuredGain:
+    """Measures the gain in LDS of learned over uniform weights.
+
+    Args:
+      index: the index.
+      queries: evaluation queries, other than those that weights were learned from.
+      fit: of `ja.learn_weights` on the same index.
+      outcomes: of models retrained on subsets, on these queries: other models than those that
+        weights were learned from, and by convention of halves (`ja.outcomes(..., fraction=0.5)`).
+      resamples: of the models, as in `ja.lds`.
+
+    Returns:
+      The scores and their difference.
+
+    Raises:
+      ValueError: if outcomes are of other queries or another training set.
+
+    Warns:
+      WeightWarning: if weights were learned from some of the queries, where those are arrays.
+
+    Cost: one pass over the training set; no [q, n] scores.
+    """
+    _warn_of_overlap(queries, fit)
+    prepared = query_features(index, queries)
+    if outcomes.outputs.shape[1] != len(prepared.features):
+        raise ValueError(
+            f"Outcomes are of {outcomes.outputs.shape[1]} queries, and there are "
+            f"{len(prepared.features)}: pass the queries that the retrained models were asked."
+        )
+    squared = index.link == "square"
+    sums = (subset_products if squared else subset_contributions)(index, prepared, outcomes.masks)
+
+    def of_weights(w: np.ndarray) -> LDS:
+        predicted = sums @ w
+        predicted = predicted @ w if squared else predicted
+        return lds_of_predictions(predicted, outcomes.outputs, resamples=resamples)
+
+    names = index.layout.names
+    uniform = of_weights(np.ones(len(names)))
+    learned = of_weights(np.array([fit.weights[name] for name in names]))
+    return MeasuredGain(uniform, learned, paired_difference(learned, uniform))
+
+
+def _warn_of_overlap(queries: Any, fit: WeightFit) -> None:
+    digests = digests_of_queries(queries)
+    shared = [i for i, each in enumerate(digests) if each in fit.learned_from]
+    if shared:
+        warnings.warn(
+            f"Weights were learned from {len(shared)} of the {len(digests)} evaluation queries, at "
+            f"positions {shared[:10]}: what they gain there is no measure of what they gain "
+            "elsewhere. Keep queries apart.",
+            WeightWarning,
+            stacklevel=3,
+        )
