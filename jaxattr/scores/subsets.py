@@ -283,7 +283,7 @@ def _absorb(
     g, b = examples.shape[:2]
     counted = counted_rows(examples) & jnp.repeat(jnp.arange(g) >= skip, b)
     parts = _counted(parts, counted)
-    ids = slab_ids(place, (g, b), first)
+    ids = slab_ids(place, (g, b), first).astype(own.dtype)
     chosen = (subsets.reshape(len(subsets), len(ids)) & counted[None]).astype(parts.dtype)
     named = ((ids[None] == own[:, None]) & counted[None]).astype(parts.dtype)  # [q, r]
     shifted = jnp.where(counted[None, :, None], parts - state.shift[:, None], 0)
