@@ -59,7 +59,7 @@ def params(p: int, groups: int) -> dict[str, jax.Array]:
       p: features, a multiple of the groups.
       groups: m.
     """
-    return {f"group{i:02}": jnp.zeros(p // groups) for i in range(groups)}
+    return {f"group{i:04}": jnp.zeros(p // groups) for i in range(groups)}
 
 
 def method(p: int, groups: int) -> Any:

@@ -26,7 +26,7 @@ from jaxattr.weights import optimising, shortlists
 from jaxattr.weights.optimising import FitOptions
 
 GOAL = 1.5
-GROUPS, TOP_K = 8, 20
+GROUPS, TOP_K, MODELS = 8, 20, 64
 
 
 def main() -> None:
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--q", type=int, default=64, help="learning queries")
     parser.add_argument("--n", type=int, action="append", help="training examples")
     parser.add_argument("--p", type=int, default=1024, help="features")
+    parser.add_argument("--m", type=int, default=GROUPS, help="groups, of the growth alone")
     parser.add_argument("--steps", type=int, default=200, help="updates")
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -112,37 +113,55 @@ def _time_step(
 def growth_table(arguments: argparse.Namespace, sizes: list[int]) -> Table:
     """Builds, searches and learns from an index on disk, in a process of its own per size."""
     shown = Table(
-        title=f"From disk: bfloat16, {arguments.p} features, {arguments.q} queries, "
-        f"{arguments.steps} steps; seconds, and the largest memory of the whole process"
+        title=f"From disk: bfloat16, {arguments.p} features, {arguments.m} groups, {arguments.q} "
+        f"queries, {arguments.steps} steps, outcomes of {MODELS} models; seconds, and the largest "
+        "memory of the whole process"
     )
-    for heading in ("n", "on disk", "build", "top-k", "learn", "passes", "memory"):
+    for heading in (
+        "n",
+        "on disk",
+        "build",
+        "top-k",
+        "learn",
+        "passes",
+        "from outcomes",
+        "again",
+        "memory",
+    ):
         shown.add_column(heading)
     for n in sizes:
         with tempfile.TemporaryDirectory() as folder:
             command = [sys.executable, "-m", "experiments.benchmarks.weights", "--one", folder]
             command += ["--n", str(n), "--q", str(arguments.q), "--p", str(arguments.p)]
-            command += ["--steps", str(arguments.steps)]
+            command += ["--steps", str(arguments.steps), "--m", str(arguments.m)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            build, top, learn, passes, memory = done.stdout.split()[-5:]
+            build, top, learn, outcomes, again, passes, memory = done.stdout.split()[-7:]
             shown.add_row(
                 f"{n:,}", f"{n * arguments.p * 2 / 1e9:.2f} GB", f"{float(build):.1f}",
-                f"{float(top):.1f}", f"{float(learn):.1f}", passes, f"{float(memory):.2f} GB",
+                f"{float(top):.1f}", f"{float(learn):.1f}", passes, f"{float(outcomes):.1f}",
+                f"{float(again):.1f}", f"{float(memory):.2f} GB",
             )  # fmt: skip
     return shown
 
 
 def grow(arguments: argparse.Namespace, n: int, folder: str) -> tuple[float, ...]:
-    """Returns seconds to build, search and learn; passes; and the largest memory in GB."""
+    """Returns seconds to build, search, learn (twice from outcomes); passes; memory in GB."""
     warnings.simplefilter("ignore")
     times = [time.perf_counter()]
     path = pathlib.Path(folder) / "index"
-    index = synthetic.index(n, arguments.p, GROUPS, path=path, dtype=jnp.bfloat16)
+    index = synthetic.index(n, arguments.p, arguments.m, path=path, dtype=jnp.bfloat16)
     times.append(time.perf_counter())
     features = ja.query_features(index, synthetic.queries(arguments.q, arguments.p))
     jax.block_until_ready(ja.top_k(index, features, k=10))
     times.append(time.perf_counter())
     fit = ja.learn_weights(index, features, top_k=TOP_K, steps=arguments.steps, materialize=False)
     times.append(time.perf_counter())
+    masks = ja.evaluation.random_subsets(jax.random.key(0), n, MODELS, fraction=0.25)
+    outputs = np.random.default_rng(0).normal(size=(MODELS, arguments.q))
+    outcomes = ja.Outcomes(masks, outputs)
+    for _ in range(2):
+        ja.learn_weights(index, features, outcomes=outcomes)
+        times.append(time.perf_counter())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return (*np.diff(times), fit.passes, memory)
 
