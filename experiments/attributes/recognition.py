@@ -41,8 +41,11 @@ def recognised(
     """
     classifier = make_pipeline(StandardScaler(), SVC(C=10))
     classifier.fit(_pixels(train), train[name])
-    right = [float(np.mean(classifier.predict(_pixels(x)) == x[name])) for x in (drawn, generated)]
-    return Recognised(*right, 1 / values)
+
+    def right(pictures: Pictures) -> float:
+        return float(np.mean(classifier.predict(_pixels(pictures)) == pictures[name]))
+
+    return Recognised(right(drawn), right(generated), 1 / values)
 
 
 def _pixels(pictures: Pictures) -> Any:
