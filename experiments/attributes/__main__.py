@@ -88,7 +88,7 @@ def table(results: dict[str, Result], baselines: Rows) -> Table:
 
 
 def gains_table(results: dict[str, Result]) -> Table:
-    """Makes the table of what each attribute's own weights gain on it.
+    """Makes the table of what weights gain.
 
     Args:
       results: {method: figures}.
@@ -97,8 +97,8 @@ def gains_table(results: dict[str, Result]) -> Table:
       A table for a terminal.
     """
     shown = Table(
-        title=f"What an attribute's own weights gain in precision@{TOP}, in points, 95 % interval "
-        "over the same queries; w_all: weights learned from pictures with all attributes"
+        title=f"What weights gain in precision@{TOP}, in points, 95 % interval over the same "
+        "queries; own w: of each attribute; w_all: learned from pictures with all attributes"
     )
     for heading in ("method", "difference", *ATTRIBUTES):
         shown.add_column(heading)

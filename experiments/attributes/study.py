@@ -261,7 +261,7 @@ def retrieval(scores: Any, train: Pictures, queries: Pictures, name: str) -> Ret
 
 
 class Gain(NamedTuple):
-    """Precision under an attribute's own weights minus precision under others, by query.
+    """Precision under some weights minus precision under others, by query.
 
     Attributes:
       mean: over queries.
@@ -287,20 +287,21 @@ class Result(NamedTuple):
 
     @property
     def gains(self) -> dict[str, dict[str, Gain]]:
-        """{what is compared: {attribute: what its own weights gain}}."""
+        """{what is compared: {attribute: what the first of the two gain}}."""
         own = {name: self.table[f"w_{name}"][name] for name in ATTRIBUTES}
         alone = self.table["own w, attribute alone"], self.table["uniform, attribute alone"]
         return {
             "own w - uniform": _gains(own, self.table["uniform"]),
             "own w - uniform, attribute alone": _gains(*alone),
+            "w_all - uniform": _gains(self.table["w_all"], self.table["uniform"]),
             "own w - w_all": _gains(own, self.table["w_all"]),
         }
 
 
-def _gains(own: dict[str, Retrieval], other: dict[str, Retrieval]) -> dict[str, Gain]:
+def _gains(some: dict[str, Retrieval], others: dict[str, Retrieval]) -> dict[str, Gain]:
     found = {}
     for name in ATTRIBUTES:
-        paired = own[name].precision - other[name].precision
+        paired = some[name].precision - others[name].precision
         found[name] = Gain(float(paired.mean()), *evaluation.mean_interval(paired))
     return found
 
