@@ -35,7 +35,14 @@ def convolve_patches(
 
 
 def convolution(
-    width_in: int, width: int, size: int, stride: int = 1, *, bias: bool = True, rngs: nnx.Rngs
+    width_in: int,
+    width: int,
+    size: int,
+    stride: int = 1,
+    *,
+    bias: bool = True,
+    patches: bool = True,
+    rngs: nnx.Rngs,
 ) -> nnx.Conv:
     """A convolution with padding SAME.
 
@@ -45,16 +52,17 @@ def convolution(
       size: of the kernel, 1 or 3.
       stride: 1 or 2.
       bias: whether there is one.
+      patches: whether it is patches times a matrix where there is no accelerator.
       rngs: of the initialisation.
     """
-    on_cpu = jax.default_backend() == "cpu"
+    as_patches = patches and jax.default_backend() == "cpu"
     return nnx.Conv(
         width_in,
         width,
         (size, size),
         strides=stride,
         use_bias=bias,
-        conv_general_dilated=convolve_patches if on_cpu else jax.lax.conv_general_dilated,
+        conv_general_dilated=convolve_patches if as_patches else jax.lax.conv_general_dilated,
         rngs=rngs,
     )
 

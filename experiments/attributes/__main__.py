@@ -1,13 +1,13 @@
 """Says which training pictures gave generated ones their subject, their style and their background.
 
 python -m experiments.attributes            # under ten minutes on two cores
-python -m experiments.attributes --full     # twice the pictures, a larger model trained for longer
+python -m experiments.attributes --full     # twice the pictures, two models trained for longer
 """
 
 import json
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from experiments import command_line, files
 from experiments.attributes import figures, study
-from experiments.attributes.study import ATTRIBUTES, TOP, Result, Retrieval
+from experiments.attributes.study import ATTRIBUTES, TOP, Result, Retrieval, Subject
 from jaxattr import evaluation
 from jaxattr.weights.report import WeightWarning
 
@@ -35,22 +35,30 @@ def main() -> None:
         f"{config.recipe.steps} steps"
     )
     subject = study.prepare(config, folder)
+    figures.draw_generated(subject, folder / "generated.png")
+    console.print(recognition_table(subject))
+    methods = study.methods(subject.denoiser, config)
     results: dict[str, Result] = {}
-    for name, method in study.methods(subject.denoiser, config).items():
+    for name, method in methods.items():
         console.print(f"  {name}")
         index = study.index_of(subject, method)
         results[name] = study.measure(subject, index)
         path = folder / f"concepts_{name.split(',')[0].lower()}.png"
         figures.draw_concepts(subject, index, results[name], path)
     figures.draw_weights(results, folder / "weights.png")
+    first = next(iter(methods))
+    console.print(f"  {first}, with the labels")
+    index = study.index_of(subject, methods[first], labels=True)
+    results[f"{first}, with the labels"] = study.measure(subject, index)
     baselines = study.baselines(subject)
     console.print(table(results, baselines))
+    console.print(gains_table(results))
     name = "full.json" if arguments.full else "quick.json"
     with files.written_whole(folder / name) as partial:
-        partial.write_text(json.dumps(as_json(results, baselines), indent=1))
+        partial.write_text(json.dumps(as_json(subject, results, baselines), indent=1))
     console.print(
-        f"{time.monotonic() - started:.0f} s. In {folder}/: concepts_tracin.png, "
-        f"concepts_d-trak.png, weights.png, {name}."
+        f"{time.monotonic() - started:.0f} s. In {folder}/: generated.png, concepts_*.png, "
+        f"weights.png, {name}."
     )
 
 
@@ -66,8 +74,8 @@ def table(results: dict[str, Result], baselines: Rows) -> Table:
     """
     shown = Table(
         title=f"Generated pictures with all three attributes: share of the top {TOP} training "
-        f"pictures that have the attribute (precision@{TOP}, %, 95 % interval over queries), "
-        f"whether any has (hit@{TOP}, %), share of all that have it (strict recall@{TOP}, %)",
+        f"pictures that have the attribute (precision@{TOP}, %), and whether any has (hit@{TOP}, "
+        "%), with 95 % intervals over queries",
         padding=(0, 0, 0, 1),
     )
     for heading in ("method", "scores", *ATTRIBUTES):
@@ -79,12 +87,50 @@ def table(results: dict[str, Result], baselines: Rows) -> Table:
     return shown
 
 
-def as_json(results: dict[str, Result], baselines: Rows) -> dict[str, Any]:
+def gains_table(results: dict[str, Result]) -> Table:
+    """Makes the table of what weights gain.
+
+    Args:
+      results: {method: figures}.
+
+    Returns:
+      A table for a terminal.
+    """
+    shown = Table(
+        title=f"What weights gain in precision@{TOP}, in points, 95 % interval over the same "
+        "queries; own w: of each attribute; w_all: learned from pictures with all attributes"
+    )
+    for heading in ("method", "difference", *ATTRIBUTES):
+        shown.add_column(heading)
+    for method, result in results.items():
+        for compared, gains in result.gains.items():
+            shown.add_row(method, compared, *(_interval(g._asdict(), "+") for g in gains.values()))
+    return shown
+
+
+def recognition_table(subject: Subject) -> Table:
+    """Makes the table that says whether the model draws what it is asked for.
+
+    Args:
+      subject: the model.
+
+    Returns:
+      A table for a terminal.
+    """
+    shown = Table(title="How often a classifier of training pictures is right (%)")
+    for heading in ("attribute", "drawn pictures", "generated pictures", "chance"):
+        shown.add_column(heading)
+    for name, found in subject.recognised.items():
+        shown.add_row(name, *(f"{100 * share:.0f}" for share in found))
+    return shown
+
+
+def as_json(subject: Subject, results: dict[str, Result], baselines: Rows) -> dict[str, Any]:
     """All figures, for a file."""
     matrix = {
         method: {
             name: {
-                attribute: {field: float(np.mean(x)) for field, x in each._asdict().items()}
+                attribute: {field: _summary(x) for field, x in each._asdict().items()}
                 for attribute, each in found.items()
             }
             for name, found in rows.items()
@@ -99,7 +145,21 @@ def as_json(results: dict[str, Result], baselines: Rows) -> dict[str, Any]:
         method: {name: fit.warnings for name, fit in result.fits.items()}
         for method, result in results.items()
     }
-    return {"matrix": matrix, "weights": weights, "warnings": warned}
+    gains = {
+        method: {
+            compared: {attribute: gain._asdict() for attribute, gain in found.items()}
+            for compared, found in result.gains.items()
+        }
+        for method, result in results.items()
+    }
+    recognised = {name: found._asdict() for name, found in subject.recognised.items()}
+    return {"recognised": recognised, "matrix": matrix, "gains": gains, "weights": weights,
+            "warnings": warned}  # fmt: skip
+
+
+def _summary(values: np.ndarray) -> dict[str, float]:
+    low, high = evaluation.mean_interval(values)
+    return {"mean": float(np.mean(values)), "low": low, "high": high}
 
 
 def _rows(results: dict[str, Result], baselines: Rows) -> Iterator[tuple[str, Rows]]:
@@ -109,11 +169,14 @@ def _rows(results: dict[str, Result], baselines: Rows) -> Iterator[tuple[str, Ro
 
 
 def _cell(found: Retrieval) -> str:
-    low, high = evaluation.mean_interval(found.precision)
-    return (
-        f"{100 * found.precision.mean():.0f} [{100 * low:.0f}, {100 * high:.0f}]  "
-        f"hit {100 * found.hit.mean():.0f}  recall {100 * found.recall.mean():.1f}"
-    )
+    precision, hit = (_interval(_summary(x)) for x in (found.precision, found.hit))
+    return f"{precision}  hit {hit}"
+
+
+def _interval(found: Mapping[str, float], sign: str = "") -> str:
+    """Mean, low and high in %."""
+    mean, low, high = (100 * found[end] for end in ("mean", "low", "high"))
+    return f"{mean:{sign}.0f} [{low:{sign}.0f}, {high:{sign}.0f}]"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Small pictures that are drawn here, each with three known attributes.
 
-A picture is drawn at twice its size on a plane that spans [-1, 1] both ways, y upwards: shapes are
-signed distances (negative inside), and colours are given by hue and luminance, so that a subject
-can be told from any background whatever its hue. A subject says what is drawn, a background what
-is behind it, and a style how both come onto the paper.
+A picture is drawn at four times its size on a plane that spans [-1, 1] both ways, y upwards:
+shapes are signed distances (negative inside), and colours are given by hue and luminance, so that
+a subject can be told from any background whatever its hue. A subject says what is drawn, a
+background what is behind it, and a style how both come onto the paper.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,12 +14,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.random import Generator
 
-SIZE = 32
-FINE = 2 * SIZE  # what is drawn, before pixels are averaged two by two
+SIZE = 16
+DETAIL = 4  # points on a side of each pixel, which is their average
+FINE = DETAIL * SIZE
 PIXEL = 2 / SIZE
 
 Pictures = dict[str, np.ndarray]
-"""{"image": float32 [n, 32, 32, 3] in [-1, 1]; "subject", "style", "background": int32 [n]}."""
+"""{"image": float32 [n, 16, 16, 3] in [-1, 1]; "subject", "style", "background": int32 [n]}."""
 
 
 class Plane(NamedTuple):
@@ -88,12 +89,12 @@ def draw_one(subject: int, style: int, background: int, rng: Generator) -> np.nd
       rng: what everything that varies is drawn from.
 
     Returns:
-      The picture, float32 [32, 32, 3] in [-1, 1].
+      The picture, float32 [16, 16, 3] in [-1, 1].
     """
     ground = _BACKGROUNDS[background](_plane(), rng)
     scene = _scene(_SUBJECTS[subject], ground, rng)
     fine = _STYLES[style](scene, rng).clip(0, 1)
-    image = fine.reshape(SIZE, 2, SIZE, 2, 3).mean(axis=(1, 3))
+    image = fine.reshape(SIZE, DETAIL, SIZE, DETAIL, 3).mean(axis=(1, 3))
     return (2 * image - 1).astype(np.float32)
 
 
@@ -246,16 +247,6 @@ def _fish(at: Plane, rng: Generator) -> list[Part]:
     return [(_union(fin, fork), SECOND), (body, MAIN), (_union(eye, gill), ACCENT)]
 
 
-def _house(at: Plane, rng: Generator) -> list[Part]:
-    wide, eaves, top = rng.uniform(0.6, 0.76), rng.uniform(0.0, 0.2), rng.uniform(0.8, 1.0)
-    chimney = _box(at, wide * 0.55, 0.6, 0.11, 0.35)
-    walls = _box(at, 0, (eaves - 0.9) / 2, wide, (eaves + 0.9) / 2)
-    roof = _polygon(at, (-wide - 0.22, eaves), (0, top), (wide + 0.22, eaves))
-    door = _box(at, rng.uniform(-0.35, -0.2), -0.6, 0.15, 0.3)
-    window = _box(at, 0.3, -0.3, 0.16, 0.16)
-    return [(chimney, SECOND), (walls, MAIN), (roof, SECOND), (_union(door, window), ACCENT)]
-
-
 def _tree(at: Plane, rng: Generator) -> list[Part]:
     width = rng.uniform(0.55, 0.75)
     trunk = _box(at, 0, -0.75, rng.uniform(0.1, 0.16), 0.25)
@@ -282,62 +273,12 @@ def _mushroom(at: Plane, rng: Generator) -> list[Part]:
     return [(stem, SECOND), (cap, MAIN), (_union(*spots), ACCENT)]
 
 
-def _boat(at: Plane, rng: Generator) -> list[Part]:
-    deck, bow, top = rng.uniform(-0.5, -0.35), rng.uniform(0.85, 1.0), rng.uniform(0.8, 1.0)
-    mast, low = _line(at, 0, deck, 0, top, 0.05), deck + 0.15
-    jib = _polygon(at, (-0.12, low), (-0.12, top - 0.3), (-0.6, low))
-    sail = _polygon(at, (0.12, low), (0.12, top - 0.05), (0.75, low))
-    hull = _polygon(at, (-bow, deck), (bow, deck), (bow - 0.4, -0.9), (0.3 - bow, -0.9))
-    return [(mast, ACCENT), (_union(jib, sail), SECOND), (hull, MAIN)]
-
-
-def _heart(at: Plane, rng: Generator) -> list[Part]:
-    size, low = rng.uniform(0.47, 0.54), rng.uniform(-0.95, -0.8)
-    lobes = [_ellipse(at, side * 0.43, 0.35, size, size) for side in (-1, 1)]
-    wide = 0.43 + size * 0.86
-    point = _polygon(at, (-wide, 0.13), (0, low), (wide, 0.13), (0.3, 0.5), (0, 0.4), (-0.3, 0.5))
-    shine = _line(at, -0.6, 0.35, -0.45, 0.53, 0.06)
-    return [(_union(*lobes, point), MAIN), (shine, ACCENT)]
-
-
 def _key(at: Plane, rng: Generator) -> list[Part]:
     size, first = rng.uniform(0.3, 0.36), rng.uniform(0.4, 0.5)
     ring = np.abs(_ellipse(at, -0.55, 0, size, size)) - 0.14
     shaft = _line(at, -0.25, 0, 0.92, 0, 0.13)
     teeth = [_box(at, x, -0.3, 0.12, long) for x, long in ((first, 0.24), (0.92, 0.32))]
     return [(_union(ring, shaft, *teeth), MAIN)]
-
-
-def _umbrella(at: Plane, rng: Generator) -> list[Part]:
-    height, low = rng.uniform(0.7, 0.9), rng.uniform(-0.02, 0.1)
-    stick = _line(at, 0, 0.95, 0, -0.7, 0.055)
-    hook = np.maximum(np.abs(_ellipse(at, 0.2, -0.7, 0.2, 0.2)) - 0.055, at.y + 0.7)
-    dome = np.maximum(_ellipse(at, 0, low, 0.98, height), low - at.y)
-    scallops = [_ellipse(at, x, low, 0.31, 0.17) for x in (-0.65, 0, 0.65)]
-    canopy = np.maximum(dome, -_union(*scallops))
-    rib = np.maximum(np.abs(_ellipse(at, 0, low, 0.33, height)) - 0.03, canopy)
-    return [(_union(stick, hook), SECOND), (canopy, MAIN), (rib, ACCENT)]
-
-
-def _car(at: Plane, rng: Generator) -> list[Part]:
-    top, back, wheel = rng.uniform(0.45, 0.6), rng.uniform(-0.75, -0.6), rng.uniform(0.2, 0.26)
-    cabin = _polygon(at, (back - 0.1, 0), (back + 0.15, top), (0.3, top), (0.6, 0))
-    body = _box(at, 0, -0.18, 0.87, 0.17) - 0.1
-    high, pillar = top - 0.12, _box(at, -0.13, 0, 0.07, 1)
-    panes = _polygon(at, (back + 0.12, 0.06), (back + 0.25, high), (0.24, high), (0.4, 0.06))
-    wheels = [_ellipse(at, x, -0.45, wheel, wheel) for x in (-0.5, 0.5)]
-    hubs = [_ellipse(at, x, -0.45, 0.09, 0.09) for x in (-0.5, 0.5)]
-    dark = _union(np.maximum(panes, -pillar), *wheels)
-    return [(_union(cabin, body), MAIN), (dark, ACCENT), (_union(*hubs), SECOND)]
-
-
-def _flower(at: Plane, rng: Generator) -> list[Part]:
-    petals, size, turn = rng.integers(5, 7), rng.uniform(0.22, 0.26), rng.uniform(0, 2)
-    angles = 2 * np.pi * np.arange(petals) / petals + turn
-    stem, leaf = _line(at, 0, 0.3, 0, -0.95, 0.07), _ellipse(at, 0.27, -0.6, 0.27, 0.13)
-    bloom = [_ellipse(at, 0.4 * np.cos(a), 0.35 + 0.4 * np.sin(a), size, size) for a in angles]
-    middle = _ellipse(at, 0, 0.35, 0.2, 0.2)
-    return [(_union(stem, leaf), SECOND), (_union(*bloom), MAIN), (middle, ACCENT)]
 
 
 # Backgrounds: colours [FINE, FINE, 3].
@@ -352,14 +293,6 @@ def _sky(at: Plane, rng: Generator) -> np.ndarray:
             puff = _ellipse(at, left + 0.25 * step, height + size / 3, size * 1.2, size)
             clouds = np.minimum(clouds, np.maximum(puff, height - at.y))
     return _mix(air, np.full(3, 0.97), _cover(clouds, PIXEL))
-
-
-def _waves(at: Plane, rng: Generator) -> np.ndarray:
-    rows, phase = at.y * rng.uniform(2.3, 2.8) + rng.random(), rng.random()
-    bump = rows + 0.5 * np.abs(np.sin(np.pi * (at.x * rng.uniform(1.2, 1.6) + phase)))
-    depth = bump % 1
-    sea = _colour(rng.normal(0.52, 0.04), 0.2 + 0.2 * depth)
-    return _mix(sea, np.full(3, 0.85), np.clip((depth - 0.82) * 8, 0, 1))
 
 
 def _forest(at: Plane, rng: Generator) -> np.ndarray:
@@ -400,25 +333,6 @@ def _sunset(at: Plane, rng: Generator) -> np.ndarray:
     return _mix(air, _colour(hue - 0.2, 0.07), _cover(at.y - horizon))
 
 
-def _night(at: Plane, rng: Generator) -> np.ndarray:
-    hue = rng.normal(0.68, 0.05)
-    picture = _colour(hue, 0.08 - 0.04 * at.y)
-    spots = [_ellipse(at, x, y, 0.045, 0.045) for x, y in rng.uniform(-1, 1, (28, 2))]
-    x, y = rng.choice([-0.72, 0.72]), rng.uniform(0.6, 0.75)
-    moon = np.maximum(_ellipse(at, x, y, 0.24, 0.24), -_ellipse(at, x + 0.13, y + 0.06, 0.2, 0.2))
-    return _mix(picture, _colour(0.15, 0.9), _cover(_union(*spots, moon)))
-
-
-def _dunes(at: Plane, rng: Generator) -> np.ndarray:
-    hue = rng.normal(0.1, 0.02)
-    picture = _colour(hue + 0.03, 0.93 - 0.05 * at.y)
-    for height in np.array([0.65, 0.2, -0.25, -0.7]) + rng.uniform(-0.1, 0.1, 4):
-        ridge = height + 0.2 * np.sin(at.x * rng.uniform(2, 3.5) + rng.uniform(0, 6))
-        sand = _colour(hue, 0.5 + 0.32 * np.clip(1 - 2 * (ridge - at.y), 0, 1))
-        picture = _mix(picture, sand, _cover(at.y - ridge))
-    return picture
-
-
 # Styles: how a scene comes onto paper.
 
 
@@ -444,39 +358,12 @@ def _outline(scene: Scene, rng: Generator) -> np.ndarray:
     return _mix(_mix(paper, np.full(3, 0.35), 0.8 * behind), np.zeros(3), near)
 
 
-def _hatched(scene: Scene, rng: Generator) -> np.ndarray:
-    at, picture = _plane(), _flat(scene, rng)
-    angle = rng.normal(0.8, 0.08) * np.where(scene.distance < 0, -1, 1)
-    strokes = _wave((at.x * np.cos(angle) + at.y * np.sin(angle)) / (3.6 * PIXEL) + rng.random())
-    ink = np.clip(0.3 + 2.5 * (1.1 * (1 - _luminance(picture)) - 0.25 - strokes), 0, 1)
-    return _mix(_mix(picture, np.ones(3), 0.55), picture * 0.35, ink)
-
-
-def _halftone(scene: Scene, rng: Generator) -> np.ndarray:
-    at, angle, period = _plane(), 0.4, 3.2 * PIXEL
-    picture = _flat(scene, rng)
-    dark = 1 - _luminance(picture)
-    u = (at.x * np.cos(angle) + at.y * np.sin(angle)) / period + rng.random()
-    v = (at.y * np.cos(angle) - at.x * np.sin(angle)) / period + rng.random()
-    radius = np.hypot(u % 1 - 0.5, v % 1 - 0.5)
-    ink = np.clip(0.5 + 5 * (0.72 * np.sqrt(dark) - radius), 0, 1)
-    return _mix(np.array([1.0, 0.97, 0.88]), picture * 0.7, ink)
-
-
 def _watercolour(scene: Scene, rng: Generator) -> np.ndarray:
     bleeding = scene.distance + 0.065 * _noise(rng, 14)
     ground = _mix(_blur(scene.ground, 0.8), np.ones(3), 0.2 + 0.2 * _noise(rng, 9))
     ground = _mix(ground, np.ones(3), 0.8 * _cover(bleeding - 1.5 * PIXEL, 3 * PIXEL))
     picture = _mix(ground, _blur(scene.paint, 0.6), 0.9 * _cover(bleeding, 2 * PIXEL))
     return _mix(picture, np.ones(3), np.clip(0.15 + 0.25 * _noise(rng, 12), 0, 1))
-
-
-def _mosaic(scene: Scene, rng: Generator) -> np.ndarray:
-    side = 4
-    cells = FINE // side
-    blocks = _flat(scene, rng).reshape(cells, side, cells, side, 3).mean(axis=(1, 3))
-    blocks = blocks * rng.uniform(0.82, 1.18, (cells, cells, 1))
-    return np.kron(blocks, np.ones((side, side, 1)))
 
 
 def _neon(scene: Scene, rng: Generator) -> np.ndarray:
@@ -492,18 +379,15 @@ def _charcoal(scene: Scene, rng: Generator) -> np.ndarray:
     near, _ = _contours(scene, 0.4 * PIXEL)
     bold = scene._replace(paint=_mix(scene.paint, scene.rim, 0.3))
     tone = 0.12 + 0.88 * _luminance(_flat(bold, rng))
-    grain = rng.uniform(-1, 1, (SIZE, SIZE)).repeat(2, axis=0).repeat(2, axis=1)
+    grain = np.kron(rng.uniform(-1, 1, (SIZE, SIZE)), np.ones((DETAIL, DETAIL)))
     tone = (tone + 0.13 * grain) * (1 - 0.9 * near)
     return np.repeat(tone[..., None], 3, axis=-1)
 
 
 # In the order in which attributes are numbered.
-_SUBJECTS = (
-    *(_cat, _fish, _house, _tree, _star, _mushroom),
-    *(_boat, _heart, _key, _umbrella, _car, _flower),
-)
-_STYLES = (_flat, _outline, _hatched, _halftone, _watercolour, _mosaic, _neon, _charcoal)
-_BACKGROUNDS = (_sky, _waves, _forest, _bricks, _checkers, _sunset, _night, _dunes)
+_SUBJECTS = (_cat, _fish, _tree, _star, _mushroom, _key)
+_STYLES = (_flat, _outline, _watercolour, _neon, _charcoal)
+_BACKGROUNDS = (_sky, _forest, _bricks, _checkers, _sunset)
 
 
 def _names(functions: Iterable[Callable[..., object]]) -> tuple[str, ...]:

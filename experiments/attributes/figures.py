@@ -14,7 +14,8 @@ SHOWN_QUERIES, SHOWN_PROPONENTS = 6, 5
 # Parts of the network from its input to its output; the rest of a name is kept.
 DEPTH = ("time", "conditions", "first", "down", "smaller", "middle1", "attention", "middle2", "up",
          "norm", "last")  # fmt: skip
-COLORS = {"subject": "#cf222e", "style": "#1f6feb", "background": "#1a7f37"}
+COLORS = {"subject": "#cf222e", "style": "#1f6feb", "background": "#1a7f37",
+          "all": "#9aa0a6"}  # fmt: skip
 
 
 def draw_concepts(subject: Subject, index: ja.Index, result: Result, path: Path) -> None:
@@ -63,6 +64,23 @@ def draw_concepts(subject: Subject, index: ja.Index, result: Result, path: Path)
     pictures.save(figure, path, tight=False)
 
 
+def draw_generated(subject: Subject, path: Path, columns: int = 12) -> None:
+    """Draws generated pictures under what was asked for.
+
+    Args:
+      subject: the model.
+      path: of the PNG.
+      columns: pictures in a row.
+    """
+    queries = subject.full
+    rows = min(len(queries["image"]) // columns, 5)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.25 * columns, 1.45 * rows))
+    for row, axis in enumerate(axes.flat):
+        asked = [VALUES[name][queries[name][row]] for name in ATTRIBUTES]
+        pictures.draw_image(axis, queries["image"][row], "\n".join((asked[0], " ".join(asked[1:]))))
+    pictures.save(figure, path)
+
+
 def draw_weights(results: dict[str, Result], path: Path) -> None:
     """Draws the weights of each attribute by layer.
 
@@ -78,8 +96,8 @@ def draw_weights(results: dict[str, Result], path: Path) -> None:
         for number, (name, fit) in enumerate(result.fits.items()):
             by_layer = _by_layer(study.relative_weights(fit.weights))
             layers = list(by_layer)
-            places = np.arange(len(layers)) + 0.26 * (number - 1)
-            axis.bar(places, list(by_layer.values()), 0.26, color=COLORS[name], label=name)
+            places = np.arange(len(layers)) + 0.2 * (number - 1.5)
+            axis.bar(places, list(by_layer.values()), 0.2, color=COLORS[name], label=name)
         axis.set_title(f"{method}: mean weight of a layer's arrays, log2 (0: as uniform)")
         axis.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=8)
         axis.axhline(0, color="black", linewidth=0.6)

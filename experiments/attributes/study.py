@@ -2,12 +2,15 @@
 
 Weights are learned for each attribute by itself, from queries that ask for that attribute alone.
 They are judged on pictures that were asked for with all three: do the strongest proponents under
-the weights of one attribute share that attribute?
+the weights of one attribute share that attribute? The parameters that hold the labels, one vector
+for each value of an attribute, are left out: they would answer by the label alone.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +20,9 @@ import numpy as np
 
 import jaxattr as ja
 from experiments import checkpoints
-from experiments.attributes import drawing
+from experiments.attributes import drawing, recognition
 from experiments.attributes.drawing import Pictures
+from experiments.attributes.recognition import Recognised
 from experiments.diffusion import process, schedule, training
 from experiments.diffusion.training import Recipe
 from experiments.diffusion.unet import Model, UNetConfig, make_model
@@ -39,6 +43,8 @@ OPEN = {name: len(values) for name, values in VALUES.items()}
 TOP = 10
 # Of the sampler.
 STEPS, GUIDANCE = 25, 2.0
+# The parameters that are labels: a vector for each value of an attribute.
+LABELS = "^conditions/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Config:
       train: training pictures.
       repeats: queries to learn from for each value of each attribute.
       full: generated pictures with all three attributes, to measure on.
+      spare: drawn pictures that nothing is learned from, to see whether pictures are recognised.
       checkpoints: models, that scores are averaged over.
       timesteps: at which features are taken.
       dim: of the projection of each parameter array.
@@ -56,21 +63,22 @@ class Config:
       recipe: how it is trained.
     """
 
-    train: int = 1536
-    repeats: int = 4
-    full: int = 64
+    train: int = 1500
+    repeats: int = 8
+    full: int = 96
+    spare: int = 300
     checkpoints: int = 1
     timesteps: int = 6
     dim: int = 128
     unet: UNetConfig = UNetConfig(
-        3, (32, 64), patch=2, conditions=tuple(OPEN.items()), predicts_image=True
+        3, (48, 96), patch=2, conditions=tuple(OPEN.items()), predicts_image=True
     )
-    recipe: Recipe = Recipe(2800, 32, 3e-3, 0.995, dropped=0.3)
+    recipe: Recipe = Recipe(6000, 32, 3e-3, 0.998, dropped=0.3)
 
 
 QUICK = Config()
 FULL = dataclasses.replace(
-    QUICK, train=3072, repeats=8, full=384, checkpoints=2, timesteps=16, dim=256,
+    QUICK, train=3000, repeats=16, full=384, checkpoints=2, timesteps=16, dim=256,
     recipe=QUICK.recipe._replace(steps=20_000, learning_rate=2e-3, averaging=0.999),
 )  # fmt: skip
 
@@ -83,8 +91,10 @@ class Subject(NamedTuple):
       denoiser: the same for `jaxattr`.
       train: the training pictures.
       checkpoints: the trained models.
-      learning: {attribute: generated queries that ask for it alone, to learn weights from}.
+      learning: {attribute: generated queries that ask for it alone, to learn weights from; "all":
+        the same that ask for all attributes}.
       full: generated pictures that were asked for with all attributes.
+      recognised: {attribute: how often a classifier sees in those what was asked for}.
     """
 
     model: Model
@@ -93,6 +103,7 @@ class Subject(NamedTuple):
     checkpoints: list[Any]
     learning: dict[str, Pictures]
     full: Pictures
+    recognised: dict[str, Recognised]
 
 
 def prepare(config: Config, folder: Path) -> Subject:
@@ -109,24 +120,30 @@ def prepare(config: Config, folder: Path) -> Subject:
     settings = json.dumps([config.train, config.checkpoints, config.unet, config.recipe])
     path = folder / f"model-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
     keys = jax.random.split(jax.random.key(0), config.checkpoints)
-    train_fn = jax.jit(training.trainer(model, train, config.recipe))
-    ids = jnp.arange(config.train)
+    trainee = make_model(config.unet._replace(patches=False))  # the same, faster to train alone
     trained = checkpoints.load_or_train(
         path,
         [jax.eval_shape(model.init, key) for key in keys],
-        lambda: [train_fn(key, ids) for key in keys],
+        lambda: [training.train_one(trainee, train, config.recipe, key) for key in keys],
     )
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained)):
         raise ValueError(f"The model at {path} has parameters that are not finite: it diverged.")
     generate = Generator(model, trained[0])
     asked = drawing.draw(config.full, 1)
+    full = generate(asked, 1)
+    spare = drawing.draw(config.spare, 2)
     return Subject(
         model=model,
         denoiser=process.denoiser(model),
         train=train,
         checkpoints=trained,
-        learning={name: generate.alone(name, config.repeats) for name in ATTRIBUTES},
-        full=generate({name: asked[name] for name in ATTRIBUTES}, 1),
+        learning={name: generate.alone(name, config.repeats) for name in ATTRIBUTES}
+        | {"all": generate(drawing.draw(config.full // 2, 3), 2 + len(ATTRIBUTES))},
+        full=full,
+        recognised={
+            name: recognition.recognised(train, spare, full, name, OPEN[name])
+            for name in ATTRIBUTES
+        },
     )
 
 
@@ -141,11 +158,11 @@ class Generator(NamedTuple):
     model: Model
     params: Any
 
-    def __call__(self, asked: dict[str, np.ndarray], seed: int) -> Pictures:
-        """Generates a picture for each request."""
+    def __call__(self, asked: Mapping[str, np.ndarray], seed: int) -> Pictures:
+        """Generates a picture for each request, of which the attributes matter alone."""
         count = len(asked[ATTRIBUTES[0]])
         noise = jax.random.normal(jax.random.key(seed), (count, drawing.SIZE, drawing.SIZE, 3))
-        asked = {name: np.asarray(values, np.int32) for name, values in asked.items()}
+        asked = {name: np.asarray(asked[name], np.int32) for name in ATTRIBUTES}
         made = process.sample(
             self.model, self.params, noise, jax.tree.map(jnp.asarray, asked), STEPS, GUIDANCE
         )
@@ -204,9 +221,11 @@ def methods(denoiser: Denoiser, config: Config) -> dict[str, ja.Method]:
     projection = ja.projections.rademacher(config.dim)
     even = ja.expectation(diffusion.loss(denoiser), timesteps=timesteps, unit_norm=True)
     squares = ja.expectation(diffusion.output(denoiser), timesteps=timesteps)
+    means = ja.expectation(diffusion.output(denoiser, "mean"), timesteps=timesteps, unit_norm=True)
     return {
         "TracIn, even": ja.tracin(even, projection=projection),
         "D-TRAK": ja.d_trak(squares, projection=projection),
+        "DAS": ja.das(means, projection=projection),
     }
 
 
@@ -241,16 +260,50 @@ def retrieval(scores: Any, train: Pictures, queries: Pictures, name: str) -> Ret
     )
 
 
+class Gain(NamedTuple):
+    """Precision under some weights minus precision under others, by query.
+
+    Attributes:
+      mean: over queries.
+      low: 2.5 % quantile of the mean over resampled queries.
+      high: 97.5 % quantile.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
 class Result(NamedTuple):
     """One method.
 
     Attributes:
       table: {what scores: {attribute: retrieval on the fully specified pictures}}.
-      fits: {attribute: its weights}.
+      fits: {attribute: its weights; "all": weights that know of no attribute}.
     """
 
     table: dict[str, dict[str, Retrieval]]
     fits: dict[str, WeightFit]
+
+    @property
+    def gains(self) -> dict[str, dict[str, Gain]]:
+        """{what is compared: {attribute: what the first of the two gain}}."""
+        own = {name: self.table[f"w_{name}"][name] for name in ATTRIBUTES}
+        alone = self.table["own w, attribute alone"], self.table["uniform, attribute alone"]
+        return {
+            "own w - uniform": _gains(own, self.table["uniform"]),
+            "own w - uniform, attribute alone": _gains(*alone),
+            "w_all - uniform": _gains(self.table["w_all"], self.table["uniform"]),
+            "own w - w_all": _gains(own, self.table["w_all"]),
+        }
+
+
+def _gains(some: dict[str, Retrieval], others: dict[str, Retrieval]) -> dict[str, Gain]:
+    found = {}
+    for name in ATTRIBUTES:
+        paired = some[name].precision - others[name].precision
+        found[name] = Gain(float(paired.mean()), *evaluation.mean_interval(paired))
+    return found
 
 
 def measure(subject: Subject, index: ja.Index) -> Result:
@@ -265,8 +318,7 @@ def measure(subject: Subject, index: ja.Index) -> Result:
     """
     alone = {f"{name} alone": ask_alone(subject.full, name) for name in ATTRIBUTES}
     features = _features(index, subject.learning | {"full": subject.full} | alone)
-    # No pull towards uniform weights: where an attribute is may be far from those.
-    fits = {name: ja.learn_weights(index, features[name], l2=0.0) for name in ATTRIBUTES}
+    fits = {name: ja.learn_weights(index, features[name]) for name in subject.learning}
 
     full = features["full"]
     table = {"uniform": _of_all(subject, ja.score(index, full))}
@@ -275,8 +327,8 @@ def measure(subject: Subject, index: ja.Index) -> Result:
     scores = {name: ja.score(index, features[f"{name} alone"]) for name in ATTRIBUTES}
     table["uniform, attribute alone"] = _of_each(subject, scores)
     scores = {
-        name: ja.score(index, features[f"{name} alone"], weights=fit.weights)
-        for name, fit in fits.items()
+        name: ja.score(index, features[f"{name} alone"], weights=fits[name].weights)
+        for name in ATTRIBUTES
     }
     table["own w, attribute alone"] = _of_each(subject, scores)
     return Result(table, fits)
@@ -301,11 +353,16 @@ def baselines(subject: Subject) -> dict[str, dict[str, Retrieval]]:
     return {name: _of_all(subject, each) for name, each in scores.items()}
 
 
-def index_of(subject: Subject, method: ja.Method, block: int = 64) -> ja.Index:
-    """Builds an index of the training pictures, with a group per parameter array."""
-    return ja.build_index(
-        method, subject.checkpoints, subject.train, groups=ja.by_leaf, batch_size=block
-    )
+def index_of(subject: Subject, method: ja.Method, *, labels: bool = False) -> ja.Index:
+    """Builds an index of the training pictures, with a group per parameter array.
+
+    Args:
+      subject: the model.
+      method: of attribution.
+      labels: whether the vectors that stand for the attributes' values are groups, too.
+    """
+    groups = functools.partial(ja.by_leaf, exclude=None if labels else LABELS)
+    return ja.build_index(method, subject.checkpoints, subject.train, groups=groups, batch_size=50)
 
 
 def relative_weights(weights: Weights) -> dict[str, float]:

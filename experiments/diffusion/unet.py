@@ -28,6 +28,8 @@ class UNetConfig(NamedTuple):
         follows; else the noise. For positions of more numbers than the network has channels, which
         can say what an image is but not what noise is.
       adapter_rank: of low-rank adapters beside the attention's matrices; 0 for none.
+      patches: whether convolutions on a CPU are patches times a matrix, which is faster under
+        `vmap` over models or gradients, and slower without.
     """
 
     channels: int = 1
@@ -37,19 +39,21 @@ class UNetConfig(NamedTuple):
     conditions: tuple[tuple[str, int], ...] = ()
     predicts_image: bool = False
     adapter_rank: int = 0
+    patches: bool = True
 
 
 class ResidualBlock(nnx.Module):
     """Two 3x3 convolutions behind GroupNorms; what is asked for is added in between."""
 
-    def __init__(self, width_in: int, width: int, embedding: int, *, rngs: nnx.Rngs):
+    def __init__(self, width_in: int, width: int, embedding: int, *, patches: bool, rngs: nnx.Rngs):
+        convolve = functools.partial(convolution, patches=patches, rngs=rngs)
         self.norm1 = nnx.GroupNorm(width_in, num_groups=NORM_GROUPS, rngs=rngs)
-        self.conv1 = convolution(width_in, width, 3, rngs=rngs)
+        self.conv1 = convolve(width_in, width, 3)
         self.asked = nnx.Linear(embedding, width, rngs=rngs)
         self.norm2 = nnx.GroupNorm(width, num_groups=NORM_GROUPS, rngs=rngs)
-        self.conv2 = convolution(width, width, 3, rngs=rngs)
+        self.conv2 = convolve(width, width, 3)
         same = width_in == width
-        self.shortcut = nnx.data(None if same else convolution(width_in, width, 1, rngs=rngs))
+        self.shortcut = nnx.data(None if same else convolve(width_in, width, 1))
 
     def __call__(self, images: jax.Array, asked: jax.Array) -> jax.Array:
         """Maps images [b, h, w, width_in] and embeddings [b, e] to [b, h, w, width]."""
@@ -91,6 +95,10 @@ class UNet(nnx.Module):
         widths, pixels = config.widths, config.channels * config.patch**2
         embedding = 2 * widths[-1]
         self.config = config
+        convolve = functools.partial(convolution, patches=config.patches, rngs=rngs)
+        residual = functools.partial(
+            ResidualBlock, embedding=embedding, patches=config.patches, rngs=rngs
+        )
         self.time1 = nnx.Linear(widths[0] * 2, embedding, rngs=rngs)
         self.time2 = nnx.Linear(embedding, embedding, rngs=rngs)
         # The last row stands for "not asked for".
@@ -98,28 +106,23 @@ class UNet(nnx.Module):
             name: nnx.Embed(values + 1, embedding, rngs=rngs)
             for name, values in config.conditions
         })  # fmt: skip
-        self.first = convolution(pixels, widths[0], 3, rngs=rngs)
+        self.first = convolve(pixels, widths[0], 3)
         self.down = nnx.List(
             [
-                ResidualBlock(before, width, embedding, rngs=rngs)
+                residual(before, width)
                 for before, width in zip((widths[0], *widths), widths, strict=False)
             ]
         )
-        self.smaller = nnx.List(
-            [convolution(width, width, 3, 2, rngs=rngs) for width in widths[:-1]]
-        )
-        self.middle1 = ResidualBlock(widths[-1], widths[-1], embedding, rngs=rngs)
+        self.smaller = nnx.List([convolve(width, width, 3, 2) for width in widths[:-1]])
+        self.middle1 = residual(widths[-1], widths[-1])
         self.attention = Attention(widths[-1], config.heads, config.adapter_rank, rngs=rngs)
-        self.middle2 = ResidualBlock(widths[-1], widths[-1], embedding, rngs=rngs)
+        self.middle2 = residual(widths[-1], widths[-1])
         after = (*widths[1:], widths[-1])
         self.up = nnx.List(
-            [
-                ResidualBlock(above + width, width, embedding, rngs=rngs)
-                for above, width in zip(after, widths, strict=True)
-            ]
+            [residual(above + width, width) for above, width in zip(after, widths, strict=True)]
         )
         self.norm = nnx.GroupNorm(widths[0], num_groups=NORM_GROUPS, rngs=rngs)
-        self.last = convolution(widths[0], pixels, 3, rngs=rngs)
+        self.last = convolve(widths[0], pixels, 3)
 
     def __call__(
         self, images: jax.Array, timesteps: jax.Array, asked: Mapping[str, jax.Array]
