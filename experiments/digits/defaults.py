@@ -35,7 +35,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     warnings.simplefilter("ignore", WeightWarning)
     config = dataclasses.replace(
-        study.QUICK, architectures=("vit", "resnet", "mlp"), queries=128, subsets=64
+        study.QUICK, architectures=("vit", "resnet", "mlp"), train=1000, outcomes=8, copies=8
     )
     changes: dict[str, dict[str, float]] = {}
     console = Console()
