@@ -163,6 +163,7 @@ def test_weights_of_squared_scores_are_learned_from_absolute_ones():
     assert got.weights == expected.weights
 
 
+@pytest.mark.filterwarnings("ignore::jaxattr.weights.report.WeightWarning")
 def test_lds_of_groups_and_weights_from_outcomes_of_squared_scores():
     index = index_of(das())
     masks = evaluation.random_subsets(jax.random.key(0), 24, 40)

@@ -21,7 +21,7 @@ from jaxattr.evaluation import Difference
 
 MODELS = ("vit", "resnet")
 METHODS = ("TracIn", "TRAK")
-BANDS = (1, 2, 4, 8)
+BANDS = (1, 2, 4)
 
 
 class Way(NamedTuple):
