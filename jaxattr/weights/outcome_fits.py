@@ -29,6 +29,9 @@ CAUTION = 1.0  # tau: standard errors that are taken off the gain
 COPIES = 0.5  # mu: how strongly noised copies count
 FOLDS = 8
 _RESAMPLES = 1000
+# Variances that the interval of the gain is made of: of these models and queries, of those that it
+# is measured with, and as much again for what both leave out (BUILD_NOTES.md).
+_DRAWS = 3
 # The gradient of the objective, whose size is about one, is zero for all purposes.
 _TOLERANCE = 1e-10
 
@@ -155,7 +158,7 @@ def _cross_fitted(
     final = np.tensordot(counts, theta[-1], 1)
     return CrossFitted(
         theta=final,
-        gain=_estimate(joined, draws=2),
+        gain=_estimate(joined, draws=_DRAWS),
         uniform=_estimate(uniform),
         reached=float(_shares(evidence, final[None])[0].mean()),
         to_uniform=float(1 - counts.sum()),
@@ -282,7 +285,7 @@ def _estimate(shares: np.ndarray, draws: int = 1) -> Estimate:
     Args:
       shares: of each model and query.
       draws: 1 for the interval of the mean itself; 2 for one that holds the mean over as many other
-        models and queries, which are drawn as well.
+        models and queries, which are drawn as well; more to be on the safe side.
     """
     from scipy import stats  # slow to import, and needed here alone
 
