@@ -45,8 +45,8 @@ def outcomes(
 
     One set serves every method and index of a model: `ja.learn_weights(index, queries,
     outcomes=...)`. Models may be worse than the real one, but must be trained to an end (a full
-    schedule on fewer examples, not a few steps from a checkpoint, which misleads): where a quarter of
-    the examples makes few steps, halve the batch. Each has a key
+    schedule on fewer examples, not a few steps from a checkpoint, which misleads): where a quarter
+    of the examples makes few steps, halve the batch. Each has a key
     of its own: from one key for all, the gain that is said would be that of one initialisation,
     and its interval too narrow (BUILD_NOTES.md).
 
