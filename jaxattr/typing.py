@@ -27,8 +27,22 @@ Features: TypeAlias = jax.Array
 Link: TypeAlias = Literal["identity", "square"]
 """What is done to a weighted sum of contributions to make it a score."""
 
-Weights: TypeAlias = Mapping[str, Any]
+GroupWeights: TypeAlias = Mapping[str, Any]
 """One non-negative scalar per group name; all ones is the unweighted method."""
+
+
+@runtime_checkable
+class LearnedWeights(Protocol):
+    """What `ja.learn_weights` returns: it holds weights among other things."""
+
+    @property
+    def weights(self) -> GroupWeights:
+        """The weights."""
+        ...
+
+
+Weights: TypeAlias = GroupWeights | LearnedWeights
+"""Weights, or what `ja.learn_weights` returned."""
 
 
 class OutputFn(Protocol):

@@ -196,3 +196,28 @@ def test_keys_of_any_kind():
         for call in (build, learn):
             with pytest.raises(ValueError, match=r"one PRNG key, got .*: jax.random.key\(0\)"):
                 call(key=wrong)
+
+
+def test_an_index_knows_where_its_training_data_are(tmp_path):
+    method, path = ja.tracin(models.loss), tmp_path / "index"
+    index = ja.build_index(method, CHECKPOINTS, TRAIN, path=path)
+    np.testing.assert_array_equal(index.train.read(np.array([3]))["x"][0], TRAIN["x"][3])
+    assert ja.open_index(path, method, CHECKPOINTS).train is None
+    assert ja.open_index(path, method, CHECKPOINTS, train=TRAIN).train.size == 23
+    for other, words in [
+        (models.data(22), "22 examples instead of 23"),
+        (TRAIN | {"x": TRAIN["x"].at[5].add(1)}, "x of 1 examples .* first: 5"),
+    ]:
+        with pytest.raises(ja.StoreError, match=words):
+            ja.open_index(path, method, CHECKPOINTS, train=other)
+
+
+def test_what_was_learned_goes_in_as_weights():
+    index = ja.build_index(ja.tracin(models.loss), CHECKPOINTS, TRAIN)
+    fit = ja.learn_weights(index, QUERIES, steps=2)
+    expected = ja.score(index, QUERIES, weights=fit.weights)
+    np.testing.assert_array_equal(ja.score(index, QUERIES, weights=fit), expected)
+    np.testing.assert_array_equal(
+        ja.top_k(index, QUERIES, k=2, weights=fit).ids,
+        ja.top_k(index, QUERIES, k=2, weights=fit.weights).ids,
+    )

@@ -29,7 +29,7 @@ from experiments.diffusion.unet import Model, UNetConfig, make_model
 from jaxattr import diffusion, evaluation
 from jaxattr.diffusion import Denoiser
 from jaxattr.index.queries import QueryFeatures
-from jaxattr.typing import Weights
+from jaxattr.typing import GroupWeights
 from jaxattr.weights.report import WeightFit
 
 VALUES = {
@@ -365,7 +365,7 @@ def index_of(subject: Subject, method: ja.Method, *, labels: bool = False) -> ja
     return ja.build_index(method, subject.checkpoints, subject.train, groups=groups, batch_size=50)
 
 
-def relative_weights(weights: Weights) -> dict[str, float]:
+def relative_weights(weights: GroupWeights) -> dict[str, float]:
     """Base-2 logarithms of weights, for pictures; weights below 1/16 count as that."""
     return {name: float(np.log2(max(float(w), 1 / 16))) for name, w in weights.items()}
 

@@ -188,6 +188,7 @@ def _index(job: BuildJob, rows: Rows, found: BesideRows, session: DiskBuild | No
         rows=rows,
         path=None if session is None else session.folder.path,
         link=job.method.link,
+        train=job.source,
         **found._asdict(),
     )
 

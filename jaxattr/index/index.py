@@ -17,6 +17,7 @@ from jaxattr.features.plans import FeatureLayout
 from jaxattr.index import provenance
 from jaxattr.methods.method import Method
 from jaxattr.sharding import Placement
+from jaxattr.sources import Source
 from jaxattr.store.rows import (
     COLUMNS,
     EXAMPLES,
@@ -63,6 +64,7 @@ class Index:
       path: where it is on disk; None if it is in memory.
       link: what is done to sums of contributions to make them scores.
       recorded: what the index on disk says of itself; None if it is in memory.
+      train: the training examples, to be shown; None if it was opened without them.
     """
 
     method: Method | None
@@ -77,6 +79,7 @@ class Index:
     path: str | os.PathLike[str] | None = None
     link: Link = "identity"
     recorded: Recorded | None = None
+    train: Source | None = None
 
     @property
     def size(self) -> int:

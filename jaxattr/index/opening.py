@@ -18,9 +18,10 @@ from jaxattr.index.saving import (
     read_manifest,
     refuse_others,
 )
+from jaxattr.index.verifying import check_verify, data_differences
 from jaxattr.methods.method import Method, featurizer
 from jaxattr.sharding import Placement, placement
-from jaxattr.sources import as_checkpoints
+from jaxattr.sources import Source, as_checkpoints, as_source
 from jaxattr.store import DiskRows, Folder, StoreError, finished, reading
 from jaxattr.store.rows import EXAMPLES, FEATURES, SELF, MemoryRows, RowLayout, Rows
 from jaxattr.typing import Example, Params
@@ -32,6 +33,7 @@ def open_index(
     checkpoints: Params | Sequence[Params] | None = None,
     *,
     example: Example | None = None,
+    train: Any = None,
     mesh: Mesh | None = None,
     in_memory: bool = False,
 ) -> Index:
@@ -43,6 +45,8 @@ def open_index(
       checkpoints: likewise.
       example: ONE example, or its shapes; needed where training examples are no arrays or nested
         dicts of arrays.
+      train: the training data, if they are to be shown (`ja.report`); they are compared with those
+        that the index was made from, as `build_index` does. Scores do not need them.
       mesh: as in `build_index`; may be another than it was built on.
       in_memory: reads all rows now, onto the mesh.
 
@@ -81,6 +85,9 @@ def open_index(
     elif method is not None or checkpoints is not None:
         raise ValueError("Give both method and checkpoints, or neither.")
     rows: Rows = DiskRows(folder, layout, place, seals=complete.seals)
+    source = None if train is None else as_source(train, "train")
+    if source is not None:
+        _refuse_other_data(folder, source, rows)
     found = load_finished(folder, complete.record, layout.checkpoints, place)
     return Index(
         method=method,
@@ -91,8 +98,17 @@ def open_index(
         path=folder.path,
         link=link,
         recorded=complete.recorded,
+        train=source,
         **found._asdict(),
     )
+
+
+def _refuse_other_data(folder: Folder, source: Source, rows: Rows) -> None:
+    """Raises if the data are not those that the index was made from."""
+    if source.size != rows.layout.size:
+        refuse_others(folder, [f"train: {source.size} examples instead of {rows.layout.size}"])
+    verify = check_verify(None, source)
+    refuse_others(folder, data_differences(source, rows, rows.layout.size, verify))
 
 
 def in_device_memory(rows: Rows) -> MemoryRows:

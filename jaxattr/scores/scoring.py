@@ -29,7 +29,7 @@ from jaxattr.scores.ranking import TopK
 from jaxattr.sharding import DATA, Placement, barrier
 from jaxattr.store import Folder, finish_scores, on_first_process, score_array, write_scores
 from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES, SELF, Rows, Slab, blocks_at_once
-from jaxattr.typing import Batch, Features, Link, Weights
+from jaxattr.typing import Batch, Features, LearnedWeights, Link, Weights
 
 # Training examples that are read from disk at once.
 SLAB = 8192
@@ -63,7 +63,8 @@ def score(
     Args:
       index: the index.
       queries: a pytree of arrays, a random-access source, or `query_features(index, ...)`.
-      weights: {group name: weight >= 0}. Default: one each, the base method.
+      weights: {group name: weight >= 0}, or what `learn_weights` returned. Default: one each, the
+        base method.
       path: a new folder, local or a URL, to write the scores to as a zarr array, block by block;
         for more than fit memory. What a killed run left there is replaced.
 
@@ -274,7 +275,7 @@ def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:
 
     Args:
       layout: the groups.
-      weights: {group name: weight}, or None for one each.
+      weights: {group name: weight}, what `learn_weights` returned, or None for one each.
 
     Returns:
       Float [m].
@@ -284,6 +285,8 @@ def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:
     """
     if weights is None:
         return jnp.ones(len(layout.names))
+    if isinstance(weights, LearnedWeights):
+        weights = weights.weights
     unknown = sorted(set(weights) - set(layout.names))
     missing = sorted(set(layout.names) - set(weights))
     if unknown or missing:
