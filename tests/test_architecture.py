@@ -25,6 +25,8 @@ ROOMS = (
     ("weights",),
     ("evaluation",),
     ("language",),
+    ("command",),
+    ("__main__",),
 )
 PLACE = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}
 

@@ -129,12 +129,10 @@ class Checked(NamedTuple):
 
     Attributes:
       chunks: that were read.
-      states: of what was fitted, and of kernels, that were read.
       damaged: what is wrong, one line each; () if all is what was written.
     """
 
     chunks: int
-    states: int
     damaged: tuple[str, ...]
 
 
@@ -161,14 +159,13 @@ def check(path: str | os.PathLike[str]) -> Checked:
     rows = DiskRows(folder, layout, place, seals=closed.seals)
     count = sum(len(keys) for _, keys in rows.chunks().values())
     found = [each for each in track(rows.damage(), "reading all chunks", count) if each]
-    states = 0
     for number in range(layout.checkpoints):
         for load in (load_fitted, load_operator):
             try:
-                states += load(folder, number, place) is not None
+                load(folder, number, place)
             except StoreError as error:
                 found.append(str(error))
-    return Checked(count, states, tuple(found))
+    return Checked(count, tuple(found))
 
 
 def export_zarr(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
