@@ -177,7 +177,9 @@ def queries_of(task: Task, file: Path | None, name: str = "queries") -> Any:
     try:
         with np.load(file) as found:
             arrays = {each: found[each] for each in found.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{file} holds no arrays, as np.savez writes them: {error}") from None
+    except FileNotFoundError:
+        raise ValueError(f"There is no file {file} of queries.") from None
+    except (AttributeError, EOFError, OSError, ValueError):
+        raise ValueError(f"{file} holds no arrays as np.savez writes them.") from None
     # A single array without a name is what examples are that are arrays themselves.
     return arrays["arr_0"] if set(arrays) == {"arr_0"} else arrays

@@ -3,13 +3,15 @@
 import ast
 import difflib
 import importlib.util
+import inspect
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxattr import groups as groups_lib
+from jaxattr.methods.method import Method
 from jaxattr.typing import RandomAccess
 
 REQUIRED = ("method", "checkpoints", "train")
@@ -49,17 +51,33 @@ class Task:
         self.path = path
         self._values = {name: values[name] for name in (*REQUIRED, *OPTIONAL) if name in values}
         self._to_make = {name for name in _MADE if _is_function(self._values.get(name))}
+        for name in self._to_make:
+            needed = _arguments_of(self._values[name])
+            if needed:
+                raise TaskError(
+                    f"{path}: {name} is a function that needs {', '.join(needed)}. It must be a "
+                    "value, or a function of no arguments that makes one."
+                )
 
     def get(self, name: str) -> Any:
         """Returns what the file has under a name; None if it has nothing.
 
         Args:
           name: one of `REQUIRED` or `OPTIONAL`.
+
+        Raises:
+          TaskError: if it cannot be what the name stands for.
         """
         if name in self._to_make:
             self._values[name] = self._values[name]()
             self._to_make.discard(name)
-        return self._values.get(name)
+        found = self._values.get(name)
+        if name == "method" and not isinstance(found, Method):
+            raise TaskError(
+                f"{self.path}: method must be one of jaxattr's, such as ja.tracin(loss); got "
+                f"{found!r:.80}."
+            )
+        return found
 
     def need(self, name: str, why: str) -> Any:
         """Returns what the file has under a name.
@@ -205,6 +223,20 @@ def _defined(tree: ast.Module) -> dict[str, int]:
 
     visit(tree)
     return found
+
+
+def _arguments_of(function: Callable[..., Any]) -> list[str]:
+    """Those that it cannot be called without."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # it does not say
+        return []
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [
+        each.name
+        for each in parameters
+        if each.default is inspect.Parameter.empty and each.kind not in variadic
+    ]
 
 
 def _is_function(value: Any) -> bool:
