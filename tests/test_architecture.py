@@ -7,7 +7,7 @@ import jaxattr
 
 ROOT = pathlib.Path(jaxattr.__file__).parent
 ROOMS = (
-    ("typing", "scales", "counts"),
+    ("typing", "scales", "counts", "files", "markup"),
     ("keys",),
     ("groups",),
     ("identity",),
@@ -25,6 +25,7 @@ ROOMS = (
     ("weights",),
     ("evaluation",),
     ("language",),
+    ("reports",),
     ("command",),
     ("__main__",),
 )

@@ -1,10 +1,13 @@
 """Commands about an index alone, for which no task is needed."""
 
+from pathlib import Path
+
 import click
 import numpy as np
 
 import jaxattr as ja
 from jaxattr.command import options, printing
+from jaxattr.files import written_whole
 from jaxattr.index.summary import check, export_zarr, summarize
 
 _path = click.argument("path")
@@ -48,15 +51,15 @@ def export(path: str, out: str, as_json: bool) -> None:
     shape = [found.examples, found.checkpoints, sum(found.groups.values())]
     if out.endswith(".npz"):
         index = ja.open_index(path)
-        features = index.features
-        np.savez(
-            out,
-            features=features.astype(index.rows.layout.wide).reshape(shape),
-            ids=np.arange(index.size),
-            groups=np.array(list(found.groups)),
-            group_of_column=np.repeat(np.arange(len(found.groups)), list(found.groups.values())),
-            left_out=index.non_finite,
-        )
+        arrays = {
+            "features": index.features.astype(index.rows.layout.wide).reshape(shape),
+            "ids": np.arange(index.size),
+            "groups": np.array(list(found.groups)),
+            "group_of_column": np.repeat(range(len(found.groups)), list(found.groups.values())),
+            "left_out": index.non_finite,
+        }
+        with written_whole(Path(out)) as partial:
+            np.savez(partial, **arrays)
     else:
         export_zarr(path, out)
     text = f"{out}: features {shape} of {len(found.groups)} groups"
