@@ -1,6 +1,7 @@
 """Commands about an index alone, for which no task is needed."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -51,7 +52,7 @@ def export(path: str, out: str, as_json: bool) -> None:
     shape = [found.examples, found.checkpoints, sum(found.groups.values())]
     if out.endswith(".npz"):
         index = ja.open_index(path)
-        arrays = {
+        arrays: dict[str, Any] = {
             "features": index.features.astype(index.rows.layout.wide).reshape(shape),
             "ids": np.arange(index.size),
             "groups": np.array(list(found.groups)),
