@@ -18,8 +18,9 @@ import pytest
 
 import jaxattr as ja
 from jaxattr import language, markup
-from jaxattr.reports import cards, examples, pictures
+from jaxattr.reports import cards, examples, pictures, tokens
 from jaxattr.scores.ranking import TopK
+from jaxattr.sources import as_source
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -375,7 +376,7 @@ def test_excluded_parameters_are_named(tmp_path):
 # Tokens.
 
 
-def tokens_setup(method=None, checkpoints=1):
+def tokens_setup(method=None, checkpoints=1, **where):
     numbers = np.random.default_rng(0)
     documents = [numbers.integers(1, 13, size=length).tolist() for length in (5, 8, 6, 7, 4, 8)]
     rows = language.rows(documents, 8, vocabulary=13)
@@ -393,7 +394,9 @@ def tokens_setup(method=None, checkpoints=1):
 
     loss = language.loss(logits)
     made = ja.tracin(loss) if method is None else method(loss)
-    index = ja.build_index(made, [draw() for _ in range(checkpoints)], rows, groups=ja.by_leaf)
+    index = ja.build_index(
+        made, [draw() for _ in range(checkpoints)], rows, groups=ja.by_leaf, **where
+    )
     return index, rows, asked
 
 
@@ -404,12 +407,13 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_contributions_of_tokens_are_those_of_scores(name):
-    from jaxattr.reports import tokens
-    from jaxattr.sources import as_source
-
-    index, rows, asked = tokens_setup(METHODS[name], checkpoints=2)
+@pytest.mark.parametrize("name, place", [*((name, "memory") for name in METHODS),
+                                         ("tracin", "disk"), ("tracin", "mesh")])  # fmt: skip
+def test_contributions_of_tokens_are_those_of_scores(name, place, tmp_path):
+    where = {"memory": {}, "disk": {"path": tmp_path / "index", "batch_size": 2}}
+    if place == "mesh":
+        where["mesh"] = {"mesh": jax.make_mesh((2, 2), ("data", "model"))}
+    index, rows, asked = tokens_setup(METHODS[name], checkpoints=2, **where[place])
     weights = {"embed": 0.5, "mix": 1.5}
     scores = np.asarray(ja.score(index, asked, weights=weights))
     pairs = [tokens.Pair(q, n, scores[q, n]) for q in range(3) for n in (4, 1, 5)]

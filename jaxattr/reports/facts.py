@@ -176,7 +176,7 @@ def _provenance(index: Index, version: str) -> Iterator[tuple[str, str]]:
     yield "scores", "squares of sums" if index.link == "square" else "sums over groups"
     yield "training examples", f"{index.size:,}"
     yield "features per checkpoint", f"{index.layout.total:,}"
-    yield "stored as", index.precision
+    yield "features stored as", index.precision
     yield "index", "in memory" if index.path is None else str(index.path)
     yield "devices", f"{index.place.shards} x {jax.default_backend()}"
     yield "made by", f"jaxattr {version}, JAX {jax.__version__}"

@@ -177,7 +177,7 @@ def _legend(queries: Sequence[Query], cards: Cards) -> str:
     labels = any(query.item is not None and query.item.label is not None for query in queries)
     said = ["Dotted labels are other than the query's."] if labels else []
     if cards.by_query or cards.by_train:
-        said += ["Blue tokens raise the score, orange ones lower it; the darker, the more."]
+        said += ["Blue tokens raise the score, orange ones lower it; the stronger, the more."]
     return f'<p class="legend">{" ".join(said)}</p>' if said else ""
 
 
