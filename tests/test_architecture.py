@@ -10,6 +10,7 @@ ROOMS = (
     ("typing", "scales", "counts", "files", "markup"),
     ("keys",),
     ("groups",),
+    ("inputs",),
     ("identity",),
     ("sharding", "batches"),
     ("sources",),

@@ -18,10 +18,11 @@ from jaxattr.index.saving import (
     read_manifest,
     refuse_others,
 )
-from jaxattr.index.verifying import check_verify, data_differences
-from jaxattr.methods.method import Method, featurizer
+from jaxattr.index.verifying import data_differences, how_much
+from jaxattr.inputs.parameters import as_checkpoints
+from jaxattr.methods.method import Method, check_method, featurizer
 from jaxattr.sharding import Placement, placement
-from jaxattr.sources import Source, as_checkpoints, as_source
+from jaxattr.sources import Source, as_source
 from jaxattr.store import DiskRows, Folder, StoreError, finished, reading
 from jaxattr.store.rows import EXAMPLES, FEATURES, SELF, MemoryRows, RowLayout, Rows
 from jaxattr.typing import Example, Params
@@ -57,6 +58,8 @@ def open_index(
       StoreError: if there is no index, it is not finished or damaged, or the method or the
         checkpoints are not those that it was built with; says which differ.
     """
+    if method is not None:
+        check_method(method)
     folder, place = Folder(path), placement(mesh)
     described = read_manifest(folder)
     if described is None:
@@ -107,7 +110,7 @@ def _refuse_other_data(folder: Folder, source: Source, rows: Rows) -> None:
     """Raises if the data are not those that the index was made from."""
     if source.size != rows.layout.size:
         refuse_others(folder, [f"train: {source.size} examples instead of {rows.layout.size}"])
-    verify = check_verify(None, source)
+    verify = how_much(None, source)
     refuse_others(folder, data_differences(source, rows, rows.layout.size, verify))
 
 
