@@ -79,7 +79,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[Any]], caption: str =
     Returns:
       HTML.
     """
-    cell = "padding:.15em .8em .15em 0;text-align:left;vertical-align:top"
+    cell = "padding:.15em .8em .15em 0;text-align:left;vertical-align:top;white-space:nowrap"
 
     def line(tag: str, cells: Iterable[Any]) -> str:
         made = "".join(f'<{tag} style="{cell}">{_content(each)}</{tag}>' for each in cells)
@@ -139,7 +139,7 @@ def png(pixels: np.ndarray) -> bytes:
     pixels = np.ascontiguousarray(pixels).reshape(h, w, -1)
     kind = {1: 0, 3: 2, 4: 6}[pixels.shape[2]]
     header = struct.pack(">IIBBBBB", w, h, 8, kind, 0, 0, 0)
-    body = min((zlib.compress(each, 9) for each in _filtered(pixels)), key=len)
+    body = min((zlib.compress(each, 6) for each in _filtered(pixels)), key=len)
     chunks = ((b"IHDR", header), (b"IDAT", body), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks)
 
