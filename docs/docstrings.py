@@ -12,7 +12,7 @@ from latex2mathml.converter import convert
 DISPLAYED = re.compile(r"^( *)\.\. math::(.*?)(?=\n\s*\n|\Z)", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r":math:`(.*?)`", re.DOTALL)
 # Sections of a paragraph, which Google's style would show as boxes.
-SHORT = re.compile(r"^(Guarantees and cost|Guarantees|Cost|References):\s+", re.MULTILINE)
+SHORT = re.compile(r"^(Guarantees and cost|Guarantees|Cost|References):(?:\s+|$)")
 
 
 class Readable(griffe.Extension):
@@ -33,6 +33,7 @@ def readable(text: str) -> str:
     """
     text = DISPLAYED.sub(lambda found: _mathml(found[2], "block"), text)
     text = INLINE.sub(lambda found: _mathml(found[1], "inline"), text)
+    text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)  # the name that griffe knows
     return "\n\n".join(_paragraph(each) for each in text.split("\n\n"))
 
 
@@ -49,6 +50,6 @@ def _paragraph(text: str) -> str:
     parts = [lines[: starts[0]]] if starts[0] else []
     for start, end in zip(starts, [*starts[1:], len(lines)], strict=True):
         section = [line.strip() for line in lines[start:end]]
-        section[0] = SHORT.sub(lambda found: f"**{found[1]}.** ", section[0])
+        section[0] = SHORT.sub(r"**\1.** ", section[0])
         parts.append(section)
     return "\n\n".join("\n".join(part) for part in parts)
