@@ -14,6 +14,7 @@ from jaxattr.index.building import build_index
 from jaxattr.index.index import ConvergenceWarning, Index, NonFiniteWarning
 from jaxattr.index.opening import open_index
 from jaxattr.index.queries import query_features
+from jaxattr.inputs.data import without
 from jaxattr.kernels import absolute, relative
 from jaxattr.methods.curvature import data_inf, ekfac, influence, kfac, logra, trackstar
 from jaxattr.methods.describing import describe
@@ -79,6 +80,7 @@ __all__ = [
     "trackstar",
     "trainer",
     "trak",
+    "without",
 ]
 
 

@@ -21,14 +21,15 @@ def whole_number(name: str, value: Any, *, least: int | None = 1) -> int:
       The int.
 
     Raises:
-      ValueError: if it is a float, a bool or a string, or too small.
+      TypeError: if it is a float, a bool or a string.
+      ValueError: if it is too small.
     """
     try:
         found = None if isinstance(value, bool | np.bool_) else operator.index(value)
     except TypeError:
         found = None
     if found is None:
-        raise ValueError(
+        raise TypeError(
             f"{name} must be a whole number, an int, got {value!r} of type {type(value).__name__}."
         )
     if least is not None and found < least:

@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -95,13 +95,26 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return _by_path(tree)
 
 
+@overload
+def by_leaf(
+    params: None = None, *, exclude: str | None = None, stacked: str | None = None
+) -> Callable[[Params], GroupLayout]: ...
+
+
+@overload
 def by_leaf(
     params: Params, *, exclude: str | None = None, stacked: str | None = None
-) -> GroupLayout:
+) -> GroupLayout: ...
+
+
+def by_leaf(
+    params: Params | None = None, *, exclude: str | None = None, stacked: str | None = None
+) -> Any:
     """Makes each parameter array a group of its own.
 
     Args:
-      params: a pytree of floating-point arrays.
+      params: a pytree of arrays. Without: returns the function of them, with the other arguments
+        as they are here, for `groups=ja.by_leaf(exclude="embed")`.
       exclude: regular expression; leaves in whose names it is found are left out.
       stacked: regular expression; leaves in whose names it is found hold one layer per index of
         their leading axis (as `nn.scan` makes them), and each layer gets its own group.
@@ -109,18 +122,33 @@ def by_leaf(
     Returns:
       The layout.
     """
+    if params is None:
+        return lambda params: by_leaf(params, exclude=exclude, stacked=stacked)
     return _by_name(params, lambda name: name, exclude, stacked)
 
 
+@overload
+def by_layer(
+    params: None = None, *, exclude: str | None = None, stacked: str | None = None
+) -> Callable[[Params], GroupLayout]: ...
+
+
+@overload
 def by_layer(
     params: Params, *, exclude: str | None = None, stacked: str | None = None
-) -> GroupLayout:
+) -> GroupLayout: ...
+
+
+def by_layer(
+    params: Params | None = None, *, exclude: str | None = None, stacked: str | None = None
+) -> Any:
     """Groups a module's own parameters together: kernel and bias, scale and bias.
 
     A leaf's group is its path without the last part; a leaf at the top is a group of its own.
 
     Args:
-      params: a pytree of floating-point arrays.
+      params: a pytree of arrays. Without: returns the function of them, with the other arguments
+        as they are here, for `groups=ja.by_layer(exclude="batch_stats")`.
       exclude: regular expression; leaves in whose names it is found are left out.
       stacked: regular expression; leaves in whose names it is found hold one layer per index of
         their leading axis (as `nn.scan` makes them), and each layer gets its own group.
@@ -135,6 +163,8 @@ def by_layer(
       >>> by_layer(params).names
       ('dense', 'scale')
     """
+    if params is None:
+        return lambda params: by_layer(params, exclude=exclude, stacked=stacked)
     return _by_name(params, lambda name: name.rpartition("/")[0] or name, exclude, stacked)
 
 
@@ -186,14 +216,21 @@ def resolve(groups: Groups, params: Params) -> GroupLayout:
       The layout.
 
     Raises:
-      ValueError: if parameters are not floating-point arrays, a leaf is in no group or in two, or
-        no leaf is in a group.
+      TypeError: if groups are a string.
+      ValueError: if parameters are not floating-point arrays (integers are left out), a leaf is in
+        no group or in two, no leaf is in a group, or batch statistics are.
     """
     _check_parameters(params)
+    if isinstance(groups, str):
+        raise TypeError(
+            f"groups must be a function such as ja.by_layer or ja.by_leaf, or a pytree of labels, "
+            f"got {groups!r}. Of patterns: lambda params: ja.by_regex(params, {{...}})."
+        )
     if callable(groups) and not isinstance(groups, GroupLayout):
         groups = groups(params)
     layout = groups if isinstance(groups, GroupLayout) else _by_labels(params, groups)
     _check_partition(layout, params)
+    _check_statistics(layout, params)
     return layout
 
 
@@ -262,6 +299,8 @@ def _by_name(
     for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
         if exclude is not None and re.search(exclude, name):
             excluded.append((name, f"excluded by {exclude!r}"))
+        elif _is_whole(leaf):
+            excluded.append((name, f"{leaf.dtype} has no gradient"))
         elif stacked is not None and re.search(stacked, name):
             labelled += [(f"{label(name)}[{m.layer}]", m) for m in _layers(name, jnp.shape(leaf))]
         else:
@@ -287,7 +326,9 @@ def _by_labels(params: Params, labels: Any) -> GroupLayout:
     labelled, excluded = [], []
     for name, leaf in leaves.items():
         label = found[name]
-        if label is None:
+        if _is_whole(leaf):
+            excluded.append((name, f"{leaf.dtype} has no gradient"))
+        elif label is None:
             excluded.append((name, "labelled None"))
         elif not isinstance(label, str):
             raise ValueError(f"The label of leaf {name!r} must be a string or None, got {label!r}.")
@@ -306,17 +347,42 @@ def _collect(
     return GroupLayout(names, tuple(tuple(members[name]) for name in names), tuple(excluded))
 
 
+def _is_whole(leaf: Any) -> bool:
+    """Whether a leaf holds whole numbers, such as a counter; it is no parameter that is trained."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and (
+        jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_)
+    )
+
+
+def _check_statistics(layout: GroupLayout, params: Params) -> None:
+    """Refuses a group of running statistics."""
+    if not isinstance(params, Mapping) or "batch_stats" not in params:
+        return
+    grouped = {member.leaf for group in layout.members for member in group}
+    inside = sorted(name for name in grouped if name.startswith("batch_stats/"))
+    if inside:
+        raise ValueError(
+            f"The parameters hold batch statistics, {len(inside)} arrays ({inside[0]}, ...), which "
+            "training does not move along a gradient. Exclude them: "
+            "groups=ja.by_layer(exclude='batch_stats')."
+        )
+
+
 def _check_parameters(params: Params) -> None:
     leaves = jax.tree.leaves(params)
-    if not leaves:
-        raise ValueError("The parameters hold no arrays: got an empty pytree.")
+    if all(_is_whole(leaf) for leaf in leaves):
+        got = "only whole numbers" if leaves else "an empty pytree"
+        raise ValueError(f"The parameters hold no floating-point arrays: got {got}.")
     for name, leaf in zip(leaf_names(params), leaves, strict=True):
         dtype = getattr(leaf, "dtype", None)
+        if _is_whole(leaf):
+            continue
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             got = f"dtype {dtype}" if dtype is not None else type(leaf).__name__
             raise ValueError(
-                f"Parameter {name!r} must be a floating-point array, got {got}. Keep counters, "
-                "indices and keys out of the parameters: let the loss close over them."
+                f"Parameter {name!r} must be a floating-point array, got {got}. Keep keys and "
+                "functions out of the parameters: let the loss close over them."
             )
 
 

@@ -10,6 +10,7 @@ ROOMS = (
     ("typing", "scales", "counts"),
     ("keys",),
     ("groups",),
+    ("inputs",),
     ("identity",),
     ("sharding", "batches"),
     ("sources",),

@@ -13,9 +13,11 @@ from jaxattr.batches import leading_size
 from jaxattr.counts import whole_number
 from jaxattr.evaluation.retraining import TrainFn, models_over, of_queries, random_subsets, trained
 from jaxattr.identity import Program, digest
+from jaxattr.inputs.data import as_batch
+from jaxattr.inputs.outputs import check_function
+from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.keys import check_key
 from jaxattr.sharding import barrier
-from jaxattr.sources import as_checkpoints
 from jaxattr.store import on_first_process
 from jaxattr.typing import Batch, Key, OutputFn, Params
 from jaxattr.weights.outcomes import Outcomes, digest_of_queries
@@ -86,6 +88,8 @@ def outcomes(
     """
     n, models = whole_number("n", n), whole_number("models", models, least=8)
     key, seeds = check_key(key), whole_number("seeds", seeds)
+    check_function(output, "output")
+    queries = as_batch(queries, "queries")
     place = models_over(mesh)
     at_once = max(_AT_ONCE, place.shards) if at_once is None else whole_number("at_once", at_once)
     subset_key, train_key, output_key = jax.random.split(key, 3)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxattr.batches import leading_size
 from jaxattr.counts import whole_number
-from jaxattr.features.featurizer import check_output
+from jaxattr.inputs.outputs import check_output
 from jaxattr.keys import check_key
 from jaxattr.sharding import DATA, Placement, check_mesh, placement, split_rows
 from jaxattr.sources import track

@@ -9,7 +9,7 @@ import optax
 
 from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.counts import whole_number
-from jaxattr.features.featurizer import check_output
+from jaxattr.inputs.outputs import check_output
 from jaxattr.sources import track
 from jaxattr.typing import Batch, OutputFn, Params
 

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxattr.batches import leading_size
 from jaxattr.counts import whole_number
 from jaxattr.evaluation.retraining import TrainFn
+from jaxattr.inputs.data import as_batch
+from jaxattr.inputs.outputs import check_function
 from jaxattr.typing import Batch, Key, OutputFn, Params
 
 
@@ -46,8 +47,8 @@ def trainer(
     """
     batch_size = whole_number("batch_size", batch_size)
     epochs = whole_number("epochs", epochs)
-    leading_size(train)  # raises if arrays differ in it
-    data = jax.tree.map(jnp.asarray, train)
+    check_function(loss, "loss")
+    data = jax.tree.map(jnp.asarray, as_batch(train, "train"))
 
     def mean_loss(params: Params, rows: jax.Array, key: Key) -> jax.Array:
         batch = jax.tree.map(lambda x: x[rows], data)

@@ -31,6 +31,7 @@ from jaxattr.features.expectations import (
 from jaxattr.features.plans import FeatureLayout, Plan, make_plan
 from jaxattr.features.projections import Projection
 from jaxattr.groups import GroupLayout, Groups
+from jaxattr.inputs.outputs import check_function, check_output
 from jaxattr.keys import check_key, example_keys
 from jaxattr.scales import wide
 from jaxattr.typing import Batch, Example, Features, Key, OutputFn, Params
@@ -51,6 +52,17 @@ class FeatureRule:
     projection: Projection = dataclasses.field(default_factory=projections.identity)
     normalize: bool = False
     residual: OutputFn | None = identity.function("params", "example", "key", default=None)
+
+    def __post_init__(self) -> None:
+        check_function(self.output)
+        if self.residual is not None:
+            check_function(self.residual, "the residual")
+
+    def check(self, params: Params, example: Example, key: Key) -> None:
+        """Raises if one of the user's functions does not map one example to a float scalar."""
+        for function in (self.output, self.residual):
+            if function is not None:
+                check_output(function, params, example, key)
 
     def traced(self, params: Params, example: Example, key: Key) -> "FeatureRule":
         """Returns the rule with the user's functions as what they compute now.
@@ -87,6 +99,7 @@ class Featurizer:
       plan: which parameter becomes which features.
       rule: how one example becomes features.
       key: of projections and stochastic outputs.
+      example: shapes of ONE example that it was made for.
       microbatch: examples whose gradients are in memory at once.
       step: (key, params, batch, ids, checkpoint, fitted) -> features and residual; jitted, and the
         same function for the same rule, plan and microbatch.
@@ -97,6 +110,7 @@ class Featurizer:
     plan: Plan
     rule: FeatureRule
     key: Key
+    example: Example
     microbatch: int
     step: Callable[[Key, Params, Batch, jax.Array, jax.Array, Fitted], Featurized]
 
@@ -128,6 +142,7 @@ class Featurizer:
           params: parameters, or their shapes.
           example: ONE example, or its shapes.
         """
+        check_output(output, params, example, self.key)
         rule = dataclasses.replace(self.rule, output=output).traced(params, example, self.key)
         step = _compiled_step(rule, self.plan, self.microbatch)
         return dataclasses.replace(self, rule=rule, step=step)
@@ -196,10 +211,8 @@ def featurize_with(
     """
     layout = groups_lib.resolve(groups, params)
     key = jax.random.key(0) if key is None else check_key(key)
+    rule.check(params, example, key)
     rule = rule.traced(params, example, key)
-    for function in (rule.output, rule.residual):
-        if function is not None:
-            check_output(function, params, example, key)
     if microbatch is not None and microbatch < 1:
         raise ValueError(f"microbatch must be at least 1, got {microbatch}.")
     found = None
@@ -211,36 +224,8 @@ def featurize_with(
     plan = make_plan(layout, rule.projection, found)
     microbatch = microbatch or _default_microbatch(rule, layout, plan)
     step = _compiled_step(rule, plan, microbatch)
-    return Featurizer(plan.layout, layout, plan, rule, key, microbatch, step)
-
-
-def check_output(output: OutputFn, params: Params, example: Example, key: Key) -> None:
-    """Checks that a function of one example returns a float scalar.
-
-    Args:
-      output: the function.
-      params: parameters, or their shapes.
-      example: ONE example, or its shapes.
-      key: any key.
-
-    Raises:
-      ValueError: if the result is not one float scalar.
-    """
-    result = jax.eval_shape(output, params, example, key)
-    leaves = jax.tree.leaves(result)
-    if len(leaves) == 1 and leaves[0].shape == () and jnp.issubdtype(leaves[0].dtype, jnp.floating):
-        return
-    got = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves]
-    raise ValueError(
-        f"The function {_name(output)!r} must map ONE example, without a "
-        f"batch axis, to one float scalar; it returned {', '.join(got) or 'nothing'}. If the model "
-        "wants a batch, add the axis inside (x[None]) and sum or index the result; return no "
-        "auxiliary values, and let layers with batch statistics use their running averages."
-    )
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "name", getattr(function, "__name__", repr(function)))
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), example)
+    return Featurizer(plan.layout, layout, plan, rule, key, one, microbatch, step)
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,9 +1,10 @@
 """What building an index will take, before it is done: memory, disk, arithmetic."""
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,11 +18,13 @@ from jaxattr.features.featurizer import Featurizer
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.groups import Groups, named_leaves
 from jaxattr.identity import LANES
+from jaxattr.inputs.outputs import explaining_swaps, runs
+from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.kernels import Identity, Iterates, Kernel
-from jaxattr.methods.method import Method, featurizer
+from jaxattr.methods.method import Method, check_method, featurizer
 from jaxattr.scales import widest
 from jaxattr.sharding import DATA, Placement, placement, split_rows
-from jaxattr.sources import Source, as_checkpoints, as_source
+from jaxattr.sources import Source, as_source
 from jaxattr.store.rows import (
     DIGESTS,
     ERRORS,
@@ -135,11 +138,32 @@ def plan(
       ValueError: as `build_index`, and if `memory` does not suffice.
     """
     place = placement(mesh)
-    parameters = as_checkpoints(checkpoints)
-    source = as_source(train, "train")
-    request = BuildRequest(method, parameters, source, groups, key, place, on_disk, dtype)
-    featurize = request.settle(batch_size, microbatch, memory)
+    with looking_at(method, checkpoints, train) as (parameters, source):
+        request = BuildRequest(method, parameters, source, groups, key, place, on_disk, dtype)
+        featurize = request.settle(batch_size, microbatch, memory)
     return request.plan(featurize, request.block(featurize, batch_size))
+
+
+@contextlib.contextmanager
+def looking_at(
+    method: Method, checkpoints: Params | Sequence[Params], train: Any
+) -> Iterator[tuple[tuple[Params, ...], Source]]:
+    """Looks at what an index is to be made from, before anything is traced or allocated.
+
+    Args:
+      method: as in `build_index`, as the others.
+      checkpoints: see there.
+      train: see there.
+
+    Yields:
+      The checkpoints and the data. If what is done with them fails as it would not had they changed
+      places, the error says that.
+    """
+    output = check_method(method).rule.output
+    with explaining_swaps(output, checkpoints, train):
+        parameters = as_checkpoints(checkpoints)
+        method.weights_of(len(parameters))
+        yield parameters, as_source(train, "train", functools.partial(runs, output, parameters[0]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxattr import groups as groups_lib
 from jaxattr.groups import Groups
 from jaxattr.index import provenance
-from jaxattr.index.budgets import BuildRequest, check_device
+from jaxattr.index.budgets import BuildRequest, check_device, looking_at
 from jaxattr.index.checkpoint_builds import BuildJob, DiskBuild, build_checkpoint
 from jaxattr.index.index import (
     ConvergenceWarning,
@@ -30,6 +30,7 @@ from jaxattr.index.index import (
     first_ids,
     report_non_finite,
 )
+from jaxattr.index.margins import warn_of_losses
 from jaxattr.index.saving import (
     COMPLETE,
     MANIFEST,
@@ -43,11 +44,12 @@ from jaxattr.index.saving import (
     save_finished,
 )
 from jaxattr.index.verifying import Verify, check_rereading, check_verify, data_differences
+from jaxattr.inputs.wording import shapes
 from jaxattr.kernels import Identity, Iterates, Kernel, MapsQueries
 from jaxattr.keys import check_key
 from jaxattr.methods.method import Method
 from jaxattr.sharding import barrier, placement, process
-from jaxattr.sources import as_checkpoints, as_source
+from jaxattr.sources import announce
 from jaxattr.store import (
     SEALS,
     DiskRows,
@@ -98,9 +100,9 @@ def build_index(
       method: `ja.tracin(loss)`, `ja.trak(margin)`, ...
       checkpoints: one params pytree, or a list or tuple of them. Params that are themselves a list
         or tuple go in as `[params]`. On a mesh they may be sharded, and stay so.
-      train: a pytree of arrays with a common leading axis, or a random-access source
-        (`__len__`, `__getitem__`). Position n is the example's id. With several hosts each reads
-        only its own examples.
+      train: a pytree of arrays with a common leading axis, a list of examples, or a random-access
+        source (`__len__`, `__getitem__`). Position n is the example's id. With several hosts each
+        reads only its own examples.
       groups: `by_layer`, `by_leaf`, a layout, or a pytree of labels.
       key: key of projections and of stochastic outputs. Default: `jax.random.key(0)`.
       batch_size: examples per step, and per chunk on disk.
@@ -125,6 +127,7 @@ def build_index(
       The index; n * c * p numbers.
 
     Raises:
+      TypeError: if the method, the checkpoints or the data are something else.
       ValueError: if checkpoints differ in structure, the data are empty or ragged, the output is
         no scalar, the groups are no partition, a kernel is singular, no gradient is finite, a mesh
         or a dtype does not fit, or the memory does not suffice.
@@ -133,19 +136,20 @@ def build_index(
 
     Warns:
       NonFiniteWarning: with the ids of training examples that were left out.
+      UserWarning: if TRAK was given what looks like a loss, or a function draws random numbers that
+        do not come from its key.
       ConvergenceWarning: with the ids of those whose solve did not converge.
       TruncationWarning: if leading eigenvectors hold little of the curvature.
     """
     place = placement(mesh)
     if extend and path is None:
         raise ValueError("extend=True adds to an index on disk: give its path.")
-    parameters = tuple(place.whole(each) for each in as_checkpoints(checkpoints))
-    source = as_source(train, "train")
-    method.weights_of(len(parameters))
-    key = place.whole(jax.random.key(0) if key is None else check_key(key))
-    on_disk = path is not None
-    request = BuildRequest(method, parameters, source, groups, key, place, on_disk, dtype)
-    featurize = request.settle(batch_size, microbatch, memory)
+    key, on_disk = jax.random.key(0) if key is None else check_key(key), path is not None
+    with looking_at(method, checkpoints, train) as (parameters, source):
+        key, parameters = place.whole(key), tuple(place.whole(each) for each in parameters)
+        request = BuildRequest(method, parameters, source, groups, key, place, on_disk, dtype)
+        featurize = request.settle(batch_size, microbatch, memory)
+    announce(f"{source.size:,} training examples of {shapes(source.example)}")
     folder = None if path is None else Folder(path)
     before = examples_on_record(folder) if folder is not None and extend else None
     block = request.block(featurize, batch_size, before)
@@ -163,6 +167,7 @@ def _build(job: BuildJob, rows: Rows, session: DiskBuild | None) -> Index:
         build_checkpoint(job, job.pass_over(number), rows, session)
         for number in range(len(job.checkpoints))
     ]
+    warn_of_losses(job, rows)
     finite, errors = functools.reduce(np.logical_and, [one.finite for one in found]), None
     kernel = job.method.kernel
     if isinstance(kernel, Iterates):

@@ -15,6 +15,7 @@ from jaxattr.features.bases import Fitted
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.index import provenance
+from jaxattr.inputs.wording import brief
 from jaxattr.methods.method import Method
 from jaxattr.sharding import Placement
 from jaxattr.sources import Source
@@ -150,6 +151,23 @@ class Index:
             + (f", on disk at {self.path}" if self.path is not None else "")
             + ")"
         )
+
+
+def check_index(index: Any) -> Index:
+    """Returns what a user passed as an index, if it is one.
+
+    Args:
+      index: of `build_index` or `open_index`.
+
+    Raises:
+      TypeError: if it is something else.
+    """
+    if isinstance(index, Index):
+        return index
+    remedy = "ja.build_index(method, checkpoints, train) makes one."
+    if isinstance(index, str) or hasattr(index, "__fspath__"):
+        remedy = "Open what is at a path: ja.open_index(path, method, checkpoints)."
+    raise TypeError(f"index must be an Index, got {brief(repr(index), 60)}. {remedy}")
 
 
 def self_contributions(rows: np.ndarray) -> np.ndarray:

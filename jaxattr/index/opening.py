@@ -19,9 +19,10 @@ from jaxattr.index.saving import (
     refuse_others,
 )
 from jaxattr.index.verifying import check_verify, data_differences
-from jaxattr.methods.method import Method, featurizer
+from jaxattr.inputs.parameters import as_checkpoints
+from jaxattr.methods.method import Method, check_method, featurizer
 from jaxattr.sharding import Placement, placement
-from jaxattr.sources import Source, as_checkpoints, as_source
+from jaxattr.sources import Source, as_source
 from jaxattr.store import DiskRows, Folder, StoreError, finished, reading
 from jaxattr.store.rows import EXAMPLES, FEATURES, SELF, MemoryRows, RowLayout, Rows
 from jaxattr.typing import Example, Params
@@ -57,6 +58,8 @@ def open_index(
       StoreError: if there is no index, it is not finished or damaged, or the method or the
         checkpoints are not those that it was built with; says which differ.
     """
+    if method is not None:
+        check_method(method)
     folder, place = Folder(path), placement(mesh)
     described = read_manifest(folder)
     if described is None:

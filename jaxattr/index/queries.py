@@ -16,12 +16,14 @@ from jaxattr.features.bases import Fitted
 from jaxattr.features.expectations import refuse_unit_norm
 from jaxattr.features.featurizer import Featurized, Featurizer
 from jaxattr.identity import Program
-from jaxattr.index.index import Index, report_non_finite
+from jaxattr.index.index import Index, check_index, report_non_finite
+from jaxattr.inputs.matching import check_match
+from jaxattr.inputs.outputs import check_output, runs
 from jaxattr.kernels import Kernel, MapsQueries
 from jaxattr.methods.method import Method
 from jaxattr.sharding import DATA, Placement
 from jaxattr.sources import as_source, track
-from jaxattr.typing import Batch, Example, Features, Key, Params
+from jaxattr.typing import Batch, Example, Features, Key, OutputFn, Params
 
 
 class QueryFeatures(NamedTuple):
@@ -43,22 +45,24 @@ def query_features(index: Index, queries: Any) -> QueryFeatures:
 
     Args:
       index: the index that they will be scored against.
-      queries: a pytree of arrays or a random-access source, as in `build_index`; or the result of
-        an earlier call, which is returned as it is.
+      queries: arrays, a list of examples or a random-access source, as in `build_index`, with the
+        fields that the function reads; or the result of an earlier call, returned as it is.
 
     Returns:
       The features. Queries draw their randomness, where the output is stochastic, from ids of
       their own: -1, -2, ... On a mesh they are computed on all devices, and every device gets all.
 
     Raises:
-      ValueError: if the index was opened without its method and checkpoints.
+      TypeError: if the index, or the queries, are something else.
+      ValueError: if the index was opened without its method and checkpoints, or queries are no such
+        examples as the training set's: says which fields differ.
 
     Warns:
       NonFiniteWarning: with the positions of queries whose gradient is not finite.
     """
     if isinstance(queries, QueryFeatures):
-        return _checked(index, queries)
-    source = as_source(queries, "queries")
+        return _checked(check_index(index), queries)
+    source = as_source(queries, "queries", functools.partial(_takes, check_index(index)))
     step = _query_step(index.place, functions_of(index, source.example))
     block = source.block_size(index.batch_size, index.place)
     state, count = state_of(index), -(-source.size // block)
@@ -187,8 +191,23 @@ def _functions(index: Index, example: Example) -> tuple[Featurizer, Method]:
         raise _without_method()
     featurize, method = index.featurizer, index.method
     if method.query_output is None:
+        takes = functools.partial(_check_takes, index, featurize.rule.output)
+        check_match(featurize.example, example, takes)
         return featurize, method
     return featurize.of(method.query_output, index.checkpoints[0], example), method
+
+
+def _check_takes(index: Index, output: OutputFn, example: Example) -> None:
+    assert index.featurizer is not None
+    check_output(output, index.checkpoints[0], example, index.featurizer.key)
+
+
+def _takes(index: Index, example: Example) -> bool:
+    """Whether the index can be scored with such a query."""
+    if index.featurizer is None or index.method is None:
+        return False
+    output = index.method.query_output or index.featurizer.rule.output
+    return runs(output, index.checkpoints[0], example)
 
 
 def _without_method() -> ValueError:

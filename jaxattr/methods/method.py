@@ -9,17 +9,20 @@ more of what the query did.
 """
 
 import dataclasses
+from typing import Any
 
 from jaxattr import groups, identity
 from jaxattr.features import featurizer as features
 from jaxattr.features.featurizer import FeatureRule, Featurizer
 from jaxattr.groups import Groups
+from jaxattr.inputs.outputs import check_function
+from jaxattr.inputs.wording import brief, name_of
 from jaxattr.kernels import Kernel
 from jaxattr.methods.citations import BIBTEX
 from jaxattr.typing import Example, Key, Link, OutputFn, Params
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Method:
     """An attribution method, ready for `build_index`.
 
@@ -46,6 +49,14 @@ class Method:
     def __post_init__(self) -> None:
         if self.link not in ("identity", "square"):
             raise ValueError(f'link must be "identity" or "square", got {self.link!r}.')
+        if self.query_output is not None:
+            check_function(self.query_output, "the output of queries")
+
+    def __repr__(self) -> str:
+        basis = self.rule.projection.basis
+        projection = self.rule.projection.name if basis is None else basis.name
+        output = name_of(self.rule.output)
+        return f"Method({self.name} of {output}: {projection}, kernel {self.kernel.name})"
 
     def weights_of(self, checkpoints: int) -> tuple[float, ...]:
         """Returns eta for a number of checkpoints."""
@@ -57,6 +68,29 @@ class Method:
                 f"{checkpoints} checkpoints."
             )
         return self.checkpoint_weights
+
+
+def check_method(method: Any) -> Method:
+    """Returns what a user passed as a method, if it is one.
+
+    Args:
+      method: `ja.tracin(loss)`, `ja.trak(margin)`, ...
+
+    Raises:
+      TypeError: if it is a function that a method is made of, or anything else.
+    """
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, type) or not callable(method):
+        got, remedy = brief(repr(method), 60), "ja.tracin(loss), ja.trak(margin), ..."
+    elif getattr(method, "__module__", "").startswith("jaxattr.methods"):
+        got, remedy = f"ja.{name_of(method)} itself", f"ja.{name_of(method)}(loss)"
+    else:
+        got = f"the function {name_of(method)!r}"
+        remedy = f"ja.tracin({name_of(method)}), say, if it is a loss"
+    raise TypeError(
+        f"method must be an attribution method, got {got}. Make one of a loss: {remedy}."
+    )
 
 
 def featurizer(
@@ -98,7 +132,7 @@ def featurizer(
        [-3. -4.]]
     """
     return features.featurize_with(
-        method.rule, params, example, groups=groups, key=key, microbatch=microbatch
+        check_method(method).rule, params, example, groups=groups, key=key, microbatch=microbatch
     )
 
 
@@ -116,4 +150,6 @@ def citation(method: Method) -> str:
       >>> print(ja.citation(ja.tracin(lambda params, example, key: 0.0)).splitlines()[0])
       @inproceedings{pruthi2020tracin,
     """
-    return "\n\n".join(BIBTEX[reference] for reference in (*method.references, "weights"))
+    return "\n\n".join(
+        BIBTEX[reference] for reference in (*check_method(method).references, "weights")
+    )

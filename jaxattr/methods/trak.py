@@ -8,6 +8,7 @@ from jaxattr import kernels
 from jaxattr.features import projections
 from jaxattr.features.featurizer import FeatureRule
 from jaxattr.features.projections import Projection
+from jaxattr.inputs.outputs import check_function
 from jaxattr.kernels import Damping, Kernel
 from jaxattr.methods.method import Method
 from jaxattr.typing import Example, Key, Link, OutputFn, Params
@@ -45,17 +46,23 @@ def trak(
       group unless `dense`; damped; not divided by its mean absolute entry; the projection is per
       group and scaled by 1/sqrt(p).
     """
-
-    def one_minus_p(params: Params, example: Example, key: Key) -> jax.Array:
-        return jax.nn.sigmoid(-margin(params, example, key))
-
+    check_function(margin, "the margin")
     rule = FeatureRule(
         margin,
         projections.rademacher(512) if projection is None else projection,
-        residual=one_minus_p if residual is None else residual,
+        residual=one_minus(margin) if residual is None else residual,
     )
     kernel = kernels.Gram(_damping(damping), dense=dense)
     return Method("TRAK", rule, kernel, average_checkpoints=True, references=("trak",))
+
+
+def one_minus(margin: OutputFn) -> OutputFn:
+    """Makes 1 - p = sigmoid(-margin) of a margin."""
+
+    def one_minus(params: Params, example: Example, key: Key) -> jax.Array:
+        return jax.nn.sigmoid(-margin(params, example, key))
+
+    return one_minus
 
 
 def d_trak(

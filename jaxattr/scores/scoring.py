@@ -3,17 +3,18 @@
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tensorstore
 
 from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.counts import whole_number
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.index.index import Index, NonFiniteWarning, first_ids, self_contributions
+from jaxattr.index.index import Index, NonFiniteWarning, check_index, first_ids, self_contributions
 from jaxattr.index.queries import (
     QueryArrays,
     QueryFeatures,
@@ -47,13 +48,29 @@ def uniform_weights(index: Index) -> dict[str, float]:
     return dict.fromkeys(index.layout.names, 1.0)
 
 
+@overload
+def score(
+    index: Index, queries: Any, *, weights: Weights | None = None, path: None = None
+) -> jax.Array: ...
+
+
+@overload
+def score(
+    index: Index,
+    queries: Any,
+    *,
+    weights: Weights | None = None,
+    path: str | os.PathLike[str],
+) -> tensorstore.TensorStore: ...
+
+
 def score(
     index: Index,
     queries: Any,
     *,
     weights: Weights | None = None,
     path: str | os.PathLike[str] | None = None,
-) -> Any:
+) -> jax.Array | tensorstore.TensorStore:
     r"""Scores every training example for every query.
 
     .. math:: \tau(q, n) = r_n \sum_c \eta_c \phi_c(q)^\top \mathrm{Diag}(w) K_c \phi_c(n)
@@ -62,7 +79,7 @@ def score(
 
     Args:
       index: the index.
-      queries: a pytree of arrays, a random-access source, or `query_features(index, ...)`.
+      queries: arrays, a list of examples, a random-access source, or `query_features(index, ...)`.
       weights: {group name: weight >= 0}, or what `learn_weights` returned. Default: one each, the
         base method.
       path: a new folder, local or a URL, to write the scores to as a zarr array, block by block;
@@ -82,7 +99,7 @@ def score(
     References:
       Li et al. (2025), arXiv:2506.05647, Eq. 6.
     """
-    w = weight_array(index.layout, weights)
+    w = weight_array(check_index(index).layout, weights)
     prepared = query_features(index, queries)
     step = ranking.score_step(index.place, index.layout, index.link)
     w, phi, exponent = index.place.whole((w, prepared.features, index.exponent))
@@ -155,7 +172,7 @@ def top_k(
       ValueError: if k is no int between 1 and n, block_size is none of at least 1, or weights are
         wrong.
     """
-    k, block_size = _checked_counts(k, block_size, index, opponents)
+    k, block_size = _checked_counts(k, block_size, check_index(index), opponents)
     w = weight_array(index.layout, weights)
     prepared = query_features(index, queries)
     sign = -1 if opponents else 1
@@ -189,7 +206,7 @@ def self_influence(index: Index, *, weights: Weights | None = None) -> jax.Array
       Float [n]: r_n sum_c eta_c phi_c(n)^T Diag(w) K_c phi_c(n), or its square. NaN where not
       finite.
     """
-    w = np.asarray(weight_array(index.layout, weights))
+    w = np.asarray(weight_array(check_index(index).layout, weights))
     parts = []
     for slab in index.rows.slabs([SELF, EXAMPLES], SLAB):
         arrays = {name: index.place.host(x)[slab.fresh :] for name, x in slab.arrays.items()}
@@ -231,7 +248,7 @@ def attributor(
       ValueError: if k is no int between 1 and n, block_size is none of at least 1, weights are
         wrong, or the index is on disk: open it with `in_memory=True`.
     """
-    k, block_size = _checked_counts(k, block_size, index, opponents)
+    k, block_size = _checked_counts(k, block_size, check_index(index), opponents)
     rows = index.rows
     if not rows.resident:
         raise ValueError(
@@ -287,6 +304,11 @@ def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:
         return jnp.ones(len(layout.names))
     if isinstance(weights, LearnedWeights):
         weights = weights.weights
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            "weights must be {group name: weight}, or what ja.learn_weights returned; got "
+            f"{type(weights).__name__}. The groups are index.layout.names."
+        )
     unknown = sorted(set(weights) - set(layout.names))
     missing = sorted(set(layout.names) - set(weights))
     if unknown or missing:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from jaxattr.counts import whole_number
-from jaxattr.index.index import Index
+from jaxattr.index.index import Index, check_index
 from jaxattr.index.queries import query_features
 from jaxattr.keys import check_key
 from jaxattr.scales import exponent_of, scaled
@@ -53,7 +53,7 @@ def learn_weights(
     *,
     outcomes: Outcomes | None = None,
     copies: tuple[Any, Any] | None = None,
-    top_k: int = 20,
+    top_k: int | None = None,
     l2: float = 0.1,
     signal: Signal | None = None,
     start: Start = "uniform",
@@ -86,7 +86,7 @@ def learn_weights(
       copies: noised copies of training examples and the ids of those, `(batch, ids)`; with
         outcomes alone, which they complement. See `ja.noised`.
       top_k: number of training examples taken for the signal, at most n; no more than two or three
-        times as many as a query has true proponents.
+        times as many as a query has true proponents. Default: 20, or n if there are fewer.
       l2: strength of the pull towards the start, >= 0.
       signal: "top_k", the mean of the largest scores; "top_k_abs", of the largest absolute scores;
         "top_minus_bottom", half the distance between the means of the largest and the smallest.
@@ -122,8 +122,9 @@ def learn_weights(
       from a study of three models by three methods, see BUILD_NOTES.md. Outcomes are ours.
     """
     if outcomes is not None:
+        _check_outcomes(outcomes)
         _check_goes_with_outcomes(
-            top_k=(top_k, 20), l2=(l2, 0.1), signal=(signal, None), start=(start, "uniform"),
+            top_k=(top_k, None), l2=(l2, 0.1), signal=(signal, None), start=(start, "uniform"),
             batch_size=(batch_size, None), held_out=(held_out, 0.2), key=(key, None),
             materialize=(materialize, None),
         )  # fmt: skip
@@ -135,6 +136,7 @@ def learn_weights(
             "copies complement outcomes, and there are none: alone they mislead. Pass outcomes= "
             "too, or leave copies out."
         )
+    top_k = min(_TOP_K, check_index(index).size) if top_k is None else top_k
     if signal is None:
         signal = "top_k_abs" if index.link == "square" else "top_k"
     scores = _from_index(index, queries, materialize, top_k, signal)
@@ -217,6 +219,9 @@ class _Scores(NamedTuple):
     examples: int
     groups: int
 
+
+# Training examples that are taken for the signal, unless told otherwise.
+_TOP_K = 20
 
 # Contributions of up to so many bytes are kept whole; of slabs, and of shortlists, half as many.
 _MATERIALIZE_BYTES = 1 << 29
@@ -341,6 +346,14 @@ def _at_certain(
         return listed, found, passes
     listed = scores.listed(w)
     return listed, optimising.at_weights(listed, rows, w, options), passes + 1
+
+
+def _check_outcomes(outcomes: Any) -> None:
+    if not isinstance(outcomes, Outcomes):
+        raise TypeError(
+            "outcomes must be what ja.outcomes(train_fn, output, queries, n, key=key) returned, or "
+            f"ja.Outcomes(...); got {type(outcomes).__name__}."
+        )
 
 
 def _check_goes_with_outcomes(**options: tuple[Any, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -62,6 +63,9 @@ class Gain:
             f"{self.to_uniform:.0%} of the way to uniform)"
         )
 
+
+# Of fewer learning queries the weights say little about others.
+_FEW_QUERIES = 10
 
 UNKNOWN_GAIN = (
     "gain over uniform weights: not known. Outcomes of small retrained models, "
@@ -265,9 +269,15 @@ def _suspicions_without_outcomes(
             f"collapse: group {name!r} went from {before:.0%} to {after:.0%} of the scores. Its "
             f"largest contributions are {fit.tail_ratio[name]:.1f} times their root mean square "
             f"(at most {math.sqrt(statistics.n):.1f}); a heavy-tailed group wins this loss without "
-            "being informative. Exclude it, or raise l2 or top_k."
+            "being informative. Exclude it, groups=ja.by_layer(exclude="
+            f"{f'^{re.escape(name)}'!r}), or raise l2 or top_k."
         )
     queries, chance = len(statistics.squares), top_k / statistics.n
+    if queries < _FEW_QUERIES:
+        yield (
+            f"few queries: weights were learned from {queries}, and are those of these queries "
+            f"alone. Use at least {_FEW_QUERIES}; they need no labels, and 100 or more are usual."
+        )
     if queries >= 10 and (fit.hub_share or 0) > max(0.5, 4 * chance):
         yield (
             f"hub: training example {fit.hub} is among the top {top_k} of "

@@ -1,0 +1,65 @@
+"""Whether TRAK was given a loss where a margin belongs."""
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxattr.features.bases import NOTHING
+from jaxattr.index.checkpoint_builds import BuildJob
+from jaxattr.inputs.wording import name_of
+from jaxattr.methods.trak import one_minus
+from jaxattr.store.rows import COLUMNS, EXAMPLES, Rows
+from jaxattr.typing import Key, Params
+
+# A margin has both signs when parameters are at random; of fewer examples that could be chance.
+_ENOUGH, _SHUFFLES = 16, 3
+
+
+def warn_of_losses(job: BuildJob, rows: Rows) -> None:
+    """Warns if what TRAK takes for margins is never negative, as losses are; heuristic.
+
+    Margins of a model that fits its data may all be positive. So parameters are shuffled, whose
+    model fits nothing, and a block of examples is looked at again, by the step that is compiled.
+
+    Args:
+      job: what the index is made from.
+      rows: of its first checkpoint, written.
+    """
+    residual = job.featurizer.rule.residual
+    if residual is None or name_of(residual) != one_minus.__name__ or job.place.mesh is not None:
+        return
+    if _has_both_signs(rows.column(EXAMPLES, 0)[:, COLUMNS.residual]):
+        return
+    over = job.pass_over(0)
+    first = next(over.batches("looking at margins"))
+    number = jnp.asarray(0)
+    for seed in range(_SHUFFLES):
+        params = _shuffled(jax.random.key(seed), over.params)
+        given = (job.featurizer.key, params, first.batch, first.ids, number, NOTHING)
+        if _has_both_signs(job.featurizer.step(*given).residual[: int(first.real.sum())]):
+            return
+    warnings.warn(
+        f"{name_of(job.featurizer.rule.output)!r} was given to TRAK as the margin, but is never "
+        "negative, not even with shuffled parameters: it looks like a loss. TRAK takes the "
+        "log-odds of the label, larger for better: its logit minus the log-sum-exp of the others. "
+        "With a loss, scores have the wrong sign and scale.",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def _has_both_signs(residual: Any) -> bool:
+    """Whether some margin is not positive, 1 - p = sigmoid(-margin) at least a half."""
+    return len(residual) < _ENOUGH or bool((residual >= 0.5).any())
+
+
+def _shuffled(key: Key, params: Params) -> Params:
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    mixed = [
+        jax.random.permutation(k, x.ravel()).reshape(x.shape)
+        for k, x in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, mixed)

@@ -1,0 +1,11 @@
+"""What users pass, looked at before anything is traced or allocated.
+
+wording.py      shapes and values in few words, for messages
+data.py         data sets: arrays, lists of examples, random-access sources
+parameters.py   parameters and checkpoints
+outputs.py      losses and other functions of one example
+matching.py     queries beside training examples
+randomness.py   functions that draw random numbers and ignore their key
+
+Every message says what was got and what to write instead, in at most six lines.
+"""

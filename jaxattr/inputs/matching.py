@@ -1,0 +1,103 @@
+"""Queries beside training examples: the same fields, shapes and kinds of numbers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxattr.inputs.data import field_names
+from jaxattr.inputs.wording import listed, shapes
+from jaxattr.typing import Example
+
+
+def check_match(
+    train: Example, query: Example, check: Callable[[Example], None], what: str = "queries"
+) -> None:
+    """Checks that queries can be scored by a function that was made for training examples.
+
+    Fields that the function does not read may differ, and so may sizes that it can do with, such as
+    lengths of sequences.
+
+    Args:
+      train: shapes of ONE training example.
+      query: shapes of ONE query.
+      check: raises if the function does not take an example.
+      what: they are, for messages.
+
+    Raises:
+      ValueError: naming the fields that differ.
+    """
+    known, found = _fields(train), _fields(query)
+    shared = [name for name in found if name in known]
+    for name in shared:
+        _check_axes(name, known[name], found[name], what)
+        _check_kind(name, known[name], found[name], what)
+    if known.keys() == found.keys() and all(known[n].shape == found[n].shape for n in shared):
+        return
+    try:
+        check(query)
+    except ValueError as error:
+        raise ValueError(_difference(train, query, known, found, what)) from error
+
+
+def _fields(example: Example) -> dict[str, Any]:
+
+    leaves = jax.tree.leaves(example)
+    names = field_names(example) or [""] * len(leaves)
+    return dict(zip(names, leaves, strict=True))
+
+
+def _check_axes(name: str, known: Any, found: Any, what: str) -> None:
+    less, more = sorted((found.shape, known.shape), key=len)
+    if len(more) != len(less) + 1 or more[1:] != less:
+        return
+    batched = "the training data" if len(known.shape) > len(found.shape) else what
+    raise ValueError(
+        f"In {what} {_named(name)} is {_one(found)}, in training examples {_one(known)}: one axis "
+        f"of {more[0]} more. If {batched} come in batches, take the batching out: each item must "
+        "be ONE example."
+    )
+
+
+def _check_kind(name: str, known: Any, found: Any, what: str) -> None:
+    kinds = [_kind(each) for each in (found, known)]
+    if "bool" not in kinds and kinds[0] != kinds[1]:
+        raise ValueError(
+            f"In {what} {_named(name)} is {_one(found)}, in training examples {_one(known)}. "
+            "Convert one to the other, and scale pictures alike: .astype(...)."
+        )
+
+
+def _kind(leaf: Any) -> str:
+    kinds = {"bool": jnp.bool_, "int": jnp.integer, "float": jnp.floating}
+    return next((n for n, kind in kinds.items() if jnp.issubdtype(leaf.dtype, kind)), "other")
+
+
+def _difference(
+    train: Example, query: Example, known: dict[str, Any], found: dict[str, Any], what: str
+) -> str:
+    missing = [name for name in known if name not in found]
+    new = [name for name in found if name not in known]
+    unlike = [
+        f"{_named(n)} is {_one(found[n])} in {what}, and {_one(known[n])} in training examples"
+        for n in found
+        if n in known and found[n].shape != known[n].shape
+    ]
+    parts = []
+    if new or missing:
+        had = f"have {listed(map(repr, new))}" if new else "lack fields"
+        parts.append(f"{what} {had}, training examples {listed(map(repr, missing)) or 'do not'}")
+    return (
+        f"The function that was given to the method does not take these {what}: "
+        f"{'; '.join(parts + unlike[:3])}.\nOne of {what} is {shapes(query)};\n"
+        f"a training example is {shapes(train)}.\nGive {what} the fields that the function reads."
+    )
+
+
+def _named(name: str) -> str:
+    return repr(name) if name else "the array"
+
+
+def _one(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"

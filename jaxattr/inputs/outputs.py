@@ -1,0 +1,260 @@
+"""Losses and other functions of one example: what they take, and what they return.
+
+A function is traced once on the shapes of one example. Where that fails, the same is tried with
+what was likely meant, and the message says what then runs.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxattr.inputs.randomness import warn_of_shared_randomness
+from jaxattr.inputs.wording import brief, name_of, shapes
+from jaxattr.typing import Example, Key, OutputFn, Params
+
+_ARGUMENTS = ("params", "example", "key")
+
+
+def check_function(function: Any, role: str = "the function") -> None:
+    """Checks that something can be called with parameters, one example and a key.
+
+    Args:
+      function: what a user passed as a loss, margin or other output.
+      role: what it is for, for messages.
+
+    Raises:
+      TypeError: if it is no function, or takes other arguments.
+    """
+    if not callable(function):
+        raise TypeError(
+            f"{role} must be a function (params, example, key) -> scalar, got "
+            f"{type(function).__name__}: {brief(repr(function), 60)}. A method is made of such a "
+            "function: ja.tracin(loss)."
+        )
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # built-in functions do not always say
+    try:
+        signature.bind(*_ARGUMENTS)
+    except TypeError:
+        taken = list(signature.parameters)
+        raise TypeError(
+            f"{name_of(function)!r} takes ({', '.join(taken)}), and is called as (params, example, "
+            "key): the parameters, ONE example without a batch axis, and a PRNG key for dropout or "
+            f"noise (ignore it if there is none). {_rewritten(function, taken)}"
+        ) from None
+
+
+def _rewritten(function: Any, taken: list[str]) -> str:
+    name = name_of(function)
+    name = name if name.isidentifier() else "loss"
+    if len(taken) == 2:
+        return f"Write: lambda params, example, key: {name}(params, example)."
+    fields = ", ".join(f"example[{each!r}]" for each in taken[1:])
+    return f"Write: lambda params, example, key: {name}(params, {fields})."
+
+
+def runs(function: OutputFn, params: Params, example: Example) -> bool:
+    """Whether a function maps these shapes, and a key, to one float scalar."""
+    try:
+        _traced(function, params, example, jax.random.key(0))
+    except Exception:
+        return False
+    return True
+
+
+def check_output(function: OutputFn, params: Params, example: Example, key: Key) -> None:
+    """Checks that a function of one example returns a float scalar.
+
+    Args:
+      function: the loss, margin or other output.
+      params: parameters, or their shapes.
+      example: ONE example, or its shapes.
+      key: any key.
+
+    Raises:
+      TypeError: if it is no function of three arguments.
+      ValueError: if it fails, or does not return one float scalar; says what was likely meant.
+
+    Warns:
+      UserWarning: if it draws random numbers that do not depend on its key.
+    """
+    check_function(function)
+    try:
+        program = _traced(function, params, example, key)
+    except _NoScalar as error:
+        raise _returned(function, params, example, error) from None
+    except Exception as error:
+        raise _failed(function, params, example, error) from error
+    warn_of_shared_randomness(name_of(function), program)
+
+
+class _NoScalar(Exception):
+    """The function returned something else than one float scalar."""
+
+    def __init__(self, result: Any) -> None:
+        super().__init__(result)
+        self.result = result
+
+
+def _traced(function: OutputFn, params: Params, example: Example, key: Key) -> Any:
+    def fresh(*arguments: Any) -> Any:  # which JAX cannot have traced before
+        return function(*arguments)
+
+    given = jax.tree.map(_shape, (params, example)), key
+    with jax.disable_jit(False):
+        program, result = jax.make_jaxpr(fresh, return_shape=True)(*given[0], given[1])
+    leaves = jax.tree.leaves(result)
+    scalar = len(leaves) == 1 and leaves[0].shape == ()
+    if not scalar or not jnp.issubdtype(leaves[0].dtype, jnp.floating):
+        raise _NoScalar(result)
+    return program
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    return jax.ShapeDtypeStruct(jnp.shape(x), dtype)
+
+
+def _returned(function: OutputFn, params: Params, example: Example, error: _NoScalar) -> ValueError:
+    result = error.result
+    leaves = jax.tree.leaves(result)
+    got = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves[:6]) or "nothing"
+    remedy = (
+        "If the model wants a batch, add the axis inside (x[None]) and sum or index the result; "
+        "return no auxiliary values, and let layers with batch statistics use their running "
+        "averages."
+    )
+    if isinstance(result, tuple) and leaves:
+        remedy = f"Return the first alone: lambda *given: {name_of(function)}(*given)[0]."
+    meant = _likely_meant(function, params, example)
+    return ValueError(
+        f"The function {name_of(function)!r} must map ONE example, without a batch axis, to one "
+        f"float scalar; it returned {got}.\n{meant or remedy}\n{_given(params, example)}"
+    )
+
+
+def _failed(function: OutputFn, params: Params, example: Example, error: Exception) -> ValueError:
+    kind = type(error).__name__
+    remedy = _REMEDIES.get(kind) or _likely_meant(function, params, example) or ""
+    return ValueError(
+        f"The function {name_of(function)!r} fails on one example: {kind}: {brief(error, 300)}\n"
+        + (f"{remedy}\n" if remedy else "")
+        + _given(params, example)
+    )
+
+
+def _given(params: Params, example: Example) -> str:
+    return f"It was given params {shapes(params)};\nand ONE example {shapes(example)}."
+
+
+def _likely_meant(function: OutputFn, params: Params, example: Example) -> str | None:
+    """What to pass instead, if one of the usual slips explains that a function fails."""
+    for words, other_params, other_example in _slips(params, example):
+        if runs(function, other_params, other_example):
+            return words
+    return _fields_as_arguments(function, params, example)
+
+
+def _fields_as_arguments(function: Any, params: Params, example: Example) -> str | None:
+    """What to write for a function of (params, x, y), whose fields are those of the example."""
+    try:
+        taken = list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return None
+    if not isinstance(example, dict) or not set(taken[1:]) <= set(example):
+        return None
+    fields = [example[name] for name in taken[1:]]
+    called = lambda params, fields, key: function(params, *fields)  # noqa: E731
+    return _rewritten(function, taken) if runs(called, params, fields) else None
+
+
+def _slips(params: Params, example: Example) -> Any:
+    if isinstance(params, dict) and list(params) == ["params"]:
+        yield (
+            "The parameters are one level too deep: pass params['params'].",
+            params["params"],
+            example,
+        )
+    yield (
+        "The function wants variables, one level more: pass {'params': params}.",
+        {"params": params},
+        example,
+    )
+    shapes_of = [jnp.shape(leaf) for leaf in jax.tree.leaves(example)]
+    sizes = {shape[:1] for shape in shapes_of}
+    if shapes_of and len(sizes) == 1 and () not in sizes:
+        (size,) = sizes.pop()
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), example)
+        yield (
+            f"It runs without the leading axis of {size}: the data are batched. Each item must be "
+            "ONE example: take the batching out, or pass jax.tree.map(lambda x: x[0], batch).",
+            params,
+            one,
+        )
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), example)
+    yield (
+        "It runs on a batch of one: it wants a batch axis, which an example has not. Add it "
+        "inside: jax.tree.map(lambda x: x[None], example).",
+        params,
+        batch,
+    )
+
+
+@contextlib.contextmanager
+def explaining_swaps(function: Any, checkpoints: Any, train: Any) -> Iterator[None]:
+    """Where something fails that would not if parameters and data changed places: says so."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if _look_swapped(function, checkpoints, train):
+            raise ValueError(
+                f"checkpoints and train look swapped: the function {name_of(function)!r} runs once "
+                "they change places. Pass the parameters first: (method, checkpoints, train)."
+            ) from error
+        raise
+
+
+def _look_swapped(function: Any, checkpoints: Any, train: Any) -> bool:
+    try:
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], x.dtype), checkpoints)
+        return callable(function) and runs(function, train, one)
+    except Exception:
+        return False
+
+
+_STATE = (
+    "The model changes its own state while it runs. In evaluation mode it does not: model.eval() "
+    "before nnx.split. With dropout: model = nnx.merge(graph, params, rest, copy=True), then "
+    "nnx.reseed(model, default=key)."
+)
+_REMEDIES: dict[str, str] = {
+    "TracerArrayConversionError": (
+        "It uses NumPy, or a library on top of it, on a value that JAX traces. Use jax.numpy "
+        "inside the function, and compute what needs NumPy beforehand, as a field of the example."
+    ),
+    "TracerBoolConversionError": (
+        "It branches in Python on a value: use jnp.where(condition, a, b), or jax.lax.cond."
+    ),
+    "TracerIntegerConversionError": (
+        "It counts in Python by a value (range, an index): use jnp.arange with a mask, or jnp.take."
+    ),
+    "ConcretizationTypeError": (
+        "It needs a value in Python, as int(), float() or a shape do: keep it an array, or make it "
+        "a constant that the function closes over."
+    ),
+    "TraceContextError": _STATE,
+    "ModifyScopeVariableError": (
+        "A layer updates its statistics: call the model in evaluation mode "
+        "(use_running_average=True), as it is used after training."
+    ),
+    "InvalidRngError": (
+        "The model draws random numbers: give it the key, rngs={'dropout': key}, or turn them off "
+        "(deterministic=True)."
+    ),
+}

@@ -1,0 +1,616 @@
+"""What a newcomer's call is answered with: the right result, or the words that mend the call."""
+
+import collections
+import types
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from flax.training.train_state import TrainState
+
+import jaxattr as ja
+from jaxattr import language
+from jaxattr.inputs.data import as_data
+from jaxattr.sources import as_source
+
+X = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+Y = np.arange(40) % 2
+D, P, KEY = {"x": X}, {"w": jnp.ones((4, 2), jnp.float32)}, jax.random.key(0)
+ONE = {"x": X[0]}
+
+
+def loss(params, example, key):
+    return jnp.sum((example["x"] @ params["w"]) ** 2)
+
+
+def margin(params, example, key):
+    return (example["x"] @ params["w"])[0]
+
+
+M = ja.tracin(loss)
+INDEX = ja.build_index(M, P, D)
+FIT = ja.learn_weights(INDEX, D, steps=2)
+
+
+def build(train, output=loss, params=P, **options):
+    return ja.build_index(ja.tracin(output), params, train, **options)
+
+
+class Items:
+    """A source of whatever a function gives."""
+
+    def __init__(self, size, item):
+        self.size, self.item = size, item
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        return self.item(i)
+
+
+class NoLength:
+    def __getitem__(self, i):
+        return ONE
+
+
+class Endless(Items):
+    def __len__(self):
+        raise TypeError("infinite")
+
+
+class Frame:
+    """Like a table of pandas."""
+
+    iloc = None
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, name):
+        return X
+
+
+class Regressor(nn.Module):
+    noisy: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=not self.noisy)(nn.Dense(3)(x))
+        return nn.Dense(1)(nn.Dropout(0.5, deterministic=not self.noisy)(x))
+
+
+class Nnx(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.dense, self.norm = nnx.Linear(4, 2, rngs=rngs), nnx.BatchNorm(2, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(self.norm(self.dense(x)))
+
+
+VARIABLES = Regressor().init(KEY, X)
+LINEN = Regressor()
+MODULE = Nnx()
+GRAPH, PARAMS, REST = nnx.split(MODULE, nnx.Param, ...)
+
+
+def linen_loss(variables, example, key):
+    return LINEN.apply(variables, example["x"][None]).sum()
+
+
+def linen_params_loss(params, example, key):
+    return LINEN.apply(VARIABLES | {"params": params}, example["x"][None]).sum()
+
+
+def noisy_linen_loss(variables, example, key):
+    return Regressor(noisy=True).apply(variables, example["x"][None]).sum()
+
+
+def dropout_loss(params, example, key):
+    return nn.Dropout(0.5, deterministic=False).apply({}, example["x"]).sum() * params["w"].sum()
+
+
+def nnx_loss(params, example, key):
+    return nnx.merge(GRAPH, params, REST)(example["x"][None]).sum()
+
+
+def numpy_loss(params, example, key):
+    return np.sum(np.asarray(example["x"])) * params["w"].sum()
+
+
+def branching_loss(params, example, key):
+    total = (example["x"] @ params["w"]).sum()
+    return total if total > 0 else -total
+
+
+def counting_loss(params, example, key):
+    return sum(params["w"].sum() for _ in range(example["y"]))
+
+
+def converting_loss(params, example, key):
+    return params["w"].sum() * float(example["x"][0])
+
+
+def batch_loss(params, example, key):
+    return optax.l2_loss(jnp.einsum("bi,io->bo", example["x"], params["w"])).sum()
+
+
+def fields_loss(params, x, y):
+    return jnp.sum((x @ params["w"]) ** 2) * y.astype(float)
+
+
+def embedded(params, example, key):
+    return params["w"][jnp.asarray(example) % 4].sum()
+
+
+def shorter(params, example, key):
+    return params["w"].sum() * example["x"].sum().astype(float)
+
+
+RAGGED = [np.arange(3), np.arange(2)]
+OBJECTS = np.array([[1, 2, 3], [0, 3]], dtype=object)
+MESH = jax.make_mesh((2,), ("batch",))
+BATCHES = Items(5, lambda i: {"x": X[8 * i : 8 * i + 8]})
+STATE = TrainState.create(apply_fn=None, params=P, tx=optax.sgd(0.1))
+
+WRONG = {  # name: (call, error, words)
+    # Data
+    "no data": (lambda: build(None), TypeError, ["train must be a data set", "None"]),
+    "a path": (lambda: build("train.npz"), TypeError, ["train.npz", "__getitem__"]),
+    "generator": (
+        lambda: build({"x": row} for row in X), TypeError,
+        ["generator", "__len__ and __getitem__", "list(train)"],
+    ),
+    "iterator": (lambda: build(iter([ONE])), TypeError, ["list_iterator", "__len__"]),
+    "loader without items": (
+        lambda: build(types.SimpleNamespace(__iter__=1)), ValueError, ["SimpleNamespace"],
+    ),
+    "iterable": (lambda: build(collections.deque([ONE]).__iter__()), TypeError, ["__getitem__"]),
+    "no length": (lambda: build(NoLength()), TypeError, ["NoLength", "lacks __len__"]),
+    "endless": (lambda: build(Endless(0, None)), TypeError, ["how many examples", "repeat"]),
+    "absurd length": (
+        lambda: build(Items(2**62, lambda i: ONE)), ValueError, ["examples", ".repeat()"],
+    ),
+    "empty": (lambda: build([]), ValueError, ["train is empty"]),
+    "no rows": (lambda: build({"x": X[:0]}), ValueError, ["train is empty", "at least one"]),
+    "unequal rows": (
+        lambda: build({"x": X, "y": Y[:5]}), ValueError,
+        ["leading axis", "x float32[40, 4]", "y int64[5]"],
+    ),
+    "a scalar": (lambda: build({"x": X, "s": 3.0}), ValueError, ["leading axis", "s float64[]"]),
+    "ragged arrays": (
+        lambda: build(RAGGED), ValueError, ["example 0", "int64[3]", "example 1", "[2]", "rows("],
+    ),
+    "ragged numbers": (
+        lambda: build([[1, 2, 3], [0, 3]], embedded), ValueError,
+        ["example 0", "[3]", "example 1", "[2]", "pad", "language.rows"],
+    ),
+    "ragged field": (
+        lambda: build({"x": [[1, 2], [3]]}), ValueError, ["'x'", "example 1", "[1]", "pad"],
+    ),
+    "ragged source": (
+        lambda: build(Items(2, lambda i: {"x": RAGGED[i]}), shorter), ValueError,
+        ["example 0", "x int64[3]", "example 1", "x int64[2]", "Pad"],
+    ),
+    "ragged objects": (
+        lambda: build({"x": OBJECTS}), ValueError, ["'x'", "example 0 has 3", "example 1 has 2"],
+    ),
+    "other fields": (
+        lambda: build([ONE, {"z": X[0]}]), ValueError, ["example 1 has z", "the same fields"],
+    ),
+    "20,000 others": (
+        lambda: build([{f"f{i}": X[0]} for i in range(20_000)]), ValueError, ["example 1 has f1 "],
+    ),
+    "strings": (
+        lambda: build(D | {"name": np.array(["a"] * 40)}), ValueError,
+        ["'name'", "strings", "ja.without(data, 'name')"],
+    ),
+    "a list of strings": (lambda: build(["a", "b"]), ValueError, ["strings", "token ids"]),
+    "strings in examples": (
+        lambda: build(Items(3, lambda i: ONE | {"text": "a"})), ValueError,
+        ["example 0 of train", "'text'", "strings"],
+    ),
+    "objects": (
+        lambda: build(D | {"o": np.array([object()] * 40)}), ValueError,
+        ["'o'", "object", "pytree"],
+    ),
+    "dates": (
+        lambda: build(D | {"t": np.zeros(40, "datetime64[s]")}), ValueError, ["'t'", "datetime64"],
+    ),
+    "a table": (lambda: build(Frame()), TypeError, ["Frame", "columns", "to_numpy"]),
+    "several sets": (
+        lambda: build({"train": BATCHES, "test": BATCHES}), TypeError, ["data['train']"],
+    ),
+    "no such field": (lambda: ja.without(D, "name"), ValueError, ["no field name", "x"]),
+    "batched source": (
+        lambda: build(BATCHES, lambda p, e, key: p["w"].T @ e["x"] @ jnp.ones(2)), ValueError,
+        ["x float32[8, 4]"],
+    ),
+    "batched, and the loss says so": (
+        lambda: build(BATCHES, lambda p, e, key: (e["x"].reshape(4) @ p["w"]).sum()), ValueError,
+        ["without the leading axis of 8", "batched", "ONE example"],
+    ),
+    # Queries beside training examples
+    "batched training set": (
+        lambda: ja.score(build(BATCHES), D), ValueError,
+        ["'x' is float32[4]", "float32[8, 4]", "the training data come in batches"],
+    ),
+    "batched queries": (
+        lambda: ja.score(INDEX, BATCHES), ValueError, ["float32[8, 4]", "queries come in batches"],
+    ),
+    "other field": (
+        lambda: ja.score(INDEX, {"image": X}), ValueError, ["queries have 'image'", "'x'"],
+    ),
+    "other width": (
+        lambda: ja.top_k(INDEX, {"x": X[:, :3]}), ValueError,
+        ["'x' is float32[3] in queries", "float32[4]"],
+    ),
+    "other numbers": (
+        lambda: ja.score(INDEX, {"x": X.astype(np.uint8)}), ValueError,
+        ["uint8", "float32", "Convert"],
+    ),
+    "an array for a dict": (lambda: ja.score(INDEX, X), ValueError, ["queries", "'x'"]),
+    "other batch": (
+        lambda: ja.attributor(INDEX)({"x": X[:, :3]}), ValueError, ["float32[3]", "float32[4]"],
+    ),
+    "foreign features": (
+        lambda: ja.score(INDEX, ja.query_features(build({"x": X[:, :3]}, params={"w": P["w"][:3]}),
+                                                  {"x": X[:, :3]})), ValueError, ["another index"],
+    ),
+    # Parameters
+    "swapped": (
+        lambda: ja.build_index(M, D, P), ValueError, ["checkpoints and train look swapped"],
+    ),
+    "swapped in a plan": (lambda: ja.plan(M, D, P), ValueError, ["look swapped"]),
+    "an nnx module": (
+        lambda: build(D, nnx_loss, MODULE), TypeError,
+        ["nnx.split(model, nnx.Param"],
+    ),
+    "what nnx.split returns": (
+        lambda: build(D, nnx_loss, nnx.split(MODULE)), TypeError, ["GraphDef", "params alone"],
+    ),
+    "all state of nnx": (
+        lambda: build(D, nnx_loss, nnx.state(MODULE)), TypeError,
+        ["running statistics", "nnx.split"],
+    ),
+    "a linen module": (
+        lambda: build(D, linen_loss, LINEN), TypeError,
+        ["model.init", "['params']"],
+    ),
+    "a TrainState": (lambda: build(D, params=STATE), TypeError, ["TrainState", "state.params"]),
+    "a path of parameters": (lambda: build(D, params="run/100"), TypeError, ["run/100", "Orbax"]),
+    "a function in the tree": (
+        lambda: build(D, params={"w": P["w"], "act": nn.relu}), TypeError,
+        ["'act'", "eqx.partition"],
+    ),
+    "batch statistics": (
+        lambda: build(D, linen_loss, VARIABLES), ValueError,
+        ["batch statistics", "ja.by_layer(exclude='batch_stats')"],
+    ),
+    "one level too deep": (
+        lambda: build(D, params={"params": P}), ValueError, ["pass params['params']"],
+    ),
+    "one level too few": (
+        lambda: build(D, lambda p, e, key: loss(p["params"], e, key)), ValueError,
+        ["{'params': params}"],
+    ),
+    "no checkpoints": (lambda: build(D, params=[]), ValueError, ["checkpoints is empty"]),
+    "another checkpoint": (
+        lambda: build(D, params=[P, {"w": P["w"][:3]}]), ValueError,
+        ["Checkpoint 1 differs", "w float32[3, 2] instead of float32[4, 2]"],
+    ),
+    "a checkpoint with more": (
+        lambda: build(D, params=[P, P | {"b": jnp.ones(2)}]), ValueError, ["Checkpoint 1", ": b"],
+    ),
+    "groups by name": (lambda: build(D, groups="layer"), TypeError, ["ja.by_layer", "'layer'"]),
+    "nothing but integers": (
+        lambda: build(D, params={"w": jnp.ones((4, 2), int)}), ValueError, ["whole numbers"],
+    ),
+    # Functions
+    "no key": (
+        lambda: ja.tracin(lambda params, example: 0.0), TypeError,
+        ["(params, example)", "(params, example, key)", "Write: lambda"],
+    ),
+    "four arguments": (
+        lambda: ja.trak(lambda params, x, y, key: 0.0), TypeError,
+        ["(params, x, y, key)", "example['x']"],
+    ),
+    "fields as arguments": (
+        lambda: build(D | {"y": Y}, fields_loss), ValueError,
+        ["fields_loss(params, example['x'], example['y'])"],
+    ),
+    "a function for a method": (
+        lambda: ja.build_index(loss, P, D), TypeError, ["function 'loss'", "ja.tracin(loss)"],
+    ),
+    "a method that was not called": (
+        lambda: ja.describe(ja.ekfac, P, ONE), TypeError, ["ja.ekfac itself", "ja.ekfac(loss)"],
+    ),
+    "a method for a function": (
+        lambda: ja.ekfac(M), TypeError, ["must be a function", "got Method"],
+    ),
+    "a method for opening": (lambda: ja.open_index("p", loss, P), TypeError, ["ja.tracin(loss)"]),
+    "a vector": (
+        lambda: build(D, lambda p, e, key: e["x"] @ p["w"]), ValueError,
+        ["one float scalar", "float32[2]"],
+    ),
+    "an auxiliary value": (
+        lambda: build(D, lambda p, e, key: (loss(p, e, key), e["x"])), ValueError,
+        ["float32[], float32[4]", "[0]"],
+    ),
+    "an integer": (lambda: build(D, lambda p, e, key: 1), ValueError, ["one float scalar", "int"]),
+    "numpy": (lambda: build(D, numpy_loss), ValueError, ["uses NumPy", "jax.numpy"]),
+    "a branch": (lambda: build(D, branching_loss), ValueError, ["branches in Python", "jnp.where"]),
+    "a range": (lambda: build(D | {"y": Y}, counting_loss), ValueError, ["jnp.arange"]),
+    "float()": (lambda: build(D, converting_loss), ValueError, ["float()", "keep it an array"]),
+    "a batch wanted": (lambda: build(D, batch_loss), ValueError, ["wants a batch axis", "x[None]"]),
+    "state of nnx": (
+        lambda: build(D, nnx_loss, PARAMS), ValueError,
+        ["copy=True", "nnx.reseed(model, default=key)", "model.eval()"],
+    ),
+    "state of linen": (
+        lambda: build(D, noisy_linen_loss, VARIABLES, groups=ja.by_layer(exclude="batch_stats")),
+        ValueError, ["use_running_average=True"],
+    ),
+    "dropout without a key": (
+        lambda: build(D, dropout_loss), ValueError, ["rngs={'dropout': key}", "deterministic=True"],
+    ),
+    "a name that is not there": (
+        lambda: build(D, lambda p, e, key: p["v"].sum()), ValueError,
+        ["KeyError: 'v'", "params w float32[4, 2]", "example x float32[4]"],
+    ),
+    # The rest
+    "a path for an index": (lambda: ja.score("run/index", D), TypeError, ["ja.open_index(path"]),
+    "queries first": (lambda: ja.top_k(D, INDEX), TypeError, ["index must be an Index"]),
+    "a list of weights": (
+        lambda: ja.score(INDEX, D, weights=[1.0]), TypeError, ["{group name: weight}", "list"],
+    ),
+    "another group": (lambda: ja.score(INDEX, D, weights={"v": 1}), ValueError, ["Missing: ['w']"]),
+    "k of a float": (lambda: ja.top_k(INDEX, D, k=2.0), TypeError, ["k must be a whole number"]),
+    "k of zero": (lambda: ja.top_k(INDEX, D, k=0), ValueError, ["k must be", "40"]),
+    "outcomes of something else": (
+        lambda: ja.learn_weights(INDEX, D, outcomes=np.ones(3)), TypeError,
+        ["ja.outcomes(train_fn"],
+    ),
+    "another axis": (lambda: build(D, mesh=MESH), ValueError, ["data", "batch"]),
+    "a seed for a key": (lambda: build(D, key=3), ValueError, ["key"]),
+    "no batch": (lambda: build(D, batch_size=0), ValueError, ["batch_size", "at least 1"]),
+    "a source for training": (
+        lambda: ja.trainer(loss, P, BATCHES, optimizer=optax.sgd(1), batch_size=1, epochs=1),
+        TypeError, ["arrays", "np.stack"],
+    ),
+}  # fmt: skip
+
+
+def test_there_are_enough_wrong_calls():
+    assert len(WRONG) >= 60
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_call_is_answered_with_the_right_one(name):
+    call, error, words = WRONG[name]
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert type(caught.value) is error  # and no other error of JAX, which are kinds of these
+    assert all(word in message for word in words), message
+    assert len(message.split("\n")) <= 6 and len(message) < 1500, message
+
+
+def same_index(*trains, output=loss, params=P):
+    built = [build(train, output, params) for train in trains]
+    for other in built[1:]:
+        np.testing.assert_allclose(other.features, built[0].features, rtol=2e-6, atol=1e-6)
+    return built[0].size
+
+
+XY = D | {"y": Y}
+
+
+def pair_loss(params, example, key):
+    x, y = example
+    return jnp.sum((x @ params["w"]) ** 2) * (1 + y.sum())
+
+
+class Pair(collections.namedtuple("Pair", ["x", "y"])):
+    """Fields of a batch."""
+
+
+RIGHT = {
+    "list of dicts": lambda: same_index(D, [{"x": row} for row in X]),
+    "tuple of dicts": lambda: same_index(D, tuple({"x": row} for row in X)),
+    "list of arrays": lambda: same_index(np.asarray([range(8)] * 40), [np.arange(8)] * 40,
+                                         [list(range(8))] * 40, output=embedded),
+    "list of scalars": lambda: same_index(Y, list(Y), list(map(int, Y)), output=embedded),
+    "list of pairs": lambda: same_index((X, Y), list(zip(X, Y, strict=True)), Pair(X, Y),
+                                        output=pair_loss),
+    "fields of one shape": lambda: same_index((X, X), [X, X], output=pair_loss),
+    "source": lambda: same_index(D, Items(40, lambda i: {"x": X[i]})),
+    "source of lists": lambda: same_index(D, Items(40, lambda i: {"x": X[i].tolist()})),
+    "user's mapping": lambda: same_index(D, collections.UserDict(D)),
+    "without strings": lambda: same_index(
+        D, ja.without(D | {"name": np.array(["a"] * 40)}, "name"),
+        ja.without([{"x": row, "name": "a"} for row in X], "name"),
+        ja.without(Items(40, lambda i: {"x": X[i], "name": "a"}), "name"),
+    ),
+    "memory map": lambda: same_index(D, {"x": np.asarray(X).view(np.memmap)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_data_come_in_many_forms(name):
+    assert RIGHT[name]() == 40
+
+
+def test_other_libraries_data():
+    grain = pytest.importorskip("grain")
+    dataset = grain.MapDataset.source([{"x": row} for row in X])
+    assert same_index(D, dataset) == 40
+    with pytest.raises((TypeError, ValueError), match="repeat"):
+        build(dataset.repeat())
+    with pytest.raises(TypeError, match="__getitem__"):
+        build(dataset.to_iter_dataset())
+    with pytest.raises(ValueError, match="training data come in batches"):
+        ja.score(build(dataset.batch(8)), D)
+
+
+def test_queries_may_have_fields_that_the_loss_does_not_read():
+    expected = ja.score(INDEX, D)
+    np.testing.assert_array_equal(ja.score(INDEX, D | {"label": Y}), expected)
+    trained = build(D | {"label": Y})
+    np.testing.assert_array_equal(ja.score(trained, D), expected)
+    np.testing.assert_array_equal(ja.score(INDEX, [{"x": row} for row in X]), expected)
+
+
+def test_queries_may_be_of_another_length_where_the_function_takes_it():
+    table = {"e": jnp.asarray(np.random.default_rng(1).normal(size=(9, 3)))}
+    output = lambda p, e, key: jnp.sum(p["e"][e["ids"]] ** 2)  # noqa: E731
+    train = {"ids": np.arange(12).reshape(4, 3) % 9}
+    index = build(train, output, table)
+    padded = {"ids": np.array([[1, 2], [3, 4]])}
+    expected = ja.score(index, {"ids": np.array([[1, 2], [3, 4]])})
+    by_hand = [
+        [
+            sum(4 * table["e"][a] @ table["e"][a] for a in q for b in n if a == b)
+            for n in train["ids"]
+        ]
+        for q in padded["ids"]
+    ]
+    np.testing.assert_allclose(expected, by_hand, rtol=1e-9)
+
+
+def test_batch_statistics_are_left_out_with_the_line_that_is_shown():
+    index = build(D, linen_loss, VARIABLES, groups=ja.by_layer(exclude="batch_stats"))
+    assert not any(name.startswith("batch_stats") for name in index.layout.names)
+    alone = build(D, linen_params_loss, VARIABLES["params"])
+    np.testing.assert_allclose(ja.score(index, D), ja.score(alone, D), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [ja.tracin, ja.trak, ja.logra, ja.ekfac, lambda f: ja.influence(f, damping=ja.absolute(1.0))],
+)
+def test_integers_among_the_parameters_are_left_out_and_said_to_be(method):
+    params = P | {"step": jnp.asarray(3), "mask": jnp.ones((4, 2), bool)}
+
+    def masked(params, example, key):
+        kept = jnp.where(params["mask"].all() & (params["step"] == 3), 1.0, 0.0)
+        return jnp.sum(jnp.tanh(example["x"] @ params["w"])) * kept
+
+    def plain(params, example, key):
+        return jnp.sum(jnp.tanh(example["x"] @ params["w"]))
+
+    described = str(ja.describe(method(masked), params, ONE))
+    assert "step" in described and "int64 has no gradient" in described
+    found = ja.score(ja.build_index(method(masked), params, D), D)
+    expected = ja.score(ja.build_index(method(plain), P, D), D)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_an_nnx_model_with_dropout_draws_its_noise_from_the_key():
+    def noisy(params, example, key):
+        model = nnx.merge(GRAPH, params, REST, copy=True)
+        nnx.reseed(model, default=key)
+        return jnp.sum(model.dropout(model.dense(example["x"][None])) ** 2)
+
+    same = {"x": np.stack([X[0]] * 20)}
+    index = build(same, noisy, PARAMS)
+    assert len(np.unique(np.asarray(index.self_contributions).sum(axis=1).round(6))) > 1
+
+
+def shared_noise(params, example, key):
+    noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), 1), (4,))
+    return jnp.sum(((example["x"] + noise) @ params["w"]) ** 2)
+
+
+def jitted_noise(params, example, key):
+    return jax.jit(lambda w, x: shared_noise({"w": w}, {"x": x}, None))(params["w"], example["x"])
+
+
+@pytest.mark.parametrize("output", [shared_noise, jitted_noise])
+def test_noise_that_does_not_come_from_the_key_is_warned_of(output):
+    with pytest.warns(UserWarning, match="not from its key: every example gets the same noise"):
+        build(D, output)
+
+
+def test_noise_that_comes_from_the_key_is_not():
+    def own_noise(params, example, key):
+        return jnp.sum(((example["x"] + jax.random.normal(key, (4,))) @ params["w"]) ** 2)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(D, own_noise)
+
+
+WEIGHTS = {"w": jnp.asarray(np.random.default_rng(3).normal(size=(4, 2)))}
+
+
+def cross_entropy(params, example, key):
+    logits = example["x"] @ params["w"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, example["y"])
+
+
+def log_odds(params, example, key):
+    logits = example["x"] @ params["w"]
+    return logits[example["y"]] - logits[1 - example["y"]]
+
+
+def test_a_loss_where_a_margin_belongs_is_warned_of():
+    with pytest.warns(UserWarning, match="'cross_entropy' was given to TRAK as the margin"):
+        ja.build_index(ja.trak(cross_entropy), WEIGHTS, XY)
+
+
+def test_margins_of_a_model_that_is_always_right_are_not():
+    separable = {"x": X * 5, "y": (X @ np.asarray(WEIGHTS["w"])).argmax(axis=1)}
+    margins = jax.vmap(log_odds, (None, 0, None))(WEIGHTS, separable, None)
+    assert (np.asarray(margins) > 0).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ja.build_index(ja.trak(log_odds), WEIGHTS, separable)
+
+
+def test_the_default_of_top_k_is_at_most_the_training_set():
+    small = build({"x": X[:7]})
+    assert (
+        ja.learn_weights(small, D, steps=2).weights
+        == ja.learn_weights(small, D, steps=2, top_k=7).weights
+    )
+    with pytest.raises(ValueError, match="top_k must be between 1 and the 7"):
+        ja.learn_weights(small, D, top_k=20)
+
+
+def test_few_learning_queries_are_warned_of():
+    with pytest.warns(ja.WeightWarning, match="few queries: weights were learned from 9"):
+        ja.learn_weights(INDEX, {"x": X[:9]}, steps=2)
+
+
+def test_a_method_is_shown_in_one_line():
+    for method in (M, ja.trak(margin), ja.ekfac(loss), ja.das(margin)):
+        assert "\n" not in repr(method) and len(repr(method)) < 120
+    assert repr(M) == "Method(TracIn of loss: rademacher(1024), kernel identity)"
+
+
+def test_nothing_is_made_of_a_source_before_its_length_is_known():
+    def never(i):
+        raise AssertionError("an example was read")
+
+    with pytest.raises(ValueError, match="at most 2,147,483,647"):
+        as_data(Items(2**63 - 1, never), "train")
+
+
+def test_the_first_line_says_what_one_example_is(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    build(BATCHES)
+    assert "5 training examples of x float32[8, 4]" in capsys.readouterr().err
+
+
+def test_rows_of_tokens_are_what_ragged_lists_become():
+    rows = language.rows([[1, 2, 3], [0, 3]], 4, vocabulary=5)
+    assert as_source(rows, "train").size == 2
