@@ -9,8 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 import jaxattr as ja
-from experiments import files
-from jaxattr import evaluation
+from jaxattr import evaluation, files
 from jaxattr.evaluation import LDS, Difference
 from jaxattr.evaluation.retraining import TrainFn
 from jaxattr.index.queries import QueryFeatures

@@ -21,6 +21,7 @@ from jaxattr.methods.describing import describe
 from jaxattr.methods.inner_products import grad_cos, tracin
 from jaxattr.methods.method import Method, citation, featurizer
 from jaxattr.methods.trak import d_trak, das, journey_trak, trak
+from jaxattr.reports import report
 from jaxattr.scores.scoring import attributor, contributions, score, self_influence, top_k
 from jaxattr.store import StoreError
 from jaxattr.weights.copies import noised
@@ -72,6 +73,7 @@ __all__ = [
     "projections",
     "query_features",
     "relative",
+    "report",
     "retrain",
     "score",
     "self_influence",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich import console as rich_console
 from rich import progress as rich_progress
+from rich.text import Text
 
 from jaxattr.inputs.data import Accepts, as_arrays, as_data, is_source, stacked
 from jaxattr.sharding import Placement, split_rows
@@ -107,6 +108,8 @@ def track(
 ) -> Iterator[Any]:
     """Passes an iterator through, with a progress bar on a terminal's standard error.
 
+    The bar says how fast it goes and how long the rest will take.
+
     Args:
       blocks: what to iterate over.
       description: what is being done.
@@ -120,9 +123,29 @@ def track(
     if total < 2 or not console.is_terminal:
         yield from blocks
         return
-    yield from rich_progress.track(
-        blocks, description, total=total, completed=done, console=console, transient=True
+    bar = rich_progress.Progress(
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        _Rate(),
+        rich_progress.TimeRemainingColumn(),
+        rich_progress.TextColumn("left"),
+        console=console,
+        transient=True,
     )
+    with bar:
+        yield from bar.track(blocks, total=total, completed=done, description=description)
+
+
+class _Rate(rich_progress.ProgressColumn):
+    """How many are done per second, or how many seconds each takes."""
+
+    def render(self, task: rich_progress.Task) -> Text:
+        """Returns what the column shows."""
+        speed = task.speed or 0
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
 
 
 class _Reader:

@@ -7,7 +7,7 @@ import jaxattr
 
 ROOT = pathlib.Path(jaxattr.__file__).parent
 ROOMS = (
-    ("typing", "scales", "counts"),
+    ("typing", "scales", "counts", "files", "markup"),
     ("keys",),
     ("groups",),
     ("inputs",),
@@ -26,6 +26,9 @@ ROOMS = (
     ("weights",),
     ("evaluation",),
     ("language",),
+    ("reports",),
+    ("command",),
+    ("__main__",),
 )
 PLACE = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}
 

@@ -14,10 +14,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import command_line, files
+from experiments import command_line
 from experiments.attributes import figures, study
 from experiments.attributes.study import ATTRIBUTES, TOP, Result, Retrieval, Subject
-from jaxattr import evaluation
+from jaxattr import evaluation, files
 from jaxattr.weights.report import WeightWarning
 
 Rows = dict[str, dict[str, Retrieval]]

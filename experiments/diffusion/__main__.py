@@ -20,11 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 import jaxattr as ja
-from experiments import command_line, files, pictures
+from experiments import command_line, pictures
 from experiments.diffusion import data, embeddings, figures, study
 from experiments.diffusion.data import Data
 from experiments.diffusion.study import KINDS, Config, Removal, Subject
 from experiments.ground_truth import Comparison
+from jaxattr import files
 from jaxattr.evaluation import LDS
 from jaxattr.weights.report import WeightWarning
 

@@ -21,12 +21,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import command_line, files, ground_truth
+from experiments import command_line, ground_truth
 from experiments.language import corpus, costs, figures, pretrained, rendering, study, text
 from experiments.language.study import Config, Result, Retrieval, Subject
 from experiments.language.text import Tokenizer
 from experiments.language.training import Recipe, perplexity
-from jaxattr import evaluation
+from jaxattr import evaluation, files
 from jaxattr.fitting.eigenbases import TruncationWarning
 from jaxattr.weights.report import WeightWarning
 

@@ -20,9 +20,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import files
 from experiments.weights import cells, figures, subjects, variants
 from experiments.weights.cells import MODELS, Cell, Subject
+from jaxattr import files
 from jaxattr.weights.report import WeightWarning
 
 TUNED_ON = "mlp"

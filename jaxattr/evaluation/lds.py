@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxattr import markup
 from jaxattr.counts import whole_number
 
 # Resamples of fewer subsets are so few and so alike that their quantiles say nothing.
@@ -39,6 +40,15 @@ class LDS:
         interval = "(no interval)" if np.isnan(self.low) else known
         text = f"{100 * self.mean:.1f} % {interval}"
         return text + (f" ({self.skipped} queries skipped)" if self.skipped else "")
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the mean with its interval, and how it spreads over queries."""
+        known = self.per_query[np.isfinite(self.per_query)]
+        points = np.quantile(known, (0, 0.25, 0.5, 0.75, 1)) if len(known) else np.array([])
+        headings = ("lowest query", "lower quarter", "median", "upper quarter", "highest")
+        spread = markup.table(headings[: len(points)], [[f"{100 * x:.1f} %" for x in points]])
+        length = markup.bar(abs(self.mean), markup.ORANGE if self.mean < 0 else markup.BLUE)
+        return f"<div><p>LDS {markup.escaped(self)} {length}</p>{spread}</div>"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

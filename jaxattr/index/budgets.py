@@ -90,11 +90,12 @@ class BuildPlan:
                 f"features, over {self.shards} devices",
                 f"  {self.blocks:,} blocks of {self.block} examples, {self.microbatch} at once per "
                 "device",
-                f"  index       {_size(self.index_bytes)} {where}",
-                f"  per device  {_size(self.device_bytes)}: parameters {_size(self.params_bytes)}, "
-                f"feature step {_size(self.step_bytes)}, "
-                f"statistics {_size(self.statistics_bytes)}"
-                + ("" if self.on_disk else f", index {_size(self.index_bytes)}"),
+                f"  index       {size_in_words(self.index_bytes)} {where}",
+                f"  per device  {size_in_words(self.device_bytes)}: "
+                f"parameters {size_in_words(self.params_bytes)}, "
+                f"feature step {size_in_words(self.step_bytes)}, "
+                f"statistics {size_in_words(self.statistics_bytes)}"
+                + ("" if self.on_disk else f", index {size_in_words(self.index_bytes)}"),
                 f"  arithmetic  {self.flops:.2g} floating-point operations",
             ]
         )
@@ -263,8 +264,8 @@ class BuildRequest:
         spare = memory - smallest[1].device_bytes
         if spare < 0:
             raise ValueError(
-                f"The index does not fit {_size(memory)} per device, even one example at a time. "
-                f"Needed:\n{smallest[1]}\nMake room with path= (the index on disk), "
+                f"The index does not fit {size_in_words(memory)} per device, even one example at a "
+                f"time. Needed:\n{smallest[1]}\nMake room with path= (the index on disk), "
                 "dtype=jnp.bfloat16, a projection with a smaller dim or rank, fewer checkpoints, "
                 "or a mesh over more devices."
             )
@@ -333,9 +334,9 @@ def check_device(planned_bytes: int, place: Placement, what: str) -> None:
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is not None and planned_bytes > limit:
         raise ValueError(
-            f"{what} needs {_size(planned_bytes)} per device, and {device.device_kind} has "
-            f"{_size(limit)}. Give a path= to keep the index on disk, dtype=jnp.bfloat16, a "
-            "projection with a smaller dim or rank, or a mesh over more devices."
+            f"{what} needs {size_in_words(planned_bytes)} per device, and {device.device_kind} has "
+            f"{size_in_words(limit)}. Give a path= to keep the index on disk, dtype=jnp.bfloat16, "
+            "a projection with a smaller dim or rank, or a mesh over more devices."
         )
 
 
@@ -397,7 +398,8 @@ def _local_bytes(tree: Any) -> int:
     return total
 
 
-def _size(count: float) -> str:
+def size_in_words(count: float) -> str:
+    """Returns a number of bytes as people read it."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.3g} {unit}"

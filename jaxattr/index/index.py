@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxattr import markup
 from jaxattr.features.bases import Fitted
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.features.plans import FeatureLayout
@@ -111,6 +112,11 @@ class Index:
         return np.asarray(0 if largest == NO_SIZE else largest, np.int32)
 
     @property
+    def precision(self) -> str:
+        """The dtype of the stored features, by name."""
+        return np.dtype(self.rows.layout.dtypes[FEATURES]).name
+
+    @property
     def place(self) -> Placement:
         """The devices that it is spread over."""
         return self.rows.place
@@ -151,6 +157,23 @@ class Index:
             + (f", on disk at {self.path}" if self.path is not None else "")
             + ")"
         )
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what it is made of."""
+        unnamed = "opened without its method"
+        rows = [
+            ("method", unnamed if self.method is None else self.method.name),
+            ("kernel", unnamed if self.method is None else self.method.kernel.name),
+            ("training examples", f"{self.size:,}"),
+            ("not finite, left out", f"{len(self.non_finite):,}"),
+            ("groups", f"{len(self.layout.names):,}"),
+            ("features", f"{self.layout.total:,}"),
+            ("checkpoints", self.rows.layout.checkpoints),
+            ("stored as", self.precision),
+            ("devices", self.place.shards),
+            ("where", "in memory" if self.path is None else self.path),
+        ]
+        return markup.table((), rows, "Index")
 
 
 def check_index(index: Any) -> Index:

@@ -66,7 +66,7 @@ def open_index(
         raise StoreError(f"There is no index at {folder.path}: it has no {MANIFEST}.")
     complete = read_closed(folder)
     with reading(folder, MANIFEST):
-        layout = _row_layout(described)
+        layout = row_layout(described)
         columns = provenance.layout_from(described["layout"])
         link = described["method"]["link"]
     if complete is None or complete.examples != layout.size:
@@ -133,7 +133,16 @@ def in_device_memory(rows: Rows) -> MemoryRows:
     return copy
 
 
-def _row_layout(described: dict[str, Any]) -> RowLayout:
+def row_layout(described: dict[str, Any]) -> RowLayout:
+    """Reads the shapes of an index's rows.
+
+    Args:
+      described: what the index was made from.
+
+    Raises:
+      ValueError: if they are none that there can be.
+      KeyError: if something is missing.
+    """
     rows = described["rows"]
     found = RowLayout(
         described["data"]["examples"],

@@ -5,6 +5,8 @@ but sums over columns, where those are spread, and the candidates of each device
 """
 
 import functools
+import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ import numpy as np
 
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.scales import exponent_of, scaled, wide, widest
+from jaxattr.scores import tables
 from jaxattr.sharding import DATA, MODEL, Placement
 from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES, axes_of, pad_columns
 from jaxattr.typing import Features, Link
@@ -35,6 +38,55 @@ class TopK(NamedTuple):
 
     ids: jax.Array
     scores: jax.Array
+
+    def to_pandas(self, ids: Sequence[Any] | None = None) -> Any:
+        """Makes a long table: a row for each query and rank.
+
+        Args:
+          ids: your own names of the training examples, n of any type, in the order of the training
+            data. Default: their positions.
+
+        Returns:
+          A `pandas.DataFrame` with columns `query` (position), `rank` (from 1), `id` and `score`;
+          with `ids`, also `position`. Places without an example, as those of queries that are not
+          finite, have no row.
+
+        Raises:
+          ImportError: if pandas is not installed (`pip install 'jaxattr[tables]'`).
+          ValueError: if ids are too few.
+        """
+        return tables.to_pandas(tables.columns(self.ids, self.scores, ids))
+
+    def to_csv(self, path: str | os.PathLike[str], ids: Sequence[Any] | None = None) -> None:
+        """Writes the table of `to_pandas` as comma-separated values; needs no other package.
+
+        Args:
+          path: of the file; one that is there is replaced when the new one is whole.
+          ids: as in `to_pandas`.
+
+        Raises:
+          ValueError: if ids are too few, or the path is that of a folder.
+        """
+        tables.to_csv(tables.columns(self.ids, self.scores, ids), path)
+
+    def to_parquet(self, path: str | os.PathLike[str], ids: Sequence[Any] | None = None) -> None:
+        """Writes the table of `to_pandas` as a Parquet file.
+
+        Args:
+          path: of the file; one that is there is replaced when the new one is whole.
+          ids: as in `to_pandas`, of one type.
+
+        Raises:
+          ImportError: if pyarrow is not installed (`pip install 'jaxattr[tables]'`).
+          ValueError: if ids are too few or of several types, or the path is that of a folder.
+        """
+        tables.to_parquet(tables.columns(self.ids, self.scores, ids), path)
+
+    def _repr_html_(self) -> str | None:
+        """A table for notebooks; none inside jit, where there are no numbers yet."""
+        if any(isinstance(x, jax.core.Tracer) or np.ndim(x) != 2 for x in self):
+            return None
+        return tables.to_html(np.asarray(self.ids), np.asarray(self.scores))
 
 
 class TrainSide(NamedTuple):

@@ -1,16 +1,18 @@
 """Indexes on disk or in a bucket: the only package that touches either.
 
-arrays    TensorStore zarr3, one chunk per block of examples and host
+disk_rows TensorStore zarr3, one chunk per block of examples and host
+arrays    scores and copies of features, in folders of their own
 folder    manifests and ledgers, each written whole or not at all
 lease     one writer at a time
 seals     what each file of a finished index must be
 state     what was fitted, through Orbax
 """
 
+from jaxattr.store.arrays import copy_array as copy_array
+from jaxattr.store.arrays import finish_scores as finish_scores
+from jaxattr.store.arrays import score_array as score_array
+from jaxattr.store.arrays import write_scores as write_scores
 from jaxattr.store.disk_rows import DiskRows as DiskRows
-from jaxattr.store.disk_rows import finish_scores as finish_scores
-from jaxattr.store.disk_rows import score_array as score_array
-from jaxattr.store.disk_rows import write_scores as write_scores
 from jaxattr.store.folder import Folder as Folder
 from jaxattr.store.folder import StoreError as StoreError
 from jaxattr.store.folder import malformed as malformed

@@ -25,12 +25,12 @@ from jaxattr.store.rows import (
 )
 from jaxattr.store.seals import Seals, chunk_seal, seal_of
 
-# Is there while scores are written.
-_UNFINISHED = "unfinished.json"
 # Rows that are read at once where a column of all is wanted.
 _COLUMN_ROWS = 8192
 # Slabs that are being read while one is worked on.
 _AHEAD = 2
+# Chunks that are being read while all are checked.
+_CHECKED_AT_ONCE = 16
 
 
 class DiskRows:
@@ -198,6 +198,35 @@ class DiskRows:
                 "a number of hosts that divides the old one's blocks, or build anew."
             )
 
+    def damage(self) -> Iterator[str | None]:
+        """Reads every chunk of a finished index; compares it with its checksum and with its seal.
+
+        Yields:
+          For each chunk what is wrong with it, which begins with its name; or None.
+        """
+        for name, (size, keys) in self.chunks().items():
+            array = self._array(name, 0)
+            for start in range(0, len(keys), _CHECKED_AT_ONCE):
+                reading = [
+                    (key, _chunk(array, key).read(), chunk_seal(self.folder, name, key, size))
+                    for key in keys[start : start + _CHECKED_AT_ONCE]
+                ]
+                for key, contents, seal in reading:
+                    yield self._damage_of(name, key, contents, seal)
+
+    def _damage_of(self, name: str, key: str, contents: Any, seal: Any) -> str | None:
+        assert self._seals is not None
+        try:
+            contents.result()
+            found = seal_of(self.folder, f"{name}/{key}", seal)
+        except ValueError:
+            return f"{name}/{key} cannot be read: it is cut off, or not what its checksum says"
+        except StoreError:
+            return f"{name}/{key} is gone, or not as long as it must be"
+        if found != self._seals.arrays.get(name, {}).get(key):
+            return f"{name}/{key} is not the one that was written there, but another"
+        return None
+
     def _key(self, name: str, checkpoint: int) -> str:
         return f"{name}-{checkpoint}" if name == RAW else name
 
@@ -350,76 +379,6 @@ class DiskRows:
         )
 
 
-def score_array(
-    folder: Folder, queries: int, size: int, block: int, dtype: Any, create: bool
-) -> Any:
-    """Makes an array [q, n] for scores, or opens it.
-
-    Args:
-      folder: where; must be empty, or hold scores that were not finished, which are deleted.
-      queries: q.
-      size: n.
-      block: columns per chunk.
-      dtype: of the scores.
-      create: whether to make it.
-
-    Returns:
-      A TensorStore, NaN where nothing was written.
-
-    Raises:
-      StoreError: if something is there already, or it cannot be written.
-    """
-    if create:
-        if folder.names() and folder.read(_UNFINISHED) is None:
-            raise StoreError(f"{folder.path} is not empty: give a new path for the scores.")
-        folder.delete_under("")  # what a killed run left
-        folder.write(_UNFINISHED, {"queries": queries, "examples": size})
-    metadata = {
-        "shape": [queries, size],
-        "data_type": np.dtype(dtype).name,
-        "fill_value": math.nan,
-        "chunk_grid": {
-            "name": "regular",
-            "configuration": {"chunk_shape": [queries, min(block, size)]},
-        },
-    }
-    spec = {"driver": "zarr3", "kvstore": folder.spec("")}
-    try:
-        return ts.open(spec | {"metadata": metadata}, create=create, open=not create).result()
-    except ValueError as error:
-        raise cannot_write(folder.path, error) from None
-
-
-def write_scores(folder: Folder, array: Any, start: int, part: np.ndarray) -> None:
-    """Writes columns of what `score_array` made.
-
-    Args:
-      folder: where it is.
-      array: the array.
-      start: the first column.
-      part: scores [q, columns].
-
-    Raises:
-      StoreError: if they cannot be written.
-    """
-    try:
-        array[:, start : start + part.shape[1]].write(part).result()
-    except ValueError as error:
-        raise StoreError(
-            f"Cannot write scores to {folder.path}: {first_line(error)}. They are not whole: "
-            "see that there is space left, and score again."
-        ) from None
-
-
-def finish_scores(folder: Folder) -> None:
-    """Says that all that `score_array` made room for is written.
-
-    Args:
-      folder: where it is.
-    """
-    folder.delete(_UNFINISHED)
-
-
 def _chunk_bytes(array: Any) -> int:
     """Bytes of a chunk, all of which are whole, with their checksum."""
     return math.prod(array.chunk_layout.read_chunk.shape) * array.dtype.numpy_dtype.itemsize + 4
@@ -430,6 +389,14 @@ def _chunk_keys(array: Any, start: int, stop: int, columns: Iterable[int]) -> li
     rows = array.chunk_layout.read_chunk.shape[0]
     numbers = range(start // rows, -(-stop // rows))
     return [f"c/{number}/{column}/0" for number in numbers for column in columns]
+
+
+def _chunk(array: Any, key: str) -> Any:
+    """The part of an array that a chunk holds."""
+    _, number, column, _ = key.split("/")
+    rows = array.chunk_layout.read_chunk.shape[0]
+    start = int(number) * rows
+    return array[start : min(start + rows, array.shape[0]), int(column)]
 
 
 def _local_rows(value: jax.Array, start: int, stop: int) -> np.ndarray:

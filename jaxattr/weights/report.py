@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxattr import markup
+
 
 class WeightWarning(UserWarning):
     """The learned weights look as if they should not be trusted."""
@@ -132,6 +134,26 @@ class WeightFit:
             *(f"warning: {warning}" for warning in self.warnings),
         ]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the gain, the weights and shares as bars, and the warnings."""
+        largest = max(self.weights.values()) or 1.0
+        rows = [
+            (
+                name,
+                markup.bar(self.weights[name] / largest),
+                f"{self.weights[name]:.3f}",
+                markup.bar(self.shares[name], markup.ORANGE),
+                f"{self.shares[name]:.1%}",
+            )
+            for name in sorted(self.shares, key=lambda name: -self.shares[name])
+        ]
+        gain = markup.escaped(UNKNOWN_GAIN if self.gain is None else self.gain)
+        headings = ("group", "weight", "", "share of the scores", "")
+        return (
+            f"<div><p>{gain}</p>{markup.listed(self.warnings)}"
+            f'<div style="max-height:24em;overflow:auto">{markup.table(headings, rows)}</div></div>'
+        )
 
 
 class ContributionStatistics(NamedTuple):

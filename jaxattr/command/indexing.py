@@ -1,0 +1,68 @@
+"""Commands that make an index, or say what making it will be like."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+import jaxattr as ja
+from jaxattr.command import options, printing
+from jaxattr.command.tasks import Task
+from jaxattr.index.summary import summarize
+from jaxattr.sources import as_checkpoints, as_source
+
+# What of a task goes to `build_index` and `plan` as it is, where it is named.
+_BUILDING = ("key", "mesh", "batch_size", "dtype")
+
+_memory = click.option(
+    "--memory", type=options.Bytes(), metavar="BYTES",
+    help="Per device, such as 8GiB: finds the largest microbatch that fits. Default: a microbatch "
+    "of 256 MiB.",
+)  # fmt: skip
+
+
+@click.command()
+@options.of_task
+def describe(task: Path, distributed: bool, as_json: bool) -> None:
+    """Say which group every parameter is in, and what becomes of it."""
+    loaded = options.opened_task(task, distributed)
+    params = as_checkpoints(loaded.get("checkpoints"))[0]
+    example = as_source(loaded.get("train"), "train").example
+    found = ja.describe(loaded.get("method"), params, example, groups=loaded.groups)
+    printing.result(found, found, as_json)
+
+
+@click.command()
+@options.of_task
+@_memory
+def plan(task: Path, distributed: bool, as_json: bool, memory: int | None) -> None:
+    """Say what building will take: memory, disk, arithmetic. Computes nothing."""
+    loaded = options.opened_task(task, distributed)
+    found = ja.plan(*_arguments(loaded), **_named(loaded), memory=memory, on_disk=True)
+    document = printing.plain(found) | {"device_bytes": found.device_bytes}
+    printing.result(document, found, as_json)
+
+
+@click.command()
+@options.of_task
+@options.at_path
+@_memory
+@click.option("--extend", is_flag=True, help="Add the examples that `train` has grown by.")
+def build(
+    task: Path, distributed: bool, as_json: bool, path: str, memory: int | None, extend: bool
+) -> None:
+    """Build the index. Run the same again to go on where it was killed."""
+    loaded, began = options.opened_task(task, distributed), time.monotonic()
+    ja.build_index(*_arguments(loaded), **_named(loaded), memory=memory, path=path, extend=extend)
+    printing.note(f"built in {time.monotonic() - began:.1f} s")
+    found = summarize(path)
+    printing.result(found, found, as_json)
+
+
+def _arguments(task: Task) -> tuple[Any, Any, Any]:
+    return task.get("method"), task.get("checkpoints"), task.get("train")
+
+
+def _named(task: Task) -> dict[str, Any]:
+    return {"groups": task.groups} | task.options(*_BUILDING)

@@ -1,0 +1,26 @@
+"""The command that makes a first task file."""
+
+import importlib.resources
+from pathlib import Path
+
+import click
+
+from jaxattr.command import options, printing
+from jaxattr.command.tasks import TaskError
+
+
+@click.command()
+@click.argument("name", type=click.Path(path_type=Path))
+@options.shared
+def new(name: Path, as_json: bool) -> None:
+    """Write a task file NAME.py that runs: real digits, a small network, all commands."""
+    path = name if name.suffix == ".py" else name.with_name(f"{name.name}.py")
+    template = importlib.resources.files("jaxattr.command").joinpath("template.txt").read_text()
+    text = template.replace("NAME", path.stem)
+    try:
+        with path.open("x") as file:
+            file.write(text)
+    except FileExistsError:
+        raise TaskError(f"{path} is there already, and stays: give another name.") from None
+    then = f"{path} is written. Next:\n  jaxattr build {path} --path runs/{path.stem}"
+    printing.result({"task": path}, then, as_json)

@@ -1,0 +1,45 @@
+"""Files that are written whole or not at all."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a path to write to, which takes its place when it is done.
+
+    Args:
+      path: of the file; its folder is made.
+
+    Yields:
+      A path beside it, with the same ending.
+
+    Raises:
+      ValueError: if the path is that of a folder.
+    """
+    refuse_folder(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def refuse_folder(path: pathlib.Path) -> None:
+    """Raises if a file cannot have this path because a folder has it.
+
+    Args:
+      path: of the file.
+
+    Raises:
+      ValueError: then.
+    """
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder, and the path of a file is needed: give its name too, such as "
+            f"{path / 'report.html'}."
+        )

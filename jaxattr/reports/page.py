@@ -1,0 +1,208 @@
+"""The page: one file that needs nothing else, reads without scripts, and prints."""
+
+import base64
+import hashlib
+import importlib.resources
+from collections.abc import Sequence
+
+from jaxattr.markup import escaped, isolated, number
+from jaxattr.reports.cards import Cards, Query
+from jaxattr.reports.facts import Facts, Group
+
+
+def page(title: str, facts: Facts, queries: Sequence[Query], cards: Cards) -> str:
+    """Makes the page.
+
+    Args:
+      title: of the page.
+      facts: what stands around the queries.
+      queries: in their order.
+      cards: that show them.
+
+    Returns:
+      HTML. Text of users is escaped; a policy in the page forbids every script but its own, and
+      every request.
+    """
+    style, script = _file("page.css"), _file("page.js")
+    seal = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
+        f"form-action 'none'; script-src 'sha256-{seal}'"
+    )
+    shown = "".join(cards.query(query) for query in queries)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<link rel="icon" href="data:,"><title>{escaped(title)}</title>'
+        f"<style>{style}</style></head><body>{cards.store()}"
+        '<a class="skip" href="#queries">Skip to the queries</a>'
+        f"{_header(title, facts)}<main>{_warnings(facts)}{_weights(facts)}"
+        f'<section id="queries" aria-label="Queries">{_toolbar(queries)}'
+        f'<div id="cards">{shown}</div><p id="empty" hidden>No query matches the filter.</p>'
+        f"</section></main>{_footer(facts, cards)}{_help()}"
+        f"<script>{script}</script></body></html>\n"
+    )
+
+
+def _file(name: str) -> str:
+    return importlib.resources.files("jaxattr.reports").joinpath(name).read_text("utf-8")
+
+
+def _header(title: str, facts: Facts) -> str:
+    tiles = "".join(
+        f"<div><dt>{escaped(what)}</dt><dd>{escaped(value)}</dd><dd>{escaped(more)}</dd></div>"
+        for what, value, more in facts.tiles
+    )
+    return (
+        '<header class="top"><div class="brand"><span class="mark" aria-hidden="true"></span>'
+        f'<span>jaxattr</span><span class="what">{isolated(facts.method)}, '
+        f"{escaped(facts.weighting)}</span>"
+        '<button type="button" id="theme" hidden>Dark or light</button></div>'
+        f'<h1>{isolated(title)}</h1><p class="lede">{_sign(facts)}</p>'
+        f'<dl class="tiles">{tiles}</dl></header>'
+    )
+
+
+def _sign(facts: Facts) -> str:
+    if facts.link == "square":
+        return (
+            'The training examples with the <b class="pro">largest scores</b> for each query. '
+            "Scores of this method are squares: they say how much an example matters, and not "
+            "which way. They compare within a query, not between queries."
+        )
+    return (
+        'Training on a <b class="pro">proponent</b> made the model do more of what it did on the '
+        'query; training on an <b class="opp">opponent</b>, less. Scores compare within a query, '
+        "not between queries."
+    )
+
+
+def _warnings(facts: Facts) -> str:
+    items = "".join(f"<li>{escaped(text)}</li>" for text in facts.warnings)
+    if not items:
+        return ""
+    return (
+        '<section class="warnings" aria-label="Warnings"><h2>Look at this first</h2>'
+        f"<ul>{items}</ul></section>"
+    )
+
+
+def _weights(facts: Facts) -> str:
+    known = facts.groups[0].share is not None
+    largest = max(group.weight for group in facts.groups) or 1.0
+    widest = max(max(group.share or 0, group.start_share or 0) for group in facts.groups) or 1.0
+    rows = "".join(_group(group, largest, widest, known) for group in facts.groups)
+    headings = ["group", "weight", *(["share of the scores"] if known else []), "parameters"]
+    head = "".join(
+        f'<th scope="col" data-by="{place}">{name}</th>' for place, name in enumerate(headings)
+    )
+    gain = "" if facts.gain is None else f"<p>{escaped(facts.gain)}.</p>"
+    tick = "The tick in a weight's bar is a weight of one." + (
+        " The tick in a share's bar is where learning started." if known else ""
+    )
+    opened = " open" if facts.weighting != "uniform weights" else ""
+    return (
+        f'<details class="panel" id="weights"{opened}><summary><h2>Weights of '
+        f"{len(facts.groups)} parameter groups</h2></summary>{gain}"
+        f'<p class="hint">{tick}</p><div class="scroll" tabindex="0" role="region" '
+        f'aria-label="Weights"><table class="weights"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>{_excluded(facts)}</details>"
+    )
+
+
+def _group(group: Group, largest: float, widest: float, known: bool) -> str:
+    weight = _bar(group.weight / largest, 1 / largest, "w", number(group.weight))
+    cells = f'<td data-v="{group.weight:.6g}">{weight}</td>'
+    if known:
+        share, start = group.share or 0.0, group.start_share or 0.0
+        made = _bar(share / widest, start / widest, "s", f"{100 * share:.1f} %")
+        cells += f'<td data-v="{share:.6g}">{made}</td>'
+    return (
+        f'<tr><th scope="row">{isolated(group.name)}</th>{cells}'
+        f'<td class="num" data-v="{group.parameters}">{group.parameters:,}</td></tr>'
+    )
+
+
+def _bar(share: float, tick: float, kind: str, text: str) -> str:
+    mark = f'<b style="left:{100 * tick:.1f}%"></b>' if tick <= 1 else ""
+    return (
+        f'<span class="value">{text}</span><span class="track {kind}">'
+        f'<i style="width:{100 * min(share, 1.0):.1f}%"></i>{mark}</span>'
+    )
+
+
+def _excluded(facts: Facts) -> str:
+    if facts.excluded is None:
+        return '<p class="hint">Which parameters are in no group is not known here.</p>'
+    if not facts.excluded:
+        return '<p class="hint">Every parameter is in a group.</p>'
+    items = "".join(f"<li>{isolated(leaf)}: {escaped(why)}</li>" for leaf, why in facts.excluded)
+    return (
+        f"<details><summary>{len(facts.excluded)} parameter arrays are in no group</summary>"
+        f"<ul>{items}</ul></details>"
+    )
+
+
+def _toolbar(queries: Sequence[Query]) -> str:
+    labels = {query.item.label for query in queries if query.item is not None}
+    known = sorted((label for label in labels if label is not None), key=_in_order)
+    select = ""
+    if len(known) > 1:
+        options = "".join(f'<option value="{escaped(x)}">{escaped(x)}</option>' for x in known)
+        select = (
+            '<label>Label <select id="label"><option value="">all</option>'
+            f"{options}</select></label>"
+        )
+    by_label = '<option value="label">label</option>' if len(known) > 1 else ""
+    by_low = (
+        '<option value="low">strongest opponent</option>'
+        if any(query.opponents is not None for query in queries)
+        else ""
+    )
+    return (
+        '<form class="bar-of-tools" id="tools" role="search" hidden>'
+        '<label class="wide">Filter <input type="search" id="filter" autocomplete="off" '
+        'placeholder="number, label, prediction or text of a query"></label>'
+        f'{select}<label>Sort <select id="sort"><option value="at">order given</option>'
+        f'<option value="top">strongest proponent</option>{by_low}{by_label}</select></label>'
+        '<output id="count" aria-live="polite"></output>'
+        '<button type="button" id="keys" title="Keys" aria-haspopup="dialog">?</button></form>'
+    )
+
+
+def _in_order(label: str) -> tuple[bool, float, str]:
+    """Numbers by their size, before words."""
+    whole = label.lstrip("-").isdecimal()
+    return (not whole, int(label) if whole else 0, label)
+
+
+def _footer(facts: Facts, cards: Cards) -> str:
+    rows = "".join(
+        f"<dt>{escaped(what)}</dt><dd>{isolated(value)}</dd>" for what, value in facts.provenance
+    )
+    note = f'<p class="hint">{cards.encode.note}</p>' if cards.encode.note else ""
+    cite = (
+        f"<details><summary>Cite the method</summary><pre>{escaped(facts.citation)}</pre></details>"
+        if facts.citation
+        else ""
+    )
+    return (
+        f'<footer><h2>Where this comes from</h2><dl class="facts">{rows}</dl>{note}{cite}</footer>'
+    )
+
+
+def _help() -> str:
+    keys = (
+        ("j or →", "next query"),
+        ("k or ←", "previous query"),
+        ("/", "filter"),
+        ("Esc", "leave the filter, close this"),
+        ("t", "dark or light"),
+        ("?", "these keys"),
+    )
+    rows = "".join(f"<dt><kbd>{key}</kbd></dt><dd>{what}</dd>" for key, what in keys)
+    return (
+        '<dialog id="help" aria-labelledby="help-title"><h2 id="help-title">Keys</h2>'
+        f'<dl>{rows}</dl><form method="dialog"><button>Close</button></form></dialog>'
+    )

@@ -1,0 +1,212 @@
+"""What the user calls: finds, reads and writes."""
+
+import functools
+import importlib.metadata
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxattr.counts import whole_number
+from jaxattr.files import refuse_folder, written_whole
+from jaxattr.index.index import Index
+from jaxattr.index.queries import QueryFeatures, query_features
+from jaxattr.reports import facts, tokens
+from jaxattr.reports.cards import Cards, Contributions, Query
+from jaxattr.reports.examples import Item, Showing, Tokens, pictures_of, read
+from jaxattr.reports.page import page
+from jaxattr.reports.pictures import encoder
+from jaxattr.reports.tokens import Pair
+from jaxattr.scores.scoring import top_k, weight_array
+from jaxattr.sources import Source, as_source
+from jaxattr.store import on_first_process
+from jaxattr.typing import Example, Weights
+
+TITLE = "Which training examples made the model do this?"
+
+
+def report(
+    index: Index,
+    queries: Any,
+    *,
+    weights: Weights | None = None,
+    k: int = 8,
+    render: Callable[[Example], Any] | None = None,
+    labels: Sequence[str] | Callable[[Example], Any] | None = None,
+    predictions: Sequence[Any] | None = None,
+    decode: Callable[[int], str] | None = None,
+    train: Any = None,
+    title: str | None = None,
+    path: str | os.PathLike[str] = "report.html",
+) -> pathlib.Path:
+    """Writes a page to look at: queries beside the training examples that did it.
+
+    One file that needs nothing else and no network: each query with its strongest proponents
+    (positive scores) and opponents (negative), the weights of the groups, the gain, warnings, and
+    what the scores come from. It can be sorted, filtered, printed and sent.
+
+    What is shown of an example, without `render`, is guessed in this order:
+
+    - `inputs`, `targets` and `mask`, each [t]: tokens (`decode` gives their texts). Each is
+      coloured by what it contributes to the score: those of the query, unless scores are squares;
+      those of the training example where the method's kernel is the identity. Where the
+      contributions do not add up to the score (a loss that is no sum over targets), none is.
+    - A picture: the first of the fields `image`, `images`, `img`, `pixels`, `picture`, `x` and
+      `inputs`, the first part of a tuple, or the whole example, that is [h, w] or [h, w, 1|3|4],
+      with sides of at least 4 pixels that differ by less than 8 times. Flat vectors are never
+      guessed to be pictures: `render=lambda example: example["x"].reshape(28, 28)`.
+    - A table of the fields.
+
+    Pictures of uint8 are shown as they are. Others are taken to be between 0 and 1 if all are,
+    between -1 and 1 if all are, or else between the smallest and the largest value of the page.
+
+    Args:
+      index: the index.
+      queries: as in `ja.score`; of `QueryFeatures` the scores are shown, and not the queries.
+      weights: {group name: weight}, or what `ja.learn_weights` returned, whose gain, shares and
+        warnings are shown too. Default: one each.
+      k: proponents, and as many opponents, per query; fewer where fewer have the sign.
+      render: what to show of ONE example, NumPy arrays without a batch axis: an array [h, w] or
+        [h, w, 1|3|4] is a picture, a str a text, a dict a table.
+      labels: names of classes, for the first of the fields `y`, `label`, `labels` that is one
+        integer; or a function from an example to its label. Default: that integer.
+      predictions: what the model said, one per query.
+      decode: token id -> its text. Default: its number.
+      train: the training data, if the index does not know them: as in `ja.build_index`.
+      title: of the page.
+      path: of the file; one that is there is replaced when the new one is whole.
+
+    Returns:
+      Where the page is.
+
+    Raises:
+      ValueError: if training examples are not at hand or of another number, weights or k are wrong,
+        `render` returns what cannot be shown, predictions are not one per query, or the path is
+        that of a folder.
+
+    Cost: the queries' features, two passes over the index, and the examples that are shown, which
+      are all that is read of the training data; for tokens also a forward and backward pass per
+      token of every query and, with the identity as kernel, of every example shown. Pictures take 4
+      MB at most for 100 queries by 16: with less colour or smaller, where they are larger.
+
+    Example:
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> import jaxattr as ja
+      >>> def loss(params, example, key):
+      ...     return (params["w"] @ example["x"] - example["y"]) ** 2
+      >>> train = {"x": jnp.arange(12.0).reshape(6, 2), "y": jnp.arange(6) % 2}
+      >>> index = ja.build_index(ja.tracin(loss), {"w": jnp.ones(2)}, train)
+      >>> folder = pathlib.Path(tempfile.mkdtemp())
+      >>> ja.report(index, train, labels=["even", "odd"], k=2, path=folder / "page.html").name
+      'page.html'
+    """
+    path = pathlib.Path(path)
+    refuse_folder(path)
+    k = min(whole_number("k", k), index.size)
+    weight_array(index.layout, weights)
+    source = None if isinstance(queries, QueryFeatures) else as_source(queries, "queries")
+    data, said = _train(index, train), _texts(predictions)
+    showing = Showing(render, labels)
+    if source is not None:
+        _refuse_number(said, source.size)
+    prepared = query_features(index, queries)
+    q = len(prepared.features)
+    _refuse_number(said, q)
+    ranked = _ranked(index, prepared, weights, k)
+    own = {} if source is None else read(source, range(q), showing, "queries")
+    ids = sorted({pair.train for sides in ranked for side in sides for pair in side or ()})
+    shown = read(data, ids, showing, "training examples")
+    finite = np.isin(np.arange(q), prepared.non_finite, invert=True)
+    found = [
+        Query(row, own.get(row), None if said is None else said[row], bool(finite[row]), *sides)
+        for row, sides in enumerate(ranked)
+    ]
+    by_query, by_train = _split(index, source, data, prepared, weights, found, shown)
+    encode = encoder(pictures_of([*shown.values(), *own.values()]))
+    cards = Cards(shown, encode, decode, by_query, by_train)
+    gathered = facts.gather(index, prepared, weights, importlib.metadata.version("jaxattr"))
+    text = page(TITLE if title is None else title, gathered, found, cards)
+    on_first_process(functools.partial(_write, path, text))
+    return path
+
+
+class _Sides(NamedTuple):
+    """What a query found."""
+
+    proponents: tuple[Pair, ...]
+    opponents: tuple[Pair, ...] | None
+
+
+def _ranked(index: Index, prepared: QueryFeatures, weights: Weights | None, k: int) -> list[_Sides]:
+    proponents = _signed(top_k(index, prepared, k=k, weights=weights), 1)
+    if index.link == "square":
+        return [_Sides(pairs, None) for pairs in proponents]
+    opponents = _signed(top_k(index, prepared, k=k, weights=weights, opponents=True), -1)
+    return [_Sides(*pair) for pair in zip(proponents, opponents, strict=True)]
+
+
+def _signed(top: Any, sign: int) -> list[tuple[Pair, ...]]:
+    """The pairs of each query whose scores have the sign."""
+    ids, scores = np.asarray(top.ids), np.asarray(top.scores, np.float64)
+    return [
+        tuple(
+            Pair(query, int(i), float(score))
+            for i, score in zip(ids[query], scores[query], strict=True)
+            if i >= 0 and sign * score > 0
+        )
+        for query in range(len(ids))
+    ]
+
+
+def _split(
+    index: Index,
+    queries: Source | None,
+    train: Source,
+    prepared: QueryFeatures,
+    weights: Weights | None,
+    found: Sequence[Query],
+    shown: dict[int, Item],
+) -> tuple[Contributions, Contributions]:
+    """Contributions of the tokens of queries and of training examples, where those are tokens."""
+    pairs = [pair for query in found for pair in (*query.proponents, *(query.opponents or ()))]
+    tokens_shown = [item.shown for item in shown.values() if isinstance(item.shown, Tokens)]
+    if not tokens_shown or not tokens.can_split(index):
+        return {}, {}
+    by_train = tokens.of_examples(index, train, prepared, weights, pairs)
+    if queries is None or not isinstance(found[0].item and found[0].item.shown, Tokens):
+        return {}, by_train
+    return tokens.of_queries(index, queries, weights, pairs), by_train
+
+
+def _train(index: Index, train: Any) -> Source:
+    source = index.train if train is None else as_source(train, "train")
+    if source is None:
+        raise ValueError(
+            "A report shows training examples, and this index was opened without them: pass "
+            "ja.open_index(..., train=), which checks that they are the right ones, or "
+            "ja.report(..., train=)."
+        )
+    if source.size != index.size:
+        raise ValueError(
+            f"train must be what the index was made from, {index.size} examples, got {source.size}."
+        )
+    return source
+
+
+def _texts(predictions: Sequence[Any] | None) -> list[str] | None:
+    if isinstance(predictions, str):
+        raise ValueError(f"predictions must be a sequence of texts, got one: {predictions!r}.")
+    return None if predictions is None else [str(each) for each in predictions]
+
+
+def _refuse_number(said: list[str] | None, q: int) -> None:
+    if said is not None and len(said) != q:
+        raise ValueError(f"predictions must be one per query, {q}, got {len(said)}.")
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    with written_whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -1,0 +1,146 @@
+"""A score, split over the tokens of both sides: what each of them contributes."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxattr.index.index import Index
+from jaxattr.index.queries import QueryFeatures
+from jaxattr.kernels import Identity
+from jaxattr.language import token_features
+from jaxattr.scores.scoring import weight_array
+from jaxattr.sources import Source, track
+from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES
+from jaxattr.typing import Weights
+
+# A split whose sum is further from the score, relative to the size of its parts, is none.
+_TOLERANCE = 0.02
+
+
+class Pair(NamedTuple):
+    """A query and a training example that it found.
+
+    Attributes:
+      query: its position.
+      train: the id of the example.
+      score: of the pair.
+    """
+
+    query: int
+    train: int
+    score: float
+
+
+def of_queries(
+    index: Index, queries: Source, weights: Weights | None, pairs: Sequence[Pair]
+) -> dict[Pair, np.ndarray]:
+    """Splits scores over the tokens of the queries.
+
+    Args:
+      index: the index.
+      queries: rows of tokens.
+      weights: of groups.
+      pairs: whose scores.
+
+    Returns:
+      {pair: contribution of each target [t]}; pairs whose contributions do not add up to their
+      score, since the loss is no sum over targets, are left out.
+
+    Cost: a forward and backward pass per token and query; reads the blocks of the index that hold
+      the examples, whose features, c * p numbers each, are in memory.
+    """
+    ids = sorted({pair.train for pair in pairs})
+    rows = dict(zip(ids, _train_rows(index, ids), strict=True))
+    w = _columns(index, weights)
+    found: dict[Pair, np.ndarray] = {}
+    for query, wanted in track(_by("query", pairs), "tokens of queries", len(pairs)):
+        phi = _features(index, queries, query) * w
+        found |= {pair: phi @ rows[pair.train] for pair in wanted}
+    return _adding_up(found)
+
+
+def of_examples(
+    index: Index, train: Source, queries: QueryFeatures, weights: Weights | None,
+    pairs: Sequence[Pair],
+) -> dict[Pair, np.ndarray]:  # fmt: skip
+    """Splits scores over the tokens of training examples, where the kernel is the identity.
+
+    Args:
+      index: the index.
+      train: rows of tokens.
+      queries: features of all queries.
+      weights: of groups.
+      pairs: whose scores.
+
+    Returns:
+      As `of_queries`; empty where the kernel is another, which mixes the tokens.
+
+    Cost: a forward and backward pass per token and training example.
+    """
+    if index.method is None or not isinstance(index.method.kernel, Identity):
+        return {}
+    # Training examples go through the method's own output, not through that of queries.
+    side = dataclasses.replace(
+        index, method=dataclasses.replace(index.method, query_output=None), recorded=None
+    )
+    eta = index.method.weights_of(len(index.checkpoints))
+    w = _columns(index, weights) * np.repeat(eta, index.layout.total)
+    phi = {q: np.asarray(queries.features[q], np.float64) * w for q in {x.query for x in pairs}}
+    found: dict[Pair, np.ndarray] = {}
+    for number, wanted in track(_by("train", pairs), "tokens of training examples", len(pairs)):
+        tokens = _features(side, train, number)
+        found |= {pair: tokens @ phi[pair.query] for pair in wanted}
+    return _adding_up(found)
+
+
+def can_split(index: Index) -> bool:
+    """Whether scores of an index are sums over tokens that can be computed."""
+    return index.method is not None and index.link == "identity"
+
+
+def _features(index: Index, source: Source, position: int) -> np.ndarray:
+    """Features of each token of one row, [t, c * p]."""
+    row: Mapping[str, Any] = source.read(np.array([position]))
+    return np.asarray(token_features(index, row).features, np.float64)
+
+
+def _columns(index: Index, weights: Weights | None) -> np.ndarray:
+    """The weight of each feature, [c * p]."""
+    w = np.asarray(weight_array(index.layout, weights), np.float64)
+    return np.tile(np.repeat(w, index.layout.dims), index.rows.layout.checkpoints)
+
+
+def _train_rows(index: Index, ids: Sequence[int]) -> list[np.ndarray]:
+    """r_n eta_c K_c phi_c(n) of some training examples, each [c * p]."""
+    layout, rows, found = index.rows.layout, index.rows, []
+    blocks = {block: [i % layout.block for i in ids if i // layout.block == block]
+              for block in sorted({i // layout.block for i in ids})}  # fmt: skip
+    for block, places in track(iter(blocks.items()), "rows of the index", len(blocks)):
+        parts = {
+            name: np.stack(
+                [
+                    index.place.host(rows.read(name, block, c))[places]
+                    for c in range(layout.checkpoints)
+                ],
+                axis=1,
+            ).astype(np.float64)
+            for name in (FEATURES, EXAMPLES)
+        }  # [places, c, width]
+        residual = parts[EXAMPLES][..., COLUMNS.residual].mean(axis=1)
+        found += list(parts[FEATURES].reshape(len(places), -1) * residual[:, None])
+    return found
+
+
+def _by(side: str, pairs: Sequence[Pair]) -> list[tuple[int, list[Pair]]]:
+    numbers = sorted({getattr(pair, side) for pair in pairs})
+    return [(number, [x for x in pairs if getattr(x, side) == number]) for number in numbers]
+
+
+def _adding_up(found: dict[Pair, np.ndarray]) -> dict[Pair, np.ndarray]:
+    return {
+        pair: values
+        for pair, values in found.items()
+        if abs(values.sum() - pair.score) <= _TOLERANCE * np.abs(values).sum()
+    }

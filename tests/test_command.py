@@ -1,0 +1,517 @@
+"""The command: it calls the library, prints what that says, and refuses in one line."""
+
+import csv
+import importlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import jax
+import numpy as np
+import pytest
+import tensorstore as ts
+from click.testing import CliRunner
+
+import jaxattr as ja
+from jaxattr.command import printing
+from jaxattr.command.main import main
+from jaxattr.command.options import Bytes
+from jaxattr.evaluation import measured_gain, retraining
+from jaxattr.sources import track
+from jaxattr.store import Folder
+from jaxattr.weights import saving
+from tests import models
+
+ROOT = pathlib.Path(__file__).parent.parent
+TASK = """
+import jax
+import jaxattr as ja
+from tests import models
+
+train = models.data(53)
+queries = models.data(6, seed=1)
+learning_queries = models.data(24, seed=2)
+checkpoints = models.mlp_params()
+method = ja.tracin(models.loss, projection=ja.projections.identity())
+groups = ja.by_leaf
+batch_size = 8
+output = models.margin
+ids = [f"example {i}" for i in range(53)]
+
+
+def start(key):
+    return models.mlp_params(key)
+
+
+import optax
+
+train_fn = ja.trainer(
+    models.loss, start, train, optimizer=optax.sgd(0.3), batch_size=4, epochs=3
+)
+"""
+METHOD = ja.tracin(models.loss, projection=ja.projections.identity())
+PARAMS, TRAIN, QUERIES = models.mlp_params(), models.data(53), models.data(6, seed=1)
+LEARNING = models.data(24, seed=2)
+
+
+def call(*arguments, code=0, **options):
+    found = CliRunner().invoke(main, [str(each) for each in arguments], **options)
+    assert found.exit_code == code, (found.output, found.exception)
+    return found
+
+
+def as_json(*arguments, code=0):
+    return json.loads(call(*arguments, "--json", code=code).stdout)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("command")
+    (folder / "task.py").write_text(TASK)
+    call("build", folder / "task.py", "--path", folder / "index")
+    return folder
+
+
+@pytest.fixture
+def place(built, tmp_path):
+    """A copy of the task and of its index, whose files a test may change."""
+    return pathlib.Path(shutil.copytree(built, tmp_path / "place"))
+
+
+@pytest.fixture
+def few_at_once(monkeypatch):
+    """Counts the models that are trained; four in memory at once."""
+    trained, found = retraining.trained, []
+
+    def counted(*arguments, **options):
+        for chunk in trained(*arguments, **options | {"at_once": 4}):
+            found.append(len(chunk))
+            yield chunk
+
+    monkeypatch.setattr(importlib.import_module("jaxattr.evaluation.outcomes"), "trained", counted)
+    return found
+
+
+def index_at(folder):
+    return ja.open_index(folder / "index", METHOD, PARAMS)
+
+
+def test_build_is_build_index(place):
+    index, direct = index_at(place), ja.build_index(METHOD, PARAMS, TRAIN, groups=ja.by_leaf)
+    np.testing.assert_allclose(index.features, direct.features, rtol=1e-12)
+    again = call("build", place / "task.py", "--path", place / "index")
+    assert "TracIn, finished" in again.stdout and "built in" in again.stderr
+
+
+def test_extend(place):
+    task = place / "task.py"
+    task.write_text(TASK.replace("models.data(53)", "grown") + "ids = None\n")
+    lines = "import jax.numpy as jnp\nfrom tests import models\nold = models.data(53)\n"
+    lines += "grown = jax.tree.map(lambda x: jnp.concatenate([x, x[:7]]), old)\n"
+    task.write_text("import jax\n" + lines + task.read_text())
+    refused = call("build", task, "--path", place / "index", code=1)
+    assert "data.examples: the index has 53, got 60" in refused.stderr
+    assert as_json("build", task, "--path", place / "index", "--extend")["examples"] == 60
+
+
+def test_describe_and_plan_say_what_the_library_says(built):
+    example = models.one(TRAIN)
+    described = ja.describe(METHOD, PARAMS, example, groups=ja.by_leaf)
+    assert call("describe", built / "task.py").stdout == f"{described}\n"
+    assert as_json("describe", built / "task.py")["leaves"][0]["name"] == "layer0/bias"
+    options = {"groups": ja.by_leaf, "batch_size": 8, "on_disk": True}
+    planned = ja.plan(METHOD, PARAMS, TRAIN, **options, memory=1 << 20)
+    assert call("plan", built / "task.py", "--memory", "1MiB").stdout == f"{planned}\n"
+    assert as_json("plan", built / "task.py")["index_bytes"] == planned.index_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("2000", 2000), ("2e9", 2 * 10**9), ("1.5GiB", 3 << 29), ("3 MB", 3 * 10**6), ("4Ki", 4096)],
+)
+def test_bytes(text, count):
+    assert Bytes().convert(text, None, None) == count
+
+
+def test_top_names_the_users_own_ids(built, tmp_path):
+    out = tmp_path / "top.csv"
+    found = as_json(
+        "top", built / "task.py", "--path", built / "index", "--k", 3, "--csv", out
+    )  # fmt: skip
+    expected = ja.top_k(index_at(built), QUERIES, k=3)
+    names = [[f"example {i}" for i in row] for row in expected.ids.tolist()]
+    assert [each["ids"] for each in found["queries"]] == names
+    scores = [each["scores"] for each in found["queries"]]
+    np.testing.assert_allclose(scores, expected.scores, rtol=1e-12)
+    with out.open() as file:
+        assert [row["id"] for row in csv.DictReader(file)] == sum(names, [])
+    shown = call("top", built / "task.py", "--path", built / "index", "--k", 3)
+    assert names[0][0] in shown.stdout and "uniform weights" in shown.stderr
+
+
+def test_top_of_a_file_of_queries_and_opponents(built, tmp_path):
+    np.savez(tmp_path / "few.npz", **jax.tree.map(lambda x: x[2:4], QUERIES))
+    arguments = ("top", built / "task.py", "--path", built / "index", "--k", 2)
+    found = as_json(*arguments, "--queries", tmp_path / "few.npz", "--opponents")
+    expected = ja.top_k(index_at(built), QUERIES, k=2, opponents=True).scores[2:4]
+    scores = [each["scores"] for each in found["queries"]]
+    np.testing.assert_allclose(scores, expected, rtol=1e-12)
+    (tmp_path / "no.npz").write_text("nothing")
+    refused = call(*arguments, "--queries", tmp_path / "no.npz", code=1)
+    assert refused.stderr.endswith(
+        f"error: {tmp_path / 'no.npz'} holds no arrays as np.savez writes them.\n"
+    )
+
+
+def test_training_data_are_not_loaded_where_they_are_not_needed(place):
+    unreadable = TASK.replace("train = models.data(53)", "def train():\n    raise OSError('far')")
+    unreadable = unreadable.replace("start, train,", "start, models.data(53),")
+    (place / "task.py").write_text(unreadable)
+    call("top", place / "task.py", "--path", place / "index")
+    refused = call("plan", place / "task.py", code=1)
+    assert refused.stderr == f"error: far ({place / 'task.py'}:7)\n"
+
+
+def test_weights_are_learned_kept_and_used(place, few_at_once):
+    task, path = place / "task.py", place / "index"
+    told = call("weights", task, "--path", path, "--models", 16)
+    assert few_at_once == [4] * 4 and "gain" in told.stdout
+    assert told.stdout.count("warning:") == 0  # they are on the other stream
+    index = index_at(place)
+    fit = saving.load_fit(f"{path}.weights.json", index)
+    stored = json.loads((place / "index.weights.json").read_text())
+    assert stored["groups"] == list(index.layout.names)
+    found = as_json("top", task, "--path", path, "--k", 3)["queries"]
+    expected = ja.top_k(index, QUERIES, k=3, weights=fit)
+    scores = [each["scores"] for each in found]
+    np.testing.assert_allclose(scores, expected.scores, rtol=1e-12)
+    uniform = as_json("top", task, "--path", path, "--k", 3, "--uniform")["queries"]
+    assert uniform != found
+    again = as_json("weights", task, "--path", path, "--models", 16)
+    assert few_at_once == [4] * 4 and again["weights"] == fit.weights
+
+
+def test_retraining_goes_on_where_it_was_killed(place, monkeypatch, few_at_once):
+    task, path = place / "task.py", place / "index"
+    outcomes = importlib.import_module("jaxattr.evaluation.outcomes")
+    counted = outcomes.trained
+
+    def killed(*arguments, **options):
+        for number, chunk in enumerate(counted(*arguments, **options)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield chunk
+
+    monkeypatch.setattr(outcomes, "trained", killed)
+    stopped = call("weights", task, "--path", path, "--models", 16, code=130)
+    assert stopped.stdout == "" and "interrupted: run the same again" in stopped.stderr
+    assert not (place / "index.weights.json").exists()
+    monkeypatch.setattr(outcomes, "trained", counted)
+    del few_at_once[:]
+    call("weights", task, "--path", path, "--models", 16)
+    assert few_at_once == [4, 4]  # of four
+
+
+def test_weights_without_outcomes(place):
+    found = as_json("weights", place / "task.py", "--path", place / "index", "--without-outcomes")
+    fit = ja.learn_weights(index_at(place), LEARNING)
+    assert found["weights"] == pytest.approx(fit.weights) and found["gain"] is None
+    assert not (place / "index.outcomes.npz").exists()
+
+
+def test_a_fit_comes_back_as_it_was(place):
+    index = index_at(place)
+    outcomes = ja.Outcomes(
+        np.random.default_rng(0).random((16, 53)) < 0.5,
+        np.random.default_rng(1).normal(size=(16, 24)),
+    )
+    with pytest.warns(ja.WeightWarning):
+        fit = ja.learn_weights(index, LEARNING, outcomes=outcomes)
+    saving.save_fit(place / "fit.json", fit, index)
+    back = saving.load_fit(place / "fit.json", index)
+    for name, value in vars(fit).items():
+        np.testing.assert_equal(getattr(back, name), value)
+    assert str(back) == str(fit) and saving.load_fit(place / "none.json", index) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("ja.by_leaf", "ja.by_layer"), "only in the file .'layer0/bias'.*only in the index .'lay"),
+        (("models.mlp_params()", "models.mlp_params(jax.random.key(1))"), "weights of another ind"),
+    ],
+)
+def test_weights_of_another_index_are_refused(place, change, message):
+    task, path = place / "task.py", place / "index"
+    call("weights", task, "--path", path, "--without-outcomes")
+    task.write_text(TASK.replace(*change))
+    shutil.rmtree(path)
+    call("build", task, "--path", path)
+    refused = call("top", task, "--path", path, code=1)
+    with pytest.raises(ja.StoreError, match=message):
+        saving.load_fit(f"{path}.weights.json", ja.open_index(path))
+    assert refused.stderr.startswith("error: ") and "--uniform" in refused.stderr
+    call("top", task, "--path", path, "--uniform")
+
+
+def test_lds_with_and_without_weights(place):
+    arguments = "lds", place / "task.py", "--path", place / "index", "--models", 12
+    found = as_json(*arguments)
+    output = models.margin
+    train_fn = vars(importlib.import_module("tests.test_command"))["trainer"]()
+    outcomes = ja.outcomes(
+        train_fn, output, QUERIES, 53, key=jax.random.fold_in(jax.random.key(0), 2), models=12,
+        fraction=0.5,
+    )  # fmt: skip
+    index = index_at(place)
+    expected = ja.lds(ja.score(index, QUERIES), outcomes.masks, outcomes.outputs)
+    assert found["uniform"]["mean"] == pytest.approx(expected.mean)
+    call("weights", place / "task.py", "--path", place / "index", "--without-outcomes")
+    fit = saving.load_fit(place / "index.weights.json", index)
+    gain = measured_gain(index, QUERIES, fit, outcomes)
+    assert call(*arguments).stdout == f"{gain}\n"
+
+
+def trainer():
+    import optax
+
+    return ja.trainer(
+        models.loss, models.mlp_params, TRAIN, optimizer=optax.sgd(0.3), batch_size=4, epochs=3
+    )
+
+
+def test_lds_needs_to_retrain(place):
+    (place / "task.py").write_text(TASK.replace("output = models.margin", ""))
+    refused = call("lds", place / "task.py", "--path", place / "index", code=1)
+    assert "task.py does not name output, and models must be retrained" in refused.stderr
+
+
+def test_warnings_are_lines(place):
+    (place / "task.py").write_text(
+        TASK.replace(
+            "= models.data(53)", "= models.data(53)\ntrain['x'] = train['x'].at[5].set(1e999)"
+        )
+    )
+    shutil.rmtree(place / "index")
+    told = call("build", place / "task.py", "--path", place / "index")
+    lines = told.stderr.splitlines()
+    assert [line for line in lines if line.startswith("warning: 1 of 53 training examples have")]
+    assert "Traceback" not in told.stderr and "1 of them left out" in told.stdout
+
+
+def test_info(built):
+    found = as_json("info", built / "index")
+    assert found["finished"] and found["method"] == "TracIn" and found["examples"] == 53
+    index = index_at(built)
+    assert list(found["groups"]) == list(index.layout.names)
+    assert found["bytes"] == 53 * (107 * 8 + 2 * 8 + 8 * 8 + 4 * 4)
+    assert found["made_from"]["projection"] == "Identity"
+    assert "finished" in call("info", built / "index").stdout
+    nothing = call("info", built / "nothing", code=1)
+    assert nothing.stderr.startswith("error: There is no index at ")
+
+
+def test_info_of_an_index_that_is_not_finished(place):
+    (place / "index/complete.json").unlink()
+    found = as_json("info", place / "index")
+    assert not found["finished"] and found["done"] == {"features/0": 7} and found["blocks"] == 7
+    assert "not finished: features/0 7 of 7 blocks" in call("info", place / "index").stdout
+    assert "not finished" in call("verify", place / "index", code=1).stderr
+
+
+def flipped(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_verify_names_all_that_is_damaged(place):
+    path = place / "index"
+    assert as_json("verify", path) == {"chunks": 28, "damaged": [], "whole": True}
+    flipped(path / "features/c/3/0/0")
+    (path / "self/c/2/0/0").unlink()
+    shutil.copy(path / "digests/c/0/0/0", path / "digests/c/1/0/0")  # whole, in another's place
+    found = as_json("verify", path, code=1)
+    assert [line.split(" ")[0] for line in found["damaged"]] == [
+        "features/c/3/0/0", "self/c/2/0/0", "digests/c/1/0/0",
+    ]  # fmt: skip
+    told = call("verify", path, code=1)
+    assert "features/c/3/0/0 cannot be read" in told.stdout and "Traceback" not in told.output
+    flipped(path / "manifest.json")
+    assert "manifest.json is damaged" in call("verify", path, code=1).stderr
+
+
+def test_verify_reads_what_was_fitted(tmp_path):
+    ja.build_index(ja.ekfac(models.loss), PARAMS, TRAIN, path=tmp_path / "index")
+    assert as_json("verify", tmp_path / "index")["whole"]
+    folder = tmp_path / "index/fitted-0"
+    largest = max(folder.glob("[0-9]*/0*"), key=lambda file: file.stat().st_size)
+    flipped(largest)
+    found = as_json("verify", tmp_path / "index", code=1)["damaged"]
+    assert len(found) == 1 and "fitted-0" in found[0]
+
+
+def test_export(built, tmp_path):
+    index, out = index_at(built), tmp_path / "features.npz"
+    call("export", built / "index", "--out", out)
+    with np.load(out) as found:
+        np.testing.assert_array_equal(found["features"][:, 0], index.features)
+        assert found["groups"].tolist() == list(index.layout.names)
+        owners = found["groups"][found["group_of_column"]]
+        assert (owners[index.layout.slices["layer1/bias"]] == "layer1/bias").all()
+        assert found["ids"].tolist() == list(range(53))
+    array = tmp_path / "features.zarr"
+    assert as_json("export", built / "index", "--out", array)["shape"] == [53, 1, 107]
+    spec = {"driver": "zarr3", "kvstore": Folder(array).spec("")}
+    stored = ts.open(spec, open=True).result()
+    np.testing.assert_array_equal(stored[:, 0].read().result(), index.features)
+    assert json.loads((array / "zarr.json").read_text())["attributes"]["method"] == "TracIn"
+    assert "not empty" in call("export", built / "index", "--out", array, code=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("method = 1\ntrain = 2\n", "task.py does not name checkpoints. A task file names"),
+        ("method = 1\ntrain = 2\ncheckpoint = 3\n", "task.py:3: checkpoint is no name that a task "
+         "has, and nothing in the file uses it: did you mean checkpoints?"),
+        (TASK + "qeuries = 1\nmesh, grups = 1, 2\n", None),
+        (TASK.replace("queries =", "querys =", 1), "task.py:7: querys is no name that a task has"),
+        (TASK.replace("groups =", "group =", 1), "task.py:11: group is no .* did you mean groups?"),
+        (TASK.replace("queries =", "_querys =", 1), None),
+        ("method = 1\ndef tran():\n    pass\nx = tran, 2\n", "does not name checkpoints and train. "
+         "A task file names method, checkpoints and train; .*task.py:2 has tran"),
+        ("method = (\n", r"task.py:1: it is no Python: '\(' was never closed"),
+        ("\n\nimport no_such_module\n", "task.py:3: No module named 'no_such_module': install it"),
+        ("import sys\nsys.modules['sklearn'] = None\nfrom sklearn import datasets\n",
+         "task.py:3: .*sklearn.*: pip install scikit-learn"),
+        (TASK + "\n\n1 / 0\n", "task.py:[0-9]+: ZeroDivisionError: division by zero"),
+        (TASK.replace("models.data(53)", "models.data('x')"), "task.py:6"),
+        (TASK + "method = 3\n", "task.py: method must be one of jaxattr's, such as ja.trac.*got 3"),
+        (TASK + "method = ja.tracin\n", "task.py: method is a function that needs loss. It must"),
+    ],
+)  # fmt: skip
+def test_task_files_that_cannot_be_used(tmp_path, text, message):
+    needed = "method = train = checkpoints = None\n"
+    if "import" in text and "models" not in text:
+        text = text.rstrip("\n") + f"\n{needed}"
+    (tmp_path / "task.py").write_text(text)
+    if message is None:
+        call("describe", tmp_path / "task.py")
+        return
+    refused = call("describe", tmp_path / "task.py", code=1)
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(refused.stderr)
+    assert refused.stdout == "" and "Traceback" not in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1 and refused.stderr.startswith("error: ")
+
+
+def test_errors_in_the_functions_of_a_task_say_where(place):
+    task = place / "task.py"
+    lines = TASK + "\n\ndef loss(params, example, key):\n    return example['labl']\n"
+    task.write_text(lines.replace("tracin(models.loss", "tracin(lambda *x: loss(*x)"))
+    refused = call("describe", task, code=1)
+    number = task.read_text().splitlines().index("    return example['labl']") + 1
+    assert refused.stderr == f"error: {task}:{number}: KeyError: 'labl'\n"
+    traced = call("describe", task, "--traceback", code=1)
+    assert "Traceback" in traced.stderr and traced.stderr.endswith(refused.stderr)
+
+
+def test_a_fault_of_the_library_shows_its_traceback(built, monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(ja, "plan", broken)
+    told = call("plan", built / "task.py", code=1)
+    assert "Traceback" in told.stderr and "RuntimeError: a fault" in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((), 2, "Usage"),
+        (("bild",), 2, "No such command 'bild'"),
+        (("build", "x.py"), 2, "Missing option '--path'"),
+        (("plan", "x.py", "--memory", "lots"), 2, "'lots' is no number of bytes"),
+        (("plan", "x.py"), 1, "There is no task file x.py: `jaxattr new x` makes one"),
+        (("plan", "."), 1, ". cannot be read: Is a directory"),
+        (("--version",), 0, f"jaxattr, version {ja.__version__}"),
+        (("-h",), 0, "Which training examples made my model do this?"),
+        (("top", "-h"), 0, "--opponents"),
+    ],
+)
+def test_usage(arguments, code, message):
+    assert message in call(*arguments, code=code).output
+
+
+def test_distributed_needs_other_processes(built):
+    command = [sys.executable, "-m", "jaxattr", "build", built / "task.py", "--distributed"]
+    told = subprocess.run(
+        [*command, "--path", built / "other"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert told.returncode == 1 and told.stderr.startswith("error: ")
+    assert "coordinator_address" in told.stderr and not (built / "other").exists()
+
+
+def test_new_refuses_to_overwrite(tmp_path):
+    assert "is written" in call("new", tmp_path / "mine").stdout
+    (tmp_path / "mine.py").write_text("kept")
+    assert "is there already" in call("new", tmp_path / "mine.py", code=1).stderr
+    assert (tmp_path / "mine.py").read_text() == "kept"
+    assert "No such file" in call("new", tmp_path / "no/mine", code=1).stderr
+
+
+def test_the_first_three_commands_make_a_page(tmp_path):
+    """As anyone types them, in an empty folder."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "jaxattr", *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
+        )
+
+    run("new", "demo")
+    built = run("build", "demo.py", "--path", "runs/demo")
+    assert len(built.stderr.splitlines()) == 1  # how long it took; no progress without a terminal
+    trained = (tmp_path / "demo.params").read_bytes()
+    told = json.loads(run("report", "demo.py", "--path", "runs/demo", "--json").stdout)
+    assert (tmp_path / "demo.params").read_bytes() == trained
+    page = (tmp_path / told["page"]).read_text()
+    assert page.count("data:image/png;base64,") > 200 and "seven" in page
+
+
+def test_the_template_is_laid_out_as_the_rest(tmp_path):
+    call("new", tmp_path / "demo")
+    command = [sys.executable, "-m", "ruff", "format", "--check", "--line-length", "100"]
+    subprocess.run([*command, "--isolated", tmp_path / "demo.py"], check=True, capture_output=True)
+
+
+def test_the_entry_point_is_the_command():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, name = project["scripts"]["jaxattr"].split(":")
+    assert getattr(importlib.import_module(module), name) is main
+
+
+def test_importing_the_library_leaves_the_command_out():
+    program = "import sys, jaxattr; assert not {'click', 'jaxattr.command'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_what_json_cannot_hold_is_null():
+    found = printing.plain({"a": np.array([1.0, np.nan]), "b": (np.int32(2), float("inf"))})
+    assert found == {"a": [1.0, None], "b": [2, None]}
+
+
+def test_progress_says_its_rate_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
+    assert list(track(iter(range(5)), "working", 5)) == list(range(5))
+    told = capsys.readouterr()
+    assert "working" in told.err and "/5" in told.err and "left" in told.err and not told.out
+    monkeypatch.delenv("FORCE_COLOR")
+    assert list(track(iter(range(5)), "working", 5)) == list(range(5))
+    assert capsys.readouterr().err == ""
