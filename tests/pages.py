@@ -8,6 +8,7 @@ import jax
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "pages"
+NOTEBOOKS = ROOT / "docs" / "notebooks"
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SNIPPET = re.compile(r'^--8<-- "(.+)"$', re.MULTILINE)
 

@@ -58,10 +58,13 @@ def step(params, state):
 
 optimizer = optax.adam(3e-3)
 state = optimizer.init(params)
-for _ in range(50):
+checkpoints = []
+for number in range(1, 101):
     params, state = step(params, state)
+    if number in (60, 100):  # one on the way, and the last
+        checkpoints.append(params)
 
-index = ja.build_index(ja.ekfac(loss), params, train)
+index = ja.build_index(ja.ekfac(loss), checkpoints, train)
 top = ja.top_k(index, queries, k=3)
 
 for query in range(5):
