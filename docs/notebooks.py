@@ -7,7 +7,7 @@ from typing import Any
 import nbformat
 from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
-from nbconvert.preprocessors import ExecutePreprocessor
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor, ExecutePreprocessor
 
 NOTEBOOKS = pathlib.Path(__file__).parent / "notebooks"
 
@@ -34,6 +34,7 @@ def executed(path: pathlib.Path) -> dict[str, str | bytes]:
         ExecutePreprocessor(timeout=300, kernel_name="python3").preprocess(
             notebook, {"metadata": {"path": folder}}
         )
+    CoalesceStreamsPreprocessor().preprocess(notebook, {})  # one block for what one cell prints
     text, made = MarkdownExporter().from_notebook_node(
         notebook, {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
     )
