@@ -221,7 +221,7 @@ def resolve(groups: Groups, params: Params) -> GroupLayout:
         no group or in two, no leaf is in a group, or batch statistics are.
     """
     _check_parameters(params)
-    if isinstance(groups, str):
+    if isinstance(groups, str | int | float):
         raise TypeError(
             f"groups must be a function such as ja.by_layer or ja.by_leaf, or a pytree of labels, "
             f"got {groups!r}. Of patterns: lambda params: ja.by_regex(params, {{...}})."

@@ -312,6 +312,12 @@ def _summed(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _checked(documents: Sequence[Sequence[int]], vocabulary: int) -> list[np.ndarray]:
+    words = [n for n, document in enumerate(documents) if np.asarray(document).dtype.kind in "USO"]
+    if words:
+        raise TypeError(
+            f"documents must be lists of token ids, and document {words[0]} is text. Tokenize it "
+            "first: [tokenizer.encode(text) for text in texts]."
+        )
     arrays = [np.asarray(document, np.int64) for document in documents]
     for number, document in enumerate(arrays):
         if not len(document):

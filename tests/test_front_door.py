@@ -246,7 +246,8 @@ WRONG = {  # name: (call, error, words)
         lambda: ja.score(INDEX, BATCHES), ValueError, ["float32[8, 4]", "queries come in batches"],
     ),
     "other field": (
-        lambda: ja.score(INDEX, {"image": X}), ValueError, ["queries have 'image'", "'x'"],
+        lambda: ja.score(INDEX, {"image": X}), ValueError,
+        ["queries have 'image', training examples 'x'"],
     ),
     "other width": (
         lambda: ja.top_k(INDEX, {"x": X[:, :3]}), ValueError,
@@ -381,6 +382,39 @@ WRONG = {  # name: (call, error, words)
     "another axis": (lambda: build(D, mesh=MESH), ValueError, ["data", "batch"]),
     "a seed for a key": (lambda: build(D, key=3), ValueError, ["key"]),
     "no batch": (lambda: build(D, batch_size=0), ValueError, ["batch_size", "at least 1"]),
+    "a number for a projection": (
+        lambda: ja.tracin(loss, projection=64), TypeError, ["ja.projections.rademacher(1024)"],
+    ),
+    "a number for checkpoint weights": (
+        lambda: ja.tracin(loss, checkpoint_weights=0.1), TypeError, ["[0.1]"],
+    ),
+    "a number for a damping": (
+        lambda: ja.trak(margin, damping=0.1), ValueError, ["ja.absolute(x) or ja.relative(x)"],
+    ),
+    "memory in words": (lambda: build(D, memory="8GB"), TypeError, ["memory, in bytes", "'8GB'"]),
+    "verify": (lambda: build(D, verify="yes"), ValueError, ['"all" or "sample"', "'yes'"]),
+    "a word for an optimizer": (
+        lambda: ja.learn_weights(INDEX, D, optimizer="adam"), TypeError, ["optax.adam"],
+    ),
+    "ONE query": (
+        lambda: ja.score(INDEX, ONE), ValueError,
+        ["float32[]", "ONE query, add an axis", "x[None]"],
+    ),
+    "no timestep": (
+        lambda: ja.expectation(loss, timesteps=range(3)), TypeError,
+        ["(params, example, key)", "(params, example, key, timestep)"],
+    ),
+    "retraining without ids": (
+        lambda: ja.retrain(lambda key: P, np.eye(40, dtype=bool), KEY), TypeError,
+        ["train_fn takes (key)", "(key, ids)"],
+    ),
+    "ids for masks": (
+        lambda: ja.retrain(lambda key, ids: P, [[1, 2], [3, 4]], KEY), ValueError,
+        ["int64 [2, 2]", "mask[ids] = True"],
+    ),
+    "text for tokens": (
+        lambda: language.rows(["hello"], 8, vocabulary=50), TypeError, ["token ids", "tokenizer"],
+    ),
     "a source for training": (
         lambda: ja.trainer(loss, P, BATCHES, optimizer=optax.sgd(1), batch_size=1, epochs=1),
         TypeError, ["arrays", "np.stack"],

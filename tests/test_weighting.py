@@ -212,7 +212,7 @@ def test_over_fitting_is_reported():
     ],
 )
 def test_bad_options(index, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         ja.learn_weights(index, QUERIES, **options)
 
 

@@ -89,6 +89,7 @@ def outcomes(
     n, models = whole_number("n", n), whole_number("models", models, least=8)
     key, seeds = check_key(key), whole_number("seeds", seeds)
     check_function(output, "output")
+    check_function(train_fn, "train_fn", ("key", "ids"))
     queries = as_batch(queries, "queries")
     place = models_over(mesh)
     at_once = max(_AT_ONCE, place.shards) if at_once is None else whole_number("at_once", at_once)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxattr.batches import leading_size
 from jaxattr.counts import whole_number
-from jaxattr.inputs.outputs import check_output
+from jaxattr.inputs.outputs import check_function, check_output
 from jaxattr.keys import check_key
 from jaxattr.sharding import DATA, Placement, check_mesh, placement, split_rows
 from jaxattr.sources import track
@@ -241,7 +241,11 @@ def _everywhere(place: Placement, leaf: jax.Array) -> jax.Array:
 def _check_masks(masks: Any) -> np.ndarray:
     masks = np.asarray(masks)
     if masks.ndim != 2 or masks.dtype != bool:
-        raise ValueError(f"masks must be bool [m, n], got {masks.dtype} {list(masks.shape)}.")
+        raise ValueError(
+            f"masks must be bool [m, n], got {masks.dtype} {list(masks.shape)}. If those are ids "
+            "of the examples in each subset, make a mask of each: mask = np.zeros(n, bool); "
+            "mask[ids] = True."
+        )
     sizes = masks.sum(axis=1)
     if len(set(sizes)) != 1 or not sizes[0]:
         raise ValueError(
@@ -260,6 +264,7 @@ def check_inputs_matter(train_fn: TrainFn, key: Key, ids: np.ndarray) -> None:
       key: any.
       ids: of one subset, [s].
     """
+    check_function(train_fn, "train_fn", ("key", "ids"))
     closed = jax.make_jaxpr(train_fn)(key, ids)
     keyed, identified = _used(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     if not identified:

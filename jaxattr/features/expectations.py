@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxattr import identity
+from jaxattr.inputs.outputs import check_function
 from jaxattr.typing import Batch, Example, Key, OutputFn, Params
 
 
@@ -142,6 +143,7 @@ def expectation(
       (params, example, key) -> scalar.
 
     Raises:
+      TypeError: if the loss takes other arguments.
       ValueError: if there is no timestep or no draw, or a timestep is out of range or given twice.
 
     Example:
@@ -151,6 +153,7 @@ def expectation(
       >>> float(mean({"w": jnp.array(2.0)}, jnp.array(1.0), jax.random.key(0)))
       4.0
     """
+    check_function(loss, "loss", ("params", "example", "key", "timestep"))
     known = getattr(loss, "steps", None) if steps is None else steps
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}.")

@@ -55,6 +55,11 @@ class FeatureRule:
 
     def __post_init__(self) -> None:
         check_function(self.output)
+        if not hasattr(self.projection, "basis"):
+            raise TypeError(
+                "projection must be one of ja.projections, such as ja.projections.rademacher(1024) "
+                f"or ja.projections.identity(), got {self.projection!r}."
+            )
         if self.residual is not None:
             check_function(self.residual, "the residual")
 

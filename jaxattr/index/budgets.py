@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxattr import groups as groups_lib
+from jaxattr.counts import whole_number
 from jaxattr.features.bases import Fits, Fitted
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.features.plans import FeatureLayout
@@ -202,13 +203,12 @@ class BuildRequest:
         Raises:
           ValueError: if the memory does not suffice for a microbatch of one.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        batch_size = whole_number("batch_size", batch_size)
         if memory is None:
             return self._featurizer(batch_size, microbatch)
         if microbatch is not None:
             raise ValueError("Give microbatch or memory, not both.")
-        return self._fitting(batch_size, memory)
+        return self._fitting(batch_size, whole_number("memory, in bytes,", memory))
 
     def block(self, featurize: Featurizer, batch_size: int, size: int | None = None) -> int:
         """Examples per block: every device has as many, in whole microbatches.

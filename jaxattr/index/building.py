@@ -43,7 +43,7 @@ from jaxattr.index.saving import (
     refuse_others,
     save_finished,
 )
-from jaxattr.index.verifying import Verify, check_rereading, check_verify, data_differences
+from jaxattr.index.verifying import Verify, check_rereading, data_differences, how_much
 from jaxattr.inputs.wording import shapes
 from jaxattr.kernels import Identity, Iterates, Kernel, MapsQueries
 from jaxattr.keys import check_key
@@ -142,6 +142,8 @@ def build_index(
       TruncationWarning: if leading eigenvectors hold little of the curvature.
     """
     place = placement(mesh)
+    if verify not in (None, "all", "sample"):
+        raise ValueError(f'verify must be "all" or "sample", got {verify!r}.')
     if extend and path is None:
         raise ValueError("extend=True adds to an index on disk: give its path.")
     key, on_disk = jax.random.key(0) if key is None else check_key(key), path is not None
@@ -159,7 +161,7 @@ def build_index(
         check_device(layout.bytes_in_memory(place), place, "The index in memory")
         return _build(job, MemoryRows(layout, place), None)
     with _writing(folder) as lease:
-        return _build_on_disk(job, folder, layout, extend, check_verify(verify, source), lease)
+        return _build_on_disk(job, folder, layout, extend, how_much(verify, source), lease)
 
 
 def _build(job: BuildJob, rows: Rows, session: DiskBuild | None) -> Index:

@@ -18,7 +18,7 @@ from jaxattr.index.saving import (
     read_manifest,
     refuse_others,
 )
-from jaxattr.index.verifying import check_verify, data_differences
+from jaxattr.index.verifying import data_differences, how_much
 from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.methods.method import Method, check_method, featurizer
 from jaxattr.sharding import Placement, placement
@@ -110,7 +110,7 @@ def _refuse_other_data(folder: Folder, source: Source, rows: Rows) -> None:
     """Raises if the data are not those that the index was made from."""
     if source.size != rows.layout.size:
         refuse_others(folder, [f"train: {source.size} examples instead of {rows.layout.size}"])
-    verify = check_verify(None, source)
+    verify = how_much(None, source)
     refuse_others(folder, data_differences(source, rows, rows.layout.size, verify))
 
 

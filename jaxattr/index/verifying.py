@@ -28,21 +28,14 @@ Verify = Literal["all", "sample"]
 _SAMPLES = 64
 
 
-def check_verify(verify: str | None, source: Source) -> Verify:
+def how_much(verify: Verify | None, source: Source) -> Verify:
     """Returns how much of the data is compared, by default all of it if it is in memory.
 
     Args:
       verify: what the user passed.
       source: the data.
-
-    Raises:
-      ValueError: if it is neither "all" nor "sample".
     """
-    if verify is None:
-        return "all" if source.in_memory else "sample"
-    if verify not in ("all", "sample"):
-        raise ValueError(f'verify must be "all" or "sample", got {verify!r}.')
-    return verify  # type: ignore[return-value]
+    return verify or ("all" if source.in_memory else "sample")
 
 
 def data_differences(source: Source, rows: Rows, known: int, verify: Verify) -> list[str]:

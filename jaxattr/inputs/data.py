@@ -311,14 +311,15 @@ def _as_row(row: Any, role: str) -> np.ndarray:
 def _differing(known: tuple[int, Any], other: tuple[int, Any], role: str) -> ValueError:
     """What to say of an example that differs from the one it is compared with."""
     (first, expected), (number, found) = known, other
+    each = "row" if role.startswith("example") else "example"
     lengths = [jnp.shape(x)[:1] for tree in (expected, found) for x in jax.tree.leaves(tree)]
     same = _shapes(expected)[0] == _shapes(found)[0]
     remedy = "Every example needs the same fields."
     if same:
         remedy = f"Sequences of different lengths? {_PAD}" if all(lengths) else ""
     return ValueError(
-        f"All examples need the same arrays with the same shapes. In {role}, example {first} has "
-        f"{shapes(expected)};\nexample {number} has {shapes(found)}.\n{remedy}"
+        f"All {each}s need the same arrays with the same shapes. In {role}, {each} {first} has "
+        f"{shapes(expected)}, {each} {number} has {shapes(found)}. {remedy}"
     )
 
 

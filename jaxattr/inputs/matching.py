@@ -52,11 +52,13 @@ def _check_axes(name: str, known: Any, found: Any, what: str) -> None:
     less, more = sorted((found.shape, known.shape), key=len)
     if len(more) != len(less) + 1 or more[1:] != less:
         return
-    batched = "the training data" if len(known.shape) > len(found.shape) else what
+    fewer = len(known.shape) > len(found.shape)
+    batched = "the training data" if fewer else what
+    single = " If this is ONE query, add an axis: jax.tree.map(lambda x: x[None], query)."
     raise ValueError(
         f"In {what} {_named(name)} is {_one(found)}, in training examples {_one(known)}: one axis "
         f"of {more[0]} more. If {batched} come in batches, take the batching out: each item must "
-        "be ONE example."
+        f"be ONE example.{single if fewer else ''}"
     )
 
 
@@ -86,8 +88,8 @@ def _difference(
     ]
     parts = []
     if new or missing:
-        had = f"have {listed(map(repr, new))}" if new else "lack fields"
-        parts.append(f"{what} {had}, training examples {listed(map(repr, missing)) or 'do not'}")
+        had = f"have {listed(map(_named, new))}" if new else "lack fields"
+        parts.append(f"{what} {had}, training examples {listed(map(_named, missing)) or 'do not'}")
     return (
         f"The function that was given to the method does not take these {what}: "
         f"{'; '.join(parts + unlike[:3])}.\nOne of {what} is {shapes(query)};\n"
@@ -96,7 +98,7 @@ def _difference(
 
 
 def _named(name: str) -> str:
-    return repr(name) if name else "the array"
+    return repr(name) if name else "an array without a name"
 
 
 def _one(leaf: Any) -> str:

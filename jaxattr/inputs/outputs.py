@@ -19,30 +19,38 @@ from jaxattr.typing import Example, Key, OutputFn, Params
 _ARGUMENTS = ("params", "example", "key")
 
 
-def check_function(function: Any, role: str = "the function") -> None:
+def check_function(
+    function: Any, role: str = "the function", arguments: tuple[str, ...] = _ARGUMENTS
+) -> None:
     """Checks that something can be called with parameters, one example and a key.
 
     Args:
       function: what a user passed as a loss, margin or other output.
       role: what it is for, for messages.
+      arguments: what it is called with, if with something else.
 
     Raises:
       TypeError: if it is no function, or takes other arguments.
     """
     if not callable(function):
+        made_of = " A method is made of such a function: ja.tracin(loss)."
         raise TypeError(
-            f"{role} must be a function (params, example, key) -> scalar, got "
-            f"{type(function).__name__}: {brief(repr(function), 60)}. A method is made of such a "
-            "function: ja.tracin(loss)."
+            f"{role} must be a function ({', '.join(arguments)}), got "
+            f"{type(function).__name__}: {brief(repr(function), 60)}."
+            + (made_of if arguments == _ARGUMENTS else "")
         )
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
         return  # built-in functions do not always say
     try:
-        signature.bind(*_ARGUMENTS)
+        signature.bind(*arguments)
     except TypeError:
         taken = list(signature.parameters)
+        if arguments != _ARGUMENTS:
+            raise TypeError(
+                f"{role} takes ({', '.join(taken)}), and is called as ({', '.join(arguments)})."
+            ) from None
         raise TypeError(
             f"{name_of(function)!r} takes ({', '.join(taken)}), and is called as (params, example, "
             "key): the parameters, ONE example without a batch axis, and a PRNG key for dropout or "

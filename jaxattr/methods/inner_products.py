@@ -4,6 +4,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from jaxattr import kernels
 from jaxattr.features import projections
 from jaxattr.features.featurizer import FeatureRule
@@ -75,6 +77,11 @@ def grad_cos(
 def _checkpoint_weights(weights: Sequence[float] | None) -> tuple[float, ...] | None:
     if weights is None:
         return None
+    if np.ndim(weights) != 1:
+        raise TypeError(
+            f"checkpoint_weights must be a list, one number per checkpoint, got {weights!r}: of "
+            f"one checkpoint [{weights!r}]."
+        )
     found = tuple(float(weight) for weight in weights)
     bad = {c: weight for c, weight in enumerate(found) if not 0 <= weight < math.inf}
     if bad:

@@ -121,6 +121,8 @@ def learn_weights(
       Li et al. (2025), arXiv:2506.05647, section 3. Deviation: the unit of l2. The defaults are
       from a study of three models by three methods, see BUILD_NOTES.md. Outcomes are ours.
     """
+    if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(f"optimizer must be one of Optax, optax.adam(0.05) say, got {optimizer!r}.")
     if outcomes is not None:
         _check_outcomes(outcomes)
         _check_goes_with_outcomes(
