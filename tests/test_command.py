@@ -12,6 +12,7 @@ import tomllib
 
 import jax
 import numpy as np
+import optax
 import pytest
 import tensorstore as ts
 from click.testing import CliRunner
@@ -178,8 +179,8 @@ def test_training_data_are_not_loaded_where_they_are_not_needed(place):
 
 def test_weights_are_learned_kept_and_used(place, few_at_once):
     task, path = place / "task.py", place / "index"
-    told = call("weights", task, "--path", path, "--models", 16)
-    assert few_at_once == [4] * 4 and "gain" in told.stdout
+    told = call("weights", task, "--path", path, "--models", 8)
+    assert few_at_once == [4, 4] and "gain" in told.stdout
     assert told.stdout.count("warning:") == 0  # they are on the other stream
     index = index_at(place)
     fit = saving.load_fit(f"{path}.weights.json", index)
@@ -191,8 +192,8 @@ def test_weights_are_learned_kept_and_used(place, few_at_once):
     np.testing.assert_allclose(scores, expected.scores, rtol=1e-12)
     uniform = as_json("top", task, "--path", path, "--k", 3, "--uniform")["queries"]
     assert uniform != found
-    again = as_json("weights", task, "--path", path, "--models", 16)
-    assert few_at_once == [4] * 4 and again["weights"] == fit.weights
+    again = as_json("weights", task, "--path", path, "--models", 8)
+    assert few_at_once == [4, 4] and again["weights"] == fit.weights
 
 
 def test_retraining_goes_on_where_it_was_killed(place, monkeypatch, few_at_once):
@@ -202,18 +203,18 @@ def test_retraining_goes_on_where_it_was_killed(place, monkeypatch, few_at_once)
 
     def killed(*arguments, **options):
         for number, chunk in enumerate(counted(*arguments, **options)):
-            if number == 2:
+            if number == 1:
                 raise KeyboardInterrupt
             yield chunk
 
     monkeypatch.setattr(outcomes, "trained", killed)
-    stopped = call("weights", task, "--path", path, "--models", 16, code=130)
+    stopped = call("weights", task, "--path", path, "--models", 8, code=130)
     assert stopped.stdout == "" and "interrupted: run the same again" in stopped.stderr
     assert not (place / "index.weights.json").exists()
     monkeypatch.setattr(outcomes, "trained", counted)
     del few_at_once[:]
-    call("weights", task, "--path", path, "--models", 16)
-    assert few_at_once == [4, 4]  # of four
+    call("weights", task, "--path", path, "--models", 8)
+    assert few_at_once == [4]  # of two
 
 
 def test_weights_without_outcomes(place):
@@ -226,8 +227,8 @@ def test_weights_without_outcomes(place):
 def test_a_fit_comes_back_as_it_was(place):
     index = index_at(place)
     outcomes = ja.Outcomes(
-        np.random.default_rng(0).random((16, 53)) < 0.5,
-        np.random.default_rng(1).normal(size=(16, 24)),
+        np.random.default_rng(0).random((8, 53)) < 0.5,
+        np.random.default_rng(1).normal(size=(8, 24)),
     )
     with pytest.warns(ja.WeightWarning):
         fit = ja.learn_weights(index, LEARNING, outcomes=outcomes)
@@ -258,15 +259,15 @@ def test_weights_of_another_index_are_refused(place, change, message):
     call("top", task, "--path", path, "--uniform")
 
 
-def test_lds_with_and_without_weights(place):
-    arguments = "lds", place / "task.py", "--path", place / "index", "--models", 12
+def test_lds_with_and_without_weights(place, few_at_once):
+    arguments = "lds", place / "task.py", "--path", place / "index", "--models", 8
     found = as_json(*arguments)
-    output = models.margin
-    train_fn = vars(importlib.import_module("tests.test_command"))["trainer"]()
+    assert few_at_once == [4, 4]
     outcomes = ja.outcomes(
-        train_fn, output, QUERIES, 53, key=jax.random.fold_in(jax.random.key(0), 2), models=12,
-        fraction=0.5,
+        trainer(), models.margin, QUERIES, 53, key=jax.random.fold_in(jax.random.key(0), 2),
+        models=8, fraction=0.5, path=place / "index.lds.npz",
     )  # fmt: skip
+    assert few_at_once == [4, 4]  # the same, or they had been refused
     index = index_at(place)
     expected = ja.lds(ja.score(index, QUERIES), outcomes.masks, outcomes.outputs)
     assert found["uniform"]["mean"] == pytest.approx(expected.mean)
@@ -277,8 +278,6 @@ def test_lds_with_and_without_weights(place):
 
 
 def trainer():
-    import optax
-
     return ja.trainer(
         models.loss, models.mlp_params, TRAIN, optimizer=optax.sgd(0.3), batch_size=4, epochs=3
     )
@@ -482,7 +481,7 @@ def test_the_first_three_commands_make_a_page(tmp_path):
     told = json.loads(run("report", "demo.py", "--path", "runs/demo", "--json").stdout)
     assert (tmp_path / "demo.params").read_bytes() == trained
     page = (tmp_path / told["page"]).read_text()
-    assert page.count("data:image/png;base64,") > 200 and "seven" in page
+    assert page.count("data:image/png;base64,") > 150 and "seven" in page
 
 
 def test_the_template_is_laid_out_as_the_rest(tmp_path):
