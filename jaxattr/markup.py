@@ -49,7 +49,7 @@ def isolated(text: Any) -> str:
 
 
 def number(value: float, sign: str = "") -> str:
-    """Writes a number with three digits, and a minus that is as wide as a plus.
+    """Writes a number with three digits that count, and a minus that is as wide as a plus.
 
     Args:
       value: any float.
@@ -58,10 +58,13 @@ def number(value: float, sign: str = "") -> str:
     Example:
       >>> number(-0.012345), number(float("inf"), "+"), number(1234567.0)
       ('−0.0123', '+∞', '1.23e+06')
+      >>> number(2994.6)
+      '2,995'
     """
     if math.isnan(value):
         return "not a number"
-    text = f"{value:{sign}.3g}".replace("inf", "∞")
+    whole = 999.5 <= abs(value) < 1e6
+    text = (f"{value:{sign},.0f}" if whole else f"{value:{sign}.3g}").replace("inf", "∞")
     return f"−{text[1:]}" if text.startswith("-") else text
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments.language import baselines, corpus, facts, figures, rendering, text
+from experiments.language import baselines, corpus, facts, figures, text
 
 
 def test_each_fact_has_one_source_and_a_distractor_without_the_answer():
@@ -47,17 +47,3 @@ def test_weights_are_drawn_where_they_belong():
     rows = list(figures.ROWS)
     assert grid[rows.index("up")].tolist() == [1.0, 2.0] and grid[rows.index("key"), 1] == 3.0
     assert grid[-1, 0] == 4.0 and np.isnan(grid).sum() == grid.size - 4
-
-
-def test_the_page_escapes_its_text_and_colours_by_sign():
-    shown = rendering.Coloured(["<b>", "x", ""], np.array([0.0, 2.0, -1.0]))
-    page = rendering.page(["a & b"], [[rendering.Found(1.5, shown, shown)]], "note")
-    assert "&lt;b&gt;" in page and "<b>" not in page and "a &amp; b" in page
-    assert "rgba(9,105,218,0.75)" in page and "rgba(209,36,47,0.38)" in page
-
-
-def test_a_coloured_row_ends_with_its_last_target():
-    row = {"inputs": np.array([0, 97, 98, 0]), "targets": np.array([97, 98, 0, 0]),
-           "mask": np.array([False, True, False, False])}  # fmt: skip
-    shown = rendering.coloured(text.Bytes(), row, np.array([0.0, 5.0, 0.0, 0.0]))
-    assert shown.pieces == ["", "a", "b"] and shown.values.tolist() == [0.0, 0.0, 5.0]

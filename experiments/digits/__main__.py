@@ -54,11 +54,14 @@ def main() -> None:
         figures.headline(results),
         arguments.folder / "proponents.png",
     )
+    figures.write_report(
+        *measured[case], results[case[0]][case[1]], arguments.folder / "report.html"
+    )
     figures.draw_groups(by_array(results), arguments.folder / "groups.png")
     pictures.draw_lds(results, arguments.folder / "lds.png")
     console.print(
-        f"{time.monotonic() - started:.0f} s. Figures in {arguments.folder}/: proponents.png, "
-        f"groups.png, lds.png. Numbers in {path}."
+        f"{time.monotonic() - started:.0f} s. In {arguments.folder}/: report.html, to look "
+        f"through; proponents.png, groups.png, lds.png. Numbers in {path}."
     )
 
 

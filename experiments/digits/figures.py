@@ -164,6 +164,26 @@ def draw_proponents(
     pictures.save(figure, path, tight=False)
 
 
+def write_report(subject: Subject, choice: Choice, result: Result, path: Path) -> None:
+    """Writes a page of all evaluation queries with their top proponents and opponents.
+
+    Args:
+      subject: the architecture.
+      choice: the attribution method.
+      result: its figures.
+      path: of the page.
+    """
+    digits = subject.digits
+    ja.report(
+        study.index_of(choice.make(subject), subject.checkpoints, digits.train, choice.groups),
+        digits.evaluation,
+        weights=result.fit,
+        predictions=[str(label) for label in _predicted(subject, digits.evaluation["image"])],
+        title="Which digits taught the model this?",
+        path=path,
+    )
+
+
 def draw_groups(results: dict[str, dict[str, Result]], path: Path) -> None:
     """Draws each group's LDS alone, and its share of the scores before and after learning.
 

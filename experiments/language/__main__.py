@@ -21,8 +21,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+import jaxattr as ja
 from experiments import command_line, ground_truth
-from experiments.language import corpus, costs, figures, pretrained, rendering, study, text
+from experiments.language import corpus, costs, figures, pretrained, study, text
 from experiments.language.study import Config, Result, Retrieval, Subject
 from experiments.language.text import Tokenizer
 from experiments.language.training import Recipe, perplexity
@@ -30,7 +31,7 @@ from jaxattr import evaluation, files
 from jaxattr.fitting.eigenbases import TruncationWarning
 from jaxattr.weights.report import WeightWarning
 
-NOTE = "TracIn with learned weights: a score is the sum over tokens of the query, or the document."
+TITLE = "Which documents taught the model this?"
 
 
 def main() -> None:
@@ -128,12 +129,17 @@ def _draw(subject: Subject, results: dict[str, Result], folder: Path) -> None:
     corpus = subject.corpus
     shown = {name: np.concatenate([corpus.questions[name][:3], corpus.evaluation[name][:5]])
              for name in corpus.questions}  # fmt: skip
-    found = rendering.explain(
-        subject, study.METHODS["TracIn"](subject), shown, results["TracIn"].weights["learned"], k=3
+    # Of methods with the identity as kernel, the documents' tokens are coloured too.
+    method = study.METHODS["TracIn"](subject)
+    ja.report(
+        ja.build_index(method, subject.params, corpus.train, batch_size=32),
+        shown,
+        weights=results["TracIn"].weights["learned"],
+        k=3,
+        decode=lambda token: corpus.tokenizer.pieces([token])[0],
+        title=TITLE,
+        path=folder / "who_taught_it.html",
     )
-    titles = [*corpus.sentences[:3], *(f"Held-out document {i + 1}" for i in range(5))]
-    with files.written_whole(folder / "who_taught_it.html") as partial:
-        partial.write_text(rendering.page(titles, found, NOTE), encoding="utf-8")
 
 
 def _fluency(subject: Subject) -> str:

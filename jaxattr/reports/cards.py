@@ -139,9 +139,8 @@ class Cards:
             kind = "label" if alike else "label other"
             label = f'<span class="{kind}"{title}>{isolated(item.label)}</span>'
         return (
-            f'<li class="entry"><div class="meta">{label}'
-            f'<span class="score">{number(pair.score, "+")}</span>'
-            f'<span class="id">#{pair.train}</span></div>'
+            f'<li class="entry"><div class="meta">{label}<span class="id">#{pair.train}</span>'
+            f'<span class="score">{number(pair.score, "+")}</span></div>'
             f'<div class="bar"><i style="width:{100 * share:.0f}%"></i></div>'
             f"{self._example(query, pair, item)}</li>"
         )

@@ -167,10 +167,9 @@ def guessed(example: Example) -> Shown:
 
 def is_picture(array: Any) -> bool:
     """Whether an array can be drawn: [h, w] or [h, w, 1 | 3 | 4] of real numbers."""
-    real = array.dtype.kind in "buif" or jnp.issubdtype(array.dtype, jnp.floating)
     shape = array.shape
     axes = len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))
-    return bool(real and axes and min(shape) > 0)
+    return _is_real(array.dtype) and axes and min(shape) > 0
 
 
 def _looks_like_one(shape: tuple[int, ...]) -> bool:
@@ -180,11 +179,16 @@ def _looks_like_one(shape: tuple[int, ...]) -> bool:
 
 
 def _fields(example: Example) -> dict[str, Any]:
-    return dict(named_leaves(example))
+    return {"": example} if hasattr(example, "shape") else named_leaves(example)
 
 
 def _is_label(value: Any) -> bool:
-    return value is not None and np.shape(value) == () and np.asarray(value).dtype.kind in "iu"
+    return value is not None and np.shape(value) == () and jnp.issubdtype(value.dtype, jnp.integer)
+
+
+def _is_real(dtype: Any) -> bool:
+    real = (jnp.floating, jnp.integer, jnp.bool_)
+    return any(jnp.issubdtype(dtype, kind) for kind in real)
 
 
 def _shapes(fields: Mapping[str, Any]) -> dict[str, str]:
@@ -198,11 +202,12 @@ def _worded(value: Any) -> str:
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
         return str(value)
     kind = f"{value.dtype} {list(value.shape)}"
-    if value.dtype.kind not in "buif":
-        return kind if value.size > 1 else str(value)
+    if not _is_real(value.dtype):
+        return kind
     array = np.asarray(value)
     if array.size <= 8:
-        texts = [str(x) if array.dtype.kind in "bui" else number(float(x)) for x in array.flat]
+        exact = not jnp.issubdtype(array.dtype, jnp.floating)
+        texts = [str(x) if exact else number(float(x)) for x in array.flat]
         return texts[0] if array.ndim == 0 else f"[{', '.join(texts)}]"
     return f"{kind}, {number(float(array.min()))} to {number(float(array.max()))}"
 

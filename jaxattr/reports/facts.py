@@ -98,7 +98,9 @@ def gather(index: Index, prepared: QueryFeatures, weights: Weights | None, versi
 def _tiles(
     index: Index, prepared: QueryFeatures, fit: WeightFit | None
 ) -> Iterator[tuple[str, str, str]]:
-    q, lost = len(prepared.features), len(prepared.non_finite)
+    method, q, lost = index.method, len(prepared.features), len(prepared.non_finite)
+    if method is not None:
+        yield "method", method.name, f"kernel: {method.kernel.name}"
     yield "queries", f"{q:,}", f"{lost} not finite" if lost else "all finite"
     left = f"{len(index.non_finite)} not finite, left out" if len(index.non_finite) else ""
     yield "training examples", f"{index.size:,}", left or "all finite"
@@ -174,7 +176,7 @@ def _provenance(index: Index, version: str) -> Iterator[tuple[str, str]]:
     yield "scores", "squares of sums" if index.link == "square" else "sums over groups"
     yield "training examples", f"{index.size:,}"
     yield "features per checkpoint", f"{index.layout.total:,}"
-    yield "stored as", index.precision
+    yield "features stored as", index.precision
     yield "index", "in memory" if index.path is None else str(index.path)
     yield "devices", f"{index.place.shards} x {jax.default_backend()}"
     yield "made by", f"jaxattr {version}, JAX {jax.__version__}"

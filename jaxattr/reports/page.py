@@ -5,7 +5,7 @@ import hashlib
 import importlib.resources
 from collections.abc import Sequence
 
-from jaxattr.markup import escaped, isolated, number
+from jaxattr.markup import escaped, isolated
 from jaxattr.reports.cards import Cards, Query
 from jaxattr.reports.facts import Facts, Group
 
@@ -38,7 +38,7 @@ def page(title: str, facts: Facts, queries: Sequence[Query], cards: Cards) -> st
         f"<style>{style}</style></head><body>{cards.store()}"
         '<a class="skip" href="#queries">Skip to the queries</a>'
         f"{_header(title, facts)}<main>{_warnings(facts)}{_weights(facts)}"
-        f'<section id="queries" aria-label="Queries">{_toolbar(queries)}'
+        f'<section id="queries" aria-label="Queries">{_toolbar(queries)}{_legend(queries, cards)}'
         f'<div id="cards">{shown}</div><p id="empty" hidden>No query matches the filter.</p>'
         f"</section></main>{_footer(facts, cards)}{_help()}"
         f"<script>{script}</script></body></html>\n"
@@ -58,7 +58,8 @@ def _header(title: str, facts: Facts) -> str:
         '<header class="top"><div class="brand"><span class="mark" aria-hidden="true"></span>'
         f'<span>jaxattr</span><span class="what">{isolated(facts.method)}, '
         f"{escaped(facts.weighting)}</span>"
-        '<button type="button" id="theme" hidden>Dark or light</button></div>'
+        '<button type="button" id="theme" title="Dark or light (t)" aria-label="Dark or light" '
+        "hidden>◐</button></div>"
         f'<h1>{isolated(title)}</h1><p class="lede">{_sign(facts)}</p>'
         f'<dl class="tiles">{tiles}</dl></header>'
     )
@@ -97,7 +98,7 @@ def _weights(facts: Facts) -> str:
     head = "".join(
         f'<th scope="col" data-by="{place}">{name}</th>' for place, name in enumerate(headings)
     )
-    gain = "" if facts.gain is None else f"<p>{escaped(facts.gain)}.</p>"
+    gain = "" if facts.gain is None else f'<p class="gain">{escaped(facts.gain)}</p>'
     tick = "The tick in a weight's bar is a weight of one." + (
         " The tick in a share's bar is where learning started." if known else ""
     )
@@ -112,7 +113,7 @@ def _weights(facts: Facts) -> str:
 
 
 def _group(group: Group, largest: float, widest: float, known: bool) -> str:
-    weight = _bar(group.weight / largest, 1 / largest, "w", number(group.weight))
+    weight = _bar(group.weight / largest, 1 / largest, "w", f"{group.weight:.3f}")
     cells = f'<td data-v="{group.weight:.6g}">{weight}</td>'
     if known:
         share, start = group.share or 0.0, group.start_share or 0.0
@@ -169,6 +170,15 @@ def _toolbar(queries: Sequence[Query]) -> str:
         '<output id="count" aria-live="polite"></output>'
         '<button type="button" id="keys" title="Keys" aria-haspopup="dialog">?</button></form>'
     )
+
+
+def _legend(queries: Sequence[Query], cards: Cards) -> str:
+    """What the marks in the cards mean, of those that are there."""
+    labels = any(query.item is not None and query.item.label is not None for query in queries)
+    said = ["Dotted labels are other than the query's."] if labels else []
+    if cards.by_query or cards.by_train:
+        said += ["Blue tokens raise the score, orange ones lower it; the stronger, the more."]
+    return f'<p class="legend">{" ".join(said)}</p>' if said else ""
 
 
 def _in_order(label: str) -> tuple[bool, float, str]:

@@ -82,9 +82,7 @@ def of_examples(
     if index.method is None or not isinstance(index.method.kernel, Identity):
         return {}
     # Training examples go through the method's own output, not through that of queries.
-    side = dataclasses.replace(
-        index, method=dataclasses.replace(index.method, query_output=None), recorded=None
-    )
+    side = dataclasses.replace(index, method=dataclasses.replace(index.method, query_output=None))
     eta = index.method.weights_of(len(index.checkpoints))
     w = _columns(index, weights) * np.repeat(eta, index.layout.total)
     phi = {q: np.asarray(queries.features[q], np.float64) * w for q in {x.query for x in pairs}}
