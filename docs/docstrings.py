@@ -33,7 +33,8 @@ def readable(text: str) -> str:
     """
     text = DISPLAYED.sub(lambda found: _mathml(found[2], "block"), text)
     text = INLINE.sub(lambda found: _mathml(found[1], "inline"), text)
-    text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)  # the name that griffe knows
+    # The name that griffe knows.
+    text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
     return "\n\n".join(_paragraph(each) for each in text.split("\n\n"))
 
 

@@ -29,7 +29,7 @@ from jaxattr.weights.learning import learn_weights
 from jaxattr.weights.outcomes import Outcomes
 from jaxattr.weights.report import WeightWarning
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ConvergenceWarning",
