@@ -156,7 +156,7 @@ def shorter(params, example, key):
 
 RAGGED = [np.arange(3), np.arange(2)]
 OBJECTS = np.array([[1, 2, 3], [0, 3]], dtype=object)
-MESH = jax.make_mesh((2,), ("batch",))
+MESH = jax.sharding.Mesh(jax.devices()[:2], ("batch",))
 BATCHES = Items(5, lambda i: {"x": X[8 * i : 8 * i + 8]})
 STATE = TrainState.create(apply_fn=None, params=P, tx=optax.sgd(0.1))
 
