@@ -139,7 +139,7 @@ def png(pixels: np.ndarray) -> bytes:
     pixels = np.ascontiguousarray(pixels).reshape(h, w, -1)
     kind = {1: 0, 3: 2, 4: 6}[pixels.shape[2]]
     header = struct.pack(">IIBBBBB", w, h, 8, kind, 0, 0, 0)
-    body = min((zlib.compress(each, 9) for each in _filtered(pixels)), key=len)
+    body = min((zlib.compress(each, 6) for each in _filtered(pixels)), key=len)
     chunks = ((b"IHDR", header), (b"IDAT", body), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks)
 
