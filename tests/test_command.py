@@ -415,9 +415,18 @@ def test_errors_in_the_functions_of_a_task_say_where(place):
     task.write_text(lines.replace("tracin(models.loss", "tracin(lambda *x: loss(*x)"))
     refused = call("describe", task, code=1)
     number = task.read_text().splitlines().index("    return example['labl']") + 1
-    assert refused.stderr == f"error: {task}:{number}: KeyError: 'labl'\n"
+    assert "KeyError: 'labl'" in refused.stderr and "Traceback" not in refused.stderr
+    assert refused.stderr.startswith("error: ") and f"({task}:{number})" in refused.stderr
     traced = call("describe", task, "--traceback", code=1)
     assert "Traceback" in traced.stderr and traced.stderr.endswith(refused.stderr)
+
+
+def test_errors_where_a_task_makes_its_data_say_where(place):
+    task = place / "task.py"
+    task.write_text(TASK + "\n\ndef queries():\n    return {}['x']\n")
+    refused = call("top", task, "--path", place / "index", code=1)
+    line = len(task.read_text().splitlines())
+    assert refused.stderr == f"with uniform weights\nerror: {task}:{line}: KeyError: 'x'\n"
 
 
 def test_a_fault_of_the_library_shows_its_traceback(built, monkeypatch):

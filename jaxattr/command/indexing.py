@@ -10,7 +10,8 @@ import jaxattr as ja
 from jaxattr.command import options, printing
 from jaxattr.command.tasks import Task
 from jaxattr.index.summary import summarize
-from jaxattr.sources import as_checkpoints, as_source
+from jaxattr.inputs.parameters import as_checkpoints
+from jaxattr.sources import as_source
 
 # What of a task goes to `build_index` and `plan` as it is, where it is named.
 _BUILDING = ("key", "mesh", "batch_size", "dtype")

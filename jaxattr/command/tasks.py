@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -161,15 +162,16 @@ def line_in(error: BaseException, path: Path) -> int | None:
     """Returns the last line of a file that an error came through; None if it did not.
 
     Args:
-      error: any.
+      error: any; what it was raised for counts too.
       path: of the file.
     """
-    found, trace = None, error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path.resolve()):
-            found = trace.tb_lineno
-        trace = trace.tb_next
-    return found
+    first = error.__cause__ or error.__context__
+    inner = None if first is None else line_in(first, path)
+    lines = [
+        line for frame, line in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_filename == str(path.resolve())
+    ]  # fmt: skip
+    return inner or (lines[-1] if lines else None)
 
 
 def _refuse_misspelled(path: Path, tree: ast.Module) -> None:
