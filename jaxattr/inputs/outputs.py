@@ -139,11 +139,11 @@ def _returned(function: OutputFn, params: Params, example: Example, error: _NoSc
         "averages."
     )
     if isinstance(result, tuple) and leaves:
-        remedy = f"Return the first alone: lambda *given: {name_of(function)}(*given)[0]."
+        remedy = f"Return the first alone, lambda *given: {name_of(function)}(*given)[0]. {remedy}"
     meant = _likely_meant(function, params, example)
     return ValueError(
         f"The function {name_of(function)!r} must map ONE example, without a batch axis, to one "
-        f"float scalar; it returned {got}.\n{meant or remedy}\n{_given(params, example)}"
+        f"float scalar; it returned {got}. {meant or remedy}\n{_given(params, example)}"
     )
 
 
