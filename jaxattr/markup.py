@@ -79,7 +79,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[Any]], caption: str =
     Returns:
       HTML.
     """
-    cell = "padding:.15em .8em .15em 0;text-align:left;vertical-align:top"
+    cell = "padding:.15em .8em .15em 0;text-align:left;vertical-align:top;white-space:nowrap"
 
     def line(tag: str, cells: Iterable[Any]) -> str:
         made = "".join(f'<{tag} style="{cell}">{_content(each)}</{tag}>' for each in cells)

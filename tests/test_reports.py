@@ -18,6 +18,7 @@ import pytest
 
 import jaxattr as ja
 from jaxattr import language, markup
+from jaxattr.files import written_whole
 from jaxattr.reports import cards, examples, pictures, tokens
 from jaxattr.scores.ranking import TopK
 from jaxattr.sources import as_source
@@ -145,6 +146,15 @@ def test_a_folder_is_no_path_and_a_page_is_replaced_whole(tmp_path):
     assert path.read_text() == "old"
     ja.report(index, queries, path=path)
     assert "old" != path.read_text()[:3] and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_fails_while_it_is_written_leaves_nothing(tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), written_whole(path) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

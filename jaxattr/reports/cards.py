@@ -214,7 +214,7 @@ def coloured(texts: Sequence[str], counted: np.ndarray, values: np.ndarray | Non
       values: contribution of each target, or None.
 
     Returns:
-      HTML; neighbours in one shade are one element each, those without colour none.
+      HTML; pages hold many tokens, so only strong colours have their number to point at.
     """
     shares = np.zeros(len(texts))
     if values is not None:
@@ -227,7 +227,7 @@ def coloured(texts: Sequence[str], counted: np.ndarray, values: np.ndarray | Non
     for text, level, share, asked in zip(texts, levels, shares, counted, strict=True):
         kinds = f"{'p' if share > 0 else 'n'}{level}" if level else ""
         kinds += " u" if some and asked else ""
-        title = f' title="{number(share, "+")}"' if level else ""
+        title = f' title="{number(share, "+")}"' if level >= LEVELS // 2 else ""
         shown = escaped(text)
         spans.append(f'<i class="{kinds.strip()}"{title}>{shown}</i>' if kinds else shown)
     return f'<div class="text tokens" dir="auto">{"".join(spans)}</div>'

@@ -19,6 +19,7 @@ from jaxattr.reports.examples import Item, Showing, Tokens, pictures_of, read
 from jaxattr.reports.page import page
 from jaxattr.reports.pictures import encoder
 from jaxattr.reports.tokens import Pair
+from jaxattr.scores.ranking import TopK
 from jaxattr.scores.scoring import top_k, weight_array
 from jaxattr.sources import Source, as_source
 from jaxattr.store import on_first_process
@@ -112,11 +113,12 @@ def report(
     showing = Showing(render, labels)
     if source is not None:
         _refuse_number(said, source.size)
+    # Before anything that takes long: what cannot be shown is found out here.
+    own = {} if source is None else read(source, range(source.size), showing, "queries")
     prepared = query_features(index, queries)
     q = len(prepared.features)
     _refuse_number(said, q)
     ranked = _ranked(index, prepared, weights, k)
-    own = {} if source is None else read(source, range(q), showing, "queries")
     ids = sorted({pair.train for sides in ranked for side in sides for pair in side or ()})
     shown = read(data, ids, showing, "training examples")
     finite = np.isin(np.arange(q), prepared.non_finite, invert=True)
@@ -148,7 +150,7 @@ def _ranked(index: Index, prepared: QueryFeatures, weights: Weights | None, k: i
     return [_Sides(*pair) for pair in zip(proponents, opponents, strict=True)]
 
 
-def _signed(top: Any, sign: int) -> list[tuple[Pair, ...]]:
+def _signed(top: TopK, sign: int) -> list[tuple[Pair, ...]]:
     """The pairs of each query whose scores have the sign."""
     ids, scores = np.asarray(top.ids), np.asarray(top.scores, np.float64)
     return [
@@ -172,11 +174,12 @@ def _split(
 ) -> tuple[Contributions, Contributions]:
     """Contributions of the tokens of queries and of training examples, where those are tokens."""
     pairs = [pair for query in found for pair in (*query.proponents, *(query.opponents or ()))]
-    tokens_shown = [item.shown for item in shown.values() if isinstance(item.shown, Tokens)]
-    if not tokens_shown or not tokens.can_split(index):
+    any_tokens = any(isinstance(item.shown, Tokens) for item in shown.values())
+    if not any_tokens or not tokens.can_split(index):
         return {}, {}
     by_train = tokens.of_examples(index, train, prepared, weights, pairs)
-    if queries is None or not isinstance(found[0].item and found[0].item.shown, Tokens):
+    own = found[0].item
+    if queries is None or own is None or not isinstance(own.shown, Tokens):
         return {}, by_train
     return tokens.of_queries(index, queries, weights, pairs), by_train
 
