@@ -8,7 +8,6 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.kernels.base import (
@@ -179,18 +178,20 @@ def _dual(rows: np.ndarray, damping: Damping, exponent: int, dtype: Any) -> Gram
 
 
 def _inverse(matrix: np.ndarray, added: float, damping: Damping, dtype: Any) -> np.ndarray:
+    from scipy import linalg  # slow to import, and needed here alone
+
     damped = matrix + added * np.eye(len(matrix))
     try:
-        factor = scipy.linalg.cholesky(damped, lower=True)
+        factor = linalg.cholesky(damped, lower=True)
     except np.linalg.LinAlgError as error:
         raise _singular(len(matrix), damping, "it is not positive definite") from error
-    reciprocal_condition, _ = scipy.linalg.lapack.dpocon(
+    reciprocal_condition, _ = linalg.lapack.dpocon(
         factor, np.abs(damped).sum(axis=0).max(), uplo="L"
     )
     if reciprocal_condition < jnp.finfo(dtype).eps:
         why = f"its condition number is about {1 / max(reciprocal_condition, 1e-300):.0e}"
         raise _singular(len(matrix), damping, f"{why}, beyond what {dtype} statistics resolve")
-    return scipy.linalg.cho_solve((factor, True), np.eye(len(matrix)))
+    return linalg.cho_solve((factor, True), np.eye(len(matrix)))
 
 
 def _spectrum(rows: np.ndarray) -> Spectrum:

@@ -84,7 +84,11 @@ def gather(index: Index, prepared: QueryFeatures, weights: Weights | None, versi
     return Facts(
         method="method not given" if method is None else method.name,
         link=index.link,
-        weighting="uniform weights" if weights is None else "learned weights" if fit else "weights",
+        weighting="uniform weights"
+        if weights is None
+        else "learned weights"
+        if fit
+        else "given weights",
         gain=None if fit is None else UNKNOWN_GAIN if fit.gain is None else str(fit.gain),
         tiles=tuple(_tiles(index, prepared, fit)),
         warnings=tuple(_warnings(index, prepared, fit)),

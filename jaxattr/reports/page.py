@@ -178,6 +178,7 @@ def _legend(queries: Sequence[Query], cards: Cards) -> str:
     said = ["Dotted labels are other than the query's."] if labels else []
     if cards.by_query or cards.by_train:
         said += ["Blue tokens raise the score, orange ones lower it; the stronger, the more."]
+        said += ["Underlined tokens are asked for, where others are given."]
     return f'<p class="legend">{" ".join(said)}</p>' if said else ""
 
 

@@ -4,34 +4,16 @@ Orbax writes a zarr array per name. They are read as such, since it takes what i
 damage shows in tracebacks from many threads, or not at all.
 """
 
-import dataclasses
 import hashlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from jaxattr.sharding import Placement
 from jaxattr.store.folder import Folder, cannot_write, first_line, malformed, reading
-
-
-class _ArrayPerName(ocp.PyTreeCheckpointHandler):
-    """Has no parts of processes to put together.
-
-    Orbax looks for them by a pattern in which brackets and stars of the path have a meaning.
-    """
-
-    def finalize(self, directory: Any) -> None:
-        """Does nothing."""
-
-
-@ocp.args.register_with_handler(_ArrayPerName, for_save=True, for_restore=True)
-@dataclasses.dataclass
-class _Arrays(ocp.args.PyTreeSave):
-    """What the handler above takes; Orbax finds it by this."""
 
 
 def save_state(folder: Folder, name: str, arrays: dict[str, Any], place: Placement) -> None:
@@ -54,10 +36,10 @@ def save_state(folder: Folder, name: str, arrays: dict[str, Any], place: Placeme
         folder.delete(f"{name}.json")
         for left in {file.split("/")[0] for file in folder.names(f"{name}.orbax")}:
             folder.delete_under(f"{left}/")
+    from jaxattr.store.orbax_arrays import save_arrays  # slow to import, and needed here alone
+
     try:
-        with ocp.Checkpointer(_ArrayPerName(use_ocdbt=False, use_zarr3=False)) as checkpointer:
-            whole = values or {"nothing": np.zeros(1)}
-            checkpointer.save(f"{folder.plain}/{name}", args=_Arrays(whole), force=True)
+        save_arrays(f"{folder.plain}/{name}", values or {"nothing": np.zeros(1)})
     except Exception as error:  # of many kinds, one per library below
         raise cannot_write(f"{folder.path}/{name}", error) from None
     described = {
