@@ -7,5 +7,5 @@ shows its help, or one module, does not wait for the rest.
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ += ["__version__"]

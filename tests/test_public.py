@@ -31,6 +31,9 @@ def test_type_checkers_see_what_is_there():
 def test_the_version_is_the_one_that_is_packaged():
     packaged = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert ja.__version__ == packaged
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited and cited[1] == packaged
+    assert re.findall(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)[0] == packaged
 
 
 def test_what_is_imported_is_declared():

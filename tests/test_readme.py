@@ -1,15 +1,13 @@
-import re
-from pathlib import Path
-
-import jax
 import pytest
 
+from tests.pages import ROOT, blocks, run
 
-@pytest.mark.filterwarnings("ignore::jaxattr.weights.report.WeightWarning")
+README = ROOT / "README.md"
+
+
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
-def test_the_code_in_the_readme_runs():
-    text = (Path(__file__).parent.parent / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 9
-    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
-        exec("\n".join(blocks), {})
+def test_the_code_in_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(blocks(README)) == 1
+    run(README)
+    assert (tmp_path / "report.html").exists()

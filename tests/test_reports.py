@@ -171,7 +171,7 @@ def test_what_fails_while_it_is_written_leaves_nothing(tmp_path):
 )
 def test_bad_input_is_refused_and_writes_nothing(tmp_path, given, message):
     index, _, queries = toy()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         ja.report(index, queries, path=tmp_path / "page.html", **given)
     assert not list(tmp_path.iterdir())
 
