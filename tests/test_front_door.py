@@ -188,6 +188,10 @@ WRONG = {  # name: (call, error, words)
     "ragged arrays": (
         lambda: build(RAGGED), ValueError, ["example 0", "int64[3]", "example 1", "[2]", "rows("],
     ),
+    "pictures of several sizes": (
+        lambda: build([np.zeros((3, 8, 8 + i)) for i in range(4)]), ValueError,
+        ["example 0", "[3, 8, 8]", "example 1", "[3, 8, 9]"],
+    ),
     "ragged numbers": (
         lambda: build([[1, 2, 3], [0, 3]], embedded), ValueError,
         ["example 0", "[3]", "example 1", "[2]", "pad", "language.rows"],

@@ -254,7 +254,10 @@ def _of_arrays(data: Sequence[Any], role: str, accepts: Accepts | None) -> Any:
     shape_of = [np.shape(item) for item in data]
     leading = {shape[:1] for shape in shape_of}
     if len(set(shape_of)) > 1:
-        if len(leading) > 1:
+        # Pictures of several sizes may share their first axis, the channels.
+        alike = isinstance(data, list) and len(data) > 2 and len({len(s) for s in shape_of}) == 1
+        as_fields = accepts is None or accepts(jax.tree.map(_one_row, data))
+        if len(leading) > 1 or (alike and not as_fields):
             raise _differing((0, data[0]), _first_other(data), role)
         return data
     if shape_of[0] == ():
