@@ -317,6 +317,11 @@ def _layers(name: str, shape: tuple[int, ...]) -> list[Member]:
 def _by_labels(params: Params, labels: Any) -> GroupLayout:
     found = _by_path(labels, is_leaf=lambda node: node is None)
     leaves = named_leaves(params)
+    for above in [name for name, label in found.items() if label is None and name not in leaves]:
+        below = [name for name in leaves if name.startswith(f"{above}/")]
+        if below:  # None for a whole part of the tree
+            del found[above]
+            found |= dict.fromkeys(below)
     if found.keys() != leaves.keys():
         raise ValueError(
             "The labels must have the tree structure of the parameters, one string per leaf (None "

@@ -11,7 +11,8 @@ from rich import console as rich_console
 from rich import progress as rich_progress
 from rich.text import Text
 
-from jaxattr.inputs.data import Accepts, as_arrays, as_data, is_source, stacked
+from jaxattr.inputs.arrays import as_arrays, canonical_dtype, check_shapes, of_kind, stacked
+from jaxattr.inputs.data import Accepts, as_data, is_source
 from jaxattr.sharding import Placement, split_rows
 from jaxattr.typing import Batch, Example, RandomAccess
 
@@ -66,8 +67,7 @@ class Source:
         first = self.read(np.zeros(1, np.int64))
 
         def one(x: Any) -> jax.ShapeDtypeStruct:
-            # NumPy's int64 is what JAX takes for int32, unless told otherwise.
-            return jax.ShapeDtypeStruct(jnp.shape(x)[1:], jax.dtypes.canonicalize_dtype(x.dtype))
+            return jax.ShapeDtypeStruct(jnp.shape(x)[1:], canonical_dtype(x))
 
         return jax.tree.map(one, first)
 
@@ -149,15 +149,24 @@ class _Rate(rich_progress.ProgressColumn):
 
 
 class _Reader:
-    """Reads rows of a random-access source; all need the shapes of the first that was read."""
+    """Reads rows of a random-access source; all need the shapes and the types of the first."""
 
     def __init__(self, data: RandomAccess, role: str) -> None:
         self.data, self.role = data, role
-        self.first: tuple[int, Example] | None = None
+        self.first: Example | None = None
 
     def __call__(self, rows: np.ndarray) -> Batch:
         """Returns the examples at some positions, stacked."""
-        numbers = rows.tolist()
-        examples = [as_arrays(self.data[row], f"example {row} of {self.role}") for row in numbers]
-        self.first = self.first or (numbers[0], examples[0])
-        return stacked(examples, numbers, self.first, self.role)
+        if self.first is None:
+            self.first = self._example(0)
+        numbers, first = rows.tolist(), self.first
+        examples = [self._example(row) for row in numbers]
+        check_shapes(examples, numbers, (0, first), self.role)
+        of_one_type = [
+            of_kind(example, number, first, self.role)
+            for number, example in zip(numbers, examples, strict=True)
+        ]
+        return stacked(of_one_type)
+
+    def _example(self, row: int) -> Example:
+        return as_arrays(self.data[row], f"example {row} of {self.role}")

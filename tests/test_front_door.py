@@ -59,6 +59,10 @@ class NoLength:
         return ONE
 
 
+class Typed(Items):
+    dtype = np.float32
+
+
 class Endless(Items):
     def __len__(self):
         raise TypeError("infinite")
@@ -140,6 +144,10 @@ def converting_loss(params, example, key):
 
 def batch_loss(params, example, key):
     return optax.l2_loss(jnp.einsum("bi,io->bo", example["x"], params["w"])).sum()
+
+
+def broadcasting(params, example, key):
+    return jnp.sum((params - example) ** 2)
 
 
 def fields_loss(params, x, y):
@@ -396,6 +404,32 @@ WRONG = {  # name: (call, error, words)
         lambda: ja.trak(margin, damping=0.1), ValueError, ["ja.absolute(x) or ja.relative(x)"],
     ),
     "memory in words": (lambda: build(D, memory="8GB"), TypeError, ["memory, in bytes", "'8GB'"]),
+    "a batch size, not swapped": (
+        lambda: ja.build_index(ja.tracin(broadcasting), X[0], X, batch_size=0), ValueError,
+        ["batch_size must be at least 1"],
+    ),
+    "an axis that broadcasts": (
+        lambda: ja.score(INDEX, {"x": X[..., None]}), ValueError, ["float32[4, 1]", "float32[4]"],
+    ),
+    "a size that broadcasts": (
+        lambda: ja.score(build(X, broadcasting, X[0]), X[:, :1]), ValueError,
+        ["float32[1]", "float32[4]", "axes of a training example"],
+    ),
+    "numbers of two kinds": (
+        lambda: build(Items(4, lambda i: {"x": X[i], "y": 1 if i < 2 else 0.5})), ValueError,
+        ["'y'", "int64 in example 0", "float64 in example 2", "one type"],
+    ),
+    "shapes for data": (
+        lambda: ja.plan(M, P, {"x": jax.ShapeDtypeStruct((9, 4), float)}), TypeError,
+        ["'x' is the shape of an array", "np.broadcast_to"],
+    ),
+    "masked values": (lambda: build({"x": np.ma.array(X)}), ValueError, [".filled(value)"]),
+    "records": (
+        lambda: build({"x": np.zeros(3, [("a", "f4")])}), ValueError, ["'x'", "Convert it"],
+    ),
+    "kinds of checkpoints": (
+        lambda: build(D, params=[P, {"w": P["w"].astype(int)}]), ValueError, ["w int64[4, 2]"],
+    ),
     "verify": (lambda: build(D, verify="yes"), ValueError, ['"all" or "sample"', "'yes'"]),
     "a word for an optimizer": (
         lambda: ja.learn_weights(INDEX, D, optimizer="adam"), TypeError, ["optax.adam"],
@@ -468,6 +502,14 @@ RIGHT = {
     "list of scalars": lambda: same_index(Y, list(Y), list(map(int, Y)), output=embedded),
     "list of pairs": lambda: same_index((X, Y), list(zip(X, Y, strict=True)), Pair(X, Y),
                                         output=pair_loss),
+    "list of lists": lambda: same_index([X, Y], [[x, y] for x, y in zip(X, Y, strict=True)],
+                                        output=pair_loss),
+    "mapping in a dict": lambda: same_index({"in": D}, {"in": collections.UserDict(D)},
+                                            output=lambda p, e, key: loss(p, e["in"], key)),
+    "two dicts of one kind": lambda: same_index(
+        (D, {"x": X}), [D, D], output=lambda p, e, key: loss(p, e[0], key) * e[1]["x"][0]
+    ),
+    "a source that has a type": lambda: same_index(D, Typed(40, lambda i: {"x": X[i]})),
     "fields of one shape": lambda: same_index((X, X), [X, X], output=pair_loss),
     "source": lambda: same_index(D, Items(40, lambda i: {"x": X[i]})),
     "source of lists": lambda: same_index(D, Items(40, lambda i: {"x": X[i].tolist()})),
@@ -496,6 +538,54 @@ def test_other_libraries_data():
         build(dataset.to_iter_dataset())
     with pytest.raises(ValueError, match="training data come in batches"):
         ja.score(build(dataset.batch(8)), D)
+
+
+def test_lists_of_numbers_in_a_tuple_are_fields():
+    x, y = [1.0, 2.0], [5.0, 7.0]
+    output = lambda p, e, key: p["w"].sum() * e[0] * e[1] ** 2  # noqa: E731
+    assert same_index((np.array(x), np.array(y)), (x, y), output=output) == 2
+
+
+def test_examples_may_hold_keys():
+    keys = jax.random.split(KEY, 40)
+
+    def noisy(params, example, key):
+        return jnp.sum(
+            ((example["x"] + jax.random.normal(example["key"], (4,))) @ params["w"]) ** 2
+        )
+
+    train = {"x": X, "key": keys}
+    listed = [{"x": x, "key": keys[i]} for i, x in enumerate(X)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same_index(train, listed, Items(40, listed.__getitem__), output=noisy) == 40
+
+
+def test_a_source_of_numbers_in_python_is_the_same_however_it_is_read(tmp_path):
+    source = Items(40, lambda i: {"x": X[i].tolist(), "y": 0.5 if i < 9 else i % 2})
+    output = lambda p, e, key: loss(p, e, key) * e["y"]  # noqa: E731
+    index = build(source, output, path=tmp_path / "a", batch_size=4)
+    again = build(source, output, path=tmp_path / "a", batch_size=4, verify="sample")
+    assert index.size == again.size == 40
+    opened = ja.open_index(tmp_path / "a", ja.tracin(output), P, train=source)
+    assert opened.train.size == 40
+
+
+def test_the_reading_of_a_list_is_the_same_everywhere(tmp_path):
+    method = ja.tracin(pair_loss)
+    ja.build_index(method, P, [X, X], path=tmp_path / "a")
+    index = ja.open_index(tmp_path / "a", method, P, train=[X, X], example=[X[0], X[0]])
+    assert index.train.size == 40
+    assert len(ja.learn_weights(index, [X, X], steps=2).learned_from) == 40
+
+
+def test_fields_that_are_not_read_may_be_of_any_kind():
+    expected = ja.score(INDEX, D)
+    trained = build(D | {"label": Y, "more": X})
+    for other in (D | {"label": Y.astype(float), "more": X}, D | {"label": Y, "more": X[:, 0]}):
+        np.testing.assert_array_equal(ja.score(trained, other), expected)
+    jitted = build(D | {"label": Y}, lambda p, e, key: jax.jit(loss)(p, e, key))
+    np.testing.assert_array_equal(ja.score(jitted, D | {"label": Y.astype(float)}), expected)
 
 
 def test_queries_may_have_fields_that_the_loss_does_not_read():
@@ -571,19 +661,31 @@ def jitted_noise(params, example, key):
     return jax.jit(lambda w, x: shared_noise({"w": w}, {"x": x}, None))(params["w"], example["x"])
 
 
-@pytest.mark.parametrize("output", [shared_noise, jitted_noise])
+@pytest.mark.parametrize("output", [shared_noise, jitted_noise, jax.jit(shared_noise)])
 def test_noise_that_does_not_come_from_the_key_is_warned_of(output):
     with pytest.warns(UserWarning, match="not from its key: every example gets the same noise"):
         build(D, output)
 
 
-def test_noise_that_comes_from_the_key_is_not():
+def test_noise_that_comes_from_the_key_or_the_example_is_not():
     def own_noise(params, example, key):
         return jnp.sum(((example["x"] + jax.random.normal(key, (4,))) @ params["w"]) ** 2)
 
+    def by_id(params, example, key):
+        return own_noise(params, example, jax.random.fold_in(jax.random.key(0), example["y"]))
+
+    def unused_noise(params, example, key):
+        jax.random.normal(jax.random.key(0), (3,))
+        return loss(params, example, key)
+
+    def in_a_loop(params, example, key):
+        keys = jax.random.split(key, 3)
+        return jax.lax.map(lambda key: own_noise(params, example, key), keys).sum()
+
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        build(D, own_noise)
+        for output in (own_noise, by_id, in_a_loop, jax.jit(own_noise), unused_noise):
+            build(XY, output)
 
 
 WEIGHTS = {"w": jnp.asarray(np.random.default_rng(3).normal(size=(4, 2)))}
@@ -611,6 +713,18 @@ def test_margins_of_a_model_that_is_always_right_are_not():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ja.build_index(ja.trak(log_odds), WEIGHTS, separable)
+
+
+def test_margins_that_shuffling_does_not_change_are_not():
+    separable = {"x": X * 5, "y": (X @ np.asarray(WEIGHTS["w"])).argmax(axis=1)}
+
+    def adapted(params, example, key):
+        return log_odds({"w": WEIGHTS["w"] + 1e-3 * params["a"] @ params["b"]}, example, key)
+
+    adapters = {"a": jnp.ones((4, 1)), "b": jnp.ones((1, 2))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ja.build_index(ja.trak(adapted), adapters, separable)
 
 
 def test_the_default_of_top_k_is_at_most_the_training_set():
@@ -652,3 +766,9 @@ def test_the_first_line_says_what_one_example_is(monkeypatch, capsys):
 def test_rows_of_tokens_are_what_ragged_lists_become():
     rows = language.rows([[1, 2, 3], [0, 3]], 4, vocabulary=5)
     assert as_source(rows, "train").size == 2
+
+
+def test_labels_leave_a_whole_part_out():
+    labels = jax.tree.map(lambda _: "all", VARIABLES["params"])
+    index = build(D, linen_loss, VARIABLES, groups={"params": labels, "batch_stats": None})
+    assert index.layout.names == ("all",)

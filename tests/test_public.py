@@ -60,3 +60,11 @@ def test_importing_is_light():
         "assert 'jaxattr.index.building' in new and not heavy & new, heavy & new"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_each_module_is_there_when_it_is_asked_for_first():
+    modules = [name for name in ja.__all__ if isinstance(getattr(ja, name), type(ja))]
+    assert len(modules) == 4
+    for name in modules:
+        program = f"import jaxattr; assert jaxattr.{name}; from jaxattr import {name}"
+        subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -7,9 +7,14 @@ import numpy as np
 
 from jaxattr.evaluation.lds import LDS, Difference, lds_of_predictions, paired_difference
 from jaxattr.index.index import Index
-from jaxattr.index.queries import query_features
+from jaxattr.index.queries import as_queries, query_features
 from jaxattr.scores.subsets import subset_contributions, subset_products
-from jaxattr.weights.outcomes import Outcomes, digests_of_queries
+from jaxattr.weights.outcomes import (
+    Outcomes,
+    check_queries,
+    digests_of_queries,
+    finite_models,
+)
 from jaxattr.weights.report import WeightFit, WeightWarning
 
 
@@ -53,10 +58,12 @@ def measured_gain(
       ValueError: if outcomes are of other queries or another training set.
 
     Warns:
-      WeightWarning: if weights were learned from some of the queries, where those are arrays.
+      WeightWarning: if weights were learned from some of the queries, where those are arrays, or
+        models are not finite, which are dropped.
 
     Cost: one pass over the training set; no [q, n] scores.
     """
+    queries = as_queries(index, queries)
     _warn_of_overlap(queries, fit)
     prepared = query_features(index, queries)
     if outcomes.outputs.shape[1] != len(prepared.features):
@@ -64,18 +71,33 @@ def measured_gain(
             f"Outcomes are of {outcomes.outputs.shape[1]} queries, and there are "
             f"{len(prepared.features)}: pass the queries that the retrained models were asked."
         )
+    check_queries(outcomes, queries)
+    kept = _finite(outcomes)
+    masks, outputs = outcomes.masks[kept], outcomes.outputs[kept]
     squared = index.link == "square"
-    sums = (subset_products if squared else subset_contributions)(index, prepared, outcomes.masks)
+    sums = (subset_products if squared else subset_contributions)(index, prepared, masks)
 
     def of_weights(w: np.ndarray) -> LDS:
         predicted = sums @ w
         predicted = predicted @ w if squared else predicted
-        return lds_of_predictions(predicted, outcomes.outputs, resamples=resamples)
+        return lds_of_predictions(predicted, outputs, resamples=resamples)
 
     names = index.layout.names
     uniform = of_weights(np.ones(len(names)))
     learned = of_weights(np.array([fit.weights[name] for name in names]))
     return MeasuredGain(uniform, learned, paired_difference(learned, uniform))
+
+
+def _finite(outcomes: Outcomes) -> np.ndarray:
+    kept = finite_models(outcomes.outputs)
+    if not kept.all():
+        warnings.warn(
+            f"{(~kept).sum()} of {len(kept)} models are not finite and were dropped: "
+            f"{np.flatnonzero(~kept)[:10].tolist()}.",
+            WeightWarning,
+            stacklevel=3,
+        )
+    return kept
 
 
 def _warn_of_overlap(queries: Any, fit: WeightFit) -> None:

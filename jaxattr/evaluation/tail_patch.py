@@ -9,6 +9,7 @@ import optax
 
 from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.counts import whole_number
+from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_output
 from jaxattr.sources import track
 from jaxattr.typing import Batch, OutputFn, Params
@@ -55,6 +56,7 @@ def tail_patch(
       Chang et al. (2024), TrackStar, arXiv:2410.17413, section 4.2. Deviation: their optimizer and
       learning rate are not published in full, so both are arguments.
     """
+    train, queries = as_batch(train, "train"), as_batch(queries, "queries")
     n, q, ids = leading_size(train), leading_size(queries), np.asarray(ids)
     if ids.ndim != 2 or len(ids) != q or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"ids must be integers [{q}, k], got {ids.dtype} {list(ids.shape)}.")

@@ -169,7 +169,7 @@ def _build(job: BuildJob, rows: Rows, session: DiskBuild | None) -> Index:
         build_checkpoint(job, job.pass_over(number), rows, session)
         for number in range(len(job.checkpoints))
     ]
-    warn_of_losses(job, rows)
+    warn_of_losses(job, rows, found[0].fitted)
     finite, errors = functools.reduce(np.logical_and, [one.finite for one in found]), None
     kernel = job.method.kernel
     if isinstance(kernel, Iterates):

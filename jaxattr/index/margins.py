@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxattr.features.bases import NOTHING
+from jaxattr.features.bases import Fitted
 from jaxattr.index.checkpoint_builds import BuildJob
 from jaxattr.inputs.wording import name_of
 from jaxattr.methods.trak import one_minus
@@ -14,10 +15,10 @@ from jaxattr.store.rows import COLUMNS, EXAMPLES, Rows
 from jaxattr.typing import Key, Params
 
 # A margin has both signs when parameters are at random; of fewer examples that could be chance.
-_ENOUGH, _SHUFFLES = 16, 3
+_ENOUGH, _SHUFFLES, _CHANGE = 16, 3, 0.1
 
 
-def warn_of_losses(job: BuildJob, rows: Rows) -> None:
+def warn_of_losses(job: BuildJob, rows: Rows, fitted: Fitted) -> None:
     """Warns if what TRAK takes for margins is never negative, as losses are; heuristic.
 
     Margins of a model that fits its data may all be positive. So parameters are shuffled, whose
@@ -26,19 +27,23 @@ def warn_of_losses(job: BuildJob, rows: Rows) -> None:
     Args:
       job: what the index is made from.
       rows: of its first checkpoint, written.
+      fitted: what the basis was fitted to there.
     """
     residual = job.featurizer.rule.residual
     if residual is None or name_of(residual) != one_minus.__name__ or job.place.mesh is not None:
         return
-    if _has_both_signs(rows.column(EXAMPLES, 0)[:, COLUMNS.residual]):
+    column = rows.column(EXAMPLES, 0)[:, COLUMNS.residual]
+    if _has_both_signs(column):
         return
     over = job.pass_over(0)
     first = next(over.batches("looking at margins"))
-    number = jnp.asarray(0)
+    number, known = jnp.asarray(0), column[: int(first.real.sum())]
     for seed in range(_SHUFFLES):
         params = _shuffled(jax.random.key(seed), over.params)
-        given = (job.featurizer.key, params, first.batch, first.ids, number, NOTHING)
-        if _has_both_signs(job.featurizer.step(*given).residual[: int(first.real.sum())]):
+        given = (job.featurizer.key, params, first.batch, first.ids, number, fitted)
+        found = np.asarray(job.featurizer.step(*given).residual)[: len(known)]
+        # Small adapters of a model that fits, or a single number, say nothing when shuffled.
+        if _has_both_signs(found) or np.abs(found - known).max() < _CHANGE:
             return
     warnings.warn(
         f"{name_of(job.featurizer.rule.output)!r} was given to TRAK as the margin, but is never "

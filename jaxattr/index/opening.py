@@ -19,6 +19,7 @@ from jaxattr.index.saving import (
     refuse_others,
 )
 from jaxattr.index.verifying import data_differences, how_much
+from jaxattr.inputs.data import like
 from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.methods.method import Method, check_method, featurizer
 from jaxattr.sharding import Placement, placement
@@ -88,7 +89,8 @@ def open_index(
     elif method is not None or checkpoints is not None:
         raise ValueError("Give both method and checkpoints, or neither.")
     rows: Rows = DiskRows(folder, layout, place, seals=complete.seals)
-    source = None if train is None else as_source(train, "train")
+    known = None if featurize is None else like(featurize.example)
+    source = None if train is None else as_source(train, "train", known)
     if source is not None:
         _refuse_other_data(folder, source, rows)
     found = load_finished(folder, complete.record, layout.checkpoints, place)

@@ -17,8 +17,9 @@ from jaxattr.features.expectations import refuse_unit_norm
 from jaxattr.features.featurizer import Featurized, Featurizer
 from jaxattr.identity import Program
 from jaxattr.index.index import Index, check_index, report_non_finite
+from jaxattr.inputs.data import as_batch, as_data
 from jaxattr.inputs.matching import check_match
-from jaxattr.inputs.outputs import check_output, runs
+from jaxattr.inputs.outputs import check_output, read_leaves, runs
 from jaxattr.kernels import Kernel, MapsQueries
 from jaxattr.methods.method import Method
 from jaxattr.sharding import DATA, Placement
@@ -94,6 +95,7 @@ def part_features(index: Index, queries: Any, split: Callable[[Example], Batch])
       ValueError: if the index was opened without its method and checkpoints, or parts do not add
         up: squared scores, unit norm per draw.
     """
+    queries = as_batch(queries, "queries", functools.partial(_takes, check_index(index)))
     one = shapes_of_one(jax.tree.map(jnp.asarray, queries))
     featurize, method = _functions(index, one)
     refuse_unit_norm(featurize.rule.output, "Scoring the parts of a query")
@@ -110,6 +112,18 @@ def part_features(index: Index, queries: Any, split: Callable[[Example], Batch])
         finite.append(np.full(len(features), bool(whole)))
     lost = np.flatnonzero(~np.concatenate(finite))
     return QueryFeatures(jnp.concatenate(found), lost, index.query_side)
+
+
+def as_queries(index: Index, queries: Any) -> Any:
+    """Returns queries as arrays, a source or features, for functions that look at them twice.
+
+    Args:
+      index: that they are for.
+      queries: as in `query_features`.
+    """
+    if isinstance(queries, QueryFeatures):
+        return queries
+    return as_data(queries, "queries", functools.partial(_takes, check_index(index)))
 
 
 class QueryArrays(NamedTuple):
@@ -191,8 +205,10 @@ def _functions(index: Index, example: Example) -> tuple[Featurizer, Method]:
         raise _without_method()
     featurize, method = index.featurizer, index.method
     if method.query_output is None:
-        takes = functools.partial(_check_takes, index, featurize.rule.output)
-        check_match(featurize.example, example, takes)
+        output, params = featurize.rule.output, index.checkpoints[0]
+        takes = functools.partial(_check_takes, index, output)
+        reads = functools.partial(read_leaves, output, params)
+        check_match(featurize.example, example, takes, reads)
         return featurize, method
     return featurize.of(method.query_output, index.checkpoints[0], example), method
 

@@ -7,20 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.groups import leaf_names
+from jaxattr.inputs.arrays import (
+    as_arrays,
+    canonical_dtype,
+    check_shapes,
+    differing,
+    holds_strings,
+    is_list_of_numbers,
+    is_one_leaf,
+    rows_of_numbers,
+    shapes_and_tree,
+    stack,
+    stacked,
+)
 from jaxattr.inputs.wording import brief, listed, shapes
 from jaxattr.typing import Batch, Example, RandomAccess
 
 # Ids of examples are 32-bit integers.
 _MOST = 2**31 - 1
-
-# What a NumPy array may hold: booleans, integers, floats, complex numbers and bfloat16 ("V").
-_NUMBERS = "biufcV"
-
-_PAD = (
-    "Pad them to one length, and keep the padding out of the loss with a mask: "
-    "ja.language.rows(token_lists, length, vocabulary=...)."
-)
 
 Accepts = Callable[[Example], bool]
 """Whether the function that the data are for takes an example of these shapes."""
@@ -54,18 +58,19 @@ def as_data(data: Any, role: str, accepts: Accepts | None = None) -> RandomAcces
     return batch
 
 
-def as_batch(data: Any, role: str) -> Batch:
+def as_batch(data: Any, role: str, accepts: Accepts | None = None) -> Batch:
     """Returns a data set that is wanted whole as arrays with a common leading axis.
 
     Args:
       data: a pytree of arrays, or a list of examples.
       role: what the data are, for messages.
+      accepts: as in `as_data`.
 
     Raises:
       TypeError: if it is a source, or no data set.
       ValueError: as `as_data`.
     """
-    found = as_data(data, role)
+    found = as_data(data, role, accepts)
     if is_source(found):
         raise TypeError(
             f"{role} is a {type(data).__name__}, and is needed whole, as arrays in memory: pass "
@@ -74,45 +79,13 @@ def as_batch(data: Any, role: str) -> Batch:
     return found
 
 
-def as_arrays(tree: Any, what: str) -> Any:
-    """Returns a pytree as arrays; a list of numbers, or of such lists, is one array.
+def like(example: Example) -> Accepts:
+    """Whether an example has the fields and the shapes of one that is known.
 
     Args:
-      tree: a batch, or one example.
-      what: it is, for messages.
-
-    Raises:
-      ValueError: if there is something in it that is no array of numbers.
+      example: the one that is known, or its shapes.
     """
-    tree = _with_dicts(tree)
-
-    # An empty list stays what it is to JAX: a pytree of nothing.
-    def stops(node: Any) -> bool:
-        return _is_list_of_numbers(node) and len(node) > 0
-
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stops)
-    return jax.tree.unflatten(structure, [_as_array(leaf, path, what) for path, leaf in leaves])
-
-
-def stacked(
-    examples: Sequence[Any], numbers: Sequence[int], known: tuple[int, Any], role: str
-) -> Any:
-    """Stacks examples, which all need the arrays of one that is known.
-
-    Args:
-      examples: pytrees of arrays.
-      numbers: their positions in the data set.
-      known: position and arrays of the one that they are compared with.
-      role: what the data are, for messages.
-
-    Raises:
-      ValueError: naming the first example that differs, and how.
-    """
-    expected = _shapes(known[1])
-    for number, example in zip(numbers, examples, strict=True):
-        if _shapes(example) != expected:
-            raise _differing(known, (number, example), role)
-    return jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *examples)
+    return lambda other: shapes_and_tree(other) == shapes_and_tree(example)
 
 
 def without(data: Any, *names: str) -> Any:
@@ -168,7 +141,7 @@ def is_source(data: Any) -> bool:
     return (
         isinstance(data, RandomAccess)
         and not isinstance(data, containers)
-        and not hasattr(data, "dtype")
+        and not (hasattr(data, "dtype") and hasattr(data, "shape"))
     )
 
 
@@ -191,7 +164,7 @@ def _refuse_what_is_none(data: Any, role: str) -> None:
             f"data[{next(iter(data))!r}]."
         )
     reads = isinstance(data, Iterable) or hasattr(data, "__getitem__")
-    if reads and _is_one_leaf(data) and not hasattr(data, "shape"):
+    if reads and is_one_leaf(data) and not hasattr(data, "shape"):
         lacking = [name for name in ("__len__", "__getitem__") if not hasattr(data, name)]
         if lacking:
             raise TypeError(
@@ -223,10 +196,11 @@ def _of_sequence(data: Sequence[Any], role: str, accepts: Accepts | None) -> Any
     """A list or tuple as what it is: examples to be stacked, or a pytree of fields."""
     if not data or hasattr(data, "_fields"):  # a named tuple is a pytree of fields
         return data
-    if _is_list_of_numbers(list(data)):
-        return _rows_of_numbers(list(data), role)
+    lists = [isinstance(each, list) for each in data]
+    if is_list_of_numbers(list(data)) and not (isinstance(data, tuple) and all(lists)):
+        return rows_of_numbers(list(data), role)
     if any(isinstance(each, str | bytes) for each in data):
-        raise _strings(role, "")
+        raise holds_strings(role, "")
     each_is = [_kind(item) for item in data]
     if len(set(each_is)) > 1:
         return data
@@ -234,20 +208,27 @@ def _of_sequence(data: Sequence[Any], role: str, accepts: Accepts | None) -> Any
         return _of_arrays(data, role, accepts)
     dicts = [frozenset(item) for item in data if isinstance(item, Mapping)]
     same_fields = len(dicts) == len(data) and len(set(dicts)) == 1
-    if each_is[0] == "example" and (isinstance(data, list) or same_fields):
-        return _stacked_examples(data, role)
-    return data
+    if not (isinstance(data, list) or same_fields) or _are_fields(data, accepts):
+        return data
+    return _stacked_examples(data, role)
 
 
 def _kind(item: Any) -> str:
-    """What an item of a list is: an array, an example of several arrays, or fields of a batch."""
-    if _is_leaf(item):
-        return "array"
-    return "fields" if isinstance(item, list) else "example"
+    """What an item of a list is: one array, or several."""
+    one = hasattr(item, "shape") or isinstance(item, bool | int | float | complex)
+    return "array" if one else "several"
 
 
-def _is_leaf(item: Any) -> bool:
-    return hasattr(item, "shape") or isinstance(item, bool | int | float | complex)
+def _are_fields(data: Any, accepts: Accepts | None) -> bool:
+    """Whether items are parts of a batch by what the function accepts, not examples."""
+    if accepts is None:
+        return False
+    try:
+        batch = as_arrays(data, "")
+        sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
+        return len(sizes) == 1 and () not in sizes and accepts(jax.tree.map(_one_row, batch))
+    except (TypeError, ValueError):
+        return False
 
 
 def _of_arrays(data: Sequence[Any], role: str, accepts: Accepts | None) -> Any:
@@ -258,15 +239,15 @@ def _of_arrays(data: Sequence[Any], role: str, accepts: Accepts | None) -> Any:
         alike = isinstance(data, list) and len(data) > 2 and len({len(s) for s in shape_of}) == 1
         as_fields = accepts is None or accepts(jax.tree.map(_one_row, data))
         if len(leading) > 1 or (alike and not as_fields):
-            raise _differing((0, data[0]), _first_other(data), role)
+            raise differing((0, data[0]), _first_other(data), role)
         return data
     if shape_of[0] == ():
-        return np.stack([np.asarray(item) for item in data])
+        return stack(*data)
     examples = isinstance(data, list)
     if accepts is not None:
         runs, other = accepts(_row(data[0], 0)), accepts(jax.tree.map(_one_row, data))
         examples = runs if runs != other else examples
-    return np.stack([np.asarray(item) for item in data]) if examples else data
+    return stack(*data) if examples else data
 
 
 def _one_row(array: Any) -> jax.ShapeDtypeStruct:
@@ -275,8 +256,7 @@ def _one_row(array: Any) -> jax.ShapeDtypeStruct:
 
 def _row(array: Any, axes: int) -> jax.ShapeDtypeStruct:
     """The shape of an array without its first axes."""
-    dtype = jax.dtypes.canonicalize_dtype(np.asarray(array).dtype)
-    return jax.ShapeDtypeStruct(np.shape(array)[axes:], dtype)
+    return jax.ShapeDtypeStruct(np.shape(array)[axes:], canonical_dtype(array))
 
 
 def _first_other(data: Sequence[Any]) -> tuple[int, Any]:
@@ -286,44 +266,8 @@ def _first_other(data: Sequence[Any]) -> tuple[int, Any]:
 
 def _stacked_examples(data: Sequence[Any], role: str) -> Any:
     examples = [as_arrays(item, f"example {number} of {role}") for number, item in enumerate(data)]
-    return stacked(examples, range(len(examples)), (0, examples[0]), role)
-
-
-def _rows_of_numbers(rows: list[Any], role: str) -> Any:
-    try:
-        return np.asarray(rows)
-    except ValueError:
-        expected = np.shape(_as_row(rows[0], role))
-        for number, row in enumerate(rows):
-            if np.shape(_as_row(row, role)) != expected:
-                raise _differing(
-                    (0, np.asarray(rows[0])), (number, np.asarray(row)), role
-                ) from None
-        raise
-
-
-def _as_row(row: Any, role: str) -> np.ndarray:
-    try:
-        return np.asarray(row)
-    except ValueError:
-        raise ValueError(
-            f"{role} holds lists of lists of different lengths, such as {brief(row)}. {_PAD}"
-        ) from None
-
-
-def _differing(known: tuple[int, Any], other: tuple[int, Any], role: str) -> ValueError:
-    """What to say of an example that differs from the one it is compared with."""
-    (first, expected), (number, found) = known, other
-    each = "row" if role.startswith("example") else "example"
-    lengths = [jnp.shape(x)[:1] for tree in (expected, found) for x in jax.tree.leaves(tree)]
-    same = _shapes(expected)[0] == _shapes(found)[0]
-    remedy = "Every example needs the same fields."
-    if same:
-        remedy = f"Sequences of different lengths? {_PAD}" if all(lengths) else ""
-    return ValueError(
-        f"All {each}s need the same arrays with the same shapes. In {role}, {each} {first} has "
-        f"{shapes(expected)}, {each} {number} has {shapes(found)}. {remedy}"
-    )
+    check_shapes(examples, range(len(examples)), (0, examples[0]), role)
+    return stacked(examples)
 
 
 def _check_leading(batch: Batch, role: str) -> None:
@@ -336,109 +280,3 @@ def _check_leading(batch: Batch, role: str) -> None:
         )
     if sizes == {(0,)}:
         raise ValueError(f"{role} is empty: it has no examples, and at least one is needed.")
-
-
-def _shapes(example: Example) -> tuple[Any, list[tuple[int, ...]]]:
-    leaves, structure = jax.tree.flatten(example)
-    return structure, [jnp.shape(leaf) for leaf in leaves]
-
-
-def _with_dicts(node: Any) -> Any:
-    """Mappings that JAX takes for a single leaf (of tokenizers, say) become dicts."""
-    if isinstance(node, Mapping) and _is_one_leaf(node):
-        return {name: _with_dicts(value) for name, value in node.items()}
-    return node
-
-
-def _is_one_leaf(node: Any) -> bool:
-    return jax.tree_util.all_leaves([node])
-
-
-def _is_list_of_numbers(node: Any) -> bool:
-    numbers = bool | int | float | complex | np.generic
-    return isinstance(node, list) and all(
-        isinstance(each, numbers) or _is_list_of_numbers(each) for each in node
-    )
-
-
-def _as_array(leaf: Any, path: tuple[Any, ...], what: str) -> Any:
-    field = jax.tree_util.keystr(path, simple=True, separator="/")
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf
-    if isinstance(leaf, jax.Array):
-        return _addressable(leaf)
-    if isinstance(leaf, str | bytes):
-        raise _strings(what, field)
-    if not _has_numpy_dtype(leaf):
-        leaf = _converted(leaf, field, what)
-    if leaf.dtype.kind in _NUMBERS and leaf.dtype.names is None:
-        return leaf
-    if leaf.dtype.kind in "US":
-        raise _strings(what, field)
-    raise _no_numbers(leaf, field, what)
-
-
-def _has_numpy_dtype(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and isinstance(getattr(leaf, "dtype", None), np.dtype)
-
-
-def _converted(leaf: Any, field: str, what: str) -> Any:
-    if isinstance(leaf, list):
-        return _rows_of_numbers(leaf, f"{what}, field {field!r}" if field else what)
-    try:
-        return np.asarray(leaf)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{what}: {_field(field)} is a {type(leaf).__name__}, which does not become a NumPy "
-            f"array ({brief(error)}): pass one."
-        ) from error
-
-
-def _strings(what: str, field: str) -> ValueError:
-    name = field or "name"
-    return ValueError(
-        f"{what}: {_field(field)} holds strings, and a gradient takes numbers. Leave it out: "
-        f"ja.without(data, {name!r}); text goes in as token ids, ja.language.rows(token_lists, "
-        "...)."
-    )
-
-
-def _no_numbers(leaf: Any, field: str, what: str) -> ValueError:
-    items = [np.asarray(item) for item in np.ravel(leaf)[:100]] if leaf.dtype == object else []
-    lengths = [len(item) for item in items if item.ndim]
-    if lengths and len(lengths) == len(items):
-        other = next((i for i, length in enumerate(lengths) if length != lengths[0]), 0)
-        return ValueError(
-            f"{what}: {_field(field)} is an array of objects, rows of different lengths: example 0 "
-            f"has {lengths[0]}, example {other} has {lengths[other]}. {_PAD}"
-        )
-    found = type(np.ravel(leaf)[0]).__name__ if leaf.dtype == object and leaf.size else leaf.dtype
-    if found == "str":
-        return _strings(what, field)
-    return ValueError(
-        f"{what}: {_field(field)} is an array of {found}, and a gradient takes numbers. Convert "
-        f"it, or leave it out: ja.without(data, {field or 'name'!r}). Objects that hold arrays "
-        "must be pytrees: dicts, or classes with jax.tree_util.register_dataclass."
-    )
-
-
-def _field(field: str) -> str:
-    return f"the field {field!r}" if field else "it"
-
-
-def _addressable(leaf: jax.Array) -> Any:
-    if leaf.is_fully_addressable:
-        return leaf
-    if leaf.is_fully_replicated:
-        return np.asarray(leaf)
-    raise ValueError(
-        f"The data hold an array {list(leaf.shape)} that is spread over several processes, "
-        "of which each can read a part. Pass what every process can read, as NumPy arrays "
-        "or a source with __len__ and __getitem__: each then reads its own rows alone. "
-        "jax.experimental.multihost_utils.process_allgather(array, tiled=True) makes one."
-    )
-
-
-def field_names(tree: Any) -> list[str]:
-    """Names of a pytree's arrays; of one array alone, none."""
-    return [] if _is_one_leaf(tree) else leaf_names(tree)

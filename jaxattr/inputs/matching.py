@@ -6,13 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxattr.inputs.data import field_names
+from jaxattr.inputs.arrays import field_names
 from jaxattr.inputs.wording import listed, shapes
 from jaxattr.typing import Example
 
 
 def check_match(
-    train: Example, query: Example, check: Callable[[Example], None], what: str = "queries"
+    train: Example,
+    query: Example,
+    check: Callable[[Example], None],
+    reads: Callable[[Example], list[bool]],
+    what: str = "queries",
 ) -> None:
     """Checks that queries can be scored by a function that was made for training examples.
 
@@ -23,6 +27,7 @@ def check_match(
       train: shapes of ONE training example.
       query: shapes of ONE query.
       check: raises if the function does not take an example.
+      reads: which leaves of an example, that it takes, the function reads.
       what: they are, for messages.
 
     Raises:
@@ -30,15 +35,22 @@ def check_match(
     """
     known, found = _fields(train), _fields(query)
     shared = [name for name in found if name in known]
-    for name in shared:
-        _check_axes(name, known[name], found[name], what)
-        _check_kind(name, known[name], found[name], what)
-    if known.keys() == found.keys() and all(known[n].shape == found[n].shape for n in shared):
+    unlike = [n for n in shared if not _alike(known[n], found[n])]
+    if known.keys() == found.keys() and not unlike:
         return
+    read = dict(zip(known, reads(train), strict=True))
+    for name in unlike:
+        if read[name]:
+            _check_axes(name, known[name], found[name], what)
+            _check_kind(name, known[name], found[name], what)
     try:
         check(query)
     except ValueError as error:
         raise ValueError(_difference(train, query, known, found, what)) from error
+
+
+def _alike(known: Any, found: Any) -> bool:
+    return known.shape == found.shape and _kind(known) == _kind(found)
 
 
 def _fields(example: Example) -> dict[str, Any]:
@@ -51,6 +63,12 @@ def _fields(example: Example) -> dict[str, Any]:
 def _check_axes(name: str, known: Any, found: Any, what: str) -> None:
     less, more = sorted((found.shape, known.shape), key=len)
     if len(more) != len(less) + 1 or more[1:] != less:
+        stretched = any(1 in pair and pair[0] != pair[1] for pair in zip(less, more, strict=False))
+        if len(more) != len(less) or stretched:  # what broadcasts runs, and scores something else
+            raise ValueError(
+                f"In {what} {_named(name)} is {_one(found)}, in training examples {_one(known)}: "
+                f"give {what} the axes of a training example."
+            )
         return
     fewer = len(known.shape) > len(found.shape)
     batched = "the training data" if fewer else what

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxattr.inputs.randomness import warn_of_shared_randomness
+from jaxattr.inputs.traces import read_inputs, warn_of_shared_randomness
 from jaxattr.inputs.wording import brief, name_of, shapes
 from jaxattr.typing import Example, Key, OutputFn, Params
 
@@ -99,7 +99,20 @@ def check_output(function: OutputFn, params: Params, example: Example, key: Key)
         raise _returned(function, params, example, error) from None
     except Exception as error:
         raise _failed(function, params, example, error) from error
-    warn_of_shared_randomness(name_of(function), program)
+    warn_of_shared_randomness(name_of(function), program, len(jax.tree.leaves(params)))
+
+
+def read_leaves(function: OutputFn, params: Params, example: Example) -> list[bool]:
+    """Which leaves of an example a function reads.
+
+    Args:
+      function: that takes it.
+      params: parameters, or their shapes.
+      example: ONE example, or its shapes.
+    """
+    program = _traced(function, params, example, jax.random.key(0))
+    first, count = len(jax.tree.leaves(params)), len(jax.tree.leaves(example))
+    return read_inputs(program.jaxpr)[first : first + count]
 
 
 class _NoScalar(Exception):
@@ -220,7 +233,9 @@ def explaining_swaps(function: Any, checkpoints: Any, train: Any) -> Iterator[No
     try:
         yield
     except (TypeError, ValueError) as error:
-        if _look_swapped(function, checkpoints, train):
+        if not _look_right(function, checkpoints, train) and _look_right(
+            function, train, checkpoints
+        ):
             raise ValueError(
                 f"checkpoints and train look swapped: the function {name_of(function)!r} runs once "
                 "they change places. Pass the parameters first: (method, checkpoints, train)."
@@ -228,10 +243,12 @@ def explaining_swaps(function: Any, checkpoints: Any, train: Any) -> Iterator[No
         raise
 
 
-def _look_swapped(function: Any, checkpoints: Any, train: Any) -> bool:
+def _look_right(function: Any, params: Any, data: Any) -> bool:
+    """Whether a function runs on what is passed as parameters and as data."""
+    several = isinstance(params, list | tuple) and not hasattr(params, "_fields")
     try:
-        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], x.dtype), checkpoints)
-        return callable(function) and runs(function, train, one)
+        one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], x.dtype), data)
+        return callable(function) and runs(function, params[0] if several else params, one)
     except Exception:
         return False
 

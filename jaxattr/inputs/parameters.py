@@ -39,7 +39,7 @@ def _check_same(number: int, first: Params, params: Params) -> None:
         other = listed(sorted(expected.keys() ^ found.keys()))
         differs = f"these are in one of them alone: {other}"
     else:
-        unlike = [name for name in found if jnp.shape(found[name]) != jnp.shape(expected[name])]
+        unlike = [name for name in found if _kind(found[name]) != _kind(expected[name])]
         if not unlike:
             return
         pairs = (f"{n} {shape(found[n])} instead of {shape(expected[n])}" for n in unlike)
@@ -48,6 +48,12 @@ def _check_same(number: int, first: Params, params: Params) -> None:
         f"Checkpoint {number} differs from checkpoint 0 in its tree or shapes: {differs}. If your "
         "params are themselves a list or tuple, pass [params]."
     )
+
+
+def _kind(leaf: Any) -> tuple[tuple[int, ...], bool]:
+    """The shape of an array, and whether it has a gradient."""
+    dtype = getattr(leaf, "dtype", float)
+    return jnp.shape(leaf), jnp.issubdtype(dtype, jnp.floating)
 
 
 def _refuse_what_holds_parameters(params: Any) -> None:

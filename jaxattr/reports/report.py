@@ -13,6 +13,7 @@ from jaxattr.counts import whole_number
 from jaxattr.files import refuse_folder, written_whole
 from jaxattr.index.index import Index
 from jaxattr.index.queries import QueryFeatures, query_features
+from jaxattr.inputs.data import like
 from jaxattr.reports import facts, tokens
 from jaxattr.reports.cards import Cards, Contributions, Query
 from jaxattr.reports.examples import Item, Showing, Tokens, pictures_of, read
@@ -185,7 +186,8 @@ def _split(
 
 
 def _train(index: Index, train: Any) -> Source:
-    source = index.train if train is None else as_source(train, "train")
+    known = None if index.featurizer is None else like(index.featurizer.example)
+    source = index.train if train is None else as_source(train, "train", known)
     if source is None:
         raise ValueError(
             "A report shows training examples, and this index was opened without them: pass "

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.keys import check_key
@@ -45,7 +46,7 @@ def noised(train: Any, ids: Any, key: Key, *, scale: float = 0.4) -> Batch:
             f"{ids.dtype} {list(ids.shape)}."
         )
     copies = jax.tree.map(np.asarray, source.read(ids))
-    floats = [leaf for leaf in jax.tree.leaves(copies) if np.issubdtype(leaf.dtype, np.floating)]
+    floats = [leaf for leaf in jax.tree.leaves(copies) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     if not floats:
         raise ValueError(
             "No array of the training examples holds floats, which noise could be added to: make "
@@ -54,9 +55,9 @@ def noised(train: Any, ids: Any, key: Key, *, scale: float = 0.4) -> Batch:
     generator = np.random.default_rng(np.asarray(jax.random.key_data(check_key(key))))
 
     def noise(leaf: np.ndarray) -> np.ndarray:
-        if not np.issubdtype(leaf.dtype, np.floating):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
-        drawn = scale * leaf.std() * generator.standard_normal(leaf.shape)
+        drawn = scale * leaf.astype(np.float64).std() * generator.standard_normal(leaf.shape)
         return (leaf + drawn).astype(leaf.dtype)
 
     return jax.tree.map(noise, copies)

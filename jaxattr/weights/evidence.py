@@ -7,14 +7,14 @@ import numpy as np
 
 from jaxattr.batches import leading_size
 from jaxattr.index.index import Index
-from jaxattr.index.queries import QueryFeatures, query_features
+from jaxattr.index.queries import QueryFeatures, as_queries, query_features
 from jaxattr.scores.subsets import Asked, SubsetSums, checked_masks, subset_sums
 from jaxattr.weights.agreement import Evidence, LinearSums, SquaredSums, Sums
 from jaxattr.weights.outcomes import (
     Agreed,
     Outcomes,
     agreed,
-    digest_of_queries,
+    check_queries,
     variance_of_sums,
 )
 from jaxattr.weights.report import ContributionStatistics
@@ -95,12 +95,7 @@ def _check_queries(prepared: QueryFeatures, queries: Any, outcomes: Outcomes) ->
             f"Outcomes are of {q} queries, and there are {len(prepared.features)}: pass the queries"
             " that the retrained models were asked, in their order."
         )
-    found = digest_of_queries(queries)
-    if None not in (found, outcomes.queries) and found != outcomes.queries:
-        raise ValueError(
-            f"Outcomes are of {q} other queries than those that are given, though as many: pass "
-            "the queries that ja.outcomes was given, in their order."
-        )
+    check_queries(outcomes, queries)
 
 
 def _of_copies(index: Index, copies: tuple[Any, Any]) -> Asked:
@@ -111,6 +106,7 @@ def _of_copies(index: Index, copies: tuple[Any, Any]) -> Asked:
             f"of), got {type(copies).__name__}. ja.noised(train, ids, key) makes the batch."
         )
     batch, sources = copies
+    batch = as_queries(index, batch)
     sources = np.asarray(sources)
     count = len(batch.features) if isinstance(batch, QueryFeatures) else leading_size(batch)
     whole = np.issubdtype(sources.dtype, np.integer) and sources.shape == (count,)

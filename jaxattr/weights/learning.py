@@ -17,7 +17,7 @@ import optax
 
 from jaxattr.counts import whole_number
 from jaxattr.index.index import Index, check_index
-from jaxattr.index.queries import query_features
+from jaxattr.index.queries import as_queries, query_features
 from jaxattr.keys import check_key
 from jaxattr.scales import exponent_of, scaled
 from jaxattr.scores import scoring
@@ -123,6 +123,7 @@ def learn_weights(
     """
     if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(f"optimizer must be one of Optax, optax.adam(0.05) say, got {optimizer!r}.")
+    queries = as_queries(index, queries)
     if outcomes is not None:
         _check_outcomes(outcomes)
         _check_goes_with_outcomes(

@@ -87,6 +87,34 @@ class Outcomes:
         )
 
 
+def check_queries(outcomes: Outcomes, queries: Any) -> None:
+    """Checks that outcomes are of these queries, where both are known.
+
+    Args:
+      outcomes: of retrained models.
+      queries: as many.
+
+    Raises:
+      ValueError: if they are of others.
+    """
+    found = digest_of_queries(queries)
+    if None not in (found, outcomes.queries) and found != outcomes.queries:
+        raise ValueError(
+            f"Outcomes are of {outcomes.outputs.shape[1]} other queries than those that are given, "
+            "though as many: pass the queries that ja.outcomes was given, in their order."
+        )
+
+
+def finite_models(outputs: np.ndarray) -> np.ndarray:
+    """Which models are finite on all queries that some model is finite on, bool [s].
+
+    Args:
+      outputs: of the models, [s, q].
+    """
+    finite = np.isfinite(outputs)
+    return finite[:, finite.any(axis=0)].all(axis=1)
+
+
 def digest_of_queries(queries: Any) -> str | None:
     """A digest of a pytree of arrays, or None for a source that is read on demand.
 
@@ -149,9 +177,7 @@ def agreed(outcomes: Outcomes, queries: np.ndarray) -> Agreed:
     from scipy import stats  # slow to import, and needed here alone
 
     outputs = outcomes.outputs[:, queries]
-    finite = np.isfinite(outputs)
-    known = finite.any(axis=0)
-    kept = finite[:, known].all(axis=1)
+    known, kept = np.isfinite(outputs).any(axis=0), finite_models(outputs)
     if kept.sum() < FEWEST_MODELS:
         raise ValueError(
             f"Only {kept.sum()} of the {len(kept)} models have finite outputs on all queries, and "

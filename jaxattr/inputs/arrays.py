@@ -1,0 +1,263 @@
+"""The arrays of a batch or of one example: what they may hold, and how examples are stacked."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattr.groups import leaf_names
+from jaxattr.inputs.wording import brief, shapes
+from jaxattr.typing import Example
+
+# What a NumPy array may hold: booleans, integers, floats, complex numbers and bfloat16 ("V").
+_NUMBERS = "biufcV"
+
+_PAD = (
+    "Pad them to one length, and keep the padding out of the loss with a mask: "
+    "ja.language.rows(token_lists, length, vocabulary=...)."
+)
+
+
+def as_arrays(tree: Any, what: str) -> Any:
+    """Returns a pytree as arrays; a list of numbers, or of such lists, is one array.
+
+    Args:
+      tree: a batch, or one example.
+      what: it is, for messages.
+
+    Raises:
+      ValueError: if there is something in it that is no array of numbers.
+    """
+
+    # An empty list stays what it is to JAX: a pytree of nothing.
+    def stops(node: Any) -> bool:
+        return is_list_of_numbers(node) and len(node) > 0
+
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stops)
+    return jax.tree.unflatten(structure, [_as_array(leaf, path, what) for path, leaf in leaves])
+
+
+def check_shapes(
+    examples: Sequence[Any], numbers: Sequence[int], known: tuple[int, Any], role: str
+) -> None:
+    """Checks that examples have the arrays of one that is known.
+
+    Args:
+      examples: pytrees of arrays.
+      numbers: their positions in the data set.
+      known: position and arrays of the one that they are compared with.
+      role: what the data are, for messages.
+
+    Raises:
+      ValueError: naming the first example that differs, and how.
+    """
+    expected = shapes_and_tree(known[1])
+    for number, example in zip(numbers, examples, strict=True):
+        if shapes_and_tree(example) != expected:
+            raise differing(known, (number, example), role)
+
+
+def stacked(examples: Sequence[Any]) -> Any:
+    """Stacks examples that have the same arrays."""
+    return jax.tree.map(stack, *examples)
+
+
+def of_kind(example: Example, number: int, known: Example, role: str) -> Example:
+    """Returns an example in the types of the first, as far as those can hold it.
+
+    A source is read in blocks, each of its own; the types of a block must not depend on which
+    examples share it.
+
+    Args:
+      example: a pytree of arrays.
+      number: its position.
+      known: the first example, of the same shapes.
+      role: what the data are, for messages.
+
+    Raises:
+      ValueError: if the first has whole numbers, and this one has not.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any, first: Any) -> Any:
+        if leaf.dtype == first.dtype or not isinstance(first.dtype, np.dtype):
+            return leaf
+        if not np.can_cast(leaf.dtype, first.dtype, "same_kind"):
+            raise ValueError(
+                f"{role}: {_field(_name(path))} is {first.dtype} in example 0 and {leaf.dtype} in "
+                f"example {number}. Give all examples one type, such as np.float32(value)."
+            )
+        return np.asarray(leaf, first.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, example, known)
+
+
+def stack(*leaves: Any) -> Any:
+    """Stacks arrays of one shape; keys by JAX, all else by NumPy."""
+    if isinstance(leaves[0], jax.Array) and jnp.issubdtype(leaves[0].dtype, jax.dtypes.extended):
+        return jnp.stack(leaves)
+    return np.stack([np.asarray(leaf) for leaf in leaves])
+
+
+def canonical_dtype(array: Any) -> Any:
+    """The type that JAX gives to an array: NumPy's int64 is its int32, unless told otherwise."""
+    dtype = array.dtype if hasattr(array, "dtype") else np.asarray(array).dtype
+    if not isinstance(dtype, np.dtype):
+        return dtype if isinstance(array, jax.Array) else canonical_dtype(np.asarray(array))
+    return jax.dtypes.canonicalize_dtype(dtype)
+
+
+def rows_of_numbers(rows: list[Any], role: str) -> Any:
+    """Returns a list of numbers, or of such lists, as an array; says which rows differ."""
+    try:
+        return np.asarray(rows)
+    except ValueError:
+        expected = np.shape(_as_row(rows[0], role))
+        for number, row in enumerate(rows):
+            if np.shape(_as_row(row, role)) != expected:
+                raise differing((0, np.asarray(rows[0])), (number, np.asarray(row)), role) from None
+        raise
+
+
+def _as_row(row: Any, role: str) -> np.ndarray:
+    try:
+        return np.asarray(row)
+    except ValueError:
+        raise ValueError(
+            f"{role} holds lists of lists of different lengths, such as {brief(row)}. {_PAD}"
+        ) from None
+
+
+def differing(known: tuple[int, Any], other: tuple[int, Any], role: str) -> ValueError:
+    """What to say of an example that differs from the one it is compared with."""
+    (first, expected), (number, found) = known, other
+    each = "row" if role.startswith("example") else "example"
+    lengths = [jnp.shape(x)[:1] for tree in (expected, found) for x in jax.tree.leaves(tree)]
+    same = shapes_and_tree(expected)[0] == shapes_and_tree(found)[0]
+    remedy = "Every example needs the same fields."
+    if same:
+        remedy = f"Sequences of different lengths? {_PAD}" if all(lengths) else ""
+    return ValueError(
+        f"All {each}s need the same arrays with the same shapes. In {role}, {each} {first} has "
+        f"{shapes(expected)}, {each} {number} has {shapes(found)}. {remedy}"
+    )
+
+
+def shapes_and_tree(example: Example) -> tuple[Any, list[tuple[int, ...]]]:
+    """Returns what must be the same for examples to be stacked."""
+    leaves, structure = jax.tree.flatten(example)
+    return structure, [jnp.shape(leaf) for leaf in leaves]
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def is_one_leaf(node: Any) -> bool:
+    """Whether JAX takes something for an array, of whatever kind, and not for a tree."""
+    return jax.tree_util.all_leaves([node])
+
+
+def is_list_of_numbers(node: Any) -> bool:
+    """Whether something is a list of numbers, or of such lists."""
+    numbers = bool | int | float | complex | np.generic
+    return isinstance(node, list) and all(
+        isinstance(each, numbers) or is_list_of_numbers(each) for each in node
+    )
+
+
+def _as_array(leaf: Any, path: tuple[Any, ...], what: str) -> Any:
+    field = _name(path)
+    if isinstance(leaf, Mapping):  # of a kind that JAX takes for a single leaf, of tokenizers say
+        return as_arrays({name: value for name, value in leaf.items()}, what)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{what}: {_field(field)} is the shape of an array, not an array. For ja.plan zeros do "
+            "that take no memory: np.broadcast_to(np.float32(0), shape)."
+        )
+    if isinstance(leaf, jax.Array):
+        return _addressable(leaf)
+    if isinstance(leaf, str | bytes):
+        raise holds_strings(what, field)
+    if hasattr(leaf, "to_numpy"):  # a column of a table, whose items have names
+        leaf = leaf.to_numpy()
+    if hasattr(leaf, "toarray") or isinstance(leaf, np.ma.MaskedArray):
+        remedy = ".toarray()" if hasattr(leaf, "toarray") else ".filled(value)"
+        raise ValueError(
+            f"{what}: {_field(field)} is a {type(leaf).__name__}: make an array of it, {remedy}."
+        )
+    if not _has_numpy_dtype(leaf):
+        leaf = _converted(leaf, field, what)
+    if leaf.dtype.kind in _NUMBERS and leaf.dtype.type is not np.void:
+        return leaf
+    if leaf.dtype.kind in "US":
+        raise holds_strings(what, field)
+    raise _no_numbers(leaf, field, what)
+
+
+def _has_numpy_dtype(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and isinstance(getattr(leaf, "dtype", None), np.dtype)
+
+
+def _converted(leaf: Any, field: str, what: str) -> Any:
+    if isinstance(leaf, list):
+        return rows_of_numbers(leaf, f"{what}, field {field!r}" if field else what)
+    try:
+        return np.asarray(leaf)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{what}: {_field(field)} is a {type(leaf).__name__}, which does not become a NumPy "
+            f"array ({brief(error)}): pass one."
+        ) from error
+
+
+def holds_strings(what: str, field: str) -> ValueError:
+    """What to say of strings."""
+    name = field or "name"
+    return ValueError(
+        f"{what}: {_field(field)} holds strings, and a gradient takes numbers. Leave it out: "
+        f"ja.without(data, {name!r}); text goes in as token ids, ja.language.rows(token_lists, "
+        "...)."
+    )
+
+
+def _no_numbers(leaf: Any, field: str, what: str) -> ValueError:
+    items = [np.asarray(item) for item in np.ravel(leaf)[:100]] if leaf.dtype == object else []
+    lengths = [len(item) for item in items if item.ndim]
+    if lengths and len(lengths) == len(items):
+        other = next((i for i, length in enumerate(lengths) if length != lengths[0]), 0)
+        return ValueError(
+            f"{what}: {_field(field)} is an array of objects, rows of different lengths: example 0 "
+            f"has {lengths[0]}, example {other} has {lengths[other]}. {_PAD}"
+        )
+    found = type(np.ravel(leaf)[0]).__name__ if leaf.dtype == object and leaf.size else leaf.dtype
+    if found == "str":
+        return holds_strings(what, field)
+    return ValueError(
+        f"{what}: {_field(field)} is an array of {found}, and a gradient takes numbers. Convert "
+        f"it, or leave it out: ja.without(data, {field or 'name'!r}). Objects that hold arrays "
+        "must be pytrees: dicts, or classes with jax.tree_util.register_dataclass."
+    )
+
+
+def _field(field: str) -> str:
+    return f"the field {field!r}" if field else "it"
+
+
+def _addressable(leaf: jax.Array) -> Any:
+    if leaf.is_fully_addressable:
+        return leaf
+    if leaf.is_fully_replicated:
+        return np.asarray(leaf)
+    raise ValueError(
+        f"The data hold an array {list(leaf.shape)} that is spread over several processes, "
+        "of which each can read a part. Pass what every process can read, as NumPy arrays "
+        "or a source with __len__ and __getitem__: each then reads its own rows alone. "
+        "jax.experimental.multihost_utils.process_allgather(array, tiled=True) makes one."
+    )
+
+
+def field_names(tree: Any) -> list[str]:
+    """Names of a pytree's arrays; of one array alone, none."""
+    return [] if is_one_leaf(tree) else leaf_names(tree)

@@ -1,0 +1,113 @@
+"""What a traced function does with its inputs: which it reads, and where its noise comes from."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+_DRAWS = ("random_bits", "threefry2x32", "rng_bit_generator")
+_LOOPS = ("scan", "while")
+
+
+class _Draws(NamedTuple):
+    """Whether random numbers are drawn, of whom.
+
+    Attributes:
+      own: from the inputs that are looked at.
+      shared: from something else.
+    """
+
+    own: bool
+    shared: bool
+
+    def __or__(self, other: "_Draws") -> "_Draws":
+        return _Draws(self.own or other.own, self.shared or other.shared)
+
+
+def warn_of_shared_randomness(name: str, program: ClosedJaxpr, params: int) -> None:
+    """Warns of a function whose random numbers depend on neither its example nor its key.
+
+    Args:
+      name: of the function.
+      program: its trace.
+      params: how many of its inputs, the first ones, are parameters.
+    """
+    own = [number >= params for number in range(len(program.jaxpr.invars))]
+    draws = _followed(program.jaxpr, own)[1]
+    if draws.shared and not draws.own:
+        warnings.warn(
+            f"{name!r} draws random numbers, but not from its key: every example gets the same "
+            "noise, and gradients are those of that one draw. Use the key, as in "
+            "model.apply(variables, x, rngs={'dropout': key}), or nnx.reseed(model, default=key, "
+            "dropout=key), by the names of its streams; or turn them off (deterministic=True, "
+            "model.eval()).",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def read_inputs(program: Jaxpr) -> list[bool]:
+    """Which inputs of a program some result may depend on."""
+    needed = _needed(program)
+    return [variable in needed for variable in program.invars]
+
+
+def _needed(program: Jaxpr) -> set[Any]:
+    """The variables that some result may depend on."""
+    needed = {atom for atom in program.outvars if not isinstance(atom, Literal)}
+    for equation in reversed(program.eqns):
+        if needed.isdisjoint(equation.outvars):
+            continue
+        inner = _whole_body(equation)
+        read = [True] * len(equation.invars) if inner is None else read_inputs(inner)
+        needed |= {
+            atom
+            for atom, is_read in zip(equation.invars, read, strict=True)
+            if is_read and not isinstance(atom, Literal)
+        }
+    return needed
+
+
+def _followed(program: Jaxpr, inputs: Sequence[bool]) -> tuple[list[bool], _Draws]:
+    """Which results depend on some inputs, and what random numbers are drawn on the way."""
+    own = {v for v, is_own in zip(program.invars, inputs, strict=True) if is_own}
+    draws, needed = _Draws(False, False), _needed(program)
+    for equation in program.eqns:
+        if needed.isdisjoint(equation.outvars):
+            continue
+        given = [not isinstance(atom, Literal) and atom in own for atom in equation.invars]
+        inner = _whole_body(equation)
+        if inner is not None:
+            results, found = _followed(inner, given)
+        else:
+            results = [any(given)] * len(equation.outvars)
+            found = _Draws(False, False)
+            for body in _bodies(equation.params.values()):
+                found |= _followed(body, [any(given)] * len(body.invars))[1]
+        if equation.primitive.name in _DRAWS:
+            found |= _Draws(any(given), not any(given))
+        draws |= found
+        own |= {v for v, is_own in zip(equation.outvars, results, strict=True) if is_own}
+    outputs = [not isinstance(atom, Literal) and atom in own for atom in program.outvars]
+    return outputs, draws
+
+
+def _whole_body(equation: JaxprEqn) -> Jaxpr | None:
+    """The program that an equation stands for, if it only calls it (jit, remat)."""
+    bodies = list(_bodies(equation.params.values()))
+    if equation.primitive.name in _LOOPS or len(bodies) != 1:
+        return None
+    (body,) = bodies
+    same = len(body.invars) == len(equation.invars) and len(body.outvars) == len(equation.outvars)
+    return body if same else None
+
+
+def _bodies(values: Any) -> Iterator[Jaxpr]:
+    for value in values:
+        if isinstance(value, ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, Jaxpr):
+            yield value
+        elif isinstance(value, tuple | list):
+            yield from _bodies(value)
