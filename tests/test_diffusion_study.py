@@ -89,6 +89,7 @@ def test_adapters_begin_as_nothing_and_are_all_that_is_trained():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(trained))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss():
     model, params = model_and_params(TINY)
     batch = {name: jnp.asarray(x) for name, x in images(8).items()}
@@ -197,6 +198,7 @@ def test_a_gain_is_paired_by_query():
     assert mean == 0 and low < -0.5 and high > 0.5
 
 
+@pytest.mark.slow
 def test_labels_are_in_no_group_and_weights_are_learned_for_each_attribute():
     config = study.Config(
         timesteps=1, dim=8, unet=study.QUICK.unet._replace(widths=(4,), heads=2)

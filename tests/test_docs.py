@@ -9,12 +9,17 @@ import jaxattr as ja
 from tests.pages import NOTEBOOKS, PAGES, ROOT, blocks, run
 
 WITH_CODE = [path for path in sorted(PAGES.rglob("*.md")) if blocks(path)]
+# Pages that people read first; all of them together take minutes.
+FIRST = {PAGES / "index.md", PAGES / "start" / "linen.md", PAGES / "errors.md"}
+MARKED = [
+    path if path in FIRST else pytest.param(path, marks=pytest.mark.slow) for path in WITH_CODE
+]
 SCRIPTS = sorted((ROOT / "docs" / "scripts").glob("*.py"))
 
 
 @pytest.mark.filterwarnings("ignore::jaxattr.weights.report.WeightWarning")
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
-@pytest.mark.parametrize("path", WITH_CODE, ids=lambda path: str(path.relative_to(PAGES)))
+@pytest.mark.parametrize("path", MARKED, ids=lambda path: str(path.relative_to(PAGES)))
 def test_the_code_of_a_page_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(path)
