@@ -386,8 +386,9 @@ def _check_parameters(params: Params) -> None:
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             got = f"dtype {dtype}" if dtype is not None else type(leaf).__name__
             raise ValueError(
-                f"Parameter {name!r} must be a floating-point array, got {got}. Keep keys and "
-                "functions out of the parameters: let the loss close over them."
+                f"Parameter {name!r} must be a floating-point array, got {got}. Keep keys, "
+                "functions and settings out of the parameters and let the loss close over them: "
+                "nnx.split(model, nnx.Param, ...), eqx.partition(model, eqx.is_inexact_array)."
             )
 
 

@@ -358,6 +358,26 @@ WRONG = {  # name: (call, error, words)
         ["float32[], float32[4]", "[0]"],
     ),
     "an integer": (lambda: build(D, lambda p, e, key: 1), ValueError, ["one float scalar", "int"]),
+    "a function of nothing": (
+        lambda: build(D, lambda p, e, key: loss(P, e, key)), ValueError,
+        ["does not depend on its parameters", "close over the trained ones"],
+    ),
+    "a tuple as arguments": (
+        lambda: build((X, Y), fields_loss), ValueError,
+        ["called as (params, example, key)", "fields_loss(params, *example)"],
+    ),
+    "parameters first": (
+        lambda: ja.build_index(P, M, D), TypeError, ["a pytree (w float32[4, 2])", "pass it first"],
+    ),
+    "a training loop of NumPy": (
+        lambda: ja.retrain(
+            lambda key, ids: P["w"][np.random.permutation(np.asarray(ids))[:2] % 4],
+            np.eye(40, dtype=bool), KEY,
+        ), ValueError, ["train_fn cannot be traced", "jax.lax.scan", "ja.Outcomes(masks, outputs)"],
+    ),
+    "settings among parameters": (
+        lambda: build(D, params=P | {"rate": 0.5}), ValueError, ["'rate'", "eqx.partition"],
+    ),
     "numpy": (lambda: build(D, numpy_loss), ValueError, ["uses NumPy", "jax.numpy"]),
     "a branch": (lambda: build(D, branching_loss), ValueError, ["branches in Python", "jnp.where"]),
     "a range": (lambda: build(D | {"y": Y}, counting_loss), ValueError, ["jnp.arange"]),
@@ -639,6 +659,28 @@ def test_integers_among_the_parameters_are_left_out_and_said_to_be(method):
     found = ja.score(ja.build_index(method(masked), params, D), D)
     expected = ja.score(ja.build_index(method(plain), P, D), D)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_an_output_that_is_not_finite_is_counted_though_its_gradient_is():
+    def loss(params, example, key):
+        logits = example["x"] @ params["w"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, example["y"])
+
+    off = XY | {"y": XY["y"] + 1}  # labels 1 and 2 of two classes
+    wrong = np.flatnonzero(off["y"] == 2)
+    values = jax.vmap(loss, (None, 0, None))(P, off, None)
+    assert np.isnan(values[wrong]).all() and np.isfinite(np.delete(values, wrong)).all()
+    gradient = jax.grad(loss)(P, jax.tree.map(lambda x: x[wrong[0]], off), None)
+    assert np.isfinite(gradient["w"]).all()
+    for make in (ja.tracin, ja.grad_cos, ja.logra, ja.ekfac):
+        with pytest.warns(ja.NonFiniteWarning, match="20 of 40 training examples have outputs or"):
+            index = ja.build_index(make(loss), P, off)
+        np.testing.assert_array_equal(index.non_finite, wrong)
+
+
+def test_an_example_that_is_not_read_is_warned_of():
+    with pytest.warns(UserWarning, match="does not depend on its example"):
+        build(D, lambda p, e, key: jnp.sum(p["w"] ** 2))
 
 
 def test_an_nnx_model_with_dropout_draws_its_noise_from_the_key():

@@ -3,18 +3,20 @@
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh
 
 from jaxattr.batches import leading_size
 from jaxattr.counts import whole_number
 from jaxattr.inputs.outputs import check_function, check_output
+from jaxattr.inputs.traces import read_inputs
+from jaxattr.inputs.wording import brief
 from jaxattr.keys import check_key
 from jaxattr.sharding import DATA, Placement, check_mesh, placement, split_rows
 from jaxattr.sources import track
@@ -256,6 +258,18 @@ def _check_masks(masks: Any) -> np.ndarray:
     return masks
 
 
+def _traced_training(train_fn: TrainFn, key: Key, ids: np.ndarray) -> ClosedJaxpr:
+    try:
+        return jax.make_jaxpr(train_fn)(key, ids)
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+        raise ValueError(
+            f"train_fn cannot be traced: {type(error).__name__}: {brief(error, 200)} Many models "
+            "are trained at once, by one compiled program, so it must be JAX alone: "
+            "jax.random.permutation for NumPy's, jax.lax.scan for a loop over steps; ja.trainer "
+            "makes one. Or train models elsewhere, and pass ja.Outcomes(masks, outputs)."
+        ) from error
+
+
 def check_inputs_matter(train_fn: TrainFn, key: Key, ids: np.ndarray) -> None:
     """Refuses a train function that ignores its ids, and warns of one that ignores its key.
 
@@ -265,8 +279,7 @@ def check_inputs_matter(train_fn: TrainFn, key: Key, ids: np.ndarray) -> None:
       ids: of one subset, [s].
     """
     check_function(train_fn, "train_fn", ("key", "ids"))
-    closed = jax.make_jaxpr(train_fn)(key, ids)
-    keyed, identified = _used(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    keyed, identified = read_inputs(_traced_training(train_fn, key, ids).jaxpr)
     if not identified:
         raise ValueError(
             "train_fn ignores its ids: the parameters that it returns do not depend on which "
@@ -276,26 +289,6 @@ def check_inputs_matter(train_fn: TrainFn, key: Key, ids: np.ndarray) -> None:
         warnings.warn(
             "train_fn ignores its key: every seed gives the same model.", UserWarning, stacklevel=3
         )
-
-
-def _used(jaxpr: Jaxpr, wanted: Sequence[bool]) -> list[bool]:
-    """Which inputs the wanted outputs may depend on; looks into nested jit."""
-    needed = {
-        var for var, want in zip(jaxpr.outvars, wanted, strict=True)
-        if want and not isinstance(var, Literal)
-    }  # fmt: skip
-    for equation in reversed(jaxpr.eqns):
-        outputs_needed = [var in needed for var in equation.outvars]
-        if not any(outputs_needed):
-            continue
-        used = [True] * len(equation.invars)
-        if equation.primitive.name in ("jit", "pjit"):
-            used = _used(equation.params["jaxpr"].jaxpr, outputs_needed)
-        needed.update(
-            var for var, use in zip(equation.invars, used, strict=True)
-            if use and not isinstance(var, Literal)
-        )  # fmt: skip
-    return [var in needed for var in jaxpr.invars]
 
 
 def _warn_of_divergence(params: Params, seeds: int) -> None:

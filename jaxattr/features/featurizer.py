@@ -252,9 +252,9 @@ def _compiled_step(
 
         def chunk(batch: Batch, ids: jax.Array) -> Featurized:
             keys = example_keys(key, ids)
-            z_and_rest = functools.partial(_gradients, rule, plan, params, sides, fitted)
+            gradients_of = functools.partial(_gradients, rule, plan, params, sides, fitted)
             assemble = functools.partial(plan.assemble, rule.projection, drawing)
-            phi = _features(rule.output, batch, keys, z_and_rest, assemble)
+            phi = _features(rule.output, batch, keys, gradients_of, assemble)
             phi = unit_norm(phi) if rule.normalize else phi
             return Featurized(phi, _residual(rule.residual, params, batch, keys))
 
@@ -350,16 +350,16 @@ def _features(
     output: OutputFn,
     batch: Batch,
     keys: Key,
-    z_and_rest: Callable[..., tuple[dict, dict]],
+    gradients_of: Callable[..., tuple[dict, dict, jax.Array]],
     assemble: Callable[..., Features],
 ) -> Features:
-    """Features of a batch, the mean over the draws of the output."""
+    """Features of a batch, the mean over the draws of the output; NaN where that is not finite."""
     of_each_draw = has_unit_norm(output)
 
     def gradients(output: OutputFn, batch: Batch, keys: Key) -> Any:
-        found = z_and_rest(output, batch, keys)
+        found = gradients_of(output, batch, keys)
         if of_each_draw:
-            return unit_norm(assemble(*found))
+            return unit_norm(_if_finite(found[2], assemble(*found[:2])))
         # Sums of many draws would stand still in a narrow type.
         return jax.tree.map(lambda x: x.astype(wide(x.dtype)), found)
 
@@ -367,7 +367,12 @@ def _features(
     total = sum_over_draws(output, batch, keys, gradients)
     mean = jax.tree.map(lambda x: x / count, total) if count > 1 else total
     # Projecting is linear, so it is done once, for the mean.
-    return mean if of_each_draw else assemble(*mean)
+    return mean if of_each_draw else _if_finite(mean[2], assemble(*mean[:2]))
+
+
+def _if_finite(value: jax.Array, phi: Features) -> Features:
+    """Features, or NaN: an output that is none may have a gradient (a label out of range)."""
+    return jnp.where(jnp.isfinite(value)[:, None], phi, jnp.nan)
 
 
 def _gradients(
@@ -379,14 +384,15 @@ def _gradients(
     output: OutputFn,
     batch: Batch,
     keys: Key,
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """What `Plan.assemble` takes, for a batch: the work of the backward pass."""
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], jax.Array]:
+    """What `Plan.assemble` takes, for a batch, and the outputs [b]: the backward pass."""
     basis = rule.projection.basis
     if basis is None or basis.materialize or not plan.factored:
         of_leaves, leaves = as_function_of(output, plan.rest | plan.covered, params)
 
-        def exact(example: Example, key: Key) -> tuple[dict, dict]:
-            return project_gradients(plan, sides, fitted, jax.grad(of_leaves)(leaves, example, key))
+        def exact(example: Example, key: Key) -> tuple[dict, dict, jax.Array]:
+            value, gradients = jax.value_and_grad(of_leaves)(leaves, example, key)
+            return *project_gradients(plan, sides, fitted, gradients), value
 
         return jax.vmap(exact)(batch, keys)
 
@@ -403,12 +409,12 @@ def _gradients(
 
     zeros = {f.map.leaf: jnp.zeros((*f.lead, f.left, f.right), f.dtype) for f in plan.factored}
 
-    def factored(example: Example, key: Key) -> tuple[dict, dict]:
+    def factored(example: Example, key: Key) -> tuple[dict, dict, jax.Array]:
         def of_both(z: dict[str, jax.Array], rest: dict[str, jax.Array]) -> jax.Array:
             return of_rest(rest, (z, example), key)
 
-        z, exact_rest = jax.grad(of_both, argnums=(0, 1))(zeros, rest)
-        return z, _scaled(fitted, exact_rest)
+        value, (z, exact_rest) = jax.value_and_grad(of_both, argnums=(0, 1))(zeros, rest)
+        return z, _scaled(fitted, exact_rest), value
 
     return jax.vmap(factored)(batch, keys)
 

@@ -218,8 +218,8 @@ def report_non_finite(positions: np.ndarray, total: int, what: str, where: str =
     """
     if len(positions):
         warnings.warn(
-            f"{len(positions)} of {total} {what} have gradients that are not finite, or too large "
-            f"for their squares to be summed, and were left out{where}: ids "
+            f"{len(positions)} of {total} {what} have outputs or gradients that are not finite, or "
+            f"too large for their squares to be summed, and were left out{where}: ids "
             f"{first_ids(positions)}.",
             NonFiniteWarning,
             stacklevel=3,

@@ -15,8 +15,8 @@ from jaxattr.typing import Example
 _NUMBERS = "biufcV"
 
 _PAD = (
-    "Pad them to one length, and keep the padding out of the loss with a mask: "
-    "ja.language.rows(token_lists, length, vocabulary=...)."
+    "Pad them to one length, and keep the padding out of the loss with a mask (of a language "
+    "model: ja.language.rows(token_lists, length, vocabulary=...))."
 )
 
 

@@ -6,6 +6,7 @@ what was likely meant, and the message says what then runs.
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,10 +88,11 @@ def check_output(function: OutputFn, params: Params, example: Example, key: Key)
 
     Raises:
       TypeError: if it is no function of three arguments.
-      ValueError: if it fails, or does not return one float scalar; says what was likely meant.
+      ValueError: if it fails, or does not return one float scalar, and what was likely meant; or if
+        it does not depend on its parameters.
 
     Warns:
-      UserWarning: if it draws random numbers that do not depend on its key.
+      UserWarning: if it draws random numbers that do not depend on its key, or ignores its example.
     """
     check_function(function)
     try:
@@ -99,7 +101,21 @@ def check_output(function: OutputFn, params: Params, example: Example, key: Key)
         raise _returned(function, params, example, error) from None
     except Exception as error:
         raise _failed(function, params, example, error) from error
-    warn_of_shared_randomness(name_of(function), program, len(jax.tree.leaves(params)))
+    read = read_inputs(program.jaxpr)
+    count, fields = len(jax.tree.leaves(params)), len(jax.tree.leaves(example))
+    if not any(read[:count]):
+        raise ValueError(
+            f"The function {name_of(function)!r} does not depend on its parameters, so every "
+            "gradient is zero. Does it close over the trained ones? It must use those that it is "
+            f"given: model.apply({{'params': params}}, ...).\n{_given(params, example)}"
+        )
+    if fields and not any(read[count : count + fields]):
+        warnings.warn(
+            f"{name_of(function)!r} does not depend on its example: all have the same gradient.",
+            UserWarning,
+            stacklevel=2,
+        )
+    warn_of_shared_randomness(name_of(function), program, count)
 
 
 def read_leaves(function: OutputFn, params: Params, example: Example) -> list[bool]:
@@ -188,6 +204,14 @@ def _fields_as_arguments(function: Any, params: Params, example: Example) -> str
         taken = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return None
+    if isinstance(example, tuple) and len(taken) == len(example) + 1:
+        spread = lambda params, fields, key: function(params, *fields)  # noqa: E731
+        written = f"Write: lambda params, example, key: {name_of(function)}(params, *example)."
+        return (
+            f"It is called as (params, example, key). {written}"
+            if runs(spread, params, example)
+            else None
+        )
     if not isinstance(example, dict) or not set(taken[1:]) <= set(example):
         return None
     fields = [example[name] for name in taken[1:]]

@@ -47,20 +47,30 @@ def warn_of_shared_randomness(name: str, program: ClosedJaxpr, params: int) -> N
         )
 
 
-def read_inputs(program: Jaxpr) -> list[bool]:
-    """Which inputs of a program some result may depend on."""
-    needed = _needed(program)
+def read_inputs(program: Jaxpr, wanted: Sequence[bool] | None = None) -> list[bool]:
+    """Which inputs of a program the results may depend on.
+
+    Args:
+      program: a trace.
+      wanted: which of its results are looked at. Default: all.
+    """
+    needed = _needed(program, wanted)
     return [variable in needed for variable in program.invars]
 
 
-def _needed(program: Jaxpr) -> set[Any]:
-    """The variables that some result may depend on."""
-    needed = {atom for atom in program.outvars if not isinstance(atom, Literal)}
+def _needed(program: Jaxpr, wanted: Sequence[bool] | None = None) -> set[Any]:
+    """The variables that the wanted results may depend on."""
+    wanted = [True] * len(program.outvars) if wanted is None else wanted
+    needed = {
+        atom
+        for atom, is_wanted in zip(program.outvars, wanted, strict=True)
+        if is_wanted and not isinstance(atom, Literal)
+    }
     for equation in reversed(program.eqns):
         if needed.isdisjoint(equation.outvars):
             continue
-        inner = _whole_body(equation)
-        read = [True] * len(equation.invars) if inner is None else read_inputs(inner)
+        inner, asked = _whole_body(equation), [v in needed for v in equation.outvars]
+        read = [True] * len(equation.invars) if inner is None else read_inputs(inner, asked)
         needed |= {
             atom
             for atom, is_read in zip(equation.invars, read, strict=True)

@@ -11,12 +11,14 @@ more of what the query did.
 import dataclasses
 from typing import Any
 
+import jax
+
 from jaxattr import groups, identity
 from jaxattr.features import featurizer as features
 from jaxattr.features.featurizer import FeatureRule, Featurizer
 from jaxattr.groups import Groups
 from jaxattr.inputs.outputs import check_function
-from jaxattr.inputs.wording import brief, name_of
+from jaxattr.inputs.wording import brief, name_of, shapes
 from jaxattr.kernels import Kernel
 from jaxattr.methods.citations import BIBTEX
 from jaxattr.typing import Example, Key, Link, OutputFn, Params
@@ -81,7 +83,10 @@ def check_method(method: Any) -> Method:
     """
     if isinstance(method, Method):
         return method
-    if isinstance(method, type) or not callable(method):
+    if isinstance(method, dict | list | tuple) and jax.tree.leaves(method):
+        got = f"a pytree ({shapes(method)})"
+        remedy = "ja.tracin(loss), and pass it first, (method, checkpoints, train)"
+    elif isinstance(method, type) or not callable(method):
         got, remedy = brief(repr(method), 60), "ja.tracin(loss), ja.trak(margin), ..."
     elif getattr(method, "__module__", "").startswith("jaxattr.methods"):
         got, remedy = f"ja.{name_of(method)} itself", f"ja.{name_of(method)}(loss)"

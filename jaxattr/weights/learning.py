@@ -67,8 +67,9 @@ def learn_weights(
     r"""Learns one weight per group from queries without labels.
 
     With `outcomes` of small retrained models, weights are fitted to what scores predict of them
-    (`weights.agreement.outcome_loss`), go to uniform ones where no gain can be shown, and
-    `fit.gain` says how much they gain. Of the options only `copies`, `optimizer` (default: Optax's
+    (`weights.agreement.outcome_loss`), are the nearer to uniform ones the less gain can be shown,
+    and `fit.gain` says how much they gain: where `fit.gain.low` is not above zero, uniform weights
+    are safer. Of the options only `copies`, `optimizer` (default: Optax's
     L-BFGS) and `steps` apply then.
 
     Without, the objective is the paper's, which is not safe: it can make a method worse, and cannot

@@ -4,7 +4,7 @@ The fit is repeated for several strengths of the pull towards uniform weights an
 the models left out. On the models that were left out each strength gains so much; how often it
 gains the most, of all strengths and of uniform weights, when models are drawn again with
 replacement, is how much it counts in the logarithms of the weights that are returned. So the pull
-is chosen by the data, and where no gain can be shown the weights go to uniform, smoothly.
+is chosen by the data, and the less gain can be shown, the nearer the weights are to uniform ones.
 """
 
 import functools

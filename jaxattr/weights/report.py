@@ -36,7 +36,7 @@ class Gain:
       dropped: models that are not finite.
       skipped: queries on which all models do the same, or none is finite.
       to_uniform: how much uniform weights count in the weights: 0 where the gain is beyond doubt, 1
-        where there is none.
+        where there is none. With few models or queries that is itself uncertain: look at `low`.
     """
 
     mean: float
@@ -52,7 +52,7 @@ class Gain:
     to_uniform: float
 
     def __str__(self) -> str:
-        shown = "" if self.low > 0 else "; not shown to be above zero"
+        shown = "" if self.low > 0 else "; not shown to be above zero, so uniform ones are safer"
         left = [
             f"{count} {what}"
             for count, what in ((self.dropped, "models dropped"), (self.skipped, "queries skipped"))
