@@ -239,6 +239,51 @@ def test_a_fit_comes_back_as_it_was(place):
     assert str(back) == str(fit) and saving.load_fit(place / "none.json", index) is None
 
 
+def test_only_a_fit_of_the_index_is_saved_and_read(place):
+    index = index_at(place)
+    fit = ja.learn_weights(index, LEARNING, steps=2)
+    grouped = ja.build_index(METHOD, PARAMS, TRAIN, groups=ja.by_layer)
+    with pytest.raises(ValueError, match=r"exactly the index's groups. Missing: \['layer0'"):
+        saving.save_fit(place / "fit.json", fit, grouped)
+    assert not (place / "fit.json").exists()
+    saving.save_fit(place / "fit.json", fit, index)
+    stored = json.loads((place / "fit.json").read_text())
+    first = index.layout.names[0]
+    for name, values, message in (
+        ("weights", fit.weights | {first: -1.0}, "at least 0, got {'layer0/bias': -1.0}"),
+        ("weights", fit.weights | {first: float("nan")}, "finite and at least 0, got"),
+        ("weights", fit.weights | {"other": 1.0}, r"unknown: \['other'\]"),
+        ("weights", fit.weights | {first: "1"}, "damaged"),
+        ("shares", {"other": 1.0}, r"shares of a fit are .* got \['other'\]"),
+        ("tail_ratio", fit.tail_ratio | {first: "1"}, "must be real number, not str"),
+    ):
+        changed = stored | {"fit": stored["fit"] | {name: values}}
+        (place / "fit.json").write_text(json.dumps(changed))
+        with pytest.raises(ja.StoreError, match=message):
+            saving.load_fit(place / "fit.json", index)
+
+
+@pytest.mark.parametrize(
+    ("path", "folder", "name"),
+    [
+        ("w.json", ".", "w.json"),
+        ("/w.json", "/", "w.json"),
+        ("file:///w.json", "/", "w.json"),
+        ("a/../w.json", ".", "w.json"),
+        ("memory://run/w.json", "memory://run", "w.json"),
+    ],
+)
+def test_where_a_file_of_weights_is(path, folder, name):
+    found, called = saving._place(path)
+    assert (found.path, called) == (Folder(folder).path, name)
+
+
+@pytest.mark.parametrize("path", ["", "/tmp/", "folder/..", "gs://w.json", "gs://bucket/"])
+def test_what_names_no_file_of_weights_is_refused(path):
+    with pytest.raises(ja.StoreError):
+        saving._place(path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
