@@ -166,6 +166,12 @@ def test_top_of_a_file_of_queries_and_opponents(built, tmp_path):
     assert refused.stderr.endswith(
         f"error: {tmp_path / 'no.npz'} holds no arrays as np.savez writes them.\n"
     )
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "few.npz").read_bytes()[:-50])
+    np.save(tmp_path / "one.npy", QUERIES["x"])
+    for name, message in (("cut.npz", ".\n"), ("one.npy", ", but one as np.save does: ")):
+        refused = call(*arguments, "--queries", tmp_path / name, code=1).stderr
+        start = f"error: {tmp_path / name} holds no arrays as np.savez writes them{message}"
+        assert refused.splitlines(True)[-1].startswith(start) and "Traceback" not in refused
 
 
 def test_training_data_are_not_loaded_where_they_are_not_needed(place):

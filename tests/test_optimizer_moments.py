@@ -142,5 +142,5 @@ def test_whole_numbers_need_no_second_moments(rank_one):
     expected = scores(moments, PARAMS)
     for state in (masked, moments, moments | {"count": None, "table": None}):
         np.testing.assert_allclose(scores(state, counted), expected, rtol=1e-9)
-    with pytest.raises(ValueError, match=r"each of 4 parameters. Missing: \['layer0/bias'"):
+    with pytest.raises(ValueError, match=r"each of 6 parameters. Missing: \['layer0/bias'"):
         optimizer_moments.second_moments({"layer1": moments["layer1"]}, counted)

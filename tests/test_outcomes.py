@@ -1,6 +1,7 @@
 """Weights fitted to retrained models: the objective, the fit, the gain, and what goes wrong."""
 
 import functools
+import io
 import re
 
 import jax
@@ -497,6 +498,52 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
             made(path=path, **changed)
     with pytest.raises(ValueError, match=r"path must end in \.npz"):
         made(path=tmp_path / "outcomes")
+
+
+def test_files_that_hold_no_outcomes_are_refused(tmp_path):
+    path = tmp_path / "outcomes.npz"
+    expected = made(path=path)
+    with np.load(path) as stored:
+        kept = dict(stored)
+    whole = path.read_bytes()
+
+    single = io.BytesIO()
+    np.save(single, np.ones(3))
+
+    def saved(**arrays):
+        np.savez(path, **arrays)
+
+    cases = [
+        (lambda: saved(a=np.ones(3)), r"holds no outcomes: its arrays are \['a'\]"),
+        (lambda: path.write_bytes(whole[:-50]), "holds no arrays as np.savez writes them"),
+        (lambda: path.write_bytes(b"junk"), "holds no arrays as np.savez writes them"),
+        (lambda: path.write_bytes(b""), "holds no arrays as np.savez writes them"),
+        (lambda: path.write_bytes(single.getvalue()), "but one as np.save does"),
+        (lambda: saved(**kept | {"outputs": kept["outputs"][:, :3]}), r"float64 \[10, 3\]"),
+        (lambda: saved(**kept | {"outputs": kept["outputs"].astype(str)}), "damaged: its outputs"),
+        (lambda: saved(**kept | {"done": 11}), r"11 are said to be there; \[10, 6\] are needed"),
+        (lambda: saved(**kept | {"done": 9.5}), "9.5 are said to be there"),
+        (lambda: saved(**kept | {"identity": "other"}), "holds outcomes of something else"),
+    ]
+    for damage, message in cases:
+        damage()
+        found = path.read_bytes()
+        with pytest.raises(ValueError, match=f"{message}.*ive another path, or remove the file"):
+            made(path=path)
+        assert path.read_bytes() == found
+    saved(**kept)
+    np.testing.assert_array_equal(made(path=path).outputs, expected.outputs)
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/x.npz", "file:///tmp/x.npz", "s3:/bucket/x.npz"])
+def test_outcomes_are_kept_on_local_disk(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is a URL, and this file is written to local disk alone"):
+        made(path=path)
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(ValueError, match="folder.npz is a folder, and the path of a file"):
+        made(path=tmp_path / "folder.npz")
+    assert [each.name for each in tmp_path.iterdir()] == ["folder.npz"]
 
 
 def outcomes_module():

@@ -131,8 +131,11 @@ def test_an_index_without_its_method_shows_features(tmp_path):
     assert ids_of(articles(page)[0], "pro")
 
 
-def test_a_folder_is_no_path_and_a_page_is_replaced_whole(tmp_path):
+def test_a_folder_is_no_path_and_a_page_is_replaced_whole(tmp_path, monkeypatch):
     index, _, queries = toy()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="gs://bucket/page.html is a URL"):
+        ja.report(index, queries, path="gs://bucket/page.html")
     with pytest.raises(ValueError, match="is a folder"):
         ja.report(index, queries, path=tmp_path)
     path = tmp_path / "page.html"
@@ -534,7 +537,7 @@ def test_csv_and_parquet_hold_the_same(tmp_path):
     assert read["id"] == ["c", "a", "b"] and read["rank"] == [1, 2, 1]
 
 
-def test_names_that_do_not_fit_are_refused(tmp_path):
+def test_names_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="got 2, and the result holds example 2"):
         TOP.to_csv(tmp_path / "top.csv", ids=["a", "b"])
     with pytest.raises(ValueError, match="got a str"):
@@ -543,6 +546,10 @@ def test_names_that_do_not_fit_are_refused(tmp_path):
         TOP.to_parquet(tmp_path / "top.parquet", ids=["a", 1, {}])
     with pytest.raises(ValueError, match="is a folder"):
         TOP.to_csv(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for write in (TOP.to_csv, TOP.to_parquet):
+        with pytest.raises(ValueError, match="gs://bucket/top is a URL"):
+            write("gs://bucket/top")
     assert not list(tmp_path.iterdir())
 
 

@@ -65,7 +65,7 @@ class TopK(NamedTuple):
           ids: as in `to_pandas`.
 
         Raises:
-          ValueError: if ids are too few, or the path is that of a folder.
+          ValueError: if ids are too few, or the path is that of a folder or a URL.
         """
         tables.to_csv(tables.columns(self.ids, self.scores, ids), path)
 
@@ -78,7 +78,8 @@ class TopK(NamedTuple):
 
         Raises:
           ImportError: if pyarrow is not installed (`pip install 'jaxattr[tables]'`).
-          ValueError: if ids are too few or of several types, or the path is that of a folder.
+          ValueError: if ids are too few or of several types, or the path is that of a folder or a
+            URL.
         """
         tables.to_parquet(tables.columns(self.ids, self.scores, ids), path)
 

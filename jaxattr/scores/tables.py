@@ -3,7 +3,6 @@
 import csv
 import importlib
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -61,10 +60,10 @@ def to_csv(made: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
       path: of the file; one that is there is replaced.
 
     Raises:
-      ValueError: if the path is that of a folder.
+      ValueError: if the path is that of a folder, or a URL.
     """
     with (
-        written_whole(pathlib.Path(path)) as partial,
+        written_whole(path) as partial,
         partial.open("w", encoding="utf-8", newline="") as file,
     ):
         writer = csv.writer(file)
@@ -81,7 +80,7 @@ def to_parquet(made: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
     Raises:
       ImportError: if pyarrow is not installed.
-      ValueError: if ids are of several types, or the path is that of a folder.
+      ValueError: if ids are of several types, or the path is that of a folder or a URL.
     """
     arrow, parquet = _needed("pyarrow"), _needed("pyarrow.parquet")
     try:
@@ -90,7 +89,7 @@ def to_parquet(made: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"ids must be of one type that Parquet knows, such as all strings: {error}."
         ) from error
-    with written_whole(pathlib.Path(path)) as partial:
+    with written_whole(path) as partial:
         parquet.write_table(rows, partial)
 
 
