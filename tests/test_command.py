@@ -154,6 +154,34 @@ def test_top_names_the_users_own_ids(built, tmp_path):
     assert names[0][0] in shown.stdout and "uniform weights" in shown.stderr
 
 
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ("range(60)", "ids must have one for each of the 53 examples, got 60"),
+        ("range(52)", "ids must have one for each of the 53 examples, got 52"),
+        ("set(range(53))", "ids must be a sequence .* got a set"),
+        ("(i for i in range(53))", "ids must be a sequence .* got a generator"),
+    ],
+)
+def test_ids_that_do_not_fit_are_refused_before_anything_is_written(place, ids, message):
+    (place / "task.py").write_text(TASK + f"\nids = {ids}\n")
+    arguments = ("top", place / "task.py", "--path", place / "index", "--csv", place / "top.csv")
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(call(*arguments, code=1).stderr)
+    assert not (place / "top.csv").exists()
+    remote = (*arguments[:-1], "gs://bucket/top.csv")
+    (place / "task.py").write_text(TASK)
+    assert "is a URL" in call(*remote, code=1).stderr
+
+
+def test_ids_of_any_kind_stay_as_they_are(place):
+    (place / "task.py").write_text(TASK + "\nids = ['=1+1', ('a', 1), 2.5, *range(3, 53)]\n")
+    found = as_json("top", place / "task.py", "--path", place / "index", "--k", 53)["queries"]
+    names = ["=1+1", ["a", 1], 2.5, *range(3, 53)]
+    expected = ja.top_k(index_at(place), QUERIES, k=53).ids.tolist()
+    assert [each["ids"] for each in found] == [[names[i] for i in row] for row in expected]
+
+
 def test_top_of_a_file_of_queries_and_opponents(built, tmp_path):
     np.savez(tmp_path / "few.npz", **jax.tree.map(lambda x: x[2:4], QUERIES))
     arguments = ("top", built / "task.py", "--path", built / "index", "--k", 2)

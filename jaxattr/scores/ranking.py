@@ -43,8 +43,8 @@ class TopK(NamedTuple):
         """Makes a long table: a row for each query and rank.
 
         Args:
-          ids: your own names of the training examples, n of any type, in the order of the training
-            data. Default: their positions.
+          ids: your own names of the training examples, a sequence of n of any type, in the order
+            of the training data. Default: their positions.
 
         Returns:
           A `pandas.DataFrame` with columns `query` (position), `rank` (from 1), `id` and `score`;
@@ -53,12 +53,15 @@ class TopK(NamedTuple):
 
         Raises:
           ImportError: if pandas is not installed (`pip install 'jaxattr[tables]'`).
-          ValueError: if ids are too few.
+          ValueError: if ids are too few, or have no order.
         """
         return tables.to_pandas(tables.columns(self.ids, self.scores, ids))
 
     def to_csv(self, path: str | os.PathLike[str], ids: Sequence[Any] | None = None) -> None:
         """Writes the table of `to_pandas` as comma-separated values; needs no other package.
+
+        Ids are written as they are: a spreadsheet takes one such as `=1+1` for a formula, so that
+        a file with ids of people you do not trust is not to be opened in one.
 
         Args:
           path: of the file; one that is there is replaced when the new one is whole.

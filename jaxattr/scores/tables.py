@@ -35,7 +35,12 @@ def columns(ids: Any, scores: Any, names: Sequence[Any] | None) -> dict[str, Any
     query, place = np.nonzero(there)
     made: dict[str, Any] = {"query": query, "rank": place + 1, "id": ids[there]}
     if names is not None:
-        known = _checked(names, int(ids.max(initial=-1)))
+        known, largest = listed_names(names), int(ids.max(initial=-1))
+        if len(known) <= largest:
+            raise ValueError(
+                f"ids must name every training example: got {len(known)}, and the result holds "
+                f"example {largest}."
+            )
         made |= {"id": [known[position] for position in ids[there]], "position": ids[there]}
     return made | {"score": scores[there]}
 
@@ -112,22 +117,27 @@ def to_html(ids: np.ndarray, scores: np.ndarray) -> str:
     return table(headings, rows, caption)
 
 
-def _cell(position: int, score: float) -> str:
-    return f"#{position}: {number(score)}" if position >= 0 else "none"
+def listed_names(names: Any) -> list[Any]:
+    """Returns a user's names of training examples in their order, each as it is.
 
+    Args:
+      names: a sequence, or an array or column of one axis.
 
-def _checked(names: Sequence[Any], largest: int) -> list[Any]:
-    if isinstance(names, str | bytes | Mapping) or not hasattr(names, "__len__"):
+    Raises:
+      ValueError: if they are anything else, such as a set, which has no order.
+    """
+    ordered = hasattr(names, "__len__") and hasattr(names, "__getitem__")
+    if not ordered or isinstance(names, str | bytes | Mapping) or getattr(names, "ndim", 1) != 1:
+        shape = f" of {names.ndim} axes" if hasattr(names, "ndim") else ""
         raise ValueError(
             "ids must be a sequence with a name for each training example, in the order of the "
-            f"training data; got a {type(names).__name__}."
-        )
-    if len(names) <= largest:
-        raise ValueError(
-            f"ids must name every training example: got {len(names)}, and the result holds "
-            f"example {largest}."
+            f"training data; got a {type(names).__name__}{shape}. Make a list of them."
         )
     return list(names)
+
+
+def _cell(position: int, score: float) -> str:
+    return f"#{position}: {number(score)}" if position >= 0 else "none"
 
 
 def _needed(module: str) -> ModuleType:
