@@ -11,7 +11,14 @@ from jax.sharding import Mesh
 
 from jaxattr.batches import leading_size
 from jaxattr.counts import whole_number
-from jaxattr.evaluation.retraining import TrainFn, models_over, of_queries, random_subsets, trained
+from jaxattr.evaluation.retraining import (
+    TrainFn,
+    check_number,
+    models_over,
+    of_queries,
+    random_subsets,
+    trained,
+)
 from jaxattr.files import local_file, read_arrays, written_whole
 from jaxattr.identity import Program, digest
 from jaxattr.inputs.data import as_batch
@@ -79,8 +86,8 @@ def outcomes(
       counts them.
 
     Raises:
-      ValueError: if an argument is out of its range, the train function ignores its ids, or `path`
-        holds outcomes of something else, or none.
+      ValueError: if an argument is out of its range, the train function ignores its ids or has
+        another number of examples, or `path` holds outcomes of something else, or none.
 
     Warns:
       UserWarning: if the train function ignores its key.
@@ -91,6 +98,7 @@ def outcomes(
     key, seeds = check_key(key), whole_number("seeds", seeds)
     check_function(output, "output")
     check_function(train_fn, "train_fn", ("key", "ids"))
+    check_number(train_fn, n)
     queries = as_batch(queries, "queries")
     place = models_over(mesh)
     at_once = max(_AT_ONCE, place.shards) if at_once is None else whole_number("at_once", at_once)
@@ -190,6 +198,7 @@ class _Kept(NamedTuple):
 
     def _read(self) -> "_Kept":
         """What is in the file, if it is of these outcomes."""
+        assert self.path is not None
         remedy = "Give another path, or remove the file."
         try:
             stored = read_arrays(self.path)
