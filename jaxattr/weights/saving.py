@@ -14,6 +14,7 @@ from jaxattr.store import Folder, StoreError, on_first_process, reading
 from jaxattr.weights.report import Gain, WeightFit
 
 _FORMAT = 1
+_REMEDY = "Restore it, or learn the weights again."
 
 
 def save_fit(path: str | os.PathLike[str], fit: WeightFit, index: Index) -> None:
@@ -56,7 +57,7 @@ def load_fit(path: str | os.PathLike[str], index: Index) -> WeightFit | None:
     contents = folder.read(name)
     if contents is None:
         return None
-    with reading(folder, name):
+    with reading(folder, name, _REMEDY):
         if contents["format"] != _FORMAT:
             raise ValueError(f"it has format {contents['format']}, and {_FORMAT} is read")
         groups, other = contents["groups"], contents["index"] != index.query_side
@@ -73,7 +74,7 @@ def load_fit(path: str | os.PathLike[str], index: Index) -> WeightFit | None:
             f"{folder.path}/{name} has weights of another index: with the same groups, but another "
             "method, other parameters or another key. Learn the weights again."
         )
-    with reading(folder, name):
+    with reading(folder, name, _REMEDY):
         _check(fit, index)
     return fit
 
@@ -111,7 +112,7 @@ def _check(fit: WeightFit, index: Index) -> None:
         if found.keys() != set(index.layout.names):
             raise ValueError(
                 f"{what} of a fit are of the index's groups, {list(index.layout.names)}; got "
-                f"{sorted(found)}. Learn the weights again."
+                f"{sorted(found)}."
             )
         math.fsum(found.values())  # raises where one is no number
 
