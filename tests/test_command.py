@@ -154,6 +154,34 @@ def test_top_names_the_users_own_ids(built, tmp_path):
     assert names[0][0] in shown.stdout and "uniform weights" in shown.stderr
 
 
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ("range(60)", "ids must have one for each of the 53 examples, got 60"),
+        ("range(52)", "ids must have one for each of the 53 examples, got 52"),
+        ("set(range(53))", "ids must be a sequence .* got a set"),
+        ("(i for i in range(53))", "ids must be a sequence .* got a generator"),
+    ],
+)
+def test_ids_that_do_not_fit_are_refused_before_anything_is_written(place, ids, message):
+    (place / "task.py").write_text(TASK + f"\nids = {ids}\n")
+    arguments = ("top", place / "task.py", "--path", place / "index", "--csv", place / "top.csv")
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(call(*arguments, code=1).stderr)
+    assert not (place / "top.csv").exists()
+    remote = (*arguments[:-1], "gs://bucket/top.csv")
+    (place / "task.py").write_text(TASK)
+    assert "is a URL" in call(*remote, code=1).stderr
+
+
+def test_ids_of_any_kind_stay_as_they_are(place):
+    (place / "task.py").write_text(TASK + "\nids = ['=1+1', ('a', 1), 2.5, *range(3, 53)]\n")
+    found = as_json("top", place / "task.py", "--path", place / "index", "--k", 53)["queries"]
+    names = ["=1+1", ["a", 1], 2.5, *range(3, 53)]
+    expected = ja.top_k(index_at(place), QUERIES, k=53).ids.tolist()
+    assert [each["ids"] for each in found] == [[names[i] for i in row] for row in expected]
+
+
 def test_top_of_a_file_of_queries_and_opponents(built, tmp_path):
     np.savez(tmp_path / "few.npz", **jax.tree.map(lambda x: x[2:4], QUERIES))
     arguments = ("top", built / "task.py", "--path", built / "index", "--k", 2)
@@ -166,6 +194,12 @@ def test_top_of_a_file_of_queries_and_opponents(built, tmp_path):
     assert refused.stderr.endswith(
         f"error: {tmp_path / 'no.npz'} holds no arrays as np.savez writes them.\n"
     )
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "few.npz").read_bytes()[:-50])
+    np.save(tmp_path / "one.npy", QUERIES["x"])
+    for name, message in (("cut.npz", ".\n"), ("one.npy", ", but one as np.save does: ")):
+        refused = call(*arguments, "--queries", tmp_path / name, code=1).stderr
+        start = f"error: {tmp_path / name} holds no arrays as np.savez writes them{message}"
+        assert refused.splitlines(True)[-1].startswith(start) and "Traceback" not in refused
 
 
 def test_training_data_are_not_loaded_where_they_are_not_needed(place):
@@ -237,6 +271,51 @@ def test_a_fit_comes_back_as_it_was(place):
     for name, value in vars(fit).items():
         np.testing.assert_equal(getattr(back, name), value)
     assert str(back) == str(fit) and saving.load_fit(place / "none.json", index) is None
+
+
+def test_only_a_fit_of_the_index_is_saved_and_read(place):
+    index = index_at(place)
+    fit = ja.learn_weights(index, LEARNING, steps=2)
+    grouped = ja.build_index(METHOD, PARAMS, TRAIN, groups=ja.by_layer)
+    with pytest.raises(ValueError, match=r"exactly the index's groups. Missing: \['layer0'"):
+        saving.save_fit(place / "fit.json", fit, grouped)
+    assert not (place / "fit.json").exists()
+    saving.save_fit(place / "fit.json", fit, index)
+    stored = json.loads((place / "fit.json").read_text())
+    first = index.layout.names[0]
+    for name, values, message in (
+        ("weights", fit.weights | {first: -1.0}, "at least 0, got {'layer0/bias': -1.0}"),
+        ("weights", fit.weights | {first: float("nan")}, "finite and at least 0, got"),
+        ("weights", fit.weights | {"other": 1.0}, r"unknown: \['other'\]"),
+        ("weights", fit.weights | {first: "1"}, "damaged"),
+        ("shares", {"other": 1.0}, r"shares of a fit are .* got \['other'\]"),
+        ("tail_ratio", fit.tail_ratio | {first: "1"}, "must be real number, not str"),
+    ):
+        changed = stored | {"fit": stored["fit"] | {name: values}}
+        (place / "fit.json").write_text(json.dumps(changed))
+        with pytest.raises(ja.StoreError, match=f"{message}.*or learn the weights again"):
+            saving.load_fit(place / "fit.json", index)
+
+
+@pytest.mark.parametrize(
+    ("path", "folder", "name"),
+    [
+        ("w.json", ".", "w.json"),
+        ("/w.json", "/", "w.json"),
+        ("file:///w.json", "/", "w.json"),
+        ("a/../w.json", ".", "w.json"),
+        ("memory://run/w.json", "memory://run", "w.json"),
+    ],
+)
+def test_where_a_file_of_weights_is(path, folder, name):
+    found, called = saving._place(path)
+    assert (found.path, called) == (Folder(folder).path, name)
+
+
+@pytest.mark.parametrize("path", ["", "/tmp/", "folder/..", "gs://w.json", "gs://bucket/"])
+def test_what_names_no_file_of_weights_is_refused(path):
+    with pytest.raises(ja.StoreError):
+        saving._place(path)
 
 
 @pytest.mark.parametrize(

@@ -120,3 +120,27 @@ def test_second_moments_in_parts_and_those_that_the_optimizer_divides_by():
     _, state = amsgrad.update(jax.tree.map(jnp.zeros_like, params), state, params)
     largest = optimizer_moments.second_moments(state, params)
     np.testing.assert_allclose(largest["a"], gradient["a"] ** 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rank_one", [False, True])
+def test_whole_numbers_need_no_second_moments(rank_one):
+    """Parameters with a counter score as those without, whatever the optimizer leaves out."""
+    counted = PARAMS | {"count": jnp.asarray(7), "table": jnp.arange(3)}
+    moments = rank_one_moments().nu
+    trained = {name: name in PARAMS for name in counted}
+    masked = optax.masked(optax.adam(0.1), trained).init(counted)
+    adam = masked.inner_state[0]
+    masked = masked._replace(inner_state=(adam._replace(nu=adam.nu | moments), None))
+
+    def loss(params, example, key):
+        return models.loss({name: params[name] for name in PARAMS}, example, key)
+
+    def scores(state, params):
+        method = ja.trackstar(loss, state, params, rank=4, rank_one=rank_one, epsilon=0.0)
+        return ja.score(FEW(method, params, TRAIN, groups=ja.by_leaf), QUERIES)
+
+    expected = scores(moments, PARAMS)
+    for state in (masked, moments, moments | {"count": None, "table": None}):
+        np.testing.assert_allclose(scores(state, counted), expected, rtol=1e-9)
+    with pytest.raises(ValueError, match=r"each of 6 parameters. Missing: \['layer0/bias'"):
+        optimizer_moments.second_moments({"layer1": moments["layer1"]}, counted)

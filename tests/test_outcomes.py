@@ -1,6 +1,7 @@
 """Weights fitted to retrained models: the objective, the fit, the gain, and what goes wrong."""
 
 import functools
+import io
 import re
 
 import jax
@@ -499,6 +500,52 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
         made(path=tmp_path / "outcomes")
 
 
+def test_files_that_hold_no_outcomes_are_refused(tmp_path):
+    path = tmp_path / "outcomes.npz"
+    expected = made(path=path)
+    with np.load(path) as stored:
+        kept = dict(stored)
+    whole = path.read_bytes()
+
+    single = io.BytesIO()
+    np.save(single, np.ones(3))
+
+    def saved(**arrays):
+        np.savez(path, **arrays)
+
+    cases = [
+        (lambda: saved(a=np.ones(3)), r"holds no outcomes: its arrays are \['a'\]"),
+        (lambda: path.write_bytes(whole[:-50]), "holds no arrays as np.savez writes them"),
+        (lambda: path.write_bytes(b"junk"), "holds no arrays as np.savez writes them"),
+        (lambda: path.write_bytes(b""), "holds no arrays as np.savez writes them"),
+        (lambda: path.write_bytes(single.getvalue()), "but one as np.save does"),
+        (lambda: saved(**kept | {"outputs": kept["outputs"][:, :3]}), r"float64 \[10, 3\]"),
+        (lambda: saved(**kept | {"outputs": kept["outputs"].astype(str)}), "damaged: its outputs"),
+        (lambda: saved(**kept | {"done": 11}), r"11 are said to be there; \[10, 6\] are needed"),
+        (lambda: saved(**kept | {"done": 9.5}), "9.5 are said to be there"),
+        (lambda: saved(**kept | {"identity": "other"}), "holds outcomes of something else"),
+    ]
+    for damage, message in cases:
+        damage()
+        found = path.read_bytes()
+        with pytest.raises(ValueError, match=f"{message}.*ive another path, or remove the file"):
+            made(path=path)
+        assert path.read_bytes() == found
+    saved(**kept)
+    np.testing.assert_array_equal(made(path=path).outputs, expected.outputs)
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/x.npz", "file:///tmp/x.npz", "s3:/bucket/x.npz"])
+def test_outcomes_are_kept_on_local_disk(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is a URL, and this file is written to local disk alone"):
+        made(path=path)
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(ValueError, match="folder.npz is a folder, and the path of a file"):
+        made(path=tmp_path / "folder.npz")
+    assert [each.name for each in tmp_path.iterdir()] == ["folder.npz"]
+
+
 def outcomes_module():
     import sys
 
@@ -568,6 +615,119 @@ def test_a_trainer_takes_the_steps_that_a_loop_takes():
             params = optax.apply_updates(params, updates)
     got = train_fn(key, ids)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8), got, params)
+
+
+def trained_by(loss, start, train=TRAIN, **options):
+    options = {"optimizer": optax.adam(0.1), "batch_size": 4, "epochs": 2} | options
+    return ja.trainer(loss, start, train, **options)(KEY, jnp.arange(8))
+
+
+def test_a_trainer_leaves_whole_numbers_and_what_is_excluded_as_they_are():
+    """Against the same training of the rest alone, over which the loss closes."""
+    fixed = {"count": jnp.asarray(2), "scale": jnp.asarray(0.5), "table": np.array([True, False])}
+
+    def loss(params, example, key):
+        inner = {name: leaf for name, leaf in params.items() if name not in fixed}
+        assert params["count"].dtype == fixed["count"].dtype
+        return models.loss(inner, example, key) * params["scale"] ** params["count"]
+
+    expected = trained_by(lambda p, e, k: loss(p | fixed, e, k), START)
+    for start in (START | fixed, lambda key: START | fixed):
+        got = trained_by(loss, start, exclude="^scale$")
+        assert got.keys() == (START | fixed).keys()
+        for name, leaf in fixed.items():
+            np.testing.assert_array_equal(got[name], leaf)
+        for name in START:
+            jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12),
+                         got[name], expected[name])  # fmt: skip
+    moved = trained_by(loss, START | fixed)
+    assert abs(moved["scale"] - 0.5) > 1e-3 and int(moved["count"]) == 2
+    train_fn = ja.trainer(loss, START | fixed, TRAIN, optimizer=optax.sgd(0.1), batch_size=4,
+                          epochs=1)  # fmt: skip
+    found = ja.retrain(train_fn, MASKS[:2], KEY)
+    np.testing.assert_array_equal(found["count"], [[2], [2]])
+    with pytest.raises(ValueError, match="only whole numbers"):
+        trained_by(loss, {"count": fixed["count"]})
+    with pytest.raises(ValueError, match="every leaf is excluded"):
+        trained_by(loss, START | fixed, exclude="")
+
+
+def test_a_trainer_moves_no_batch_statistics():
+    """Nor does it leave them out unasked: the start says what they are."""
+    statistics = {"mean": jnp.full(6, 0.3)}
+
+    def loss(variables, example, key):
+        seen = example | {"x": example["x"] - variables["batch_stats"]["mean"]}
+        return models.loss(variables["params"], seen, key)
+
+    start = {"params": START, "batch_stats": statistics}
+    for each in (start, lambda key: start):
+        with pytest.raises(ValueError, match=r"batch_stats/mean, .*exclude='batch_stats'"):
+            trained_by(loss, each)
+    got = trained_by(loss, start, exclude="batch_stats")
+    np.testing.assert_array_equal(got["batch_stats"]["mean"], statistics["mean"])
+    expected = trained_by(
+        lambda p, e, k: loss({"params": p, "batch_stats": statistics}, e, k), START
+    )
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-12), got["params"], expected)
+
+
+def test_parameters_that_can_be_called_are_parameters():
+    equinox = pytest.importorskip("equinox")
+    train = {"x": np.random.default_rng(0).normal(size=(8, 3)), "y": np.arange(8.0)}
+    params, rest = equinox.partition(
+        equinox.nn.Linear(3, 1, key=jax.random.key(0)), equinox.is_inexact_array
+    )
+    assert callable(params)
+
+    def of_module(params, example, key):
+        return (equinox.combine(params, rest)(example["x"])[0] - example["y"]) ** 2
+
+    def of_arrays(params, example, key):
+        return (params["w"] @ example["x"] + params["b"] - example["y"])[0] ** 2
+
+    expected = trained_by(of_arrays, {"w": params.weight, "b": params.bias}, train)
+    for start in (params, lambda key: params, jax.tree_util.Partial(lambda x, key: x, params)):
+        got = trained_by(of_module, start, train)
+        np.testing.assert_allclose(got.weight, expected["w"], rtol=1e-12)
+        np.testing.assert_allclose(got.bias, expected["b"], rtol=1e-12)
+    with pytest.raises(TypeError, match="start holds parameters, as checkpoints do: .*'act'"):
+        trained_by(of_arrays, {"w": params.weight, "act": jax.nn.relu}, train)
+    with pytest.raises(TypeError, match="start takes .*, and is called as .key."):
+        trained_by(of_arrays, lambda: params, train)
+
+
+def test_an_optimizer_is_what_has_init_and_update():
+    """Steps of two batches together are steps of batches of twice the size."""
+    ids = jnp.arange(8)
+    options = {"epochs": 1, "batch_size": 4}
+    got = trained_by(models.loss, START, optimizer=optax.MultiSteps(optax.sgd(0.1), 2), **options)
+    by_steps = trained_by(
+        models.loss, START, optimizer=lambda n: optax.MultiSteps(optax.sgd(0.1), n), **options
+    )
+    gradient = jax.grad(
+        lambda p: jax.vmap(models.loss, (None, 0, None))(
+            p, jax.tree.map(lambda x: x[ids], TRAIN), None
+        ).mean()
+    )(START)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, START, gradient)
+    for each in (got, by_steps):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), each, expected)
+    for wrong in (0.1, None, "adam", optax.MultiSteps, lambda steps: 0.1):
+        with pytest.raises(TypeError, match="optimizer must be one of Optax, with init and update"):
+            trained_by(models.loss, START, optimizer=wrong)
+
+
+def test_subsets_of_another_number_of_examples_than_the_trainer_has_are_refused():
+    for n in (N - 1, N + 10):
+        masks = evaluation.random_subsets(KEY, n, 2)
+        for train_fn in (TRAIN_FN, jax.jit(TRAIN_FN)):
+            message = f"made of 60 training examples, and subsets of {n} are asked for"
+            with pytest.raises(ValueError, match=message):
+                ja.outcomes(train_fn, models.margin, QUERIES, n, key=KEY)
+            with pytest.raises(ValueError, match=message):
+                ja.retrain(train_fn, masks, KEY)
+    assert TRAIN_FN.examples == N
 
 
 def test_noise_is_on_floats_alone_and_of_the_size_that_is_said():

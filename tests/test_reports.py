@@ -131,8 +131,11 @@ def test_an_index_without_its_method_shows_features(tmp_path):
     assert ids_of(articles(page)[0], "pro")
 
 
-def test_a_folder_is_no_path_and_a_page_is_replaced_whole(tmp_path):
+def test_a_folder_is_no_path_and_a_page_is_replaced_whole(tmp_path, monkeypatch):
     index, _, queries = toy()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="gs://bucket/page.html is a URL"):
+        ja.report(index, queries, path="gs://bucket/page.html")
     with pytest.raises(ValueError, match="is a folder"):
         ja.report(index, queries, path=tmp_path)
     path = tmp_path / "page.html"
@@ -521,6 +524,15 @@ def test_the_table_has_a_row_for_each_example_that_is_there():
     assert named["id"].tolist() == ["c", "a", "b"] and named["position"].tolist() == [2, 0, 1]
 
 
+def test_names_stay_as_they_are():
+    import pandas
+
+    mixed = ["=1+1", ("a", 2), 3]
+    assert TOP.to_pandas(ids=mixed)["id"].tolist() == [3, "=1+1", ("a", 2)]
+    for ids in (np.arange(3) * 10, jnp.arange(3) * 10, pandas.Series([0, 10, 20], index=[2, 1, 0])):
+        assert TOP.to_pandas(ids=ids)["id"].tolist() == [20, 0, 10]
+
+
 def test_csv_and_parquet_hold_the_same(tmp_path):
     import pyarrow.parquet
 
@@ -534,15 +546,22 @@ def test_csv_and_parquet_hold_the_same(tmp_path):
     assert read["id"] == ["c", "a", "b"] and read["rank"] == [1, 2, 1]
 
 
-def test_names_that_do_not_fit_are_refused(tmp_path):
+def test_names_that_do_not_fit_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="got 2, and the result holds example 2"):
         TOP.to_csv(tmp_path / "top.csv", ids=["a", "b"])
-    with pytest.raises(ValueError, match="got a str"):
-        TOP.to_csv(tmp_path / "top.csv", ids="abc")
+    names = {"a": 0, "b": 1, "c": 2}
+    unordered = (set(names), frozenset(names), names, names.keys(), names.values(), iter(names))
+    for ids in ("abc", b"abc", *unordered, (each for each in "abc"), 3, np.ones((3, 2))):
+        with pytest.raises(ValueError, match=f"must be a sequence .* got a {type(ids).__name__}"):
+            TOP.to_csv(tmp_path / "top.csv", ids=ids)
     with pytest.raises(ValueError, match="of one type"):
         TOP.to_parquet(tmp_path / "top.parquet", ids=["a", 1, {}])
     with pytest.raises(ValueError, match="is a folder"):
         TOP.to_csv(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for write in (TOP.to_csv, TOP.to_parquet):
+        with pytest.raises(ValueError, match="gs://bucket/top is a URL"):
+            write("gs://bucket/top")
     assert not list(tmp_path.iterdir())
 
 

@@ -13,7 +13,9 @@ import jaxattr as ja
 from jaxattr.command import options, printing
 from jaxattr.command.tasks import Task
 from jaxattr.evaluation import measured_gain
+from jaxattr.files import local_file
 from jaxattr.scores.ranking import TopK
+from jaxattr.scores.tables import listed_names
 from jaxattr.sharding import process
 from jaxattr.weights.saving import fit_as_json, save_fit
 
@@ -97,14 +99,16 @@ def top(
     loaded = options.opened_task(task, distributed)
     index = options.opened_index(loaded, path)
     fit = options.learned_weights(index, path, uniform)
+    ids = _ids(loaded, index.size)
+    if csv is not None:
+        local_file(csv)
     asked = options.queries_of(loaded, queries)
     found = ja.top_k(index, asked, k=k, weights=fit, opponents=opponents)
-    ids = loaded.get("ids")
     if csv is not None:
         if process()[0] == 0:
             found.to_csv(csv, ids=ids)
         printing.note(f"written to {csv}")
-    listed = _listed(found, ids, index.size)
+    listed = _listed(found, ids)
     printing.result({"opponents": opponents, "queries": listed}, _as_table(listed), as_json)
 
 
@@ -205,15 +209,21 @@ def _retrained(
     return found
 
 
-def _listed(top: TopK, ids: Any, size: int) -> list[dict[str, Any]]:
-    """Per query what is there, under the user's own ids where the task has some."""
-    if ids is not None and len(ids) != size:
-        raise ValueError(f"ids must have one for each of the {size} examples, got {len(ids)}.")
-    names = np.arange(size) if ids is None else np.asarray(ids)
+def _ids(task: Task, size: int) -> list[Any] | None:
+    """The user's own ids where the task has some."""
+    ids = task.get("ids")
+    names = None if ids is None else listed_names(ids)
+    if names is not None and len(names) != size:
+        raise ValueError(f"ids must have one for each of the {size} examples, got {len(names)}.")
+    return names
+
+
+def _listed(top: TopK, ids: list[Any] | None) -> list[dict[str, Any]]:
+    """Per query what is there."""
     rows = zip(np.asarray(top.ids), np.asarray(top.scores), strict=True)
-    there = [(found[found >= 0], scores[found >= 0]) for found, scores in rows]
+    there = [(found[found >= 0].tolist(), scores[found >= 0].tolist()) for found, scores in rows]
     return [
-        {"query": q, "ids": names[found].tolist(), "scores": scores.tolist()}
+        {"query": q, "ids": found if ids is None else [ids[i] for i in found], "scores": scores}
         for q, (found, scores) in enumerate(there)
     ]
 

@@ -1,6 +1,5 @@
 """Commands about an index alone, for which no task is needed."""
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -59,7 +58,7 @@ def export(path: str, out: str, as_json: bool) -> None:
             "group_of_column": np.repeat(range(len(found.groups)), list(found.groups.values())),
             "left_out": index.non_finite,
         }
-        with written_whole(Path(out)) as partial:
+        with written_whole(out) as partial:
             np.savez(partial, **arrays)
     else:
         export_zarr(path, out)

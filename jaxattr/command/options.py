@@ -7,11 +7,11 @@ from typing import Any
 
 import click
 import jax
-import numpy as np
 
 import jaxattr as ja
 from jaxattr.command import failures, printing
 from jaxattr.command.tasks import Task, load
+from jaxattr.files import read_arrays
 from jaxattr.index.saving import read_manifest
 from jaxattr.sharding import process
 from jaxattr.sources import as_source
@@ -175,11 +175,8 @@ def queries_of(task: Task, file: Path | None, name: str = "queries") -> Any:
     if file is None:
         return task.need(name, "no --queries FILE.npz is given")
     try:
-        with np.load(file) as found:
-            arrays = {each: found[each] for each in found.files}
+        arrays = read_arrays(file)
     except FileNotFoundError:
         raise ValueError(f"There is no file {file} of queries.") from None
-    except (AttributeError, EOFError, OSError, ValueError):
-        raise ValueError(f"{file} holds no arrays as np.savez writes them.") from None
     # A single array without a name is what examples are that are arrays themselves.
     return arrays["arr_0"] if set(arrays) == {"arr_0"} else arrays

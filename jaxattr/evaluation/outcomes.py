@@ -11,7 +11,15 @@ from jax.sharding import Mesh
 
 from jaxattr.batches import leading_size
 from jaxattr.counts import whole_number
-from jaxattr.evaluation.retraining import TrainFn, models_over, of_queries, random_subsets, trained
+from jaxattr.evaluation.retraining import (
+    TrainFn,
+    check_number,
+    models_over,
+    of_queries,
+    random_subsets,
+    trained,
+)
+from jaxattr.files import local_file, read_arrays, written_whole
 from jaxattr.identity import Program, digest
 from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function
@@ -68,8 +76,8 @@ def outcomes(
       seeds: models per subset, over which outputs are averaged.
       at_once: models in memory at once. Default: 16, or one per device.
       mesh: devices to spread the models over. Default: the default device.
-      path: a file (.npz) that results are kept in, whole after every chunk of models: a killed run
-        goes on from there, and a finished one is read.
+      path: a local file (.npz) that results are kept in, whole after every chunk of models: a
+        killed run goes on from there, and a finished one is read.
       params: of the real model, or a list of checkpoints: its outputs stand beside the others in
         `Outcomes.reference`.
 
@@ -78,8 +86,8 @@ def outcomes(
       counts them.
 
     Raises:
-      ValueError: if an argument is out of its range, the train function ignores its ids, or `path`
-        holds outcomes of something else.
+      ValueError: if an argument is out of its range, the train function ignores its ids or has
+        another number of examples, or `path` holds outcomes of something else, or none.
 
     Warns:
       UserWarning: if the train function ignores its key.
@@ -90,6 +98,7 @@ def outcomes(
     key, seeds = check_key(key), whole_number("seeds", seeds)
     check_function(output, "output")
     check_function(train_fn, "train_fn", ("key", "ids"))
+    check_number(train_fn, n)
     queries = as_batch(queries, "queries")
     place = models_over(mesh)
     at_once = max(_AT_ONCE, place.shards) if at_once is None else whole_number("at_once", at_once)
@@ -181,19 +190,39 @@ class _Kept(NamedTuple):
         nothing = np.full((len(masks) * seeds, q), np.nan)
         if path is None:
             return cls(None, "", nothing, 0)
-        path, identity = Path(path), identity()
+        path = local_file(path)
         if path.suffix != ".npz":
             raise ValueError(f"path must end in .npz, got {str(path)!r}.")
-        if not path.exists():
-            return cls(path, identity, nothing, 0)
-        with np.load(path) as stored:
-            if str(stored["identity"]) != identity:
-                raise ValueError(
-                    f"{path} holds outcomes of something else: the training function or its data, "
-                    "the output, the queries, the subsets or the key differ. Give another path, "
-                    "or remove the file."
-                )
-            return cls(path, identity, stored["outputs"], int(stored["done"]))
+        made = cls(path, identity(), nothing, 0)
+        return made._read() if path.exists() else made
+
+    def _read(self) -> "_Kept":
+        """What is in the file, if it is of these outcomes."""
+        assert self.path is not None
+        remedy = "Give another path, or remove the file."
+        try:
+            stored = read_arrays(self.path)
+        except ValueError as error:
+            raise ValueError(f"{error} {remedy}") from error
+        if stored.keys() != {"identity", "outputs", "done"}:
+            raise ValueError(
+                f"{self.path} holds no outcomes: its arrays are {sorted(stored)}. {remedy}"
+            )
+        if str(stored["identity"]) != self.identity:
+            raise ValueError(
+                f"{self.path} holds outcomes of something else: the training function or its data, "
+                f"the output, the queries, the subsets or the key differ. {remedy}"
+            )
+        outputs, done = stored["outputs"], stored["done"]
+        runs = len(self.outputs)
+        whole = done.shape == () and done.dtype.kind in "iu" and 0 <= done <= runs
+        if outputs.shape != self.outputs.shape or outputs.dtype.kind != "f" or not whole:
+            raise ValueError(
+                f"{self.path} is damaged: its outputs are {outputs.dtype} {list(outputs.shape)}, "
+                f"of which {done} are said to be there; {list(self.outputs.shape)} are needed. "
+                f"{remedy}"
+            )
+        return self._replace(outputs=outputs, done=int(done))
 
     def with_more(self, chunk: np.ndarray) -> "_Kept":
         """Takes in the next runs, and writes the file whole or not at all."""
@@ -207,7 +236,5 @@ class _Kept(NamedTuple):
 
     def _write(self) -> None:
         assert self.path is not None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial.npz")
-        np.savez(partial, identity=self.identity, outputs=self.outputs, done=self.done)
-        partial.replace(self.path)
+        with written_whole(self.path) as partial:
+            np.savez(partial, identity=self.identity, outputs=self.outputs, done=self.done)

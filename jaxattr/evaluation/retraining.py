@@ -1,6 +1,7 @@
 """Training on many subsets of the training set at once: the ground truth of attribution."""
 
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -103,8 +104,8 @@ def retrain(
       Params whose leaves are [m, seeds, ...]. With several processes each gets all of them.
 
     Raises:
-      ValueError: if subsets differ in size, the train function ignores its ids, or the key, a count
-        or the mesh is none.
+      ValueError: if subsets differ in size, the train function ignores its ids or has another
+        number of examples, or the key, a count or the mesh is none.
 
     Warns:
       UserWarning: if runs ended with parameters that are not finite.
@@ -112,6 +113,7 @@ def retrain(
     Cost: m * seeds trainings; vmapped, small models take little more time together than one.
     """
     masks, key, place = _check_masks(masks), check_key(key), models_over(mesh, axis)
+    check_number(train_fn, masks.shape[1])
     seeds = whole_number("seeds", seeds)
     at_once = len(masks) * seeds if at_once is None else whole_number("at_once", at_once)
     keys = jax.random.split(key, seeds)[np.tile(np.arange(seeds), len(masks))]
@@ -268,6 +270,23 @@ def _traced_training(train_fn: TrainFn, key: Key, ids: np.ndarray) -> ClosedJaxp
             "jax.random.permutation for NumPy's, jax.lax.scan for a loop over steps; ja.trainer "
             "makes one. Or train models elsewhere, and pass ja.Outcomes(masks, outputs)."
         ) from error
+
+
+def check_number(train_fn: TrainFn, n: int) -> None:
+    """Refuses a train function of another number of examples, where it says of how many it is.
+
+    Beyond the last JAX takes the last again, so that subsets would not be what masks say.
+
+    Args:
+      train_fn: (key, ids) -> params; that of `ja.trainer` has `examples`.
+      n: number of training examples.
+    """
+    has = getattr(inspect.unwrap(train_fn), "examples", None)
+    if has is not None and has != n:
+        raise ValueError(
+            f"train_fn was made of {has} training examples, and subsets of {n} are asked for: make "
+            "it of the training set of the index, ja.trainer(loss, start, train, ...)."
+        )
 
 
 def check_inputs_matter(train_fn: TrainFn, key: Key, ids: np.ndarray) -> None:

@@ -21,7 +21,8 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
     Knows Adam and its kin (`nu`), AMSGrad (`nu_max`), RMSProp (`nu`) and Adafactor (`v_row`,
     `v_col`, `v`), wherever they stand in a chain, each for all parameters or, under `masked` and
     `multi_transform`, for some. Adam's bias correction, one factor for all parameters, is left out;
-    AdaBelief's variance is taken as it is.
+    AdaBelief's variance is taken as it is. Whole numbers among the parameters are not trained and
+    need no second moments.
 
     Args:
       optimizer_state: what `optimizer.init` or `optimizer.update` returned; or second moments, a
@@ -29,7 +30,7 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
       params: the parameters that it belongs to.
 
     Returns:
-      A pytree like the parameters.
+      A pytree like the parameters; zero for whole numbers that have no second moments.
 
     Raises:
       ValueError: if a parameter has no second moment in the state, or two; the error names it.
@@ -44,25 +45,37 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
     """
     if _shapes(optimizer_state) == _shapes(params):
         return optimizer_state
-    found: dict[str, jax.Array] = {}
-    repeated: set[str] = set()
-    for node in jax.tree.leaves(optimizer_state, is_leaf=_has_second_moments):
-        for name, moment in _moments(node, params).items():
-            repeated |= {name} & found.keys()
-            found[name] = moment
-    shapes = {name: jnp.shape(x) for name, x in named_leaves(params).items()}
-    missing = sorted(name for name, shape in shapes.items() if name not in found)
+    leaves = named_leaves(params)
+    shapes = {name: jnp.shape(x) for name, x in leaves.items()}
+    needed = {n for n, x in leaves.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
+    found, repeated = _found(optimizer_state, params)
+    given = named_leaves(optimizer_state)
+    if given.keys() == needed:
+        found = given
+    missing = sorted(needed - found.keys())
     wrong = sorted(n for n, x in found.items() if shapes.get(n) != jnp.shape(x))
     if missing or wrong or repeated:
         raise ValueError(
-            f"Needed one second moment for each of {len(shapes)} parameters. Missing: "
+            f"Needed one second moment for each of {len(needed)} parameters. Missing: "
             f"{missing[:5]}; of other names or shapes: {wrong[:5]}; found twice: "
             f"{sorted(repeated)[:5]}. The state holds {sorted(_kinds(optimizer_state))}: Adam, "
             "AdamW, NAdam, AMSGrad, RMSProp and Adafactor have second moments; SGD, Lion and "
             "momentum have none. You may pass a pytree of second moments like the parameters "
             "instead; several checkpoints go in as a list."
         )
-    return jax.tree.unflatten(jax.tree.structure(params), [found[name] for name in shapes])
+    moments = [found.get(name, jnp.zeros(shape)) for name, shape in shapes.items()]
+    return jax.tree.unflatten(jax.tree.structure(params), moments)
+
+
+def _found(optimizer_state: Any, params: Params) -> tuple[dict[str, jax.Array], set[str]]:
+    """Second moments in all nodes of a state, by the parameter's name; and names found twice."""
+    found: dict[str, jax.Array] = {}
+    repeated: set[str] = set()
+    for node in jax.tree.leaves(optimizer_state, is_leaf=_has_second_moments):
+        for name, moment in _moments(node, params).items():
+            repeated |= {name} & found.keys()
+            found[name] = moment
+    return found, repeated
 
 
 def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:

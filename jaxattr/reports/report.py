@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxattr.counts import whole_number
-from jaxattr.files import refuse_folder, written_whole
+from jaxattr.files import local_file, written_whole
 from jaxattr.index.index import Index
 from jaxattr.index.queries import QueryFeatures, query_features
 from jaxattr.inputs.data import like
@@ -84,9 +84,10 @@ def report(
       Where the page is.
 
     Raises:
+      TypeError: if k is no whole number, or weights are no mapping and no fit.
       ValueError: if training examples are not at hand or of another number, weights or k are wrong,
         `render` returns what cannot be shown, predictions are not one per query, or the path is
-        that of a folder.
+        that of a folder or a URL.
 
     Cost: the queries' features, two passes over the index, and the examples that are shown, which
       are all that is read of the training data; for tokens also a forward and backward pass per
@@ -105,8 +106,7 @@ def report(
       >>> ja.report(index, train, labels=["even", "odd"], k=2, path=folder / "page.html").name
       'page.html'
     """
-    path = pathlib.Path(path)
-    refuse_folder(path)
+    path = local_file(path)
     k = min(whole_number("k", k), index.size)
     weight_array(index.layout, weights)
     source = None if isinstance(queries, QueryFeatures) else as_source(queries, "queries")

@@ -43,8 +43,8 @@ class TopK(NamedTuple):
         """Makes a long table: a row for each query and rank.
 
         Args:
-          ids: your own names of the training examples, n of any type, in the order of the training
-            data. Default: their positions.
+          ids: your own names of the training examples, a sequence of n of any type, in the order
+            of the training data. Default: their positions.
 
         Returns:
           A `pandas.DataFrame` with columns `query` (position), `rank` (from 1), `id` and `score`;
@@ -53,19 +53,22 @@ class TopK(NamedTuple):
 
         Raises:
           ImportError: if pandas is not installed (`pip install 'jaxattr[tables]'`).
-          ValueError: if ids are too few.
+          ValueError: if ids are too few, or have no order.
         """
         return tables.to_pandas(tables.columns(self.ids, self.scores, ids))
 
     def to_csv(self, path: str | os.PathLike[str], ids: Sequence[Any] | None = None) -> None:
         """Writes the table of `to_pandas` as comma-separated values; needs no other package.
 
+        Ids are written as they are: a spreadsheet takes one such as `=1+1` for a formula, so that
+        a file with ids of people you do not trust is not to be opened in one.
+
         Args:
           path: of the file; one that is there is replaced when the new one is whole.
           ids: as in `to_pandas`.
 
         Raises:
-          ValueError: if ids are too few, or the path is that of a folder.
+          ValueError: if ids are too few, or the path is that of a folder or a URL.
         """
         tables.to_csv(tables.columns(self.ids, self.scores, ids), path)
 
@@ -78,7 +81,8 @@ class TopK(NamedTuple):
 
         Raises:
           ImportError: if pyarrow is not installed (`pip install 'jaxattr[tables]'`).
-          ValueError: if ids are too few or of several types, or the path is that of a folder.
+          ValueError: if ids are too few or of several types, or the path is that of a folder or a
+            URL.
         """
         tables.to_parquet(tables.columns(self.ids, self.scores, ids), path)
 

@@ -3,7 +3,6 @@
 import csv
 import importlib
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -36,7 +35,12 @@ def columns(ids: Any, scores: Any, names: Sequence[Any] | None) -> dict[str, Any
     query, place = np.nonzero(there)
     made: dict[str, Any] = {"query": query, "rank": place + 1, "id": ids[there]}
     if names is not None:
-        known = _checked(names, int(ids.max(initial=-1)))
+        known, largest = listed_names(names), int(ids.max(initial=-1))
+        if len(known) <= largest:
+            raise ValueError(
+                f"ids must name every training example: got {len(known)}, and the result holds "
+                f"example {largest}."
+            )
         made |= {"id": [known[position] for position in ids[there]], "position": ids[there]}
     return made | {"score": scores[there]}
 
@@ -61,10 +65,10 @@ def to_csv(made: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
       path: of the file; one that is there is replaced.
 
     Raises:
-      ValueError: if the path is that of a folder.
+      ValueError: if the path is that of a folder, or a URL.
     """
     with (
-        written_whole(pathlib.Path(path)) as partial,
+        written_whole(path) as partial,
         partial.open("w", encoding="utf-8", newline="") as file,
     ):
         writer = csv.writer(file)
@@ -81,7 +85,7 @@ def to_parquet(made: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
     Raises:
       ImportError: if pyarrow is not installed.
-      ValueError: if ids are of several types, or the path is that of a folder.
+      ValueError: if ids are of several types, or the path is that of a folder or a URL.
     """
     arrow, parquet = _needed("pyarrow"), _needed("pyarrow.parquet")
     try:
@@ -90,7 +94,7 @@ def to_parquet(made: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"ids must be of one type that Parquet knows, such as all strings: {error}."
         ) from error
-    with written_whole(pathlib.Path(path)) as partial:
+    with written_whole(path) as partial:
         parquet.write_table(rows, partial)
 
 
@@ -113,22 +117,27 @@ def to_html(ids: np.ndarray, scores: np.ndarray) -> str:
     return table(headings, rows, caption)
 
 
-def _cell(position: int, score: float) -> str:
-    return f"#{position}: {number(score)}" if position >= 0 else "none"
+def listed_names(names: Any) -> list[Any]:
+    """Returns a user's names of training examples in their order, each as it is.
 
+    Args:
+      names: a sequence, or an array or column of one axis.
 
-def _checked(names: Sequence[Any], largest: int) -> list[Any]:
-    if isinstance(names, str | bytes | Mapping) or not hasattr(names, "__len__"):
+    Raises:
+      ValueError: if they are anything else, such as a set, which has no order.
+    """
+    ordered = hasattr(names, "__len__") and hasattr(names, "__getitem__")
+    if not ordered or isinstance(names, str | bytes | Mapping) or getattr(names, "ndim", 1) != 1:
+        shape = f" of {names.ndim} axes" if hasattr(names, "ndim") else ""
         raise ValueError(
             "ids must be a sequence with a name for each training example, in the order of the "
-            f"training data; got a {type(names).__name__}."
-        )
-    if len(names) <= largest:
-        raise ValueError(
-            f"ids must name every training example: got {len(names)}, and the result holds "
-            f"example {largest}."
+            f"training data; got a {type(names).__name__}{shape}. Make a list of them."
         )
     return list(names)
+
+
+def _cell(position: int, score: float) -> str:
+    return f"#{position}: {number(score)}" if position >= 0 else "none"
 
 
 def _needed(module: str) -> ModuleType:

@@ -14,6 +14,8 @@ import tensorstore as ts
 
 from jaxattr.sharding import agree, process
 
+_RESTORE = "Restore it, or delete the index and build it again."
+
 
 class StoreError(Exception):
     """An index on disk is missing, damaged, foreign, in use, or cannot be written."""
@@ -254,12 +256,13 @@ def on_first_process(function: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def reading(folder: Folder, name: str) -> Iterator[None]:
+def reading(folder: Folder, name: str, remedy: str = _RESTORE) -> Iterator[None]:
     """Turns what goes wrong where the contents of a file are taken apart into an error about it.
 
     Args:
       folder: of the file.
       name: of the file.
+      remedy: what to do about a damaged one.
 
     Raises:
       StoreError: if names are missing, or values are of another type, or none that there can be.
@@ -267,17 +270,14 @@ def reading(folder: Folder, name: str) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        raise malformed(folder, name, f"it has no {error}") from None
+        raise malformed(folder, name, f"it has no {error}", remedy) from None
     except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError) as error:
-        raise malformed(folder, name, first_line(error)) from None
+        raise malformed(folder, name, first_line(error), remedy) from None
 
 
-def malformed(folder: Folder, name: str, why: str) -> StoreError:
+def malformed(folder: Folder, name: str, why: str, remedy: str = _RESTORE) -> StoreError:
     """Returns the error to raise where a file holds what this program does not write."""
-    return StoreError(
-        f"{folder.path}/{name} is damaged: {why}. Restore it, or delete the index and build it "
-        "again."
-    )
+    return StoreError(f"{folder.path}/{name} is damaged: {why.removesuffix('.')}. {remedy}")
 
 
 def first_line(error: Exception) -> str:

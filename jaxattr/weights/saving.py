@@ -1,6 +1,7 @@
 """Learned weights in a file of their own, which are not taken for those of another index."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from jaxattr.index.index import Index
+from jaxattr.scores.scoring import weight_array
 from jaxattr.store import Folder, StoreError, on_first_process, reading
 from jaxattr.weights.report import Gain, WeightFit
 
 _FORMAT = 1
+_REMEDY = "Restore it, or learn the weights again."
 
 
 def save_fit(path: str | os.PathLike[str], fit: WeightFit, index: Index) -> None:
@@ -24,8 +27,10 @@ def save_fit(path: str | os.PathLike[str], fit: WeightFit, index: Index) -> None
 
     Raises:
       StoreError: if it cannot be written.
+      ValueError: if it has weights of other groups than the index.
     """
     folder, name = _place(path)
+    _check(fit, index)
     contents = {
         "format": _FORMAT,
         "groups": list(index.layout.names),
@@ -52,7 +57,7 @@ def load_fit(path: str | os.PathLike[str], index: Index) -> WeightFit | None:
     contents = folder.read(name)
     if contents is None:
         return None
-    with reading(folder, name):
+    with reading(folder, name, _REMEDY):
         if contents["format"] != _FORMAT:
             raise ValueError(f"it has format {contents['format']}, and {_FORMAT} is read")
         groups, other = contents["groups"], contents["index"] != index.query_side
@@ -69,6 +74,8 @@ def load_fit(path: str | os.PathLike[str], index: Index) -> WeightFit | None:
             f"{folder.path}/{name} has weights of another index: with the same groups, but another "
             "method, other parameters or another key. Learn the weights again."
         )
+    with reading(folder, name, _REMEDY):
+        _check(fit, index)
     return fit
 
 
@@ -97,7 +104,23 @@ def _fit_from(contents: Mapping[str, Any]) -> WeightFit:
     return WeightFit(**{**contents, **changed})
 
 
+def _check(fit: WeightFit, index: Index) -> None:
+    """Refuses a fit whose groups are not those of the index, or whose weights are none."""
+    weight_array(index.layout, fit)
+    for what in ("shares", "start_shares", "tail_ratio"):
+        found = getattr(fit, what)
+        if found.keys() != set(index.layout.names):
+            raise ValueError(
+                f"{what} of a fit are of the index's groups, {list(index.layout.names)}; got "
+                f"{sorted(found)}."
+            )
+        math.fsum(found.values())  # raises where one is no number
+
+
 def _place(path: str | os.PathLike[str]) -> tuple[Folder, str]:
     """The folder that a file is in, and its name there."""
-    head, _, name = os.fspath(path).rpartition("/")
-    return Folder(head or "."), name
+    text = os.fsdecode(path)
+    start = text.rfind("/") + 1
+    if text[start:] in ("", ".", ".."):
+        raise StoreError(f"{text!r} names no file: give its name too, such as weights.json.")
+    return Folder(text[:start] or "."), text[start:]
