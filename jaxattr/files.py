@@ -11,7 +11,7 @@ def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Gives a path to write to, which takes its place when it is done.
 
     Args:
-      path: of the file; its folder is made.
+      path: of the file; its folder is made, and ~ is the user's home.
 
     Yields:
       A path beside it, with the same ending.
@@ -19,6 +19,7 @@ def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
     Raises:
       ValueError: if the path is that of a folder.
     """
+    path = at_home(path)
     refuse_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
@@ -27,6 +28,15 @@ def written_whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def at_home(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns a path in which a ~ at its beginning is the user's home, as in a shell.
+
+    Args:
+      path: of a file.
+    """
+    return pathlib.Path(os.path.expanduser(path))
 
 
 def refuse_folder(path: pathlib.Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxattr.counts import whole_number
-from jaxattr.files import refuse_folder, written_whole
+from jaxattr.files import at_home, refuse_folder, written_whole
 from jaxattr.index.index import Index
 from jaxattr.index.queries import QueryFeatures, query_features
 from jaxattr.inputs.data import like
@@ -110,7 +110,7 @@ def report(
       >>> ja.report(index, train, labels=["even", "odd"], k=2, path=folder / "page.html").name
       'page.html'
     """
-    path = pathlib.Path(path)
+    path = at_home(path)
     refuse_folder(path)
     k = min(whole_number("k", k), index.size)
     weight_array(index.layout, weights)
