@@ -14,7 +14,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Gives a path to write to, which takes its place when it is done.
 
     Args:
-      path: of the file; its folder is made.
+      path: of the file; its folder is made, and ~ is the user's home.
 
     Yields:
       A path beside it, with the same ending.
@@ -47,7 +47,7 @@ def local_file(path: str | os.PathLike[str]) -> pathlib.Path:
             f"{os.fsdecode(path)} is a URL, and this file is written to local disk alone: give a "
             "local path, and copy the file from there."
         )
-    path = pathlib.Path(path)
+    path = pathlib.Path(os.path.expanduser(path))  # as a shell does
     if path.is_dir():
         raise ValueError(
             f"{path} is a folder, and the path of a file is needed: give the file's name too."

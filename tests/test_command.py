@@ -21,6 +21,7 @@ import jaxattr as ja
 from jaxattr.command import printing
 from jaxattr.command.main import main
 from jaxattr.command.options import Bytes
+from jaxattr.command.tasks import place_in
 from jaxattr.evaluation import measured_gain, retraining
 from jaxattr.sources import track
 from jaxattr.store import Folder
@@ -105,7 +106,11 @@ def test_build_is_build_index(place):
     index, direct = index_at(place), ja.build_index(METHOD, PARAMS, TRAIN, groups=ja.by_leaf)
     np.testing.assert_allclose(index.features, direct.features, rtol=1e-12)
     again = call("build", place / "task.py", "--path", place / "index")
-    assert "TracIn, finished" in again.stdout and "built in" in again.stderr
+    assert "TracIn, finished" in again.stdout
+    assert again.stderr.startswith("it was there already, and finished: nothing was built")
+    shutil.rmtree(place / "index")
+    anew = call("build", place / "task.py", "--path", place / "index")
+    assert anew.stderr.startswith("built in ")
 
 
 def test_extend(place):
@@ -116,7 +121,8 @@ def test_extend(place):
     task.write_text("import jax\n" + lines + task.read_text())
     refused = call("build", task, "--path", place / "index", code=1)
     assert "data.examples: the index has 53, got 60" in refused.stderr
-    assert as_json("build", task, "--path", place / "index", "--extend")["examples"] == 60
+    extended = call("build", task, "--path", place / "index", "--extend")
+    assert extended.stderr.startswith("built in ") and "examples     60" in extended.stdout
 
 
 def test_describe_and_plan_say_what_the_library_says(built):
@@ -354,12 +360,25 @@ def test_lds_with_and_without_weights(place, few_at_once):
     fit = saving.load_fit(place / "index.weights.json", index)
     gain = measured_gain(index, QUERIES, fit, outcomes)
     assert call(*arguments).stdout == f"{gain}\n"
+    assert str(gain.uniform) in str(gain) and str(gain.learned) in str(gain)
+    assert str(gain.uniform).endswith("]")
 
 
 def trainer():
     return ja.trainer(
         models.loss, models.mlp_params, TRAIN, optimizer=optax.sgd(0.3), batch_size=4, epochs=3
     )
+
+
+def test_an_index_is_looked_for_before_the_task_is_loaded(place):
+    task, path = place / "task.py", place / "none"
+    task.write_text("raise RuntimeError('loaded')\n" + TASK)
+    for command in ("report", "top", "weights", "lds"):
+        refused = call(command, task, "--path", path, code=1)
+        then = f"build it first: jaxattr build {task} --path {path}"
+        assert refused.stderr == f"error: There is no index at {path}: {then}\n"
+    refused = call("top", place / "no.py", "--path", path, code=1)
+    assert refused.stderr.startswith("error: There is no task file")
 
 
 def test_lds_needs_to_retrain(place):
@@ -391,6 +410,16 @@ def test_info(built):
     assert "finished" in call("info", built / "index").stdout
     nothing = call("info", built / "nothing", code=1)
     assert nothing.stderr.startswith("error: There is no index at ")
+
+
+def test_the_path_of_an_index_is_an_argument_or_an_option(built, tmp_path):
+    path, out = built / "index", tmp_path / "features.npz"
+    for command, more in (("info", ()), ("verify", ()), ("export", ("--out", out))):
+        expected = as_json(command, path, *more)
+        assert as_json(command, "--path", path, *more) == expected
+        for wrong in ((), (path, "--path", path)):
+            refused = call(command, *wrong, *more, code=2)
+            assert f"Say once where the index is: jaxattr {command} PATH." in refused.stderr
 
 
 def test_info_of_an_index_that_is_not_finished(place):
@@ -500,6 +529,53 @@ def test_errors_in_the_functions_of_a_task_say_where(place):
     assert "Traceback" in traced.stderr and traced.stderr.endswith(refused.stderr)
 
 
+@pytest.mark.parametrize("name", ["output", "train_fn"])
+def test_errors_in_modules_beside_a_task_say_where(place, name):
+    """Retrained models have another structure than the functions of a module want."""
+    (place / "beside.py").write_text(
+        "def output(params, example, key):\n"
+        "    return params['params']\n\n\n"
+        "def train_fn(key, ids):\n"
+        "    return {}['params']\n"
+    )
+    task = place / "task.py"
+    task.write_text(f"{TASK}\n\nfrom beside import {name}\n")
+    if name == "output":
+        nested = "lambda key, ids: {'params': inner(key, ids)['layer0']['bias'].sum()}"
+        task.write_text(f"{task.read_text()}inner = train_fn\ntrain_fn = {nested}\n")
+    try:
+        told = call("weights", task, "--path", place / "index", "--models", 8, code=1)
+    finally:
+        sys.path.remove(str(place))
+        del sys.modules["beside"]
+    line = {"output": 2, "train_fn": 6}[name]
+    assert "Traceback" not in told.stderr
+    last = told.stderr.splitlines()[-1]
+    assert last == f"error: {place / 'beside.py'}:{line}: KeyError: 'params'"
+
+
+def test_what_an_error_was_raised_for_says_where(tmp_path):
+    path = tmp_path / "task.py"
+    path.write_text("")
+    code = "\n\ndef fails():\n    raise KeyError('x')\n"
+    names = {}
+    exec(compile(code, str(path.resolve()), "exec"), names)
+
+    def raised(hide):
+        try:
+            names["fails"]()
+        except KeyError as error:
+            raise RuntimeError from (ValueError() if hide else error)
+
+    for hide in (False, True):
+        with pytest.raises(RuntimeError) as found:
+            raised(hide)
+        assert place_in(found.value, path) == f"{path}:4"
+    with pytest.raises(RuntimeError) as found:
+        raise RuntimeError
+    assert place_in(found.value, path) is None
+
+
 def test_errors_where_a_task_makes_its_data_say_where(place):
     task = place / "task.py"
     task.write_text(TASK + "\n\ndef queries():\n    return {}['x']\n")
@@ -549,7 +625,18 @@ def test_new_refuses_to_overwrite(tmp_path):
     (tmp_path / "mine.py").write_text("kept")
     assert "is there already" in call("new", tmp_path / "mine.py", code=1).stderr
     assert (tmp_path / "mine.py").read_text() == "kept"
-    assert "No such file" in call("new", tmp_path / "no/mine", code=1).stderr
+    refused = call("new", tmp_path / "no/mine", code=1).stderr
+    assert refused.endswith(f"needs a folder {tmp_path / 'no'}: make it, or give another name.\n")
+    refused = call("new", tmp_path / "mine.py/more", code=1).stderr
+    assert "cannot be written: Not a directory. Give the name" in refused
+
+
+def test_a_task_file_ends_with_py(tmp_path):
+    for name, text in (("README.md", "# A title\n"), ("plain", "plain words\n")):
+        (tmp_path / name).write_text(text)
+        refused = call("build", tmp_path / name, "--path", tmp_path / "index", code=1).stderr
+        expected = "is no task file: the name of a task file ends with .py."
+        assert refused == f"error: {tmp_path / name} {expected}\n"
 
 
 def test_the_first_three_commands_make_a_page(tmp_path):

@@ -29,6 +29,21 @@ def plain(tmp_path_factory):
     return files(folder / "index"), np.asarray(ja.score(index, QUERIES))
 
 
+def test_a_tilde_is_the_home(tmp_path, plain, monkeypatch):
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    ja.build_index(TRAK, PARAMS, TRAIN, batch_size=8, path="~/index")
+    assert files(home / "index") == plain[0]
+    index = ja.open_index(pathlib.Path("~/index"), TRAK, PARAMS)
+    np.testing.assert_allclose(ja.score(index, QUERIES), plain[1])
+    made = ja.report(index, QUERIES, train=TRAIN, path="~/page.html")
+    assert made == home / "page.html" and made.exists()
+    ja.top_k(index, QUERIES, k=2).to_csv("~/top.csv")
+    assert (home / "top.csv").exists() and not list(here.iterdir())
+
+
 @pytest.mark.parametrize(
     "name",
     ["run%201", "a#b", "a?b", "..%2Fout", "a b", "[lr=0.1]", "*", "ü", "file:x", "s3:b", "~", "%"],

@@ -211,6 +211,94 @@ def test_what_is_guessed():
     assert dict(examples.guessed(key).rows) == {"key": "key<fry> []", "t": "True"}
 
 
+def test_short_vectors_are_shown_and_long_ones_as_a_range():
+    short, long = np.linspace(0, 1, 32, dtype=np.float32), np.linspace(0, 1, 33)
+    example = {"a": short, "b": long, "c": np.array([[1, 2], [3, 4]]), "d": np.float32(-0.10512)}
+    shown = dict(examples.guessed(example).rows)
+    assert shown["a"] == f"[{', '.join(f'{i / 31:.3g}' for i in range(32))}]"
+    assert shown["b"] == "float64 [33], 0 to 1"
+    assert shown["c"] == "[[1, 2], [3, 4]]" and shown["d"] == "−0.105"
+
+
+def test_predictions_are_rounded(tmp_path):
+    index, _, queries = toy(q=4)
+    made = {"floats": np.array([-0.10512, 12345.6, 2, 0.5]), "jax": jnp.array([-0.10512, 1, 2, 3]),
+            "mixed": [-0.10512, "seven", 3, np.str_("a")]}  # fmt: skip
+    expected = {"floats": ["−0.105", "12,346", "2", "0.5"], "jax": ["−0.105", "1", "2", "3"],
+                "mixed": ["−0.105", "seven", "3", "a"]}  # fmt: skip
+    for name, values in made.items():
+        page = html_of(ja.report(index, queries, predictions=values, path=tmp_path / "page.html"))
+        found = re.findall(r"<dt>prediction</dt><dd><bdi>(.*?)</bdi>", page)
+        assert found == expected[name]
+
+
+def test_tables_are_no_end(tmp_path):
+    index, _, queries = toy()
+    page = html_of(ja.report(index, queries, path=tmp_path / "page.html"))
+    assert page.count("ja.report(..., render=)") == 1
+    own = ja.report(index, queries, render=lambda e: {"a": 1}, path=tmp_path / "page.html")
+    assert "ja.report(..., render=)" not in html_of(own)
+    index, _, queries = toy(shape=(4, 4))
+    page = html_of(ja.report(index, queries, path=tmp_path / "page.html"))
+    assert "ja.report(..., render=)" not in page
+
+
+WORDS = ["", "a ", "cat ", "sat ", "<down> "]
+
+
+def texts_setup(**fields):
+    def loss(params, example, key):
+        return (params["w"][example["ids"]].sum() - example["y"]) ** 2
+
+    numbers = np.random.default_rng(0)
+    train = {"ids": numbers.integers(1, 5, (6, 3)), "y": np.arange(6) % 2, **fields}
+    return ja.build_index(ja.tracin(loss), {"w": jnp.arange(5.0)}, train), train
+
+
+def test_integers_are_decoded_whatever_they_are_called(tmp_path):
+    index, train = texts_setup()
+    page = html_of(ja.report(index, train, decode=WORDS.__getitem__, path=tmp_path / "page.html"))
+    found = re.findall(r'</h3><div class="text" dir="auto">(.*?)</div>', page)
+    assert found == [markup.escaped("".join(WORDS[i] for i in row)) for row in train["ids"]]
+    assert "ja.report(..., render=)" not in page
+
+
+def test_what_stands_beside_tokens_is_not_decoded():
+    row = {"ids": np.array([1, 2, 3]), "attention_mask": np.ones(3, int), "labels": np.int32(1)}
+    assert examples.guessed(row, WORDS.__getitem__) == examples.Text("a cat sat ")
+    answer = {**row, "labels": np.array([-100, -100, 4]), "weight": np.float32(0.5)}
+    shown = dict(examples.guessed(answer, WORDS.__getitem__).rows)
+    assert shown == {
+        "ids": "a cat sat ", "attention_mask": "[1, 1, 1]", "labels": "<down> ", "weight": "0.5",
+    }  # fmt: skip
+    alone = examples.guessed(np.array([2, 3]), WORDS.__getitem__)
+    assert alone == examples.Text("cat sat ")
+
+
+def test_decode_is_refused_where_there_is_nothing_to_decode(tmp_path):
+    index, _, queries = toy()
+    with pytest.raises(ValueError, match=r"nothing to decode: .* 'y': 'int64 \[\]'"):
+        ja.report(index, queries, decode=chr, path=tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"render": 3}, "render must be a function from ONE example to a picture, .* got 3 of typ"),
+        ({"decode": ["a"]}, r"decode must be a function from a token id to its text, got \['a'\]"),
+        ({"labels": 3}, "labels must be a sequence of names, or a function"),
+        ({"labels": "abc"}, "labels must be a sequence of names, or a function"),
+        ({"predictions": 3}, "predictions must be a sequence, one for each query, got 3 of type"),
+    ],
+)
+def test_what_is_no_function_or_sequence_is_refused(tmp_path, given, message):
+    index, _, queries = toy()
+    with pytest.raises(TypeError, match=message):
+        ja.report(index, queries, path=tmp_path / "page.html", **given)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_render_returns_is_shown(tmp_path):
     index, _, queries = toy()
     as_text = ja.report(index, queries, render=lambda e: "a < b", path=tmp_path / "a.html")

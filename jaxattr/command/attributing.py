@@ -56,7 +56,7 @@ def weights(
     weights are fitted to what those do: the fit then says how much weights gain. Queries are the
     task's learning_queries, or its queries.
     """
-    loaded = options.opened_task(task, distributed)
+    loaded = options.opened_task(task, distributed, path)
     index = options.opened_index(loaded, path)
     name = "queries" if loaded.get("learning_queries") is None else "learning_queries"
     queries = options.queries_of(loaded, None, name)
@@ -96,7 +96,7 @@ def top(
     uniform: bool,
 ) -> None:
     """Name the training examples that taught the model most about each query."""
-    loaded = options.opened_task(task, distributed)
+    loaded = options.opened_task(task, distributed, path)
     index = options.opened_index(loaded, path)
     fit = options.learned_weights(index, path, uniform)
     ids = _ids(loaded, index.size)
@@ -135,7 +135,7 @@ def report(
     uniform: bool,
 ) -> None:
     """Make a page that shows each query beside its proponents and opponents."""
-    loaded = options.opened_task(task, distributed)
+    loaded = options.opened_task(task, distributed, path)
     index = options.opened_index(loaded, path, train=loaded.get("train"))
     fit = options.learned_weights(index, path, uniform)
     said = ("predictions",) if queries is None else ()  # of the task's own queries
@@ -164,7 +164,7 @@ def lds(
     Prints the linear datamodelling score on the task's queries with uniform weights, and with
     learned ones if there are any. What was retrained is kept in PATH.lds.npz.
     """
-    loaded = options.opened_task(task, distributed)
+    loaded = options.opened_task(task, distributed, path)
     for name in ("train_fn", "output"):
         loaded.need(name, "models must be retrained to be asked")
     index = options.opened_index(loaded, path)

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from jaxattr.command import printing
-from jaxattr.command.tasks import TaskError, line_in
+from jaxattr.command.tasks import TaskError, place_in
 from jaxattr.store import StoreError
 
 # What the library raises where it is called wrongly, and what files give: no fault of a program.
@@ -50,13 +50,11 @@ class Commands(click.Group):
 def _as_line(error: Exception, task: Path | None) -> str | None:
     """An error in words; None for one that only its traceback explains."""
     text = str(error) or type(error).__name__
-    line = None if task is None else line_in(error, task)
+    place = None if task is None else place_in(error, task)
     if isinstance(error, _EXPECTED):
-        told = line is None or isinstance(error, TaskError)
-        return text if told else f"{text} ({task}:{line})"
-    if line is not None:
-        return f"{task}:{line}: {type(error).__name__}: {text}"
-    return None
+        told = place is None or isinstance(error, TaskError)
+        return text if told else f"{text} ({place})"
+    return None if place is None else f"{place}: {type(error).__name__}: {text}"
 
 
 @contextlib.contextmanager

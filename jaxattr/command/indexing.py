@@ -9,9 +9,11 @@ import click
 import jaxattr as ja
 from jaxattr.command import options, printing
 from jaxattr.command.tasks import Task
+from jaxattr.index.saving import read_closed
 from jaxattr.index.summary import summarize
 from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.sources import as_source
+from jaxattr.store import Folder
 
 # What of a task goes to `build_index` and `plan` as it is, where it is named.
 _BUILDING = ("key", "mesh", "batch_size", "dtype")
@@ -55,9 +57,12 @@ def build(
 ) -> None:
     """Build the index. Run the same again to go on where it was killed."""
     loaded, began = options.opened_task(task, distributed), time.monotonic()
+    before = read_closed(Folder(path))
     ja.build_index(*_arguments(loaded), **_named(loaded), memory=memory, path=path, extend=extend)
-    printing.note(f"built in {time.monotonic() - began:.1f} s")
-    found = summarize(path)
+    found, took = summarize(path), f"{time.monotonic() - began:.1f} s"
+    same = before is not None and before.examples == found.examples
+    said = f"it was there already, and finished: nothing was built (looked at in {took})"
+    printing.note(said if same else f"built in {took}")
     printing.result(found, found, as_json)
 
 

@@ -1,5 +1,6 @@
 """Commands about an index alone, for which no task is needed."""
 
+import functools
 from typing import Any
 
 import click
@@ -10,11 +11,24 @@ from jaxattr.command import options, printing
 from jaxattr.files import written_whole
 from jaxattr.index.summary import check, export_zarr, summarize
 
-_path = click.argument("path")
+
+def _of_index(command: options.Command) -> options.Command:
+    """The index that a command is about, as an argument or as other commands take it."""
+
+    @click.argument("path", required=False)
+    @click.option("--path", "named", metavar="PATH", help="The same, as other commands take it.")
+    @functools.wraps(command)
+    def found(*, path: str | None, named: str | None, **others: Any) -> Any:
+        if (path is None) == (named is None):
+            name = click.get_current_context().info_name
+            raise click.UsageError(f"Say once where the index is: jaxattr {name} PATH.")
+        return command(path=path or named, **others)
+
+    return found
 
 
 @click.command()
-@_path
+@_of_index
 @options.shared
 def info(path: str, as_json: bool) -> None:
     """Say what an index is, and whether it is finished."""
@@ -23,7 +37,7 @@ def info(path: str, as_json: bool) -> None:
 
 
 @click.command()
-@_path
+@_of_index
 @options.shared
 def verify(path: str, as_json: bool) -> None:
     """Read every chunk, and compare it with what was written; exit with 1 if any is damaged."""
@@ -38,7 +52,7 @@ def verify(path: str, as_json: bool) -> None:
 
 
 @click.command()
-@_path
+@_of_index
 @click.option("--out", required=True, help="FILE.npz, or a new folder for a zarr array.")
 @options.shared
 def export(path: str, out: str, as_json: bool) -> None:

@@ -83,21 +83,28 @@ class Bytes(click.ParamType):
             self.fail(f"{value!r} is no number of bytes, such as 2000000000, 2GB or 1.5GiB.")
 
 
-def opened_task(path: Path, distributed: bool) -> Task:
+def opened_task(path: Path, distributed: bool, index: str | None = None) -> Task:
     """Loads a task file, as one of several processes if that is asked for.
 
     Args:
       path: of the file.
       distributed: whether.
+      index: path of the index that is needed, which is looked for before the task is loaded.
 
     Raises:
       TaskError: as `tasks.load`.
+      StoreError: if there is no index.
     """
     if distributed:
         jax.distributed.initialize()
         if process()[0] > 0:
             printing.be_quiet()
     click.get_current_context().meta[failures.TASK] = path
+    if index is not None and path.is_file() and read_manifest(Folder(index)) is None:
+        raise StoreError(
+            f"There is no index at {Folder(index).path}: build it first: "
+            f"jaxattr build {path} --path {index}"
+        )
     return load(path)
 
 

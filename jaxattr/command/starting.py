@@ -22,5 +22,14 @@ def new(name: Path, as_json: bool) -> None:
             file.write(text)
     except FileExistsError:
         raise TaskError(f"{path} is there already, and stays: give another name.") from None
+    except FileNotFoundError:
+        raise TaskError(
+            f"{path} needs a folder {path.parent}: make it, or give another name."
+        ) from None
+    except OSError as error:
+        raise TaskError(
+            f"{path} cannot be written: {error.strerror}. Give the name of a new file, in a folder "
+            "that may be written to."
+        ) from None
     then = f"{path} is written. Next:\n  jaxattr build {path} --path runs/{path.stem}"
     printing.result({"task": path}, then, as_json)

@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +119,12 @@ def load(path: str | os.PathLike[str]) -> Task:
       What it names.
 
     Raises:
-      TaskError: if there is no such file, it is no Python, it lacks a name, or has one that looks
-        like a known one misspelled.
+      TaskError: if there is no such file, its name does not end with .py, it is no Python, it lacks
+        a name, or has one that looks like a known one misspelled.
     """
     path = Path(path)
+    if path.suffix != ".py" and path.is_file():
+        raise TaskError(f"{path} is no task file: the name of a task file ends with .py.")
     try:
         tree = ast.parse(path.read_bytes(), str(path))
     except FileNotFoundError:
@@ -143,8 +145,7 @@ def load(path: str | os.PathLike[str]) -> Task:
 def _run(path: Path) -> dict[str, Any]:
     name = f"jaxattr_task_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path.resolve())
-    if spec is None or spec.loader is None:
-        raise TaskError(f"{path} is no task file: its name must end in .py.")
+    assert spec is not None and spec.loader is not None  # as for any name that ends with .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look there
     sys.path.insert(0, str(path.resolve().parent))
@@ -153,25 +154,46 @@ def _run(path: Path) -> dict[str, Any]:
     except ModuleNotFoundError as error:
         package = _PACKAGES.get(error.name or "")
         how = f"pip install {package}" if package else "install it, or put it beside the task file"
-        line = line_in(error, path) or 1
-        raise TaskError(f"{path}:{line}: {error}: {how}.") from error
+        raise TaskError(f"{place_in(error, path) or path}: {error}: {how}.") from error
     return vars(module)
 
 
-def line_in(error: BaseException, path: Path) -> int | None:
-    """Returns the last line of a file that an error came through; None if it did not.
+def place_in(error: BaseException, path: Path) -> str | None:
+    """Returns where in a task an error arose, such as task.py:12; None if it did not.
 
     Args:
       error: any; what it was raised for counts too.
-      path: of the file.
+      path: of the task file.
+
+    Returns:
+      The last line of the file that the error came through; if there is none, that of a module
+      beside it, from where its functions may be imported.
     """
-    first = error.__cause__ or error.__context__
-    inner = None if first is None else line_in(first, path)
-    lines = [
-        line for frame, line in traceback.walk_tb(error.__traceback__)
-        if frame.f_code.co_filename == str(path.resolve())
-    ]  # fmt: skip
-    return inner or (lines[-1] if lines else None)
+    file = path.resolve()
+    places = [(Path(name), line) for name, line in _lines(error)]
+    own = [line for name, line in places if name == file]
+    if own:
+        return f"{path}:{own[-1]}"
+    beside = [
+        f"{path.parent / name.relative_to(file.parent)}:{line}"
+        for name, line in places
+        if name.is_relative_to(file.parent) and not _is_library(name)
+    ]
+    return beside[-1] if beside else None
+
+
+def _lines(error: BaseException) -> Iterator[tuple[str, int]]:
+    """The lines that an error came through, then those of what it was raised for."""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        yield frame.f_code.co_filename, line
+    reasons = {id(each): each for each in (error.__context__, error.__cause__) if each is not None}
+    for each in reasons.values():
+        yield from _lines(each)
+
+
+def _is_library(file: Path) -> bool:
+    """Of this one and of those that are installed, which may lie below a task."""
+    return file.is_relative_to(Path(__file__).parents[1]) or "site-packages" in file.parts
 
 
 def _refuse_misspelled(path: Path, tree: ast.Module) -> None:

@@ -33,8 +33,8 @@ class MeasuredGain(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"LDS {100 * self.uniform.mean:.1f} % with uniform weights, "
-            f"{100 * self.learned.mean:.1f} % with learned ones: {self.difference}"
+            f"LDS {self.uniform} with uniform weights, {self.learned} with learned ones: "
+            f"{self.difference}"
         )
 
 

@@ -51,6 +51,7 @@ class Cards:
       decode: the text of a token, or None.
       by_query: contributions of the queries' tokens.
       by_train: contributions of the training examples' tokens.
+      tables: whether examples are shown as tables of their fields, for want of a better way.
     """
 
     train: Mapping[int, Item]
@@ -58,6 +59,7 @@ class Cards:
     decode: Callable[[int], str] | None
     by_query: Contributions
     by_train: Contributions
+    tables: bool
 
     def store(self) -> str:
         """Returns the pictures of training examples, each once, for `<use>` to refer to."""

@@ -20,7 +20,13 @@ or the whole example."""
 LABELS = ("y", "label", "labels")
 """Fields that are taken for the label if they are one integer."""
 
+NO_TOKENS = ("mask", "type_ids", "position")
+"""Parts of the names of integer fields that stand beside tokens and are none."""
+
 READ_AT_ONCE = 64
+LONGEST_LIST = 32
+"""Numbers of an array that are shown one by one."""
+
 LONGEST_TEXT = 2000
 
 
@@ -70,10 +76,33 @@ class Showing:
     Attributes:
       render: of the user, or None.
       labels: names of classes, a function of an example, or None.
+      decode: the text of a token, or None.
+
+    Raises:
+      TypeError: if one of them is neither.
     """
 
     render: Callable[[Example], Any] | None
     labels: Sequence[str] | Callable[[Example], Any] | None
+    decode: Callable[[int], str] | None
+
+    def __post_init__(self) -> None:
+        for name, takes, gives in (
+            ("render", "ONE example", "a picture, a text or a dict"),
+            ("decode", "a token id", "its text"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not callable(value):
+                raise TypeError(
+                    f"{name} must be a function from {takes} to {gives}, got {value!r:.80} of type "
+                    f"{type(value).__name__}."
+                )
+        listed = hasattr(self.labels, "__getitem__") and not isinstance(self.labels, str)
+        if self.labels is not None and not listed and not callable(self.labels):
+            raise TypeError(
+                "labels must be a sequence of names, or a function from ONE example to its label, "
+                f"got {self.labels!r:.80} of type {type(self.labels).__name__}."
+            )
 
     def item(self, example: Example) -> Item:
         """Shows one example.
@@ -82,9 +111,13 @@ class Showing:
           example: without a batch axis.
 
         Raises:
-          ValueError: if `render` returned what cannot be shown, or labels have no field.
+          ValueError: if `render` returned what cannot be shown, labels have no field, or there is
+            nothing to decode.
         """
-        shown = guessed(example) if self.render is None else rendered(self.render(example))
+        if self.render is None:
+            shown = guessed(example, self.decode)
+        else:
+            shown = rendered(self.render(example))
         return Item(shown, self._label(example))
 
     def _label(self, example: Example) -> str | None:
@@ -138,7 +171,7 @@ def rendered(value: Any) -> Shown:
     if isinstance(value, str):
         return Text(value)
     if isinstance(value, Mapping):
-        return Fields(tuple((str(name), _worded(x)) for name, x in value.items()))
+        return Fields(tuple((str(name), worded(x)) for name, x in value.items()))
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         array = np.asarray(value)
         if is_picture(array):
@@ -152,17 +185,58 @@ def rendered(value: Any) -> Shown:
     )
 
 
-def guessed(example: Example) -> Shown:
-    """Shows an example without a `render`; see `ja.report` for the rules."""
+def guessed(example: Example, decode: Callable[[int], str] | None = None) -> Shown:
+    """Shows an example without a `render`; see `ja.report` for the rules.
+
+    Args:
+      example: without a batch axis.
+      decode: the text of a token, or None.
+
+    Raises:
+      ValueError: if there is nothing to decode.
+    """
     if isinstance(example, Mapping) and {"inputs", "targets", "mask"} <= set(example):
         row = {name: np.asarray(example[name]) for name in ("inputs", "targets", "mask")}
         if row["mask"].ndim == 1 and all(x.shape == row["mask"].shape for x in row.values()):
             return Tokens(row)
     fields = _fields(example)
+    if decode is not None:
+        return _decoded(fields, decode)
     for name in PICTURES:
         if name in fields and is_picture(fields[name]) and _looks_like_one(fields[name].shape):
             return Picture(np.asarray(fields[name]))
-    return Fields(tuple((name or "value", _worded(x)) for name, x in _fields(example).items()))
+    return Fields(tuple((name or "value", worded(x)) for name, x in fields.items()))
+
+
+def _decoded(fields: Mapping[str, Any], decode: Callable[[int], str]) -> Shown:
+    """The text of the one field of tokens, or a table where there is more to show."""
+    texts = {name: _text(x, decode) for name, x in fields.items() if _is_text(name, x)}
+    if not texts:
+        raise ValueError(
+            "decode is given, and examples have nothing to decode: no field is a vector of at "
+            f"least 2 integers, and the fields are {_shapes(fields)}. Leave decode out, or show "
+            "examples yourself with render=."
+        )
+    rest = {name for name, x in fields.items() if not _is_beside(name)} - set(texts)
+    if len(texts) == 1 and all(name in LABELS and _is_label(fields[name]) for name in rest):
+        return Text(*texts.values())
+    return Fields(
+        tuple((name or "value", texts.get(name) or worded(x)) for name, x in fields.items())
+    )
+
+
+def _is_text(name: str, value: Any) -> bool:
+    integers = np.ndim(value) == 1 and jnp.issubdtype(value.dtype, jnp.integer)
+    return integers and len(value) >= 2 and not _is_beside(name)
+
+
+def _is_beside(name: str) -> bool:
+    return any(each in name for each in NO_TOKENS)
+
+
+def _text(ids: Any, decode: Callable[[int], str]) -> str:
+    # Negative ids are no tokens: they mark targets that do not count.
+    return "".join(str(decode(int(i))) for i in ids if i >= 0)
 
 
 def is_picture(array: Any) -> bool:
@@ -195,8 +269,14 @@ def _shapes(fields: Mapping[str, Any]) -> dict[str, str]:
     return {name: f"{x.dtype} {list(np.shape(x))}" for name, x in fields.items()}
 
 
-def _worded(value: Any) -> str:
-    """A value in a table: numbers as they are, larger arrays by their shape and range."""
+def worded(value: Any) -> str:
+    """Writes a value: floats with three digits that count, long arrays as a range.
+
+    Args:
+      value: anything.
+    """
+    if isinstance(value, str | bytes):
+        return str(value)
     if isinstance(value, float):
         return number(value)
     if not (hasattr(value, "shape") and hasattr(value, "dtype")):
@@ -205,11 +285,12 @@ def _worded(value: Any) -> str:
     if not _is_real(value.dtype):
         return kind
     array = np.asarray(value)
-    if array.size <= 8:
-        exact = not jnp.issubdtype(array.dtype, jnp.floating)
-        texts = [str(x) if exact else number(float(x)) for x in array.flat]
-        return texts[0] if array.ndim == 0 else f"[{', '.join(texts)}]"
-    return f"{kind}, {number(float(array.min()))} to {number(float(array.max()))}"
+    if array.size > LONGEST_LIST:
+        return f"{kind}, {number(float(array.min()))} to {number(float(array.max()))}"
+    if array.ndim:
+        return f"[{', '.join(worded(each) for each in array)}]"
+    floating = jnp.issubdtype(array.dtype, jnp.floating)
+    return number(float(array)) if floating else str(array)
 
 
 def _on_host(leaf: Any) -> Any:

@@ -179,6 +179,9 @@ def _legend(queries: Sequence[Query], cards: Cards) -> str:
     if cards.by_query or cards.by_train:
         said += ["Blue tokens raise the score, orange ones lower it; the stronger, the more."]
         said += ["Underlined tokens are asked for, where others are given."]
+    if cards.tables:
+        shown = "Examples are shown as tables of their fields"
+        said += [f"{shown}: ja.report(..., render=) shows them as pictures or texts instead."]
     return f'<p class="legend">{" ".join(said)}</p>' if said else ""
 
 

@@ -16,7 +16,7 @@ from jaxattr.index.queries import QueryFeatures, query_features
 from jaxattr.inputs.data import like
 from jaxattr.reports import facts, tokens
 from jaxattr.reports.cards import Cards, Contributions, Query
-from jaxattr.reports.examples import Item, Showing, Tokens, pictures_of, read
+from jaxattr.reports.examples import Fields, Item, Showing, Tokens, pictures_of, read, worded
 from jaxattr.reports.page import page
 from jaxattr.reports.pictures import encoder
 from jaxattr.reports.tokens import Pair
@@ -55,11 +55,14 @@ def report(
       coloured by what it contributes to the score: those of the query, unless scores are squares;
       those of the training example where the method's kernel is the identity. Where the
       contributions do not add up to the score (a loss that is no sum over targets), none is.
+    - With `decode`, the text of the fields that are vectors of at least 2 integers, not coloured;
+      in a table, if there is more than one such field and the label. Fields whose names have
+      `mask`, `type_ids` or `position` in them are no text, and negative ids are left out.
     - A picture: the first of the fields `image`, `images`, `img`, `pixels`, `picture`, `x` and
       `inputs`, the first part of a tuple, or the whole example, that is [h, w] or [h, w, 1|3|4],
       with sides of at least 4 pixels that differ by less than 8 times. Flat vectors are never
       guessed to be pictures: `render=lambda example: example["x"].reshape(28, 28)`.
-    - A table of the fields.
+    - A table of the fields; arrays of more than 32 numbers as a range.
 
     Pictures of uint8 are shown as they are. Others are taken to be between 0 and 1 if all are,
     between -1 and 1 if all are, or else between the smallest and the largest value of the page.
@@ -74,8 +77,9 @@ def report(
         [h, w, 1|3|4] is a picture, a str a text, a dict a table.
       labels: names of classes, for the first of the fields `y`, `label`, `labels` that is one
         integer; or a function from an example to its label. Default: that integer.
-      predictions: what the model said, one per query.
-      decode: token id -> its text. Default: its number.
+      predictions: what the model said, one per query: texts or numbers.
+      decode: token id -> its text, with the space before or after it. Default: its number. Not
+        for `render`, which shows what it likes.
       train: the training data, if the index does not know them: as in `ja.build_index`.
       title: of the page.
       path: of the file; one that is there is replaced when the new one is whole.
@@ -84,10 +88,11 @@ def report(
       Where the page is.
 
     Raises:
-      TypeError: if k is no whole number, or weights are no mapping and no fit.
+      TypeError: if k is no whole number, weights are no mapping and no fit, render or decode no
+        function, or labels or predictions no sequence.
       ValueError: if training examples are not at hand or of another number, weights or k are wrong,
-        `render` returns what cannot be shown, predictions are not one per query, or the path is
-        that of a folder or a URL.
+        `render` returns what cannot be shown, there is nothing to `decode`, predictions are not
+        one per query, or the path is that of a folder or a URL.
 
     Cost: the queries' features, two passes over the index, and the examples that are shown, which
       are all that is read of the training data; for tokens also a forward and backward pass per
@@ -111,7 +116,7 @@ def report(
     weight_array(index.layout, weights)
     source = None if isinstance(queries, QueryFeatures) else as_source(queries, "queries")
     data, said = _train(index, train), _texts(predictions)
-    showing = Showing(render, labels)
+    showing = Showing(render, labels, decode)
     if source is not None:
         _refuse_number(said, source.size)
     # Before anything that takes long: what cannot be shown is found out here.
@@ -128,8 +133,9 @@ def report(
         for row, sides in enumerate(ranked)
     ]
     by_query, by_train = _split(index, source, data, prepared, weights, found, shown)
-    encode = encoder(pictures_of([*shown.values(), *own.values()]))
-    cards = Cards(shown, encode, decode, by_query, by_train)
+    every = [*shown.values(), *own.values()]
+    tables = render is None and any(isinstance(item.shown, Fields) for item in every)
+    cards = Cards(shown, encoder(pictures_of(every)), decode, by_query, by_train, tables)
     gathered = facts.gather(index, prepared, weights, importlib.metadata.version("jaxattr"))
     text = page(TITLE if title is None else title, gathered, found, cards)
     on_first_process(functools.partial(_write, path, text))
@@ -204,7 +210,12 @@ def _train(index: Index, train: Any) -> Source:
 def _texts(predictions: Sequence[Any] | None) -> list[str] | None:
     if isinstance(predictions, str):
         raise ValueError(f"predictions must be a sequence of texts, got one: {predictions!r}.")
-    return None if predictions is None else [str(each) for each in predictions]
+    if predictions is not None and not hasattr(predictions, "__iter__"):
+        raise TypeError(
+            f"predictions must be a sequence, one for each query, got {predictions!r:.80} of type "
+            f"{type(predictions).__name__}."
+        )
+    return None if predictions is None else [worded(each) for each in predictions]
 
 
 def _refuse_number(said: list[str] | None, q: int) -> None:

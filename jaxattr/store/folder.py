@@ -25,7 +25,7 @@ class Folder:
     """Small JSON files and the places of arrays under one path.
 
     Attributes:
-      path: what the user gave, made absolute; may be a URL such as gs://bucket/index.
+      path: what the user gave, made absolute, with ~ for the home; may be a URL such as gs://bucket/index.
       plain: the same place for libraries that take paths and URLs as they stand, undecoded.
     """
 
@@ -193,7 +193,7 @@ class Folder:
 
 def _local_path(text: str) -> str:
     """The absolute path of a folder that is there or can be made; raises if none can be."""
-    path = os.path.join(os.getcwd(), text)
+    path = os.path.join(os.getcwd(), os.path.expanduser(text))
     why = None
     if not text:
         why = "it is empty"
