@@ -375,6 +375,16 @@ WRONG = {  # name: (call, error, words)
             np.eye(40, dtype=bool), KEY,
         ), ValueError, ["train_fn cannot be traced", "jax.lax.scan", "ja.Outcomes(masks, outputs)"],
     ),
+    "outcomes of a loop of NumPy": (
+        lambda: ja.outcomes(lambda key, ids: P["w"] * np.asarray(ids)[0], loss, D, 40, key=KEY),
+        ValueError, ["train_fn cannot be traced", "ja.trainer makes one"],
+    ),
+    "a real model of another structure": (
+        lambda: ja.outcomes(
+            lambda key, ids: {"params": {"w": P["w"] * ids[0]}},
+            lambda v, e, key: loss(v["params"], e, key), D, 40, key=KEY, params=P,
+        ), ValueError, ["KeyError: 'params'", "{'params': params}"],
+    ),
     "settings among parameters": (
         lambda: build(D, params=P | {"rate": 0.5}), ValueError, ["'rate'", "eqx.partition"],
     ),

@@ -1,5 +1,6 @@
 """Outcomes for learning weights: small models retrained on subsets, asked the learning queries."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxattr.batches import leading_size
+from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.counts import whole_number
 from jaxattr.evaluation.retraining import (
     TrainFn,
     check_number,
+    explaining_training,
     models_over,
     of_queries,
     random_subsets,
@@ -22,7 +24,7 @@ from jaxattr.evaluation.retraining import (
 from jaxattr.files import local_file, read_arrays, written_whole
 from jaxattr.identity import Program, digest
 from jaxattr.inputs.data import as_batch
-from jaxattr.inputs.outputs import check_function
+from jaxattr.inputs.outputs import check_function, check_output, runs
 from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.keys import check_key
 from jaxattr.sharding import barrier
@@ -99,13 +101,18 @@ def outcomes(
     check_function(output, "output")
     check_function(train_fn, "train_fn", ("key", "ids"))
     check_number(train_fn, n)
-    queries = as_batch(queries, "queries")
     place = models_over(mesh)
     at_once = max(_AT_ONCE, place.shards) if at_once is None else whole_number("at_once", at_once)
     subset_key, train_key, output_key = jax.random.split(key, 3)
     masks = _subsets(subset_key, n, models, fraction, pool, strata)
     ids = jax.ShapeDtypeStruct((int(masks[0].sum()),), jnp.int32)
-    ask = of_queries(output, jax.eval_shape(train_fn, train_key, ids), queries, output_key)
+    with explaining_training():
+        shapes = jax.eval_shape(train_fn, train_key, ids)
+    queries = as_batch(queries, "queries", functools.partial(runs, output, shapes))
+    ask = of_queries(output, shapes, queries, output_key)
+    real = () if params is None else as_checkpoints(params)
+    for each in real:
+        check_output(output, each, shapes_of_one(queries), output_key)
     kept = _Kept.opened(path, masks, seeds, leading_size(queries), lambda: _identity(
         train_fn, ask, masks, train_key, ids, seeds
     ))  # fmt: skip
@@ -118,9 +125,7 @@ def outcomes(
         for chunk in chunks:
             kept = kept.with_more(np.asarray(chunk))
     found = kept.outputs.reshape(models, seeds, -1).mean(axis=1)
-    return Outcomes(
-        masks, found, digest_of_queries(queries), None if params is None else _of_real(ask, params)
-    )
+    return Outcomes(masks, found, digest_of_queries(queries), _of_real(ask, real) if real else None)
 
 
 def _subsets(key: Key, n: int, models: int, fraction: float, pool: Any, strata: Any) -> np.ndarray:
@@ -164,9 +169,9 @@ def _identity(
     return digest([program, data, seeds, np.packbits(masks).tobytes().hex(), list(masks.shape)])
 
 
-def _of_real(ask: Any, params: Params) -> np.ndarray:
+def _of_real(ask: Any, checkpoints: tuple[Params, ...]) -> np.ndarray:
     """Outputs of the real model, the mean over its checkpoints, [q]."""
-    return np.mean([np.asarray(jax.jit(ask)(each)) for each in as_checkpoints(params)], axis=0)
+    return np.mean([np.asarray(jax.jit(ask)(each)) for each in checkpoints], axis=0)
 
 
 class _Kept(NamedTuple):

@@ -1,5 +1,6 @@
 """Training on many subsets of the training set at once: the ground truth of attribution."""
 
+import contextlib
 import functools
 import inspect
 import math
@@ -10,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr
 from jax.sharding import Mesh
 
 from jaxattr.batches import leading_size
@@ -260,9 +260,11 @@ def _check_masks(masks: Any) -> np.ndarray:
     return masks
 
 
-def _traced_training(train_fn: TrainFn, key: Key, ids: np.ndarray) -> ClosedJaxpr:
+@contextlib.contextmanager
+def explaining_training() -> Iterator[None]:
+    """Where tracing a train function fails, says what it must be made of."""
     try:
-        return jax.make_jaxpr(train_fn)(key, ids)
+        yield
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
         raise ValueError(
             f"train_fn cannot be traced: {type(error).__name__}: {brief(error, 200)} Many models "
@@ -298,7 +300,9 @@ def check_inputs_matter(train_fn: TrainFn, key: Key, ids: np.ndarray) -> None:
       ids: of one subset, [s].
     """
     check_function(train_fn, "train_fn", ("key", "ids"))
-    keyed, identified = read_inputs(_traced_training(train_fn, key, ids).jaxpr)
+    with explaining_training():
+        closed = jax.make_jaxpr(train_fn)(key, ids)
+    keyed, identified = read_inputs(closed.jaxpr)
     if not identified:
         raise ValueError(
             "train_fn ignores its ids: the parameters that it returns do not depend on which "
