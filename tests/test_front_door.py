@@ -483,6 +483,10 @@ WRONG = {  # name: (call, error, words)
     "text for tokens": (
         lambda: language.rows(["hello"], 8, vocabulary=50), TypeError, ["token ids", "tokenizer"],
     ),
+    "an optimizer that was not called": (
+        lambda: ja.trainer(loss, P, D, optimizer=optax.adam, batch_size=1, epochs=1), TypeError,
+        ["optax.adam(1e-3)"],
+    ),
     "a source for training": (
         lambda: ja.trainer(loss, P, BATCHES, optimizer=optax.sgd(1), batch_size=1, epochs=1),
         TypeError, ["arrays", "np.stack"],
@@ -792,6 +796,16 @@ def test_the_default_of_top_k_is_at_most_the_training_set():
 def test_few_learning_queries_are_warned_of():
     with pytest.warns(ja.WeightWarning, match="few queries: weights were learned from 9"):
         ja.learn_weights(INDEX, {"x": X[:9]}, steps=2)
+
+
+def test_weights_of_another_index_are_warned_of():
+    other = build(D, params={"w": 3 * P["w"]})
+    with pytest.warns(UserWarning, match="learned on another index"):
+        found = ja.score(other, D, weights=FIT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(found, ja.score(other, D, weights=FIT.weights))
+        ja.score(build({"x": X[:20]}), D, weights=FIT)  # of the same method and parameters
 
 
 def test_a_method_is_shown_in_one_line():

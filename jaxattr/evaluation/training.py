@@ -15,7 +15,7 @@ from jaxattr.groups import by_leaf, leaf_names, resolve
 from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function
 from jaxattr.inputs.parameters import as_checkpoints
-from jaxattr.inputs.wording import brief
+from jaxattr.inputs.wording import brief, name_of
 from jaxattr.typing import Batch, Key, OutputFn, Params
 
 
@@ -61,6 +61,11 @@ def trainer(
     batch_size = whole_number("batch_size", batch_size)
     epochs = whole_number("epochs", epochs)
     check_function(loss, "loss")
+    if (getattr(optimizer, "__module__", None) or "").startswith("optax") and callable(optimizer):
+        raise TypeError(
+            f"optimizer is the function {name_of(optimizer)!r} of Optax itself, which would get "
+            f"the number of steps for a learning rate: call it, optax.{name_of(optimizer)}(1e-3)."
+        )
     if not callable(optimizer) or isinstance(optimizer, type):
         _check_optimizer(optimizer)
     data = jax.tree.map(jnp.asarray, as_batch(train, "train"))

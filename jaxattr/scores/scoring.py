@@ -99,7 +99,7 @@ def score(
     References:
       Li et al. (2025), arXiv:2506.05647, Eq. 6.
     """
-    w = weight_array(check_index(index).layout, weights)
+    w = weights_for(check_index(index), weights)
     prepared = query_features(index, queries)
     step = ranking.score_step(index.place, index.layout, index.link)
     w, phi, exponent = index.place.whole((w, prepared.features, index.exponent))
@@ -173,7 +173,7 @@ def top_k(
         wrong.
     """
     k, block_size = _checked_counts(k, block_size, check_index(index), opponents)
-    w = weight_array(index.layout, weights)
+    w = weights_for(index, weights)
     prepared = query_features(index, queries)
     sign = -1 if opponents else 1
     place, layout = index.place, index.layout
@@ -206,7 +206,7 @@ def self_influence(index: Index, *, weights: Weights | None = None) -> jax.Array
       Float [n]: r_n sum_c eta_c phi_c(n)^T Diag(w) K_c phi_c(n), or its square. NaN where not
       finite.
     """
-    w = np.asarray(weight_array(check_index(index).layout, weights))
+    w = np.asarray(weights_for(check_index(index), weights))
     parts = []
     for slab in index.rows.slabs([SELF, EXAMPLES], SLAB):
         arrays = {name: index.place.host(x)[slab.fresh :] for name, x in slab.arrays.items()}
@@ -255,7 +255,7 @@ def attributor(
             "An attributor needs the index in memory, and this one is on disk: open it with "
             "ja.open_index(path, ..., in_memory=True), or use ja.top_k, which reads it in blocks."
         )
-    w, exponent = index.place.whole((weight_array(index.layout, weights), index.exponent))
+    w, exponent = index.place.whole((weights_for(index, weights), index.exponent))
     sign = -1 if opponents else 1
     count = blocks_at_once(rows.layout, block_size)
     search = ranking.top_k_of_arrays(index.place, index.layout, index.link, k, count, sign)
@@ -285,6 +285,24 @@ def _compiled_attributor(functions: QueryFunctions, search: Any) -> Any:
         return _mark_top(search(w, phi, train, exponent), finite)
 
     return run
+
+
+def weights_for(index: Index, weights: Weights | None) -> jax.Array:
+    """Orders weights as `weight_array` does, and warns of those that were learned on another index.
+
+    Args:
+      index: that they are for.
+      weights: as in `score`.
+    """
+    learned_on = getattr(weights, "learned_on", None)
+    if learned_on is not None and learned_on != index.query_side:
+        warnings.warn(
+            "These weights were learned on another index: with another method, other parameters or "
+            "another key. Learn them again, or pass fit.weights if that is meant.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return weight_array(index.layout, weights)
 
 
 def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:

@@ -134,7 +134,7 @@ def learn_weights(
         )  # fmt: skip
         steps = whole_number("steps", steps)
         fit = fit_to_outcomes(index, queries, outcomes, copies, optimizer, steps)
-        return _knowing(fit, queries)
+        return _knowing(fit, queries, index)
     if copies is not None:
         raise ValueError(
             "copies complement outcomes, and there are none: alone they mislead. Pass outcomes= "
@@ -145,11 +145,12 @@ def learn_weights(
         signal = "top_k_abs" if index.link == "square" else "top_k"
     scores = _from_index(index, queries, materialize, top_k, signal)
     options = FitOptions(top_k, l2, signal, start, optimizer, steps, batch_size, held_out)
-    return _knowing(_fit(scores, index.layout.names, options, key), queries)
+    return _knowing(_fit(scores, index.layout.names, options, key), queries, index)
 
 
-def _knowing(fit: WeightFit, queries: Any) -> WeightFit:
-    return dataclasses.replace(fit, learned_from=frozenset(digests_of_queries(queries)))
+def _knowing(fit: WeightFit, queries: Any, index: Index) -> WeightFit:
+    digests = frozenset(digests_of_queries(queries))
+    return dataclasses.replace(fit, learned_from=digests, learned_on=index.query_side)
 
 
 def fit_weights(

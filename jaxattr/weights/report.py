@@ -99,6 +99,7 @@ class WeightFit:
       passes: how often the training set was gone over.
       warnings: what a user should look at, in words.
       learned_from: digests of the learning queries, where those are arrays.
+      learned_on: the index's `query_side`: its method, groups, checkpoints and key.
     """
 
     weights: dict[str, float]
@@ -115,6 +116,7 @@ class WeightFit:
     passes: int
     warnings: tuple[str, ...]
     learned_from: frozenset[bytes] = frozenset()
+    learned_on: str | None = None
 
     @property
     def largest(self) -> str:
