@@ -556,6 +556,50 @@ def test_tokens_are_coloured_by_sign_and_size():
     )
 
 
+def test_of_many_long_rows_the_strongest_tokens_are_shown():
+    texts, counted = [f"t{i} " for i in range(100)], np.ones(100, bool)
+    values = np.zeros(99)
+    values[59], values[62] = 1.0, -0.5  # of tokens 60 and 63
+    made = cards.coloured(texts, counted, values, 10)
+    text = re.sub("<[^>]+>", "", made)
+    first = int(re.match(r"\((\d+) tokens before\) \.\.\. ", text)[1])
+    assert first < 60 and first + 10 > 64  # neither is at an end
+    assert re.findall(r"t(\d+)", text.partition("... ")[2])[:10] == [
+        str(i) for i in range(first, first + 10)
+    ]
+    assert text.endswith(f" ... ({90 - first} more tokens)") and 'class="p8"' in made
+    asked = np.arange(100) >= 95
+    assert "(90 tokens before) ... t90 t91" in cards.coloured(texts, asked, None, 10)
+    assert "more tokens" not in cards.coloured(texts, asked, None, 10)
+    assert "tokens before" not in cards.coloured(texts, counted, values, 100)
+    assert cards.coloured(texts, counted, None, 10).startswith(
+        '<div class="text tokens" dir="auto">t0 t1 '
+    )
+
+
+def test_a_page_of_100_queries_by_16_rows_of_128_tokens_is_small():
+    numbers = np.random.default_rng(0)
+
+    def item():
+        ids = numbers.integers(1000, 30000, 129)
+        row = {"inputs": ids[:-1], "targets": ids[1:], "mask": np.ones(128, bool)}
+        return examples.Item(examples.Tokens(row), None)
+
+    found = [
+        cards.Query(q, item(), None, True,
+                    tuple(tokens.Pair(q, 16 * q + i, 1.0) for i in range(8)),
+                    tuple(tokens.Pair(q, 16 * q + 8 + i, -1.0) for i in range(8)))
+        for q in range(100)
+    ]  # fmt: skip
+    pairs = [pair for query in found for pair in (*query.proponents, *query.opponents)]
+    by_query, by_train = ({pair: numbers.normal(size=128) for pair in pairs} for _ in range(2))
+    train = {pair.train: item() for pair in pairs}
+    most = cards.most_tokens(found, by_query)
+    made = cards.Cards(train, None, None, by_query, by_train, most)
+    assert len("".join(made.query(query) for query in found).encode()) < 5e6
+    assert cards.most_tokens(found[:4], {}) > 129  # few rows are shown whole
+
+
 def test_a_row_ends_with_its_last_target_and_decodes():
     row = {"inputs": np.array([0, 97, 98, 0]), "targets": np.array([97, 98, 0, 0]),
            "mask": np.array([False, True, False, False])}  # fmt: skip

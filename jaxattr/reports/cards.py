@@ -15,6 +15,12 @@ from jaxattr.reports.tokens import Pair
 LEVELS = 8
 """Shades of a token's colour."""
 
+TOKENS = 100_000
+"""Tokens of a page, some 30 bytes each; more only if it has so many rows that `FEWEST` are more."""
+
+FEWEST = 24
+"""Tokens that are shown of a row, however many rows there are."""
+
 OPEN = 3
 """Texts of each kind that are shown at once; others are folded away."""
 
@@ -52,6 +58,7 @@ class Cards:
       by_query: contributions of the queries' tokens.
       by_train: contributions of the training examples' tokens.
       tables: whether examples are shown as tables of their fields, for want of a better way.
+      most: tokens of a row that are shown.
     """
 
     train: Mapping[int, Item]
@@ -60,6 +67,7 @@ class Cards:
     by_query: Contributions
     by_train: Contributions
     tables: bool
+    most: int
 
     def store(self) -> str:
         """Returns the pictures of training examples, each once, for `<use>` to refer to."""
@@ -185,7 +193,18 @@ class Cards:
         return self._tokens(shown, None)
 
     def _tokens(self, shown: Tokens, values: np.ndarray | None) -> str:
-        return coloured(*pieces(shown.row, self.decode), values)
+        return coloured(*pieces(shown.row, self.decode), values, self.most)
+
+
+def most_tokens(queries: Sequence[Query], by_query: Contributions) -> int:
+    """Returns how many tokens of a row are shown, so that the page stays small.
+
+    Args:
+      queries: all that are on the page.
+      by_query: contributions of the queries' tokens; each is a row of its own.
+    """
+    pairs = sum(len(query.proponents) + len(query.opponents or ()) for query in queries)
+    return max(FEWEST, TOKENS // (len(queries) + pairs + len(by_query)))
 
 
 def pieces(
@@ -207,16 +226,20 @@ def pieces(
     return texts, np.concatenate([[False], counted[:last]])
 
 
-def coloured(texts: Sequence[str], counted: np.ndarray, values: np.ndarray | None) -> str:
+def coloured(
+    texts: Sequence[str], counted: np.ndarray, values: np.ndarray | None, most: int = TOKENS
+) -> str:
     """Makes tokens coloured by their contributions.
 
     Args:
       texts: of the first token that is read and of each target.
       counted: which are asked for, bool, as many.
       values: contribution of each target, or None.
+      most: tokens that are shown: those in a row that contribute most; else, that are asked for.
 
     Returns:
-      HTML; pages hold many tokens, so only strong colours have their number to point at.
+      HTML, which says how many tokens are left out. Pages hold many tokens, so only strong
+      colours have their number to point at.
     """
     shares = np.zeros(len(texts))
     if values is not None:
@@ -232,7 +255,22 @@ def coloured(texts: Sequence[str], counted: np.ndarray, values: np.ndarray | Non
         title = f' title="{number(share, "+")}"' if level >= LEVELS // 2 else ""
         shown = escaped(text)
         spans.append(f'<i class="{kinds.strip()}"{title}>{shown}</i>' if kinds else shown)
-    return f'<div class="text tokens" dir="auto">{"".join(spans)}</div>'
+    start, stop = _strongest(shares if values is not None else counted, most)
+    shown = "".join(spans[start:stop])
+    before = f"({start:,} tokens before) ... " if start else ""
+    after = f" ... ({len(spans) - stop:,} more tokens)" if stop < len(spans) else ""
+    return f'<div class="text tokens" dir="auto">{before}{shown}{after}</div>'
+
+
+def _strongest(strengths: np.ndarray, most: int) -> tuple[int, int]:
+    """The ends of the stretch with the largest sum of sizes; of equal ones that in the middle."""
+    if len(strengths) <= most:
+        return 0, len(strengths)
+    sums = np.convolve(np.abs(strengths), np.ones(most), "valid")
+    best = np.flatnonzero(sums >= 0.999 * sums.max())
+    # Where all are equal, a text begins at its beginning.
+    start = int(best[len(best) // 2]) if len(best) < len(sums) else 0
+    return start, start + most
 
 
 def shortened(text: str) -> str:

@@ -15,7 +15,7 @@ from jaxattr.index.index import Index
 from jaxattr.index.queries import QueryFeatures, query_features
 from jaxattr.inputs.data import like
 from jaxattr.reports import facts, tokens
-from jaxattr.reports.cards import Cards, Contributions, Query
+from jaxattr.reports.cards import Cards, Contributions, Query, most_tokens
 from jaxattr.reports.examples import Fields, Item, Showing, Tokens, pictures_of, read, worded
 from jaxattr.reports.page import page
 from jaxattr.reports.pictures import encoder
@@ -97,7 +97,8 @@ def report(
     Cost: the queries' features, two passes over the index, and the examples that are shown, which
       are all that is read of the training data; for tokens also a forward and backward pass per
       token of every query and, with the identity as kernel, of every example shown. Pictures take 4
-      MB at most for 100 queries by 16: with less colour or smaller, where they are larger.
+      MB at most for 100 queries by 16: with less colour or smaller, where they are larger. So do
+      tokens: of long rows, where there are many, the stretch that contributes most is shown.
 
     Example:
       >>> import tempfile
@@ -135,7 +136,8 @@ def report(
     by_query, by_train = _split(index, source, data, prepared, weights, found, shown)
     every = [*shown.values(), *own.values()]
     tables = render is None and any(isinstance(item.shown, Fields) for item in every)
-    cards = Cards(shown, encoder(pictures_of(every)), decode, by_query, by_train, tables)
+    most = most_tokens(found, by_query)
+    cards = Cards(shown, encoder(pictures_of(every)), decode, by_query, by_train, tables, most)
     gathered = facts.gather(index, prepared, weights, importlib.metadata.version("jaxattr"))
     text = page(TITLE if title is None else title, gathered, found, cards)
     on_first_process(functools.partial(_write, path, text))
