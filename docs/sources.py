@@ -1,4 +1,4 @@
-"""Puts scripts and drawings into the site, so that links to them work as in the repository."""
+"""Puts scripts and drawings into the site, where links to them work as in the repository."""
 
 import pathlib
 import re
