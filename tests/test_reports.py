@@ -595,7 +595,7 @@ def test_a_page_of_100_queries_by_16_rows_of_128_tokens_is_small():
     by_query, by_train = ({pair: numbers.normal(size=128) for pair in pairs} for _ in range(2))
     train = {pair.train: item() for pair in pairs}
     most = cards.most_tokens(found, by_query)
-    made = cards.Cards(train, None, None, by_query, by_train, most)
+    made = cards.Cards(train, None, None, by_query, by_train, False, most)
     assert len("".join(made.query(query) for query in found).encode()) < 5e6
     assert cards.most_tokens(found[:4], {}) > 129  # few rows are shown whole
 
