@@ -815,11 +815,15 @@ def test_a_method_is_shown_in_one_line():
 
 
 def test_nothing_is_made_of_a_source_before_its_length_is_known():
-    def never(i):
-        raise AssertionError("an example was read")
-
-    with pytest.raises(ValueError, match="at most 2,147,483,647"):
-        as_data(Items(2**63 - 1, never), "train")
+    read = []
+    for size in (2**63 - 1, 2**31):
+        endless = Items(size, lambda i: read.append(i) or ONE)
+        for call in (lambda e=endless: as_data(e, "train"), lambda e=endless: build(e)):
+            with pytest.raises(ValueError, match="at most 2,147,483,647"):
+                call()
+        with pytest.raises(ValueError, match="at most 2,147,483,647"):
+            ja.score(INDEX, endless)
+    assert not read
 
 
 def test_the_first_line_says_what_one_example_is(monkeypatch, capsys):
