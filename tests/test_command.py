@@ -551,7 +551,7 @@ def test_errors_in_modules_beside_a_task_say_where(place, name):
     line = {"output": 2, "train_fn": 6}[name]
     assert "Traceback" not in told.stderr
     last = told.stderr.splitlines()[-1]
-    assert last == f"error: {place / 'beside.py'}:{line}: KeyError: 'params'"
+    assert "KeyError: 'params'" in told.stderr and f"{place / 'beside.py'}:{line}" in last
 
 
 def test_what_an_error_was_raised_for_says_where(tmp_path):

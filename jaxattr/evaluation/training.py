@@ -1,6 +1,7 @@
 """A training function for those who have none at hand."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -61,7 +62,8 @@ def trainer(
     batch_size = whole_number("batch_size", batch_size)
     epochs = whole_number("epochs", epochs)
     check_function(loss, "loss")
-    if (getattr(optimizer, "__module__", None) or "").startswith("optax") and callable(optimizer):
+    module = getattr(optimizer, "__module__", None) or ""
+    if inspect.isfunction(optimizer) and module.startswith("optax"):
         raise TypeError(
             f"optimizer is the function {name_of(optimizer)!r} of Optax itself, which would get "
             f"the number of steps for a learning rate: call it, optax.{name_of(optimizer)}(1e-3)."

@@ -65,9 +65,9 @@ class FeatureRule:
 
     def check(self, params: Params, example: Example, key: Key) -> None:
         """Raises if one of the user's functions does not map one example to a float scalar."""
-        for function in (self.output, self.residual):
-            if function is not None:
-                check_output(function, params, example, key)
+        check_output(self.output, params, example, key)
+        if self.residual is not None:  # which may be a constant
+            check_output(self.residual, params, example, key, constant=True)
 
     def traced(self, params: Params, example: Example, key: Key) -> "FeatureRule":
         """Returns the rule with the user's functions as what they compute now.

@@ -77,7 +77,9 @@ def runs(function: OutputFn, params: Params, example: Example) -> bool:
     return True
 
 
-def check_output(function: OutputFn, params: Params, example: Example, key: Key) -> None:
+def check_output(
+    function: OutputFn, params: Params, example: Example, key: Key, *, constant: bool = False
+) -> None:
     """Checks that a function of one example returns a float scalar.
 
     Args:
@@ -85,6 +87,7 @@ def check_output(function: OutputFn, params: Params, example: Example, key: Key)
       params: parameters, or their shapes.
       example: ONE example, or its shapes.
       key: any key.
+      constant: whether it may depend on neither parameters nor example.
 
     Raises:
       TypeError: if it is no function of three arguments.
@@ -101,7 +104,15 @@ def check_output(function: OutputFn, params: Params, example: Example, key: Key)
         raise _returned(function, params, example, error) from None
     except Exception as error:
         raise _failed(function, params, example, error) from error
-    read = read_inputs(program.jaxpr)
+    if not constant:
+        _check_dependence(function, params, example, read_inputs(program.jaxpr))
+    warn_of_shared_randomness(name_of(function), program, len(jax.tree.leaves(params)))
+
+
+def _check_dependence(
+    function: OutputFn, params: Params, example: Example, read: list[bool]
+) -> None:
+    """Refuses a function that ignores its parameters, and warns of one that ignores its example."""
     count, fields = len(jax.tree.leaves(params)), len(jax.tree.leaves(example))
     if not any(read[:count]):
         raise ValueError(
@@ -113,9 +124,8 @@ def check_output(function: OutputFn, params: Params, example: Example, key: Key)
         warnings.warn(
             f"{name_of(function)!r} does not depend on its example: all have the same gradient.",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    warn_of_shared_randomness(name_of(function), program, count)
 
 
 def read_leaves(function: OutputFn, params: Params, example: Example) -> list[bool]:
