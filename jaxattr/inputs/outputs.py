@@ -280,9 +280,9 @@ def explaining_swaps(function: Any, checkpoints: Any, train: Any) -> Iterator[No
 def _look_right(function: Any, params: Any, data: Any) -> bool:
     """Whether a function runs on what is passed as parameters and as data."""
     several = isinstance(params, list | tuple) and not hasattr(params, "_fields")
-    if not all(hasattr(leaf, "shape") for leaf in jax.tree.leaves((params, data))):
-        return False  # such as a source, which may have no end
     try:
+        if not all(hasattr(leaf, "shape") for leaf in jax.tree.leaves((params, data))):
+            return False  # such as a source, which may have no end
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], x.dtype), data)
         return callable(function) and runs(function, params[0] if several else params, one)
     except Exception:
