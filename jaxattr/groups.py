@@ -352,6 +352,12 @@ def _collect(
     return GroupLayout(names, tuple(tuple(members[name]) for name in names), tuple(excluded))
 
 
+def batch_statistics(layout: GroupLayout) -> list[str]:
+    """Names of the running statistics of batch norm that are in a group."""
+    grouped = {member.leaf for group in layout.members for member in group}
+    return sorted(name for name in grouped if name.startswith("batch_stats/"))
+
+
 def _is_whole(leaf: Any) -> bool:
     """Whether a leaf holds whole numbers, such as a counter; it is no parameter that is trained."""
     dtype = getattr(leaf, "dtype", None)
@@ -364,8 +370,7 @@ def _check_statistics(layout: GroupLayout, params: Params) -> None:
     """Refuses a group of running statistics."""
     if not isinstance(params, Mapping) or "batch_stats" not in params:
         return
-    grouped = {member.leaf for group in layout.members for member in group}
-    inside = sorted(name for name in grouped if name.startswith("batch_stats/"))
+    inside = batch_statistics(layout)
     if inside:
         raise ValueError(
             f"The parameters hold batch statistics, {len(inside)} arrays ({inside[0]}, ...), which "

@@ -12,7 +12,7 @@ import optax
 from jaxattr.batches import leading_size
 from jaxattr.counts import whole_number
 from jaxattr.evaluation.retraining import TrainFn
-from jaxattr.groups import by_leaf, leaf_names, resolve
+from jaxattr.groups import batch_statistics, by_leaf, leaf_names, resolve
 from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function
 from jaxattr.inputs.parameters import as_checkpoints
@@ -144,7 +144,7 @@ def _trained(shapes: Params, exclude: str | None) -> frozenset[str]:
     _check_parameters(shapes)
     layout = by_leaf(exclude=exclude)(shapes)
     names = frozenset(member.leaf for group in layout.members for member in group)
-    statistics = sorted(name for name in names if name.startswith("batch_stats/"))
+    statistics = batch_statistics(layout)
     if statistics:
         raise ValueError(
             f"start holds batch statistics, {len(statistics)} arrays ({statistics[0]}, ...), which "
