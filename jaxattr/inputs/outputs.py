@@ -215,18 +215,16 @@ def _fields_as_arguments(function: Any, params: Params, example: Example) -> str
     except (TypeError, ValueError):
         return None
     if isinstance(example, tuple) and len(taken) == len(example) + 1:
-        spread = lambda params, fields, key: function(params, *fields)  # noqa: E731
+        fields = list(example)
         written = f"Write: lambda params, example, key: {name_of(function)}(params, *example)."
-        return (
-            f"It is called as (params, example, key). {written}"
-            if runs(spread, params, example)
-            else None
-        )
-    if not isinstance(example, dict) or not set(taken[1:]) <= set(example):
+        words = f"It is called as (params, example, key). {written}"
+    elif isinstance(example, dict) and set(taken[1:]) <= set(example):
+        fields = [example[name] for name in taken[1:]]
+        words = _rewritten(function, taken)
+    else:
         return None
-    fields = [example[name] for name in taken[1:]]
     called = lambda params, fields, key: function(params, *fields)  # noqa: E731
-    return _rewritten(function, taken) if runs(called, params, fields) else None
+    return words if runs(called, params, fields) else None
 
 
 def _slips(params: Params, example: Example) -> Any:
