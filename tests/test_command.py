@@ -659,12 +659,6 @@ def test_the_first_three_commands_make_a_page(tmp_path):
     assert page.count("data:image/png;base64,") > 150 and "seven" in page
 
 
-def test_the_template_is_laid_out_as_the_rest(tmp_path):
-    call("new", tmp_path / "demo")
-    command = [sys.executable, "-m", "ruff", "format", "--check", "--line-length", "100"]
-    subprocess.run([*command, "--isolated", tmp_path / "demo.py"], check=True, capture_output=True)
-
-
 def test_the_entry_point_is_the_command():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     module, name = project["scripts"]["jaxattr"].split(":")
