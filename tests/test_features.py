@@ -93,7 +93,8 @@ def test_excluded_leaves_have_no_gradient():
 
 def test_residual_of_trak_is_one_minus_p():
     featurize = make(ja.trak(models.margin))
-    got = featurize.with_residual(PARAMS, DATA, jnp.arange(11), jnp.asarray(0), NOTHING).residual
+    given = (featurize.key, PARAMS, DATA, jnp.arange(11), featurize.draw(), NOTHING)
+    got = featurize.step(*given).residual
     logits = jax.vmap(lambda x: models.mlp(PARAMS, x))(DATA["x"])
     p = jax.nn.softmax(logits)[jnp.arange(11), DATA["y"]]
     np.testing.assert_allclose(got, 1 - p, rtol=1e-12)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxattr.features import projections
+from jaxattr.features import projections, signs
 from jaxattr.keys import named_key
 
 RANDOM = [
@@ -28,15 +28,22 @@ def members(b=2, sizes=(300, 77)):
 def test_inner_products_are_unbiased(projection):
     x = members()
     flat = jnp.concatenate(list(x.values()), axis=1)
-    keys = jax.random.split(jax.random.key(0), 400)
+    sizes = {"group": {name: leaf.shape[1] for name, leaf in x.items()}}
 
-    def inner(key):
-        phi = projection.project(key, x)
+    @jax.jit
+    def inner(drawn):
+        phi = projections.project_groups(projection, drawn, {"group": x})["group"]
         return phi @ phi.T
 
-    found = np.asarray(jax.jit(lambda: jax.lax.map(inner, keys))())
+    seeds = [signs.seed_of(jax.random.key(0), number) for number in range(400)]
+    found = np.stack([inner(projections.draw_groups(projection, s, sizes)) for s in seeds])
     error = found.mean(axis=0) - np.asarray(flat @ flat.T)
-    assert (np.abs(error) <= 4 * found.std(axis=0) / np.sqrt(len(keys))).all()
+    assert (np.abs(error) <= 4 * found.std(axis=0) / np.sqrt(len(seeds))).all()
+
+
+def test_a_traced_key_is_refused():
+    with pytest.raises(TypeError, match="outside of jax.jit"):
+        jax.jit(lambda key: projections.rademacher(8).project(key, members()))(jax.random.key(0))
 
 
 @BY_NAME
@@ -73,15 +80,50 @@ def test_small_groups_are_kept_exactly(projection):
 
 
 def test_dense_projection_is_the_matrix_drawn_in_blocks(monkeypatch):
-    x = jax.random.normal(jax.random.key(0), (3, 100), jnp.float64)
-    monkeypatch.setattr(projections, "_BLOCK_ENTRIES", 32 * 7)
+    x = jax.random.normal(jax.random.key(0), (3, 700), jnp.float64)
     key, p = jax.random.key(5), 7
-    found = projections.rademacher(p).project(key, {"w": x})
-    leaf_key = named_key(key, "w")
-    blocks = [projections._signs(jax.random.fold_in(leaf_key, i), 32, p) for i in range(4)]
-    matrix = jnp.concatenate(blocks)[:100]
-    assert set(np.unique(matrix)) == {-1, 1}
-    np.testing.assert_allclose(found, x @ matrix / p**0.5, rtol=1e-12)
+    seed, name = signs.seed_of(key, 0), "\0w"
+    held = projections.rademacher(p).project(key, {"w": x})
+    matrix = signs.scaled_signs(seed, name, (700, p), np.float64)
+    np.testing.assert_allclose(np.unique(matrix), [-(p**-0.5), p**-0.5], rtol=1e-12)
+    np.testing.assert_allclose(held, x @ matrix, rtol=1e-12)
+
+    monkeypatch.setattr(projections, "_HELD_BLOCKS", 2)  # of the three that 700 coordinates have
+    leaf_key = signs.keys_of(seed, [name])[0]
+    keys = [jax.random.fold_in(leaf_key, i) for i in range(3)]
+    blocks = [signs.unpacked(jax.random.bits(each, (256, 1)), p, jnp.float64) for each in keys]
+    anew = projections.rademacher(p).project(key, {"w": x})
+    np.testing.assert_allclose(anew, x @ jnp.concatenate(blocks)[:700] / p**0.5, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (2, 3, 33), (64, 32)])
+def test_packed_signs_are_those_that_are_unpacked(shape):
+    rows, columns = int(np.prod(shape[:-1])), shape[-1]
+    words = signs.packed(b"seed", "name", rows, columns)
+    unpacked = signs.unpacked(jnp.asarray(words), columns, jnp.float32)
+    drawn = signs.scaled_signs(b"seed", "name", shape, np.float32)
+    assert drawn.shape == shape and drawn.dtype == np.float32
+    np.testing.assert_allclose(drawn.reshape(rows, columns) * columns**0.5, unpacked, rtol=1e-6)
+    assert words.shape == (rows, -(-columns // 32)) and words.dtype == np.uint32
+    assert not np.array_equal(words, signs.packed(b"seed", "another", rows, columns))
+    assert not np.array_equal(words, signs.packed(b"other", "name", rows, columns))
+
+
+@BY_NAME
+def test_groups_together_are_what_they_are_alone(projection):
+    groups = {"a": members(), "b": members(sizes=(300, 500)), "small": members(sizes=(5, 6))}
+    seed = signs.seed_of(jax.random.key(4), 3)
+
+    def projected(chosen):
+        sizes = {name: {leaf: x.shape[1] for leaf, x in of.items()} for name, of in chosen.items()}
+        drawn = projections.draw_groups(projection, seed, sizes)
+        return projections.project_groups(projection, drawn, chosen)
+
+    together = projected(groups)
+    assert together.keys() == groups.keys()
+    for name, of in groups.items():
+        np.testing.assert_allclose(together[name], projected({name: of})[name], rtol=1e-12)
+    assert not np.allclose(together["a"], together["b"])
 
 
 def test_hadamard_against_scipy():

@@ -121,9 +121,8 @@ def step_arguments(index, place):
     size = index.rows.layout.block
     read = as_source(TRAIN, "train").read
     numbers = place.batch(lambda rows: rows, np.arange(size))
-    zero = place.whole(np.asarray(0))
-    key = index.featurizer.key
-    return key, index.checkpoints[0], place.batch(read, np.arange(size)), numbers, zero, NOTHING
+    key, drawn = index.featurizer.key, index.drawn[0]
+    return key, index.checkpoints[0], place.batch(read, np.arange(size)), numbers, drawn, NOTHING
 
 
 def weight_loop(listed):

@@ -66,6 +66,60 @@ class GPT(nnx.Module):
         return self.embed.attend(self.norm(x))
 
 
+class LlamaBlock(nnx.Module):
+    """RMSNorm, rotary attention with grouped keys, and a gated feed-forward; no biases."""
+
+    def __init__(self, width: int, heads: int, groups: int, *, rngs: nnx.Rngs):
+        self.heads, self.groups, each = heads, groups, width // heads
+
+        def dense(size_in: int, size_out: int) -> nnx.Linear:
+            return nnx.Linear(size_in, size_out, use_bias=False, rngs=rngs)
+
+        self.norm1, self.norm2 = nnx.RMSNorm(width, rngs=rngs), nnx.RMSNorm(width, rngs=rngs)
+        self.query, self.out = dense(width, width), dense(width, width)
+        self.key, self.value = dense(width, groups * each), dense(width, groups * each)
+        self.gate, self.up = dense(width, 3 * width), dense(width, 3 * width)
+        self.down = dense(3 * width, width)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [t, width] to [t, width]."""
+        t, width = x.shape
+        seen = self.norm1(x)
+        q = _rotated(self.query(seen).reshape(t, self.heads, -1))
+        k = _rotated(self.key(seen).reshape(t, self.groups, -1))
+        v = self.value(seen).reshape(t, self.groups, -1)
+        x = x + self.out(jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(t, width))
+        seen = self.norm2(x)
+        return x + self.down(nnx.silu(self.gate(seen)) * self.up(seen))
+
+
+class Llama(nnx.Module):
+    """A small Llama, its head apart from its embeddings."""
+
+    def __init__(self, *, vocabulary: int, width: int, depth: int, heads: int, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(vocabulary, width, rngs=rngs)
+        self.blocks = nnx.List([LlamaBlock(width, heads, heads // 2, rngs=rngs)
+                                for _ in range(depth)])  # fmt: skip
+        self.norm = nnx.RMSNorm(width, rngs=rngs)
+        self.head = nnx.Linear(width, vocabulary, use_bias=False, rngs=rngs)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Maps ids [t] to logits [t, vocabulary]."""
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def _rotated(x: jax.Array) -> jax.Array:
+    """Rotary positions: turns pairs of numbers of [t, heads, each] by their position."""
+    t, _, each = x.shape
+    angles = jnp.arange(t)[:, None] / 10_000 ** (jnp.arange(0, each, 2) / each)
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
 class ConvBlock(nnx.Module):
     """A 3x3 convolution, GroupNorm and ReLU."""
 
@@ -140,8 +194,18 @@ class ViTBlock(nnx.Module):
 
 def gpt(batch: int, *, depth: int = 4, width: int = 256, length: int = 128) -> Subject:
     """A GPT of 4 layers, 16 dense ones among them, on random tokens of a vocabulary of 512."""
-    ids = np.random.default_rng(0).integers(0, 512, (batch, length + 1))
     module = GPT(vocabulary=512, width=width, depth=depth, length=length, heads=4, rngs=nnx.Rngs(0))
+    return _language_model(module, batch, length)
+
+
+def llama(batch: int, *, depth: int = 4, width: int = 256, length: int = 128) -> Subject:
+    """A Llama of 4 layers, 28 dense ones among them, on random tokens of a vocabulary of 512."""
+    module = Llama(vocabulary=512, width=width, depth=depth, heads=4, rngs=nnx.Rngs(0))
+    return _language_model(module, batch, length)
+
+
+def _language_model(module: nnx.Module, batch: int, length: int) -> Subject:
+    ids = np.random.default_rng(0).integers(0, 512, (batch, length + 1))
     apply, params = _split(module)
 
     def loss(params: Any, example: jax.Array, key: jax.Array) -> jax.Array:
@@ -162,7 +226,12 @@ def vit(batch: int, *, width: int = 192, depth: int = 6) -> Subject:
     return _classifier(ViT(width=width, depth=depth, heads=3, classes=10, rngs=nnx.Rngs(0)), batch)
 
 
-ALL: dict[str, Callable[[int], Subject]] = {"gpt": gpt, "resnet9": resnet9, "vit": vit}
+ALL: dict[str, Callable[[int], Subject]] = {
+    "gpt": gpt,
+    "llama": llama,
+    "resnet9": resnet9,
+    "vit": vit,
+}
 
 
 def dense_layers(params: Any) -> Any:

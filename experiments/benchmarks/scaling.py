@@ -99,7 +99,7 @@ def count(devices: int) -> dict[str, str]:
         index.checkpoints[0],
         batch,
         ids,
-        place.whole(np.asarray(0)),
+        featurize.draw(0, NOTHING, place),
         NOTHING,
     )
     phi = step(*given).features

@@ -7,17 +7,16 @@ them (the eigenbasis of K-FAC and EK-FAC), or random signs scaled by an optimize
 """
 
 import dataclasses
-import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.keys import named_key
+from jaxattr.features import signs
 from jaxattr.linear_maps import LinearMap
 from jaxattr.scales import wide
-from jaxattr.typing import Key
 
 Sides = tuple[jax.Array | None, jax.Array | None]
 """(A [in, r], B [out, r']), each [stack, ...] for a stacked leaf; None is the identity."""
@@ -52,6 +51,18 @@ class Factored(NamedTuple):
     def dtype(self) -> Any:
         """What its features are computed in."""
         return wide(self.map.dtype)
+
+
+class Drawn(NamedTuple):
+    """What is drawn for one checkpoint, whatever the data; a pytree.
+
+    Attributes:
+      sides: {leaf: A and B}; empty where they are fitted, or nothing is factored.
+      rest: what projects the parameters that belong to no linear map.
+    """
+
+    sides: dict[str, Sides]
+    rest: Any
 
 
 class Fitted(NamedTuple):
@@ -128,8 +139,8 @@ class Basis:
 class Draws(Protocol):
     """A basis that needs no data."""
 
-    def draw(self, key: Key, factored: Factored) -> Sides:
-        """Returns A and B of a linear map, from a key. Jittable."""
+    def draw(self, seed: bytes, factored: Sequence[Factored]) -> dict[str, Sides]:
+        """Returns A and B of each linear map; on the host."""
         ...
 
 
@@ -151,33 +162,30 @@ class Signs(Basis):
         """See `Basis`."""
         return "two-sided random signs"
 
-    def draw(self, key: Key, factored: Factored) -> Sides:
+    def draw(self, seed: bytes, factored: Sequence[Factored]) -> dict[str, Sides]:
         """See `Draws`."""
-        return draw_signs(key, factored)
+        return draw_signs(seed, factored)
 
 
-def draw_signs(key: Key, factored: Factored) -> Sides:
+def draw_signs(seed: bytes, factored: Sequence[Factored]) -> dict[str, Sides]:
     """Draws A and B, entries in {-1, 1} / sqrt(r), other ones for each leaf and layer.
 
     Args:
-      key: the key of the checkpoint's projections.
-      factored: the linear map.
+      seed: of the checkpoint's projections.
+      factored: the linear maps.
 
     Returns:
-      A and B; None, the identity, for a side that is kept whole.
+      {leaf: A and B}; None, the identity, for a side that is kept whole.
     """
-    left, right = jax.random.split(named_key(key, factored.map.leaf))
 
-    def side(key: Key, size: int, rank: int) -> jax.Array | None:
-        if size == rank:
-            return None
-        drawn = jax.random.rademacher(key, (*factored.lead, size, rank), factored.dtype)
-        return drawn / math.sqrt(rank)
+    def side(of: Factored, number: int, size: int, rank: int) -> Any:
+        name, shape = f"{of.map.leaf}\0\0{number}", (*of.lead, size, rank)
+        return None if size == rank else signs.scaled_signs(seed, name, shape, of.dtype)
 
-    return (
-        side(left, factored.rows, factored.left),
-        side(right, factored.map.size_out, factored.right),
-    )
+    return {
+        of.map.leaf: (side(of, 0, of.rows, of.left), side(of, 1, of.map.size_out, of.right))
+        for of in factored
+    }
 
 
 def apply_sides(gradient: jax.Array, sides: Sides) -> jax.Array:

@@ -10,6 +10,7 @@ memory is set by the microbatch and not by the batch.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ import jax.numpy as jnp
 from jaxattr import groups as groups_lib
 from jaxattr import identity, linear_maps
 from jaxattr.batches import in_microbatches, leading_size, shapes_of_one
-from jaxattr.features import projections
-from jaxattr.features.bases import NOTHING, Draws, Fits, Fitted, Sides, apply_sides
+from jaxattr.features import projections, signs
+from jaxattr.features.bases import NOTHING, Drawn, Draws, Fits, Fitted, Sides, apply_sides
 from jaxattr.features.expectations import (
     at_one_draw,
     draws_of,
@@ -29,11 +30,12 @@ from jaxattr.features.expectations import (
     sum_over_draws,
 )
 from jaxattr.features.plans import FeatureLayout, Plan, make_plan
-from jaxattr.features.projections import Projection
+from jaxattr.features.projections import Projection, draw_groups
 from jaxattr.groups import GroupLayout, Groups
 from jaxattr.inputs.outputs import check_function, check_output
 from jaxattr.keys import check_key, example_keys
 from jaxattr.scales import wide
+from jaxattr.sharding import Placement
 from jaxattr.typing import Batch, Example, Features, Key, OutputFn, Params
 
 
@@ -94,6 +96,9 @@ class Featurized(NamedTuple):
     residual: jax.Array
 
 
+Step = Callable[[Key, Params, Batch, jax.Array, Drawn, Fitted], Featurized]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Featurizer:
     """Maps a batch to its features; pure and jittable. Made by `featurizer`.
@@ -106,8 +111,8 @@ class Featurizer:
       key: of projections and stochastic outputs.
       example: shapes of ONE example that it was made for.
       microbatch: examples whose gradients are in memory at once.
-      step: (key, params, batch, ids, checkpoint, fitted) -> features and residual; jitted, and the
-        same function for the same rule, plan and microbatch.
+      step: (key, params, batch, ids, drawn, fitted) -> features and residual; jitted, and the same
+        function for the same rule, plan and microbatch.
     """
 
     layout: FeatureLayout
@@ -117,21 +122,32 @@ class Featurizer:
     key: Key
     example: Example
     microbatch: int
-    step: Callable[[Key, Params, Batch, jax.Array, jax.Array, Fitted], Featurized]
+    step: Step
 
-    def with_residual(
-        self, params: Params, batch: Batch, ids: jax.Array, checkpoint: jax.Array, fitted: Fitted
-    ) -> Featurized:
-        """Computes features and what multiplies each training example's scores.
+    def draw(
+        self,
+        checkpoint: int = 0,
+        fitted: Fitted = NOTHING,
+        place: Placement | None = None,
+    ) -> Drawn:
+        """Draws the projections of a checkpoint, once for all of its batches.
 
         Args:
-          params: the parameters.
-          batch: a pytree of arrays [b, ...].
-          ids: of the examples, integers [b].
-          checkpoint: its number, an integer.
-          fitted: what the basis was fitted to; `NOTHING` if it needs no data.
+          checkpoint: its number.
+          fitted: what was fitted to it; sides that are there are not drawn.
+          place: the devices that get them, all of them all. Default: the default device.
+
+        Returns:
+          What is drawn; (in + out) * rank numbers for each linear map.
         """
-        return self.step(self.key, params, batch, ids, checkpoint, fitted)
+        basis: Any = self.rule.projection.basis
+        seed = signs.seed_of(self.key, operator.index(checkpoint))
+        drawn = not fitted.sides and isinstance(basis, Draws)
+        sides = basis.draw(seed, self.plan.factored) if drawn else {}
+        found = Drawn(sides, draw_groups(self.rule.projection, seed, self.plan.rest_sizes))
+        if place is None or place.mesh is None:
+            return jax.tree.map(jnp.asarray, found)
+        return place.whole(found)
 
     def unscaled(self) -> Callable[..., Featurized]:
         """Returns the step without unit norm, whose features are linear in the output."""
@@ -157,8 +173,9 @@ class Featurizer:
         params: Params,
         batch: Batch,
         ids: jax.Array | None = None,
-        checkpoint: int | jax.Array = 0,
+        checkpoint: int = 0,
         fitted: Fitted | None = None,
+        drawn: Drawn | None = None,
     ) -> Features:
         """Computes features.
 
@@ -170,6 +187,8 @@ class Featurizer:
           checkpoint: number of the checkpoint; each has a projection of its own.
           fitted: what the method fitted to that checkpoint, `index.fitted[checkpoint]`; only for
             methods that fit a basis to the training data, such as EK-FAC.
+          drawn: `draw(checkpoint)`, if it is at hand. Default: drawn anew. Hand it in where you
+            call this within `jax.jit`: what is drawn there makes compiling slow.
 
         Returns:
           Features [b, p], float32 or wider. Rows of examples whose gradient is not finite are not
@@ -184,8 +203,8 @@ class Featurizer:
                 "index, and pass fitted=index.fitted[checkpoint]."
             )
         fitted = NOTHING if fitted is None else fitted
-        ids, checkpoint = jnp.asarray(ids), jnp.asarray(checkpoint, int)
-        return self.with_residual(params, batch, ids, checkpoint, fitted).features
+        drawn = self.draw(checkpoint, fitted) if drawn is None else drawn
+        return self.step(self.key, params, batch, jnp.asarray(ids), drawn, fitted).features
 
 
 def featurize_with(
@@ -234,9 +253,7 @@ def featurize_with(
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_step(
-    rule: FeatureRule, plan: Plan, microbatch: int
-) -> Callable[[Key, Params, Batch, jax.Array, jax.Array, Fitted], Featurized]:
+def _compiled_step(rule: FeatureRule, plan: Plan, microbatch: int) -> Step:
     """The jitted step; an index of other data by the same method compiles nothing anew."""
 
     def step(
@@ -244,16 +261,15 @@ def _compiled_step(
         params: Params,
         batch: Batch,
         ids: jax.Array,
-        checkpoint: jax.Array,
+        drawn: Drawn,
         fitted: Fitted,
     ) -> Featurized:
-        drawing = jax.random.fold_in(key, checkpoint)
-        sides = sides_of(rule, plan, drawing, fitted)
+        sides = fitted.sides or drawn.sides
 
         def chunk(batch: Batch, ids: jax.Array) -> Featurized:
             keys = example_keys(key, ids)
             gradients_of = functools.partial(_gradients, rule, plan, params, sides, fitted)
-            assemble = functools.partial(plan.assemble, rule.projection, drawing)
+            assemble = functools.partial(plan.assemble, rule.projection, drawn.rest)
             phi = _features(rule.output, batch, keys, gradients_of, assemble)
             phi = unit_norm(phi) if rule.normalize else phi
             return Featurized(phi, _residual(rule.residual, params, batch, keys))
@@ -261,24 +277,6 @@ def _compiled_step(
         return in_microbatches(chunk, microbatch)(batch, ids)
 
     return jax.jit(step)
-
-
-def sides_of(rule: FeatureRule, plan: Plan, key: Key, fitted: Fitted) -> dict[str, Sides]:
-    """Returns A and B of each factored linear map, as they were fitted or are drawn.
-
-    Args:
-      rule: how one example becomes features.
-      plan: which parameter becomes which features.
-      key: key of the checkpoint's projections.
-      fitted: what was fitted.
-
-    Returns:
-      {leaf: (A, B)}.
-    """
-    basis: Any = rule.projection.basis
-    if fitted.sides or not isinstance(basis, Draws):
-        return dict(fitted.sides)
-    return {factored.map.leaf: basis.draw(key, factored) for factored in plan.factored}
 
 
 def project_gradients(

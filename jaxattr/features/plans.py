@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.features.bases import UNKNOWN, Basis, Factored
-from jaxattr.features.projections import Projection
+from jaxattr.features.projections import Projection, project_groups
 from jaxattr.groups import GroupLayout, Member
-from jaxattr.keys import named_key
 from jaxattr.linear_maps import LinearMaps
 from jaxattr.scales import wide, widest
-from jaxattr.typing import Features, Key
+from jaxattr.typing import Features
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +149,15 @@ class Plan:
         """Leaves whose gradient is taken exactly."""
         return frozenset(member.leaf for group in self.groups for member in group.rest)
 
+    @property
+    def rest_sizes(self) -> dict[str, dict[str, int]]:
+        """{group: {name of a leaf whose gradient is taken exactly: its size}}."""
+        return {
+            group.name: {member.name: member.size for member in group.rest}
+            for group in self.groups
+            if group.rest
+        }
+
     def scatter(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """Lays values of linear maps out as the features are.
 
@@ -172,7 +180,7 @@ class Plan:
     def assemble(
         self,
         projection: Projection,
-        key: Key,
+        drawn: Any,
         z: Mapping[str, jax.Array],
         rest: Mapping[str, jax.Array],
     ) -> Features:
@@ -180,19 +188,24 @@ class Plan:
 
         Args:
           projection: of the rest.
-          key: of the projection.
+          drawn: what it drew for `rest_sizes`.
           z: {leaf of a linear map: [b, r, r'], or [b, stack, r, r']}.
           rest: {leaf: gradients [b, *shape]}.
 
         Returns:
           Float [b, p], float32 or wider.
         """
+        members = {
+            group.name: {member.name: _wide(_flat(member, rest)) for member in group.rest}
+            for group in self.groups
+            if group.rest
+        }
+        projected = project_groups(projection, drawn, members)
         columns = []
         for group in self.groups:
             columns += [_wide(piece.of(z[piece.leaf])) for piece in group.pieces]
             if group.rest:
-                members = {member.name: _wide(_flat(member, rest)) for member in group.rest}
-                columns.append(projection.project(named_key(key, group.name), members))
+                columns.append(projected[group.name])
         dtype = widest(*(column.dtype for column in columns))
         return jnp.concatenate([column.astype(dtype) for column in columns], axis=1)  # [b, p]
 

@@ -7,15 +7,18 @@ device, for any batch size, and for any order or number of other groups.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import ClassVar, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxattr.features import bases
+from jaxattr.features import bases, signs
 from jaxattr.features.bases import Basis
+from jaxattr.features.signs import words_of
 from jaxattr.keys import named_key
+from jaxattr.scales import widest
 from jaxattr.typing import Key
 
 
@@ -45,6 +48,55 @@ class Projection(Protocol):
     def project(self, key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
         """Returns features [b, p] of the members {leaf name: [b, size]}; `key` is the group's."""
         ...
+
+
+@runtime_checkable
+class ProjectsTogether(Protocol):
+    """A projection whose program does not grow with the number of groups."""
+
+    def draw(self, seed: bytes, sizes: Mapping[str, Mapping[str, int]]) -> Any:
+        """Draws what `project_groups` takes, a pytree, for {group: {leaf name: size}}."""
+        ...
+
+    def project_groups(
+        self, drawn: Any, groups: Mapping[str, Mapping[str, jax.Array]]
+    ) -> dict[str, jax.Array]:
+        """Projects groups {group: {leaf name: [b, size]}} to {group: features [b, p]}."""
+        ...
+
+
+def draw_groups(projection: Projection, seed: bytes, sizes: Mapping[str, Mapping[str, int]]) -> Any:
+    """Draws what `project_groups` takes.
+
+    Args:
+      projection: of each group.
+      seed: of the checkpoint's projections.
+      sizes: {group: {leaf name: size}}.
+
+    Returns:
+      A pytree.
+    """
+    if isinstance(projection, ProjectsTogether):
+        return projection.draw(seed, sizes)
+    return signs.keys_of(seed, [""])[0]
+
+
+def project_groups(
+    projection: Projection, drawn: Any, groups: Mapping[str, Mapping[str, jax.Array]]
+) -> dict[str, jax.Array]:
+    """Projects groups, together where the projection can.
+
+    Args:
+      projection: of each.
+      drawn: of `draw_groups`.
+      groups: {group: {leaf name: [b, size]}}.
+
+    Returns:
+      {group: features [b, p]}.
+    """
+    if isinstance(projection, ProjectsTogether):
+        return projection.project_groups(drawn, groups)
+    return {name: projection.project(named_key(drawn, name), of) for name, of in groups.items()}
 
 
 def identity() -> Projection:
@@ -166,12 +218,35 @@ class Identity:
 
     def project(self, key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
         """See `Projection`."""
-        return _concatenate(key, members)
+        del key
+        return jnp.concatenate(list(members.values()), axis=1)  # [b, size]
+
+
+class Leaf(NamedTuple):
+    """Gradients of a parameter, to be projected.
+
+    Attributes:
+      number: of the parameter, among all that are projected.
+      group: number of the group that it belongs to.
+      x: float [b, size].
+    """
+
+    number: int
+    group: int
+    x: jax.Array
+
+    @property
+    def size(self) -> int:
+        """Number of coordinates."""
+        return self.x.shape[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Randomised:
-    """A random map of groups with more parameters than `width`."""
+    """A random map of groups with more parameters than `width`.
+
+    Each leaf has its own P: the product with [P_1 P_2 ...] is the sum of the leaves' parts.
+    """
 
     width: int
     basis: ClassVar[None] = None
@@ -191,38 +266,172 @@ class _Randomised:
 
     def project(self, key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
         """See `Projection`."""
-        if sum(x.shape[1] for x in members.values()) <= self.width:
-            return _concatenate(key, members)
-        # Each leaf has its own P: the product with [P_1 P_2 ...] is the sum of the leaves' parts.
-        parts = [self._of_leaf(named_key(key, leaf), x) for leaf, x in members.items() if x.size]
-        return jax.tree.reduce(jnp.add, parts)  # [b, p]
+        sizes = {"": {name: x.shape[1] for name, x in members.items()}}
+        drawn = self.draw(signs.seed_of(key, 0), sizes)
+        return self.project_groups(drawn, {"": members})[""]
 
-    def _of_leaf(self, key: Key, x: jax.Array) -> jax.Array:
-        """Projects [b, size] to [b, width]."""
-        return _dense(self._draw, key, x, self.width)
+    def draw(self, seed: bytes, sizes: Mapping[str, Mapping[str, int]]) -> Any:
+        """See `ProjectsTogether`: a key for each leaf."""
+        names = list(self._projected(sizes))
+        return signs.keys_of(seed, names) if names else ()
 
-    def _draw(self, key: Key, rows: int, p: int) -> jax.Array:
-        """Draws entries [rows, p]."""
-        return _signs(key, rows, p)
+    def project_groups(
+        self, drawn: Any, groups: Mapping[str, Mapping[str, jax.Array]]
+    ) -> dict[str, jax.Array]:
+        """See `ProjectsTogether`."""
+        sizes = {name: {leaf: x.shape[1] for leaf, x in of.items()} for name, of in groups.items()}
+        projected = self._projected(sizes)
+        large = list(dict.fromkeys(group for group, _ in projected.values()))
+        leaves = [
+            Leaf(number, large.index(group), groups[group][leaf])
+            for number, (group, leaf) in enumerate(projected.values())
+        ]
+        sums = dict(zip(large, self._sums(drawn, leaves, len(large)), strict=True)) if large else {}
+        return {
+            name: sums[name] if name in sums else jnp.concatenate(list(of.values()), axis=1)
+            for name, of in groups.items()
+        }
+
+    def _projected(self, sizes: Mapping[str, Mapping[str, int]]) -> dict[str, tuple[str, str]]:
+        """{name of the key: (group, leaf)} of all leaves that are not kept whole."""
+        return {
+            f"{group}\0{leaf}": (group, leaf)
+            for group, of in sizes.items()
+            if sum(of.values()) > self.width
+            for leaf, size in of.items()
+            if size
+        }
+
+    def _sums(self, drawn: Any, leaves: Sequence[Leaf], count: int) -> jax.Array:
+        """Projects each leaf to [b, width] and adds up those of a group: [groups, b, width]."""
+        raise TypeError(f"{type(self).__name__} projects nothing.")
 
 
 @dataclasses.dataclass(frozen=True)
-class Rademacher(_Randomised):
-    """See `rademacher`."""
+class _Blockwise(_Randomised):
+    """Coordinates are projected in blocks, each with a key of its own."""
+
+    rows: ClassVar[int] = 256
+
+    def _of_block(self, key: Key, number: jax.Array, x: jax.Array) -> jax.Array:
+        """Projects the block of a number of a leaf, [b, rows], to [b, width]."""
+        raise TypeError(f"{type(self).__name__} projects nothing.")
+
+    def _sums(self, drawn: Any, leaves: Sequence[Leaf], count: int) -> jax.Array:
+        return self._added(_zeros(leaves, count, self.width), drawn, leaves)
+
+    def _added(self, total: jax.Array, keys: Key, leaves: Sequence[Leaf]) -> jax.Array:
+        """Adds all leaves to the sums, in one loop; `keys` are of all leaves by number."""
+        blocks = Blocks.of(leaves, self.rows)
+        numbers = jnp.asarray(blocks.numbers, jnp.uint32)
+
+        def project(key: Key, number: jax.Array, x: jax.Array) -> jax.Array:
+            return self._of_block(key, number, x)
+
+        return blocks.add(total, project, keys[blocks.leaves], numbers)
+
+
+class Blocks(NamedTuple):
+    """Gradients of several parameters, cut into blocks of equal size.
+
+    Attributes:
+      owners: number of each block's group, int [n].
+      leaves: number of each block's parameter, int [n].
+      numbers: of each block, within its parameter, int [n].
+      x: float [n, b, rows], zero past the end of a parameter.
+    """
+
+    owners: np.ndarray
+    leaves: np.ndarray
+    numbers: np.ndarray
+    x: jax.Array
+
+    @classmethod
+    def of(cls, leaves: Sequence[Leaf], rows: int) -> "Blocks":
+        """Cuts parameters up, at least one."""
+        counts = [-(-leaf.size // rows) for leaf in leaves]
+
+        def parts(leaf: Leaf, count: int) -> jax.Array:
+            x = jnp.pad(leaf.x, ((0, 0), (0, count * rows - leaf.size)))
+            return x.reshape(x.shape[0], count, rows).swapaxes(0, 1)
+
+        return cls(
+            np.repeat([leaf.group for leaf in leaves], counts),
+            np.repeat([leaf.number for leaf in leaves], counts),
+            np.concatenate([np.arange(count) for count in counts]),
+            jnp.concatenate([parts(*each) for each in zip(leaves, counts, strict=True)]),
+        )
+
+    def add(self, total: jax.Array, project: Callable[..., jax.Array], *each: Any) -> jax.Array:
+        """Adds what is made of each block to the sums of its group, one block after the other.
+
+        Args:
+          total: [groups, b, p].
+          project: (an entry of `each`..., block [b, rows]) -> [b, p].
+          *each: arrays [n, ...].
+
+        Returns:
+          The sums.
+        """
+
+        def step(total: jax.Array, block: tuple) -> tuple[jax.Array, None]:
+            owner, given, x = block
+            added = total[owner] + project(*given, x).astype(total.dtype)
+            return jax.lax.dynamic_update_index_in_dim(total, added, owner, 0), None
+
+        return jax.lax.scan(step, total, (jnp.asarray(self.owners), each, self.x))[0]
 
 
 @dataclasses.dataclass(frozen=True)
-class Gaussian(_Randomised):
+class Rademacher(_Blockwise):
+    """See `rademacher`: signs of small leaves are drawn beforehand, of others where needed."""
+
+    def draw(self, seed: bytes, sizes: Mapping[str, Mapping[str, int]]) -> Any:
+        """See `ProjectsTogether`: signs of all small leaves, and keys of the others."""
+        names = self._projected(sizes)
+        counts = {name: -(-sizes[of][leaf] // self.rows) for name, (of, leaf) in names.items()}
+        held = [
+            signs.packed(seed, name, count * self.rows, self.width)
+            for name, count in counts.items()
+            if count <= _HELD_BLOCKS
+        ]
+        blocks = (-1, self.rows, words_of(self.width))
+        words = np.concatenate(held).reshape(blocks) if held else None
+        keys = signs.keys_of(seed, list(names)) if len(held) < len(names) else None
+        return words, keys
+
+    def _sums(self, drawn: Any, leaves: Sequence[Leaf], count: int) -> jax.Array:
+        words, keys = drawn
+        largest = _HELD_BLOCKS * self.rows
+        small = [leaf for leaf in leaves if leaf.size <= largest]
+        large = [leaf for leaf in leaves if leaf.size > largest]
+        total = _zeros(leaves, count, self.width)
+        if small:
+            total = Blocks.of(small, self.rows).add(total, self._signed, words)
+        return self._added(total, keys, large) if large else total
+
+    def _of_block(self, key: Key, number: jax.Array, x: jax.Array) -> jax.Array:
+        own = jax.random.fold_in(key, number)
+        return self._signed(jax.random.bits(own, (self.rows, words_of(self.width))), x)
+
+    def _signed(self, words: jax.Array, x: jax.Array) -> jax.Array:
+        return _times(x, signs.unpacked(words, self.width, x.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian(_Blockwise):
     """See `gaussian`."""
 
-    def _draw(self, key: Key, rows: int, p: int) -> jax.Array:
-        return jax.random.normal(key, (rows, p), jnp.float32)
+    def _of_block(self, key: Key, number: jax.Array, x: jax.Array) -> jax.Array:
+        own = jax.random.fold_in(key, number)
+        return _times(x, jax.random.normal(own, (self.rows, self.width), jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
-class Sjlt(_Randomised):
+class Sjlt(_Blockwise):
     """See `sjlt`."""
 
+    rows: ClassVar[int] = 4096
     nonzeros: int = 4
 
     def __post_init__(self) -> None:
@@ -235,28 +444,36 @@ class Sjlt(_Randomised):
         """See `Projection`."""
         return f"sjlt({self.nonzeros})({self.width})"
 
-    def _of_leaf(self, key: Key, x: jax.Array) -> jax.Array:
-        size = x.shape[1]
-        bucket_key, sign_key = jax.random.split(key)
-        buckets = jax.random.randint(bucket_key, (self.nonzeros, size), 0, self.width)
-        signs = jax.random.rademacher(sign_key, (self.nonzeros, size), x.dtype)
-        sums = [
-            jax.ops.segment_sum((x * sign[None]).T, bucket, self.width)  # [p, b]
-            for bucket, sign in zip(buckets, signs, strict=True)
-        ]
-        return jax.tree.reduce(jnp.add, sums).T / math.sqrt(self.nonzeros)
+    def _of_block(self, key: Key, number: jax.Array, x: jax.Array) -> jax.Array:
+        bucket_key, sign_key = jax.random.split(jax.random.fold_in(key, number))
+        drawn = (self.nonzeros, self.rows)
+        buckets = jax.random.randint(bucket_key, drawn, 0, self.width)
+        sign = jax.random.rademacher(sign_key, drawn, x.dtype) / math.sqrt(self.nonzeros)
+
+        def add(total: jax.Array, each: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            bucket, sign = each
+            return total.at[bucket].add((x * sign[None]).T), None
+
+        total = jnp.zeros((self.width, x.shape[0]), x.dtype)
+        return jax.lax.scan(add, total, (buckets, sign))[0].T
 
 
 @dataclasses.dataclass(frozen=True)
 class Srht(_Randomised):
     """See `srht`."""
 
+    def _sums(self, drawn: Any, leaves: Sequence[Leaf], count: int) -> jax.Array:
+        sums: list[Any] = [0] * count
+        for leaf in leaves:
+            sums[leaf.group] += self._of_leaf(drawn[leaf.number], leaf.x)
+        return jnp.stack(sums)
+
     def _of_leaf(self, key: Key, x: jax.Array) -> jax.Array:
         size = x.shape[1]
         padded = 1 << max(size - 1, 1).bit_length()
         sign_key, row_key = jax.random.split(key)
-        signs = jax.random.rademacher(sign_key, (1, size), x.dtype)
-        mixed = _hadamard(jnp.pad(x * signs, ((0, 0), (0, padded - size))))  # [b, padded]
+        drawn = jax.random.rademacher(sign_key, (1, size), x.dtype)
+        mixed = _hadamard(jnp.pad(x * drawn, ((0, 0), (0, padded - size))))  # [b, padded]
         rows = jax.random.randint(row_key, (self.width,), 0, padded)
         return mixed[:, rows] / math.sqrt(self.width)
 
@@ -290,42 +507,32 @@ class TwoSided:
         """See `Projection`; of the rest."""
         return self.rest.project(key, members)
 
+    def draw(self, seed: bytes, sizes: Mapping[str, Mapping[str, int]]) -> Any:
+        """See `ProjectsTogether`; of the rest."""
+        return draw_groups(self.rest, seed, sizes)
 
-def _concatenate(key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
-    del key
-    return jnp.concatenate(list(members.values()), axis=1)  # [b, size]
-
-
-DrawFn = Callable[[Key, int, int], jax.Array]
-"""(key, rows, p) -> entries of P [rows, p]."""
-
-# Entries of P held at once, as 32-bit floats: 4 MiB, whatever the sizes.
-_BLOCK_ENTRIES = 1 << 20
+    def project_groups(
+        self, drawn: Any, groups: Mapping[str, Mapping[str, jax.Array]]
+    ) -> dict[str, jax.Array]:
+        """See `ProjectsTogether`; of the rest."""
+        return project_groups(self.rest, drawn, groups)
 
 
-def _dense(draw: DrawFn, key: Key, x: jax.Array, p: int) -> jax.Array:
-    """Multiplies by a dense random matrix, a block of its rows at a time."""
-    # A bias needs no block of 4 MiB; 32 rows share a word.
-    rows = min(max(_BLOCK_ENTRIES // p // 32, 1), -(-x.shape[1] // 32)) * 32
-    blocks = -(-x.shape[1] // rows)
-    x = jnp.pad(x, ((0, 0), (0, blocks * rows - x.shape[1])))
-    x = x.reshape(x.shape[0], blocks, rows).swapaxes(0, 1)  # [blocks, b, rows]
-
-    def add_block(total: jax.Array, block: tuple[jax.Array, jax.Array]) -> tuple:
-        index, part = block
-        matrix = draw(jax.random.fold_in(key, index), rows, p).astype(x.dtype)
-        return total + jnp.matmul(part, matrix, precision="highest"), None  # [b, p]
-
-    start = jnp.zeros((x.shape[1], p), x.dtype)
-    total, _ = jax.lax.scan(add_block, start, (jnp.arange(blocks), x))
-    return total / math.sqrt(p)
+# Signs of leaves of at most so many blocks are held; they take p / 8 bytes per coordinate. Those of
+# larger leaves are drawn again for each batch.
+_HELD_BLOCKS = 64
 
 
-def _signs(key: Key, rows: int, p: int) -> jax.Array:
-    words = jax.random.bits(key, (rows // 32, 1, p), jnp.uint32)
-    shifts = jnp.arange(32, dtype=jnp.uint32)[None, :, None]
-    bits = (words >> shifts) & 1  # [rows / 32, 32, p]
-    return (1 - 2 * bits.astype(jnp.int8)).reshape(rows, p)
+def _zeros(leaves: Sequence[Leaf], groups: int, width: int) -> jax.Array:
+    """Sums of no blocks: [groups, b, p]."""
+    dtype = widest(*(leaf.x.dtype for leaf in leaves))
+    return jnp.zeros((groups, leaves[0].x.shape[0], width), dtype)
+
+
+def _times(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Multiplies [b, rows] by entries of P [rows, p], over sqrt(p)."""
+    product = jnp.matmul(x, matrix.astype(x.dtype), precision="highest")
+    return product / math.sqrt(matrix.shape[1])
 
 
 def _hadamard(x: jax.Array) -> jax.Array:

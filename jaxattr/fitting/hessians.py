@@ -13,7 +13,6 @@ from jaxattr.features.featurizer import (
     FeatureRule,
     as_function_of,
     project_gradients,
-    sides_of,
 )
 from jaxattr.features.plans import Plan
 from jaxattr.fitting.passes import TrainingPass
@@ -43,9 +42,9 @@ def hessian_products(
     featurizer, numbered = over.featurizer, over.whole()
     refuse_unit_norm(featurizer.rule.output, "A Hessian")
     weights = kept / jnp.maximum(kept.sum(), 1)
-    number = jnp.asarray(over.number)
+    drawn = featurizer.draw(over.number, fitted, over.place)
     operands = (
-        featurizer.key, number, over.params, numbered.batch, numbered.ids, weights, fitted
+        featurizer.key, drawn, over.params, numbered.batch, numbered.ids, weights, fitted
     )  # fmt: skip
     return _compiled_products(featurizer.rule, featurizer.plan), operands
 
@@ -55,15 +54,14 @@ def _compiled_products(rule: FeatureRule, plan: Plan) -> Callable[[Any, jax.Arra
     """The same function for all checkpoints and indexes of a method."""
 
     def products(operands: Any, vectors: jax.Array) -> jax.Array:
-        key, number, params, batch, ids, weights, fitted = operands
-        drawing = jax.random.fold_in(key, number)
-        sides = sides_of(rule, plan, drawing, fitted)
+        key, drawn, params, batch, ids, weights, fitted = operands
+        sides = fitted.sides or drawn.sides
         of_leaves, leaves = as_function_of(rule.output, plan.rest | plan.covered, params)
 
         def to_features(gradients: dict[str, jax.Array]) -> jax.Array:
             z, rest = project_gradients(plan, sides, fitted, gradients)
             z, rest = jax.tree.map(lambda x: x[None], (z, rest))
-            return plan.assemble(rule.projection, drawing, z, rest)[0]
+            return plan.assemble(rule.projection, drawn.rest, z, rest)[0]
 
         example, to_parameters = jax.vjp(to_features, leaves)
 

@@ -1,6 +1,7 @@
 """An optimizer's second moments, and the basis that scales gradients by them (TrackStar)."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,10 +10,11 @@ import numpy as np
 
 from jaxattr import linear_maps
 from jaxattr.features.bases import Basis, Factored, Fitted, Sides, draw_signs
+from jaxattr.features.signs import seed_of
 from jaxattr.fitting.passes import TrainingPass
 from jaxattr.groups import named_leaves
 from jaxattr.identity import Contents
-from jaxattr.typing import Key, Params
+from jaxattr.typing import Params
 
 
 def second_moments(optimizer_state: Any, params: Params) -> Params:
@@ -123,9 +125,9 @@ class ScaledSigns(Basis):
         of_rank_one = "" if self.materialize else " of rank one"
         return f"two-sided random signs over second moments{of_rank_one}"
 
-    def draw(self, key: Key, factored: Factored) -> Sides:
+    def draw(self, seed: bytes, factored: Sequence[Factored]) -> dict[str, Sides]:
         """See `Draws`."""
-        return draw_signs(key, factored)
+        return draw_signs(seed, factored)
 
     def fit(self, over: TrainingPass) -> Fitted:
         """See `Fits`; looks at no data."""
@@ -136,9 +138,9 @@ class ScaledSigns(Basis):
         if self.materialize:
             kept = plan.rest | plan.covered
             return Fitted({}, {name: scales[name] for name in kept}, None, {})
-        key = jax.random.fold_in(over.featurizer.key, over.number)
+        drawn = draw_signs(seed_of(over.featurizer.key, over.number), plan.factored)
         sides = {
-            f.map.leaf: _scaled(f, draw_signs(key, f), named, self.epsilon) for f in plan.factored
+            f.map.leaf: _scaled(f, drawn[f.map.leaf], named, self.epsilon) for f in plan.factored
         }
         return Fitted(sides, {name: scales[name] for name in plan.rest}, None, {})
 

@@ -100,11 +100,11 @@ class TrainingPass:
           first: number of the first block that is wanted.
           digests: whether those of the examples are wanted too.
         """
-        number = self.place.whole(np.asarray(self.number))
+        drawn = self.featurizer.draw(self.number, fitted, self.place)
         step = _compiled_features(self.place, self.featurizer.step)
         for numbered in self.batches(description, first):
             given = numbered if transform is None else transform(numbered)
-            got = step(self.featurizer.key, self.params, given.batch, given.ids, number, fitted)
+            got = step(self.featurizer.key, self.params, given.batch, given.ids, drawn, fitted)
             clean = _clean(self.place)(got.features, got.residual, given.real)
             if digests:
                 clean = clean._replace(digests=row_digests(self.place)(numbered.batch))

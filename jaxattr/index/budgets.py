@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 
 from jaxattr import groups as groups_lib
 from jaxattr.counts import whole_number
-from jaxattr.features.bases import Fits, Fitted
+from jaxattr.features.bases import Drawn, Fits, Fitted
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.features.plans import FeatureLayout
+from jaxattr.features.projections import draw_groups
 from jaxattr.groups import Groups, named_leaves
 from jaxattr.identity import LANES
 from jaxattr.inputs.outputs import explaining_swaps, runs
@@ -352,27 +353,34 @@ def _compile(
     kept = jax.tree.map(lambda x: x if _is_spread(x) else shape(x), params)
     batch = jax.tree.map(batched, example)
     ids = batched(jax.ShapeDtypeStruct((), np.dtype(np.int32)))
-    step = place.jit(lambda *arguments: featurize.with_residual(*arguments), DATA)
-    return step.lower(kept, batch, ids, jnp.asarray(0), _fitted_shapes(featurize, place)).compile()
+    fitted, drawn = _shapes_beside(featurize, place)
+    step = place.jit(lambda *arguments: featurize.step(*arguments), DATA)
+    return step.lower(shape(featurize.key), kept, batch, ids, drawn, fitted).compile()
 
 
-def _fitted_shapes(featurize: Featurizer, place: Placement) -> Fitted:
-    basis: Any = featurize.rule.projection.basis
-    if not isinstance(basis, Fits):
-        return Fitted({}, {}, None, {})
-    sharding = place.sharding()
+def _shapes_beside(featurize: Featurizer, place: Placement) -> tuple[Fitted, Drawn]:
+    """Shapes of what is fitted and drawn."""
+    sharding, projection = place.sharding(), featurize.rule.projection
 
     def side(lead: tuple[int, ...], size: int, rank: int, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((*lead, size, rank), dtype, sharding=sharding)
 
+    def shape(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    fits, sizes = isinstance(projection.basis, Fits), featurize.plan.rest_sizes
+    rest = jax.eval_shape(lambda: draw_groups(projection, bytes(16), sizes))
     sides = {
         f.map.leaf: (
-            side(f.lead, f.rows, f.left, f.dtype),
-            side(f.lead, f.map.size_out, f.right, f.dtype),
+            side(f.lead, f.rows, f.left, f.dtype) if fits or f.left < f.rows else None,
+            side(f.lead, f.map.size_out, f.right, f.dtype)
+            if fits or f.right < f.map.size_out
+            else None,
         )
         for f in featurize.plan.factored
     }
-    return Fitted(sides, {}, None, {})
+    fitted = Fitted(sides if fits else {}, {}, None, {})
+    return fitted, Drawn({} if fits else sides, jax.tree.map(shape, rest))
 
 
 def _is_spread(x: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxattr import markup
-from jaxattr.features.bases import Fitted
+from jaxattr.features.bases import Drawn, Fitted
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.index import provenance
@@ -92,6 +92,13 @@ class Index:
     def batch_size(self) -> int:
         """Examples per block."""
         return self.rows.layout.block
+
+    @functools.cached_property
+    def drawn(self) -> tuple[Drawn, ...]:
+        """The projections of each checkpoint."""
+        assert self.featurizer is not None
+        draw = functools.partial(self.featurizer.draw, place=self.place)
+        return tuple(draw(number, fitted) for number, fitted in enumerate(self.fitted))
 
     @functools.cached_property
     def query_side(self) -> str:

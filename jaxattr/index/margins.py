@@ -4,7 +4,6 @@ import warnings
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.features.bases import Fitted
@@ -37,10 +36,10 @@ def warn_of_losses(job: BuildJob, rows: Rows, fitted: Fitted) -> None:
         return
     over = job.pass_over(0)
     first = next(over.batches("looking at margins"))
-    number, known = jnp.asarray(0), column[: int(first.real.sum())]
+    drawn, known = job.featurizer.draw(0, fitted), column[: int(first.real.sum())]
     for seed in range(_SHUFFLES):
         params = _shuffled(jax.random.key(seed), over.params)
-        given = (job.featurizer.key, params, first.batch, first.ids, number, fitted)
+        given = (job.featurizer.key, params, first.batch, first.ids, drawn, fitted)
         found = np.asarray(job.featurizer.step(*given).residual)[: len(known)]
         # Small adapters of a model that fits, or a single number, say nothing when shuffled.
         if _has_both_signs(found) or np.abs(found - known).max() < _CHANGE:

@@ -20,7 +20,7 @@ from jaxattr.sources import Source
 from jaxattr.store.rows import RowLayout
 from jaxattr.typing import Example, Params
 
-FORMAT = 2
+FORMAT = 3
 
 # What a manifest calls its parts, in words of the call that made it; the first that fits counts.
 _WORDS = (

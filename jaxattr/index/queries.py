@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.batches import leading_size, shapes_of_one
-from jaxattr.features.bases import Fitted
+from jaxattr.features.bases import Drawn, Fitted
 from jaxattr.features.expectations import refuse_unit_norm
 from jaxattr.features.featurizer import Featurized, Featurizer
 from jaxattr.identity import Program
@@ -132,12 +132,14 @@ class QueryArrays(NamedTuple):
     Attributes:
       key: of projections and stochastic outputs.
       checkpoints: the parameters.
+      drawn: the projections.
       fitted: what the basis was fitted to.
       operators: what the kernel applies to queries; () if it leaves them alone.
     """
 
     key: Key
     checkpoints: tuple[Params, ...]
+    drawn: tuple[Drawn, ...]
     fitted: tuple[Fitted, ...]
     operators: tuple[Any, ...]
 
@@ -146,14 +148,15 @@ def state_of(index: Index) -> QueryArrays:
     """Returns the arrays of an index that queries need."""
     if index.featurizer is None:
         raise _without_method()
-    return QueryArrays(index.featurizer.key, index.checkpoints, index.fitted, index.operators)
+    key = index.featurizer.key
+    return QueryArrays(key, index.checkpoints, index.drawn, index.fitted, index.operators)
 
 
 class QueryFunctions(NamedTuple):
     """The functions of an index that queries need; the same for indexes of one method.
 
     Attributes:
-      step: (key, params, batch, ids, checkpoint, fitted) -> features and residual.
+      step: (key, params, batch, ids, drawn, fitted) -> features and residual.
       kernel: that transforms queries too; None if the method's leaves them alone.
     """
 
@@ -189,9 +192,8 @@ def features_of_batch(
     """
     columns = []
     for number, params in enumerate(state.checkpoints):
-        # Of no weak type, like the training side's: one program serves both.
-        numbered = jnp.asarray(number, int)
-        got = functions.step(state.key, params, batch, ids, numbered, state.fitted[number])
+        drawn, fitted = state.drawn[number], state.fitted[number]
+        got = functions.step(state.key, params, batch, ids, drawn, fitted)
         phi, kernel = got.features, functions.kernel
         columns.append(phi if kernel is None else kernel.of_queries(state.operators[number], phi))
     features = jnp.concatenate(columns, axis=1)
