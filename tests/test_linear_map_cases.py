@@ -388,6 +388,16 @@ CASES = {
         lambda p, e: jnp.einsum("ti,io->io", e["x"], p["w"]),
         {"w": "dense 1 5 x6"},
     ),
+    "scale": (
+        {"w": (6,)},
+        lambda p, e: jnp.einsum("td,d->td", e["x"], p["w"]),
+        {"w": "used by dot_general"},
+    ),
+    "scale of each head": (
+        {"w": (2, 3)},
+        lambda p, e: jnp.einsum("thd,hd->thd", e["x"].reshape(4, 2, 3), p["w"]),
+        {"w": "used by dot_general"},
+    ),
     "summed over copies": (
         {"w": (6, 5)},
         lambda p, e: jnp.einsum("ti,jio->to", e["x"], jnp.broadcast_to(p["w"], (2, 6, 5))),

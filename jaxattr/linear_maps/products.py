@@ -225,6 +225,8 @@ def _dot_general(eqn: JaxprEqn, view: View, number: int) -> Product | None:
     outs = flat(view.dims[i] for i in rest)
     if not all(label.of_leaf for label in (*ins, *outs)):
         return None  # repeated along an axis that is summed over or kept
+    if extent(ins) == extent(outs) == 1 < extent(flat(view.dims)):
+        return None  # a scale that is written as an einsum: as a map, each entry were a layer
     shared = tuple(view.dims[i] for i in batch[number])
     shape = aval(eqn.invars[1 - number]).shape
     paired = {other: view.dims[i] for i, other in zip(mine, theirs, strict=True)}
