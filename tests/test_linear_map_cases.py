@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests import architectures
@@ -15,6 +16,10 @@ from tests.linear_map_checks import case_batch, check, normal
 # as kind and sizes, with the bias. x is float [4, 6], ids int [4], image float [5, 5, 4].
 def lookup(w, ids, mode):
     return w.at[ids].get(mode=mode)
+
+
+def filled(w, ids):
+    return w.at[ids].get(mode="fill", fill_value=0)
 
 
 def remat_scan(p, x):
@@ -66,6 +71,18 @@ def reversed_gradient(x):
 
 
 reversed_gradient.defvjp(lambda x: (x, None), lambda _, g: (-g,))
+
+
+def gated(p, h, x):
+    """As recurrent cells do: one product for all gates."""
+    gates = x @ jnp.concatenate([p["wi"], p["wf"]], 1) + h @ jnp.concatenate([p["ui"], p["uf"]], 1)
+    i, f = jnp.split(gates + jnp.concatenate([p["b"], p["b"]]), 2)
+    h = jax.nn.sigmoid(f) * h + jnp.tanh(i)
+    return h, h
+
+
+MASK = np.ones((3, 3, 4, 5))
+MASK[1, 1:] = MASK[2] = 0
 
 
 def image_conv(**options):
@@ -344,6 +361,312 @@ CASES = {
         lambda p, e: jax.grad(lambda x: jnp.sin(x @ p["w"]).sum())(e["x"]),
         {"w": "tied 6 5"},
     ),
+    # Parts of a leaf, leaves that are joined, and what they are multiplied by.
+    "sliced outputs": ({"w": (6, 5)}, lambda p, e: e["x"] @ p["w"][:, 1:], {"w": "dense 6 5"}),
+    "strided inputs": (
+        {"w": (6, 5)},
+        lambda p, e: e["x"][:, ::2] @ jax.lax.slice(p["w"], (0, 0), (6, 5), (2, 1)),
+        {"w": "dense 6 5"},
+    ),
+    "rows at known places are looked up": (
+        {"w": (6, 5)},
+        lambda p, e: e["x"][:, ::2] @ p["w"][jnp.array([0, 3, 4])],
+        {"w": "embedding 6 5"},
+    ),
+    "two slices of one matrix": (
+        {"w": (6, 12), "b": (6,)},
+        lambda p, e: jnp.tanh(e["x"] @ p["w"][:, :6] + p["b"]) @ p["w"][:, 6:],
+        {"w": "dense 6 12", "b": "added to products, but not .*"},
+    ),
+    "query, key and value in one matrix": (
+        {"w": (6, 9)},
+        lambda p, e: functools.reduce(
+            jnp.multiply, [e["x"] @ part for part in jnp.split(p["w"], 3, axis=1)]
+        ),
+        {"w": "dense 6 9"},
+    ),
+    "query, key and value in each layer of a scan": (
+        {"w": (2, 6, 12)},
+        lambda p, e: jax.lax.scan(
+            lambda x, w: (jnp.tanh(x @ w[:, :6]) * (x @ w[:, 6:]), None), e["x"], p["w"]
+        )[0],
+        {"w": "dense 6 12 x2"},
+    ),
+    "slices of a stack that is unrolled": (
+        {"w": (2, 6, 12)},
+        lambda p, e: functools.reduce(
+            lambda x, i: jnp.tanh(x @ p["w"][i, :, 6:]) * (x @ p["w"][i][:, :6]), range(2), e["x"]
+        ),
+        {"w": "dense 6 12 x2"},
+    ),
+    "slices used both ways": (
+        {"w": (6, 5)},
+        lambda p, e: jnp.tanh(e["x"][:, :4] @ p["w"][:4, 1:]) @ p["w"][2:, 1:].T,
+        {"w": "tied 6 5"},
+    ),
+    "rows of a slice": (
+        {"w": (9, 5)},
+        lambda p, e: (
+            p["w"][1:8][e["ids"]] + p["w"][::-1].at[e["ids"] + 3].get(mode="fill", fill_value=0)
+        ),
+        {"w": "embedding 9 5"},
+    ),
+    "reversed": ({"w": (6, 5)}, lambda p, e: e["x"] @ p["w"][::-1], {"w": "dense 6 5"}),
+    "reversed twice, sliced between": (
+        {"w": (6, 5)},
+        lambda p, e: e["x"][:, :4] @ jnp.flip(jnp.flip(p["w"])[1:5], 1),
+        {"w": "dense 6 5"},
+    ),
+    "a stack that is scanned backwards": (
+        {"w": (3, 6, 6), "b": (3, 6)},
+        lambda p, e: jax.lax.scan(
+            lambda x, layer: (jnp.tanh(x @ layer[0] + layer[1]), None),
+            e["x"],
+            (p["w"][::-1], p["b"][::-1]),
+        )[0],
+        {"w": "dense 6 6 b x3"},
+    ),
+    "bias that is reversed is no bias": (
+        {"w": (6, 5), "b": (5,)},
+        lambda p, e: e["x"] @ p["w"] + p["b"][::-1],
+        {"w": "dense 6 5", "b": "added to products, but not .*"},
+    ),
+    "bias of a matrix that is reversed": (
+        {"w": (6, 5), "b": (5,)},
+        lambda p, e: e["x"] @ p["w"][:, ::-1] + p["b"],
+        {"w": "dense 6 5", "b": "added to products, but not .*"},
+    ),
+    "conv of a reversed kernel": (
+        {"w": (3, 2, 5, 4)},
+        lambda p, e: jax.lax.conv_transpose(
+            e["image"][None], p["w"], (2, 1), "SAME", transpose_kernel=True
+        ),
+        {"w": "conv 24 5"},
+    ),
+    "conv, sliced and scaled": (
+        {"w": (3, 3, 4, 6), "b": (2,)},
+        lambda p, e: (
+            image_conv()({"w": p["w"][::-1, 1:, :, :2] * np.arange(1, 5)[None, None, :, None]}, e)
+            + p["b"]
+        ),
+        {"w": "conv 36 6", "b": "added to products, but not .*"},
+    ),
+    "concatenated along outputs": (
+        {"w": (6, 2), "v": (6, 3)},
+        lambda p, e: e["x"] @ jnp.concatenate([p["w"], p["v"]], 1),
+        {"w": "dense 6 2", "v": "dense 6 3"},
+    ),
+    "concatenated along inputs": (
+        {"w": (2, 5), "v": (4, 5), "b": (5,)},
+        lambda p, e: e["x"] @ jnp.concatenate([p["w"], p["v"]]) + p["b"],
+        {"w": "dense 2 5", "v": "dense 4 5", "b": "used by add"},
+    ),
+    "concatenated, in one order and another": (
+        {"w": (6, 2), "v": (6, 3)},
+        lambda p, e: (
+            (e["x"] @ jnp.concatenate([p["w"], p["v"]], 1))
+            * (e["x"] @ jnp.concatenate([p["v"], jnp.flip(p["w"], 1)], 1))
+        ),
+        {"w": "dense 6 2", "v": "dense 6 3"},
+    ),
+    "concatenated, transposed, cut again": (
+        {"w": (6, 2), "v": (6, 3)},
+        lambda p, e: e["x"] @ jnp.concatenate([p["w"], p["v"]], 1).T[::-1][:4].T,
+        {"w": "dense 6 2", "v": "dense 6 3"},
+    ),
+    "gates of a recurrent cell": (
+        {"wi": (6, 3), "wf": (6, 3), "ui": (3, 3), "uf": (3, 3), "b": (3,)},
+        lambda p, e: jax.lax.scan(functools.partial(gated, p), jnp.zeros(3), e["x"])[1],
+        {w: "dense 6 3" for w in ("wi", "wf")}
+        | {u: "dense 3 3" for u in ("ui", "uf")}
+        | {"b": "used by (concatenate with itself|add|concatenate)"},
+    ),
+    "stacked by the loss": (
+        {"w": (6, 5), "v": (6, 5)},
+        lambda p, e: jnp.einsum("ti,lio->tlo", e["x"], jnp.stack([p["w"], p["v"]])),
+        {"w": "dense 6 5", "v": "dense 6 5"},
+    ),
+    "stacked by the loss, a layer for each": (
+        {"w": (6, 5), "v": (6, 5), "b": (5,)},
+        lambda p, e: (
+            jnp.einsum(
+                "lti,lio->lto", jnp.stack([e["x"], jnp.sin(e["x"])]), jnp.stack([p["w"], p["v"]])
+            )
+            + p["b"]
+        ),
+        {"w": "dense 6 5", "v": "dense 6 5", "b": "used by add"},
+    ),
+    "stacked by the loss and scanned": (
+        {"w": (6, 6), "v": (6, 6)},
+        lambda p, e: jax.lax.scan(
+            lambda x, w: (jnp.tanh(x @ w), None), e["x"], jnp.stack([p["w"], p["v"]])
+        )[0],
+        dict.fromkeys("wv", "joined with others, and then scanned over"),
+    ),
+    "two tables in one": (
+        {"w": (4, 5), "v": (4, 2)},
+        lambda p, e: jnp.concatenate([p["w"], p["v"]], 1)[e["ids"] % 4],
+        {"w": "embedding 4 5", "v": "embedding 4 2"},
+    ),
+    "rows of two tables in one": (
+        {"w": (4, 5), "v": (3, 5)},
+        lambda p, e: jnp.concatenate([p["w"], p["v"]])[e["ids"]],
+        dict.fromkeys("wv", "used by gather"),
+    ),
+    "conv of joined kernels": (
+        {"w": (3, 3, 4, 2), "v": (3, 3, 4, 3)},
+        lambda p, e: image_conv()({"w": jnp.concatenate([p["w"], p["v"]], -1)}, e),
+        {"w": "conv 36 2", "v": "conv 36 3"},
+    ),
+    "conv of kernels joined in space": (
+        {"w": (3, 1, 4, 2), "v": (3, 2, 4, 2)},
+        lambda p, e: image_conv()({"w": jnp.concatenate([p["w"], p["v"]], 1)}, e),
+        dict.fromkeys("wv", "used by conv_general_dilated"),
+    ),
+    "grouped conv of joined kernels": (
+        {"w": (3, 3, 2, 2), "v": (3, 3, 2, 2)},
+        lambda p, e: image_conv(feature_group_count=2)(
+            {"w": jnp.concatenate([p["w"], p["v"]], -1)}, e
+        ),
+        dict.fromkeys("wv", "used by conv_general_dilated"),
+    ),
+    "sum of two": (
+        {"w": (6, 5), "v": (6, 5)},
+        lambda p, e: e["x"] @ (p["w"] - 2 * p["v"]),
+        {"w": "dense 6 5", "v": "dense 6 5"},
+    ),
+    "symmetric": (
+        {"w": (6, 6)},
+        lambda p, e: e["x"] @ (p["w"] + p["w"].T),
+        {"w": "tied 6 6"},
+    ),
+    "on top of what is fixed": (
+        {"w": (6, 5)},
+        lambda p, e: e["x"] @ (normal(9, 6, 5) + p["w"]),
+        {"w": "dense 6 5"},
+    ),
+    "scaled": (
+        {"w": (6, 5), "b": (5,)},
+        lambda p, e: e["x"] @ (0.5 * -p["w"] / jnp.sqrt(6.0)) + p["b"],
+        {"w": "dense 6 5 b"},
+    ),
+    "scaled and sliced in a scan": (
+        {"w": (2, 6, 12)},
+        lambda p, e: jax.lax.scan(
+            lambda x, w: (jnp.tanh(x @ (2 * w)[:, :6]) * (x @ (w[:, 6:] / 3)), None),
+            e["x"],
+            0.5 * p["w"],
+        )[0],
+        {"w": "dense 6 12 x2"},
+    ),
+    "scaled along inputs": (
+        {"w": (6, 5), "b": (5,)},
+        lambda p, e: e["x"] @ (p["w"] * np.arange(6.0)[:, None]) + p["b"],
+        {"w": "dense 6 5 b"},
+    ),
+    "scaled along outputs": (
+        {"w": (6, 5), "b": (5,)},
+        lambda p, e: e["x"] @ (p["w"] * np.arange(5.0)[None]) + p["b"],
+        {"w": "dense 6 5", "b": "added to products, but not .*"},
+    ),
+    "scaled along heads": (
+        {"w": (6, 6)},
+        lambda p, e: (
+            e["x"] @ (p["w"].reshape(6, 3, 2) * np.arange(1.0, 4)[:, None]).reshape(6, 6).T
+        ),
+        {"w": "dense 6 6"},
+    ),
+    "scaled along outputs, then used both ways": (
+        {"w": (6, 5)},
+        lambda p, e: (lambda w: jnp.tanh(e["x"] @ w[:, ::-1]) @ w[:3].T)(
+            p["w"] * np.arange(5.0)[None]
+        ),
+        {"w": "tied 6 5"},
+    ),
+    "scaled rows of a table": (
+        {"w": (7, 5)},
+        lambda p, e: (p["w"] * np.arange(7.0)[:, None])[e["ids"]],
+        {"w": "multiplied elementwise, along .*"},
+    ),
+    "scaled columns of a table": (
+        {"w": (7, 5)},
+        lambda p, e: (3 * p["w"] * np.arange(5.0)[None])[e["ids"]],
+        {"w": "embedding 7 5"},
+    ),
+    "masked by what is constant along outputs": (
+        {"w": (3, 3, 4, 5)},
+        lambda p, e: image_conv()({"w": p["w"] * MASK}, e),
+        {"w": "conv 36 5"},
+    ),
+    "masked everywhere": (
+        {"w": (6, 5), "v": (5, 5)},
+        lambda p, e: e["x"] @ (p["w"] * np.tri(6, 5)) @ p["v"],
+        {"w": "multiplied elementwise, along .*", "v": "dense 5 5"},
+    ),
+    "scaled by layers": (
+        {"w": (2, 6, 6)},
+        lambda p, e: jax.lax.scan(
+            lambda x, w: (jnp.tanh(x @ w), None), e["x"], p["w"] * np.arange(1.0, 3)[:, None, None]
+        )[0],
+        {"w": "scaled along its layers"},
+    ),
+    "scaled by experts": (
+        {"w": (3, 2, 5)},
+        lambda p, e: jnp.einsum(
+            "tli,lio->lto", e["x"].reshape(4, 3, 2), p["w"] * np.arange(3.0)[:, None, None]
+        ),
+        {"w": "multiplied elementwise, along .*"},
+    ),
+    "scaled by the example": (
+        {"w": (6, 5), "v": (5, 5)},
+        lambda p, e: e["x"] @ (p["w"] * e["x"][0, 0]) @ p["v"],
+        {"w": "used by mul", "v": "dense 5 5"},
+    ),
+    "scaled by another leaf": (
+        {"w": (6, 5), "v": (5,)},
+        lambda p, e: e["x"] @ (p["w"] * p["v"]),
+        {"w": "used by mul with v", "v": "used by mul with w"},
+    ),
+    "divides": (
+        {"w": (6, 5), "v": (5, 5)},
+        lambda p, e: e["x"] @ (1 / p["w"]) @ p["v"],
+        {"w": "used by (div|pow|integer_pow)", "v": "dense 5 5"},
+    ),
+    "scaled, then multiplied with a matrix": (
+        {"w": (4, 6), "v": (6, 5)},
+        lambda p, e: e["x"][:, :5] * (0.1 * p["w"] @ p["v"]),
+        {"w": "used by dot_general with v", "v": "dense 6 5"},
+    ),
+    "a scale before a matrix": (
+        {"w": (6,), "v": (6, 5)},
+        lambda p, e: ((1 + p["w"]) * e["x"][0]) @ p["v"],
+        {"w": "used by mul", "v": "dense 6 5"},
+    ),
+    "a constant of an inner program": (
+        {"w": (6, 5)},
+        lambda p, e: jax.checkpoint(lambda x, w: x @ (w * jnp.arange(1.0, 7)[:, None]))(
+            e["x"], jax.jit(lambda w: w / 7)(p["w"])
+        ),
+        {"w": "dense 6 5"},
+    ),
+    "no gradient": (
+        {"w": (6, 5), "v": (6, 5)},
+        lambda p, e: e["x"] @ jax.lax.stop_gradient(p["w"]) + jnp.sin(e["x"] @ p["v"]),
+        {"w": "its gradient is stopped", "v": "dense 6 5"},
+    ),
+    "no gradient in one place": (
+        {"w": (6, 5), "v": (6, 5)},
+        lambda p, e: (
+            e["x"] @ jnp.sin(jax.lax.stop_gradient(p["w"]))
+            + e["x"] @ (jax.lax.stop_gradient(p["v"]) + p["w"])
+        ),
+        {"w": "dense 6 5", "v": "its gradient is stopped"},
+    ),
+    "straight through": (
+        {"w": (6, 5)},
+        lambda p, e: e["x"] @ (p["w"] + jax.lax.stop_gradient(jnp.round(p["w"]) - p["w"])),
+        {"w": "used by round"},
+    ),
     # Uses that are not covered: the leaf falls back whole, and its neighbour does not.
     "weight decay": (
         {"w": (6, 5), "v": (5, 5)},
@@ -371,13 +694,6 @@ CASES = {
         {"w": "used by dot_general with v", "v": "used by dot_general with w"},
     ),
     "elementwise": ({"w": (4, 6)}, lambda p, e: p["w"] * e["x"], {"w": "used by mul"}),
-    "sliced": ({"w": (6, 5)}, lambda p, e: e["x"] @ p["w"][:, 1:], {"w": "sliced before .*"}),
-    "strided": (
-        {"w": (6, 5)},
-        lambda p, e: e["x"][:, ::2] @ p["w"][::2],
-        {"w": "sliced before .*|embedding 6 5"},
-    ),
-    "reversed": ({"w": (6, 5)}, lambda p, e: e["x"] @ p["w"][::-1], {"w": "used by rev"}),
     "part of an axis": (
         {"w": (6, 5)},
         lambda p, e: jnp.einsum("ti,aio->tao", e["x"][:, :3], p["w"].reshape(2, 3, 5)),
@@ -403,22 +719,12 @@ CASES = {
         lambda p, e: jnp.einsum("ti,jio->to", e["x"], jnp.broadcast_to(p["w"], (2, 6, 5))),
         {"w": "used by (dot_general|reduce_sum)"},
     ),
-    "concatenated": (
-        {"w": (6, 2), "v": (6, 3)},
-        lambda p, e: e["x"] @ jnp.concatenate([p["w"], p["v"]], 1),
-        {"w": "used by concatenate with v", "v": "used by concatenate with w"},
-    ),
     "different axes": (
         {"w": (6, 6, 6)},
         lambda p, e: (
             jnp.einsum("ti,ijk->tjk", e["x"], p["w"]) + jnp.einsum("tj,ijk->tik", e["x"], p["w"])
         ),
         {"w": "multiplied along different axes in different places"},
-    ),
-    "no gradient": (
-        {"w": (6, 5), "v": (6, 5)},
-        lambda p, e: e["x"] @ jax.lax.stop_gradient(p["w"]) + jnp.sin(e["x"] @ p["v"]),
-        {"w": "used by stop_gradient", "v": "dense 6 5"},
     ),
     "inside a cond": (
         {"w": (6, 6), "v": (6, 5)},

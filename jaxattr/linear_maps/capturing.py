@@ -1,5 +1,7 @@
 """What each linear map is applied to, and its cotangents: the two factors of a weight gradient."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -89,13 +91,9 @@ def capture(
         params: Params, example: Example, key: Key | None = None
     ) -> dict[str, tuple[Captured, ...]]:
         args = arguments(traced, params, example, key)
-        for number, name in enumerate(traced.names):
-            if name in chosen:
-                args[number] = analysis.view(name, args[number])
 
         def with_sinks(sinks: Taps) -> tuple[jax.Array, Taps]:
-            results, taps = evaluate(traced, args, Walk(visitor=_Capture(), sinks=sinks))
-            return results[0], taps
+            return evaluate(traced, args, {}, Walk(visitor=_Capture(chosen), sinks=sinks))
 
         sinks = {site: jnp.zeros(_sink_shape(use), use.result.dtype) for site, use in uses.items()}
         cotangents, inputs = jax.grad(with_sinks, has_aux=True)(sinks)
@@ -116,8 +114,10 @@ class _Capture(Rewriting):
     def product(
         self, view: View, product: Product, x: jax.Array, y: jax.Array, walk: Walk
     ) -> tuple[Any, Taps]:
-        del view
-        return y + walk.sinks[walk.site], {walk.site: product.inputs(x)}
+        if view.leaf not in self.chosen:
+            return y, {}
+        scales = [scale.value for scale in view.scales]
+        return y + walk.sinks[walk.site], {walk.site: (product.inputs(x), scales)}
 
 
 def _sink_shape(use: Use) -> tuple[int, ...]:
@@ -133,11 +133,13 @@ def _gather_layers(
         to_rows = use.product.cotangents
         for _ in use.loops:
             to_rows = jax.vmap(to_rows)
-        left, right = inputs[use.site], to_rows(cotangents[use.site])
+        (left, values), right = inputs[use.site], to_rows(cotangents[use.site])
         if use.product.kind == "embedding":
             left = left[..., None]
         left, right = (right, left) if use.transposed else (left, right)
-        pairs.append([_rows(use, linear_map.stack_axes, side) for side in (left, right)])
+        left, right = _scaled(linear_map, use, values, left, right)
+        sides = zip((left, right), (linear_map.in_axes, linear_map.out_axes), strict=True)
+        pairs.append([_whole(use, linear_map, side, axes) for side, axes in sides])
     lookup = together[0].product.kind == "embedding"
     lefts, rights = zip(*pairs, strict=True)
     left = _by_layer(linear_map, together, lefts, linear_map.size_in if lookup else 0)
@@ -147,6 +149,36 @@ def _gather_layers(
         numbers = np.concatenate([use.layers(linear_map.stack_axes) for use in together])
         applied = np.isin(np.arange(linear_map.stack), numbers)
     return Captured(left[..., 0] if lookup else left, right, jnp.asarray(applied))
+
+
+def _scaled(
+    linear_map: LinearMap,
+    use: Use,
+    values: Sequence[jax.Array],
+    left: jax.Array,
+    right: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Multiplies inputs or cotangents by what the matrix was multiplied by; [*loops, ..., t, f]."""
+    for scale, value in zip(use.view.scales, values, strict=True):
+        of_inputs = analysis.scales_inputs(scale, linear_map, use.product.kind)
+        axes = linear_map.in_axes if of_inputs else linear_map.out_axes
+        by = use.view.factor(dataclasses.replace(scale, value=value), axes)  # [*loops, f]
+        apart = (1,) * (left.ndim - by.ndim)
+        by = by.reshape(*by.shape[:-1], *apart, by.shape[-1])
+        left, right = (left * by, right) if of_inputs else (left, right * by)
+    return left, right
+
+
+def _whole(use: Use, linear_map: LinearMap, side: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Brings a side to all inputs or outputs of the map: those that are not used are zero."""
+    rows = _rows(use, linear_map.stack_axes, side)
+    if use.view.is_whole(axes):
+        return rows
+    covered = use.view.covered(axes)
+    size = math.prod(use.view.shape[axis] for axis in axes)
+    if jnp.issubdtype(rows.dtype, jnp.integer):
+        return jnp.asarray([*covered, size], rows.dtype)[rows]
+    return jnp.zeros((*rows.shape[:-1], size), rows.dtype).at[..., covered].set(rows)
 
 
 def _rows(use: Use, stack: tuple[int, ...], block: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ with s numbering layers, t positions, i inputs and o outputs, by naming the axes
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -36,6 +37,8 @@ class Product(abc.ABC):
       positions: labels of x and y that the leaf lacks.
       dtype: what x and W are multiplied in.
       groups: feature groups of a convolution.
+      x_axes: for each axis of the weight that of x which is paired with it, or None.
+      y_axes: for each axis of the weight that of the result which it becomes, or None.
     """
 
     kind: str
@@ -47,6 +50,31 @@ class Product(abc.ABC):
     positions: Dim
     dtype: Any
     groups: int = 1
+    x_axes: tuple[int | None, ...]
+    y_axes: tuple[int | None, ...]
+
+    def between(
+        self, margins: Sequence[tuple[int, int]], x: jax.Array, y: jax.Array
+    ) -> tuple[jax.Array, list[tuple[int, int, int]]] | None:
+        """Narrows the operands to a weight that fills a part of an array of zeros.
+
+        Args:
+          margins: the zeros before and behind the weight, per axis.
+          x: the operand for the whole array.
+          y: the result for the whole array.
+
+        Returns:
+          x for the weight, and how its result is to be padded; None where it cannot be cut.
+        """
+        padding = [(0, 0, 0)] * y.ndim
+        for margin, of_x, of_y in zip(margins, self.x_axes, self.y_axes, strict=False):
+            if any(margin) and of_x is None and of_y is None:
+                return None
+            if any(margin) and of_x is not None:
+                x = jax.lax.slice_in_dim(x, margin[0], x.shape[of_x] - margin[1], axis=of_x)
+            if any(margin) and of_y is not None:
+                padding[of_y] = (*margin, 0)
+        return x, padding
 
     @abc.abstractmethod
     def inputs(self, x: jax.Array) -> jax.Array:
@@ -233,6 +261,7 @@ def _dot_general(eqn: JaxprEqn, view: View, number: int) -> Product | None:
     x = tuple(paired.get(i, _new(i, size)) for i, size in enumerate(shape))
     free = tuple(x[i] for i in range(len(x)) if i not in theirs)
     kept = tuple(view.dims[i] for i in rest)
+    order = (*batch[number], *(rest if number == 0 else (None,) * len(free)), *rest)
     return _Dense(
         operand=1 - number,
         x=x,
@@ -242,6 +271,8 @@ def _dot_general(eqn: JaxprEqn, view: View, number: int) -> Product | None:
         layers=ordered(label for label in flat(shared) if label.of_leaf),
         positions=(*(label for label in flat(shared) if not label.of_leaf), *flat(free)),
         dtype=_compute_dtype(eqn),
+        x_axes=tuple(theirs[mine.index(i)] if i in mine else None for i in range(len(view.dims))),
+        y_axes=tuple(order.index(i) if i in order else None for i in range(len(view.dims))),
     )
 
 
@@ -268,6 +299,8 @@ def _convolution(eqn: JaxprEqn, view: View, number: int) -> Product | None:
         dtype=_compute_dtype(eqn),
         groups=groups,
         window={name: params[name] for name in window},
+        x_axes=tuple(lhs[1] if i == rhs[1] and groups == 1 else None for i in range(len(rhs))),
+        y_axes=tuple(out[1] if i == rhs[0] and groups == 1 else None for i in range(len(rhs))),
     )
 
 
@@ -289,11 +322,12 @@ def _gather(eqn: JaxprEqn, view: View, number: int) -> Product | None:
     y: list[Dim] = [_new(i, size) for i, size in enumerate(y_shape)]
     positions = flat(dim for i, dim in enumerate(y) if i not in numbers.offset_dims)
     taken = [i for i in range(len(shape)) if i not in numbers.collapsed_slice_dims]
+    y_axes: list[int | None] = [None] * len(shape)
     for i, axis in zip(numbers.offset_dims, taken, strict=True):
         y[i] = () if axis == row else view.dims[axis]
-    return _lookup(
-        eqn, view, row, tuple(y), positions, 1, start.index(row), "clip" if clipped else "zero"
-    )
+        y_axes[axis] = None if axis == row else i
+    column, out_of_range = start.index(row), "clip" if clipped else "zero"
+    return _lookup(eqn, view, row, tuple(y), positions, 1, column, out_of_range, tuple(y_axes))
 
 
 def _dynamic_slice(eqn: JaxprEqn, view: View, number: int) -> Product | None:
@@ -304,7 +338,8 @@ def _dynamic_slice(eqn: JaxprEqn, view: View, number: int) -> Product | None:
     if number != 0 or len(rows) != 1 or sizes[rows[0]] != 1 or len(wide) != 2:
         return None
     y = tuple(() if i == rows[0] else dim for i, dim in enumerate(view.dims))
-    return _lookup(eqn, view, rows[0], y, (), 1 + rows[0], None, "clip")
+    y_axes = tuple(None if i == rows[0] else i for i in range(len(shape)))
+    return _lookup(eqn, view, rows[0], y, (), 1 + rows[0], None, "clip", y_axes)
 
 
 def _lookup(
@@ -316,6 +351,7 @@ def _lookup(
     operand: int,
     column: int | None,
     out_of_range: str,
+    y_axes: tuple[int | None, ...],
 ) -> Product | None:
     ins = view.dims[row]
     outs = flat(dim for i, dim in enumerate(view.dims) if i != row)
@@ -330,6 +366,8 @@ def _lookup(
         dtype=aval(eqn.outvars[0]).dtype,
         column=column,
         out_of_range=out_of_range,
+        x_axes=(None,) * len(y_axes),
+        y_axes=y_axes,
     )
 
 

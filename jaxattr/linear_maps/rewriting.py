@@ -1,7 +1,7 @@
 """The rewritten losses: with a low-rank term, or a zero, at every linear map."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -11,7 +11,7 @@ from jaxattr.linear_maps import analysis, interpreter
 from jaxattr.linear_maps.analysis import LinearMap, LinearMaps, Traced
 from jaxattr.linear_maps.interpreter import Output, Taps, Walk
 from jaxattr.linear_maps.products import Product
-from jaxattr.linear_maps.views import Factors, Site, View
+from jaxattr.linear_maps.views import Factors, Scale, Site, View
 from jaxattr.scales import widest
 from jaxattr.typing import Example, Key, OutputFn, Params
 
@@ -113,18 +113,19 @@ def bottleneck(
     ) -> jax.Array:
         args = arguments(traced, params, example, key)
         numbers = {name: number for number, name in enumerate(traced.names)}
+        followed: dict[str, View] = {}
         for leaf in z:
             if leaf not in chosen:
                 raise ValueError(f"z has {leaf!r}, but only these are rewritten: {chosen}.")
             linear_map, number = traced.found.maps[leaf], numbers[leaf]
             factors, of_bias = _factors(linear_map, bases, z[leaf])
-            args[number] = _with_factors(linear_map, args[number], factors)
+            followed[leaf] = _with_factors(linear_map, args[number], factors)
             if linear_map.bias is not None and of_bias is not None:
                 bias = args[numbers[linear_map.bias]]
                 of_bias = of_bias.reshape(bias.shape).astype(bias.dtype)
                 args[numbers[linear_map.bias]] = bias + (of_bias - jax.lax.stop_gradient(of_bias))
-        results, _ = evaluate(traced, args, Walk(visitor=_Bottleneck(_transposed(traced))))
-        return results[0]
+        visitor = _Bottleneck(set(z), traced.found.maps, _transposed(traced))
+        return evaluate(traced, args, followed, Walk(visitor=visitor))[0]
 
     return rewritten
 
@@ -195,46 +196,87 @@ def zeros(maps: LinearMaps, bases: Bases) -> dict[str, jax.Array]:
     return result
 
 
+@dataclasses.dataclass(frozen=True)
 class Rewriting:
-    """A visitor of leaves that were found to be linear maps: there is nothing to reject."""
+    """A visitor of a loss in which the chosen leaves were found to be linear maps.
+
+    The others are followed too, as they were when these were found, and nothing is done to them.
+    """
+
+    chosen: Collection[str]
 
     def added(self, view: View, output: Output) -> bool:
         """Says that no bias is looked for."""
         del view, output
         return False
 
+    def stopped(self, view: View) -> None:
+        """Passes: what has no gradient needs no term."""
+
     def reject(self, view: View, reason: str) -> None:
-        """Raises: `find` would have met the use."""
-        raise AssertionError(f"{view.leaf} was found to be a linear map, but is {reason}.")
+        """Raises for a chosen leaf: `find` would have met the use."""
+        if view.leaf in self.chosen:
+            raise AssertionError(f"{view.leaf} was found to be a linear map, but is {reason}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Bottleneck(Rewriting):
     """The visitor that adds the low-rank term."""
 
+    maps: Mapping[str, LinearMap]
     transposed: Mapping[Site, bool]
 
     def product(
         self, view: View, product: Product, x: jax.Array, y: jax.Array, walk: Walk
     ) -> tuple[Any, Taps]:
-        assert view.factors is not None
-        transposed = self.transposed[walk.site]
+        if view.factors is None:
+            return y, {}
+        linear_map, transposed = self.maps[view.leaf], self.transposed[walk.site]
         (a, z, b), shape, dtype = view.factors, y.shape, y.dtype
 
         # The term is linear in Z, and Z is zero: its value is nothing, and so is its derivative in
         # x. Saying so spares a pass forwards through B and one backwards through A.
         @jax.custom_jvp
-        def term(z: jax.Array, x: jax.Array, a: jax.Array | None, b: jax.Array | None) -> jax.Array:
-            del z, x, a, b
+        def term(
+            z: jax.Array,
+            x: jax.Array,
+            a: jax.Array | None,
+            b: jax.Array | None,
+            scales: tuple[Scale, ...],
+        ) -> jax.Array:
+            del z, x, a, b, scales
             return jnp.zeros(shape, dtype)
 
         @term.defjvp
         def _derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-            _, x, a, b = primals
-            factors = Factors(a, tangents[0], b)
+            _, x, a, b, scales = primals
+            covering = dataclasses.replace(view, scales=scales)
+            factors = _of_entries(covering, linear_map, Factors(a, tangents[0], b))
             return term(*primals), product.low_rank(x, factors, transposed, dtype)
 
-        return y + term(z, x, a, b), {}
+        return y + term(z, x, a, b, view.scales), {}
+
+
+def _of_entries(view: View, linear_map: LinearMap, factors: Factors) -> Factors:
+    """The low-rank term for the entries that a view covers, multiplied as they were.
+
+    A side that is the identity leaves its part to Z.
+    """
+    of_inputs = [scale for scale in view.scales if {*scale.axes} <= {*linear_map.in_axes}]
+    of_outputs = [scale for scale in view.scales if not {*scale.axes} <= {*linear_map.in_axes}]
+
+    def rows(axes: tuple[int, ...], scales: list[Scale], matrix: jax.Array) -> jax.Array:
+        if not view.is_whole(axes):
+            matrix = matrix[..., view.covered(axes), :]
+        for scale in scales:
+            matrix = matrix * view.factor(scale, axes).astype(matrix.dtype)[:, None]
+        return matrix
+
+    a, z, b = factors
+    inputs = rows(linear_map.in_axes, of_inputs, z if a is None else a)
+    a, z = (None, inputs) if a is None else (inputs, z)
+    outputs = rows(linear_map.out_axes, of_outputs, jnp.swapaxes(z, -1, -2) if b is None else b)
+    return Factors(a, jnp.swapaxes(outputs, -1, -2), None) if b is None else Factors(a, z, outputs)
 
 
 def chosen_leaves(traced: Traced, leaves: Collection[str] | None) -> list[str]:
@@ -266,10 +308,27 @@ def arguments(traced: Traced, params: Params, example: Example, key: Key | None)
     return args
 
 
-def evaluate(traced: Traced, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
-    """Evaluates the traced loss."""
-    program = traced.program
-    return interpreter.evaluate(program.jaxpr, program.consts, args, walk)
+def evaluate(
+    traced: Traced, args: Sequence[Any], followed: Mapping[str, View], walk: Walk
+) -> tuple[jax.Array, Taps]:
+    """Evaluates the traced loss.
+
+    Args:
+      traced: the loss.
+      args: its arguments.
+      followed: the views of the chosen leaves.
+      walk: what to do where leaves are used.
+
+    Returns:
+      The loss, and what the visitor recorded.
+    """
+    views = [
+        followed.get(name) or analysis.view(name, leaf)
+        for name, leaf in zip(traced.names, args, strict=False)
+    ]
+    program, arguments = traced.program, [*views, *args[len(views) :]]
+    results, taps = interpreter.evaluate(program.jaxpr, program.consts, arguments, walk)
+    return interpreter.plain(results[0]), taps
 
 
 def _transposed(traced: Traced) -> dict[Site, bool]:
