@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxattr as ja
 from jaxattr.features import bases, projections
-from tests.linear_map_checks import normal
+from tests.linear_map_checks import check, normal
 
 RANK = 3
 
@@ -38,3 +39,37 @@ def test_a_scale_that_is_an_einsum_is_one_group():
     featurize = assert_features_are_exact(loss, params, normal(2, 3, 4, 6))
     assert featurize.layout.names == ("dense", "norm")
     assert featurize.layout.dims == (9, 5)
+
+
+def expression(numbers, params):
+    """A weight [4, 6] that random leaves, their parts, sums and multiples make up."""
+    match numbers.choice(["leaf", "rows", "sum", "stopped", "scaled", "joined", "flipped"]):
+        case "leaf":
+            return params["wide"][:, numbers.integers(4) :][:, :6]
+        case "rows":
+            first = expression(numbers, params)
+            return jnp.concatenate([first[numbers.integers(1, 4) :], first])[:4]
+        case "sum":
+            return expression(numbers, params) - 3 * expression(numbers, params)
+        case "stopped":
+            return expression(numbers, params) + jax.lax.stop_gradient(params["tall"][:4])
+        case "scaled":
+            along = [np.arange(4.0)[:, None], np.arange(6.0)[None], np.ones((1, 1)) / 3]
+            return expression(numbers, params) * along[numbers.integers(3)]
+        case "joined":
+            parts = [params["tall"][numbers.integers(5) :][:2], params["wide"][2:, :6]]
+            return jnp.concatenate(parts if numbers.integers(2) else parts[::-1])
+        case "flipped":
+            return jnp.flip(expression(numbers, params), numbers.integers(2))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_weights_are_made_of_the_numbers_are_right(seed):
+    def loss(params, x, key):
+        del key
+        numbers = np.random.default_rng(seed)
+        y = jnp.tanh(x @ expression(numbers, params))
+        return jnp.sum(jnp.sin(y @ expression(numbers, params).T) @ params["wide"])
+
+    params = {"wide": normal(seed, 4, 9), "tall": normal(seed + 1, 7, 6)}
+    check(loss, params, normal(seed + 2, 3, 5, 4))
