@@ -41,6 +41,28 @@ def test_a_scale_that_is_an_einsum_is_one_group():
     assert featurize.layout.dims == (9, 5)
 
 
+def test_a_leaf_whose_gradient_is_stopped_is_left_out():
+    def loss(params, x, key):
+        del key
+        frozen = jax.lax.stop_gradient(params["frozen"])
+        x = x @ (frozen["kernel"] + params["delta"])
+        return jnp.sum(jnp.tanh(x + frozen["bias"][None]) ** 2)
+
+    frozen = {"kernel": normal(0, 6, 5), "bias": normal(1, 5)}
+    params, batch = {"frozen": frozen, "delta": normal(2, 6, 5)}, normal(3, 3, 4, 6)
+    featurize = assert_features_are_exact(loss, params, batch)
+    assert featurize.layout.names == ("delta",)
+    text = str(ja.describe(ja.logra(loss, rank=RANK), params, batch[0]))
+    assert text.count("excluded: its gradient is stopped") == 2
+    # Groups that the user spells out are left as they are: the features are zero.
+    labels = jax.tree.map(lambda _: "all", params)
+    whole = assert_features_are_exact(loss, params, batch, groups=labels)
+    assert dict(whole.plan.reasons)["frozen/bias"] == "its gradient is stopped"
+    stopped = lambda params, x, key: loss(jax.lax.stop_gradient(params), x, key)  # noqa: E731
+    with pytest.raises(ValueError, match="No parameter is in a group: .*gradient is stopped"):
+        two_sided(stopped, params, batch)
+
+
 def expression(numbers, params):
     """A weight [4, 6] that random leaves, their parts, sums and multiples make up."""
     match numbers.choice(["leaf", "rows", "sum", "stopped", "scaled", "joined", "flipped"]):

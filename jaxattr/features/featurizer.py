@@ -226,6 +226,8 @@ def featurize_with(
         found = linear_maps.find(at_one_draw(rule.output), params, one, key)
         if callable(groups):
             layout = groups_lib.split_layers(layout, found.stacked)
+            still = {leaf: why for leaf, why in found.exact.items() if why == linear_maps.STOPPED}
+            layout = groups_lib.leave_out(layout, still)
     plan = make_plan(layout, rule.projection, found)
     microbatch = microbatch or _default_microbatch(rule, layout, plan)
     step = _compiled_step(rule, plan, microbatch)

@@ -18,6 +18,7 @@ labelled as such. `find` says which leaves are such matrices, and why the others
 
     labels.py       names of axes, through transposes and reshapes
     views.py        arrays that are a rearranged leaf
+    sums.py         parts, sums and constant multiples of leaves
     products.py     matrix products, convolutions and look-ups: y = x W in all its layouts
     interpreter.py  the walk through the program, into jit, scan, remat and cond
     analysis.py     `find`: from the uses of a leaf to what it is
@@ -25,6 +26,7 @@ labelled as such. `find` says which leaves are such matrices, and why the others
     capturing.py    `capture`
 """
 
+from jaxattr.linear_maps.analysis import STOPPED as STOPPED
 from jaxattr.linear_maps.analysis import LinearMap as LinearMap
 from jaxattr.linear_maps.analysis import LinearMaps as LinearMaps
 from jaxattr.linear_maps.capturing import Captured as Captured
