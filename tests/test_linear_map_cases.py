@@ -283,6 +283,61 @@ CASES = {
         lambda p, e: (p["w"][e["ids"]] + e["x"]) @ p["w"].T,
         {"w": "tied 7 6"},
     ),
+    "positions": (
+        {"w": (4, 6), "v": (6, 5)},
+        lambda p, e: jnp.tanh(e["x"] + p["w"]) @ p["v"],
+        {"w": "embedding 4 6", "v": "dense 6 5"},
+    ),
+    "positions, more than are used": (
+        {"w": (1, 9, 6), "v": (7, 6), "b": (6,)},
+        lambda p, e: jnp.tanh(p["w"][:, 2:6] + p["v"][e["ids"]][None] + p["b"]),
+        {"w": "embedding 9 6", "v": "embedding 7 6", "b": "used by add"},
+    ),
+    "positions on top of a product": (
+        {"w": (6, 5), "p": (4, 5)},
+        lambda p, e: e["x"] @ p["w"] + p["p"],
+        {"w": "dense 6 5", "p": "embedding 4 5"},
+    ),
+    "positions on top of a product in another shape": (
+        {"w": (3, 3, 4, 6), "p": (1, 25, 6), "b": (6,)},
+        lambda p, e: (image_conv()(p, e) + p["b"]).reshape(1, 25, 6) + p["p"],
+        {"w": "conv 36 6 b", "p": "embedding 25 6"},
+    ),
+    "positions in each head": (
+        {"w": (4, 3)},
+        lambda p, e: e["x"].reshape(4, 2, 3) + p["w"][:, None],
+        {"w": "embedding 4 3"},
+    ),
+    "positions, scaled": (
+        {"w": (4, 6)},
+        lambda p, e: e["x"] + 0.3 * p["w"] * np.arange(1.0, 7)[None],
+        {"w": "embedding 4 6"},
+    ),
+    "positions, joined": (
+        {"w": (1, 6), "v": (3, 6)},
+        lambda p, e: e["x"] + jnp.concatenate([p["w"], p["v"]]),
+        {"w": "used by add", "v": "used by add"},
+    ),
+    "positions along two axes": (
+        {"w": (5, 1, 4), "v": (1, 5, 4)},
+        lambda p, e: e["image"] + p["w"] + p["v"],
+        {"w": "embedding 5 4", "v": "embedding 5 4"},
+    ),
+    "positions in each layer": (
+        {"w": (2, 4, 6)},
+        lambda p, e: jax.lax.scan(lambda x, w: (jnp.tanh(x + w), None), e["x"], p["w"])[0],
+        {"w": "embedding 4 6 x2"},
+    ),
+    "positions that are also looked up": (
+        {"w": (7, 6)},
+        lambda p, e: jnp.tanh(e["x"] + p["w"][:4]) + p["w"][e["ids"]],
+        {"w": "embedding 7 6"},
+    ),
+    "attention bias": (
+        {"w": (2, 4, 3)},
+        lambda p, e: e["x"].reshape(2, 4, 3) + p["w"],
+        {"w": "embedding 8 3"},
+    ),
     "conv": ({"w": (3, 3, 4, 5)}, image_conv(), {"w": "conv 36 5"}),
     "conv, strided and padded": (
         {"w": (3, 2, 4, 5)},
@@ -535,6 +590,18 @@ CASES = {
         lambda p, e: e["x"] @ (p["w"] - 2 * p["v"]),
         {"w": "dense 6 5", "v": "dense 6 5"},
     ),
+    "sum of two that are repeated": (
+        {"w": (6, 1), "v": (1, 5)},
+        lambda p, e: e["x"] @ (p["w"] + p["v"]),
+        {"w": "used by dot_general", "v": "used by dot_general"},
+    ),
+    "repeated by a constant": (
+        {"w": (6, 1), "v": (1, 6)},
+        lambda p, e: (
+            jnp.sin(e["x"] @ (p["w"] * np.arange(5.0)[None])) @ (jnp.zeros((5, 1)) + p["v"])
+        ),
+        {"w": "used by mul", "v": "used by dot_general"},
+    ),
     "symmetric": (
         {"w": (6, 6)},
         lambda p, e: e["x"] @ (p["w"] + p["w"].T),
@@ -761,7 +828,7 @@ CASES = {
     "bias along positions": (
         {"w": (6, 4), "b": (4,)},
         lambda p, e: e["x"] @ p["w"] + p["b"][:, None],
-        {"w": "dense 6 4", "b": "added to products, but not .*"},
+        {"w": "dense 6 4", "b": "used by add"},
     ),
     "bias that is also used elsewhere": (
         {"w": (6, 5), "b": (5,)},

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from jaxattr.linear_maps import products, sums, views
+from jaxattr.linear_maps import labels, products, sums, views
 from jaxattr.linear_maps.labels import Dims
 from jaxattr.linear_maps.products import Product
 from jaxattr.linear_maps.sums import Sum, views_of
@@ -168,15 +168,27 @@ def _used(
         return [scaled], {}
     if isinstance(operand, Sum):
         return _product_with_sum(eqn, operand, args, number, results[0], walk)
+    adds = eqn.primitive.name in ("add", "add_any")
+    if adds and _may_be_bias(operand, args[1 - number]):
+        return (results, {}) if walk.visitor.added(operand, args[1 - number]) else None
+    operand = operand.spread(results[0].shape) if adds else operand
     if product := products.describe(eqn, operand, number):
         x = plain(args[product.operand])
         y, taps = walk.visitor.product(operand, product, x, results[0], walk)
-        return [y], taps
-    if eqn.primitive.name in ("add", "add_any") and not operand.scales:
-        other = args[1 - number]
-        if isinstance(other, Output) and walk.visitor.added(operand, other):
-            return results, {}
+        return [plain(y) if adds else y], taps
     return None
+
+
+def _may_be_bias(view: View, other: Any) -> bool:
+    """Whether a leaf is added to a product, and along no axis that only numbers positions."""
+    return (
+        isinstance(other, Output)
+        and not view.scales
+        and not any(
+            labels.extent(dim) > 1 and not labels.axes(result) and labels.axes(dim)
+            for dim, result in zip(view.dims, other.dims, strict=True)
+        )
+    )
 
 
 def _product_with_sum(

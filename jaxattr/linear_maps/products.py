@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jax.lax import GatherScatterMode
 
-from jaxattr.linear_maps.labels import Dim, Dims, Label, extent, flat, ordered, rearrange
+from jaxattr.linear_maps.labels import Dim, Dims, Label, axes, extent, flat, ordered, rearrange
 from jaxattr.linear_maps.views import Factors, View, aval
 from jaxattr.scales import widest
 
@@ -159,6 +159,20 @@ class _Lookup(Product):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rows(Product):
+    """Rows that are added to the operand, each at its own place: those that are looked up there."""
+
+    kind: str = "embedding"
+
+    def inputs(self, x: jax.Array) -> jax.Array:
+        rows = extent(self.ins)
+        return jnp.tile(jnp.arange(rows), extent(self.positions) // rows)
+
+    def project(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        return jnp.tile(matrix, (extent(self.positions) // extent(self.ins), 1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Conv(Product):
     """A convolution; each feature group of each output position counts as a position.
 
@@ -239,6 +253,8 @@ def describe(eqn: JaxprEqn, view: View, number: int) -> Product | None:
         "conv_general_dilated": _convolution,
         "gather": _gather,
         "dynamic_slice": _dynamic_slice,
+        "add": _addition,
+        "add_any": _addition,
     }
     rule = rules.get(eqn.primitive.name)
     return rule(eqn, view, number) if rule else None
@@ -340,6 +356,29 @@ def _dynamic_slice(eqn: JaxprEqn, view: View, number: int) -> Product | None:
     y = tuple(() if i == rows[0] else dim for i, dim in enumerate(view.dims))
     y_axes = tuple(None if i == rows[0] else i for i in range(len(shape)))
     return _lookup(eqn, view, rows[0], y, (), 1 + rows[0], None, "clip", y_axes)
+
+
+def _addition(eqn: JaxprEqn, view: View, number: int) -> Product | None:
+    """Learned positions: the leaf's last axis is added at the places that the others number."""
+    digits = ordered(label for label in flat(view.dims) if label.of_leaf)
+    last = axes(digits)[-1:]
+    outs = tuple(label for label in digits if label.axis in last)
+    ins = digits[: len(digits) - len(outs)]
+    if extent(ins) == 1 or extent(outs) == 1:
+        return None
+    rows = {label: label._replace(axis=("row", label.axis)) for label in ins}
+    y = tuple(tuple(rows.get(label, label) for label in dim) for dim in view.dims)
+    copies = [label for label in flat(view.dims) if not label.of_leaf]
+    return _Rows(
+        operand=1 - number,
+        y=y,
+        ins=ins,
+        outs=outs,
+        positions=(*copies, *rows.values()),
+        dtype=aval(eqn.outvars[0]).dtype,
+        x_axes=(None,) * len(view.dims),
+        y_axes=tuple(range(len(view.dims))),
+    )
 
 
 def _lookup(

@@ -65,11 +65,12 @@ def join(eqn: JaxprEqn, args: Sequence[Any], result: jax.Array) -> Sum | None:
     """Adds or concatenates views, sums and constants; None where the equation does not."""
     if not all(isinstance(arg, View | Sum | Constant) for arg in args):
         return None
-    if eqn.primitive.name in ("add", "add_any"):
-        return _sum(result, [term for arg in args for term in views_of(arg)])
-    if eqn.primitive.name == "sub":
-        minus = [x.scaled(result, jnp.array(-1, result.dtype), ()) for x in views_of(args[1])]
-        return _all(result, [*views_of(args[0]), *minus])
+    if eqn.primitive.name in ("add", "add_any", "sub"):
+        first, second = ([x.spread(result.shape) for x in views_of(arg)] for arg in args)
+        minus = jnp.array(-1, result.dtype)
+        if eqn.primitive.name == "sub":
+            return _all(result, [*first, *(x.scaled(result, minus, ()) for x in second)])
+        return _sum(result, [*first, *second])
     if eqn.primitive.name not in ("concatenate", "stack"):
         return None
     is_new = eqn.primitive.name == "stack"
@@ -106,9 +107,8 @@ def multiply(
             return None
         by = Constant(value=1 / by.value, axes=by.axes)
     factor = jnp.asarray(by.value, result.dtype)
-    if isinstance(operand, View):
-        return operand.scaled(result, factor, by.axes)
-    return _all(result, [term.scaled(result, factor, by.axes) for term in operand.terms])
+    terms = [x.spread(result.shape).scaled(result, factor, by.axes) for x in views_of(operand)]
+    return terms[0] if isinstance(operand, View) else _all(result, terms)
 
 
 def untouched(eqn: JaxprEqn, args: Sequence[Any], results: Sequence[jax.Array]) -> list[Any]:

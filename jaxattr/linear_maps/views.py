@@ -124,13 +124,15 @@ class View:
 
         Args:
           value: the array.
-          by: what it was multiplied by: a scalar, or of the array's shape.
+          by: what it was multiplied by: a scalar, or of the array's shape where it is not 1.
           along: the axes of the array that this varies along.
         """
         margins = self.margins or ((0, 0),) * by.ndim
         for axis in range(by.ndim):
             start, size = margins[axis][0], labels_lib.extent(self.dims[axis])
-            cut = slice(start, start + size) if axis in along else slice(0, 1)
+            cut = (
+                slice(start, start + size) if axis in along and by.shape[axis] > 1 else slice(0, 1)
+            )
             by = by[(slice(None),) * axis + (cut,)]
         along = [axis for axis in along if by.shape[axis] > 1]
         source = [self.dims[axis] for axis in along]
@@ -147,6 +149,16 @@ class View:
         by = labels_lib.rearrange(by, (*source, *((label,) for label in others)), target)
         scales = (*self.scales, Scale(value=by, axes=axes))
         return dataclasses.replace(self, value=value, scales=scales)
+
+    def spread(self, shape: Sequence[int]) -> "View":
+        """The view as elementwise operations take it, which repeat axes of size one."""
+        wide = labels_lib.broadcast(self.dims, shape, range(len(shape)))
+        margins = self.margins or ((0, 0),) * len(shape)
+        dims = [
+            old if any(margin) else new
+            for old, new, margin in zip(self.dims, wide, margins, strict=True)
+        ]
+        return dataclasses.replace(self, dims=tuple(dims))
 
     def moved(
         self, value: jax.Array, dims: Dims, margins: tuple[tuple[int, int], ...] = ()
