@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import jaxattr as ja
+from jaxattr.batches import OneAtATimeWarning
 from jaxattr.features import bases, projections
-from tests.linear_map_checks import check, normal
+from tests.linear_map_checks import assert_close, check, normal
 
 RANK = 3
 
@@ -61,6 +62,32 @@ def test_a_leaf_whose_gradient_is_stopped_is_left_out():
     stopped = lambda params, x, key: loss(jax.lax.stop_gradient(params), x, key)  # noqa: E731
     with pytest.raises(ValueError, match="No parameter is in a group: .*gradient is stopped"):
         two_sided(stopped, params, batch)
+
+
+def mixture_of_experts(params, x, key):
+    del key
+    second = x[:, 0] > 0
+    x = x[jnp.argsort(second)] @ params["dense"]
+    sizes = jnp.stack([(~second).sum(), second.sum()]).astype(jnp.int32)
+    return jnp.sum(jnp.tanh(jax.lax.ragged_dot(x, params["experts"], sizes)) ** 2)
+
+
+def test_an_operation_that_cannot_be_batched_runs_one_example_at_a_time():
+    params, batch = {"dense": normal(0, 6, 4), "experts": normal(1, 2, 4, 5)}, normal(2, 3, 7, 6)
+    with pytest.warns(OneAtATimeWarning, match="ragged_dot"):
+        featurize = assert_features_are_exact(mixture_of_experts, params, batch)
+    assert dict(featurize.plan.reasons) == {"experts": "used by ragged_dot_general"}
+    exact = ja.tracin(mixture_of_experts, projection=ja.projections.identity())
+    featurize = ja.featurizer(exact, params, batch[0])
+    gradients = [jax.grad(mixture_of_experts)(params, x, None) for x in batch]
+    with pytest.warns(OneAtATimeWarning):
+        got = featurize(params, batch)
+    for leaf in params:
+        expected = np.stack([each[leaf].reshape(-1) for each in gradients])
+        assert_close(got[:, featurize.layout.slices[leaf]], expected, leaf)
+    with pytest.warns(OneAtATimeWarning):
+        index = ja.build_index(ja.ekfac(mixture_of_experts), params, batch)
+    assert np.isfinite(ja.score(index, batch)).all()
 
 
 def expression(numbers, params):
