@@ -796,7 +796,45 @@ CASES = {
     "inside a cond": (
         {"w": (6, 6), "v": (6, 5)},
         lambda p, e: jax.lax.cond(e["x"][0, 0] > 0, lambda x: x @ p["w"], jnp.sin, e["x"]) @ p["v"],
-        {"w": "used by cond", "v": "dense 6 5"},
+        {"w": "dense 6 6", "v": "dense 6 5"},
+    ),
+    "inside a cond that is known": (
+        {"w": (6, 5)},
+        lambda p, e: jax.lax.cond(
+            jnp.arange(3).sum() > 2, lambda x: x @ p["w"], lambda x: x[:, 1:] @ p["w"][1:], e["x"]
+        ),
+        {"w": "dense 6 5"},
+    ),
+    "inside a switch": (
+        {"w": (6, 5), "v": (7, 5), "u": (3, 6, 6), "b": (3, 6)},
+        lambda p, e: jax.lax.switch(
+            e["ids"].sum() % 3,
+            [
+                lambda p, x: 2 * (remat_scan({"w": p["u"], "b": p["b"]}, x) @ p["w"]),
+                lambda p, x: p["v"][e["ids"]] + x @ (p["w"][::-1] / 3),
+                lambda p, x: jnp.sin(x @ p["w"] @ p["w"].T @ p["w"]),
+            ],
+            p,
+            e["x"],
+        ),
+        {"w": "tied 6 5", "v": "embedding 7 5", "u": "dense 6 6 b x3"},
+    ),
+    "inside a cond in a scan": (
+        {"w": (3, 6, 6)},
+        lambda p, e: jax.lax.scan(
+            lambda x, w: (
+                jax.lax.cond(x[0, 0] > 0, lambda: jnp.tanh(x @ w), lambda: x @ w.T),
+                None,
+            ),
+            e["x"],
+            p["w"],
+        )[0],
+        {"w": "tied 6 6 x3"},
+    ),
+    "returned by a cond": (
+        {"w": (6, 5), "v": (6, 5)},
+        lambda p, e: e["x"] @ jax.lax.cond(e["x"][0, 0] > 0, lambda: p["w"], lambda: p["v"]),
+        {"w": "returned by a branch", "v": "returned by a branch"},
     ),
     "inside a custom_jvp": (
         {"w": (6, 5)},

@@ -12,7 +12,7 @@ import numpy as np
 from jaxattr.linear_maps import analysis
 from jaxattr.linear_maps.analysis import LinearMap, Use
 from jaxattr.linear_maps.interpreter import Taps, Walk
-from jaxattr.linear_maps.labels import Label, ordered, rearrange
+from jaxattr.linear_maps.labels import Label, extent, ordered, rearrange
 from jaxattr.linear_maps.products import Product
 from jaxattr.linear_maps.rewriting import Rewriting, arguments, chosen_leaves, evaluate, leading
 from jaxattr.linear_maps.views import View
@@ -135,7 +135,7 @@ def _gather_layers(
             to_rows = jax.vmap(to_rows)
         (left, values), right = inputs[use.site], to_rows(cotangents[use.site])
         if use.product.kind == "embedding":
-            left = left[..., None]
+            left = jnp.minimum(left, extent(use.product.ins))[..., None]
         left, right = (right, left) if use.transposed else (left, right)
         left, right = _scaled(linear_map, use, values, left, right)
         sides = zip((left, right), (linear_map.in_axes, linear_map.out_axes), strict=True)

@@ -9,6 +9,7 @@ flow that is entered (here), or the parameter is rejected: nothing passes unseen
 """
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
@@ -319,6 +320,38 @@ def _scan(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
     return [*carry, *ys], taps
 
 
+def _cond(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
+    """Each branch is entered; what it records is zero where another one is taken."""
+    branches, (index, *operands) = eqn.params["branches"], _without_outputs(args)
+    arrays = [plain(operand) for operand in operands]
+
+    def branch(number: int, everything: bool, arrays: list[Any]) -> tuple[list[Any], Taps]:
+        given = [
+            dataclasses.replace(operand, value=x) if plain(operand) is not operand else x
+            for operand, x in zip(operands, arrays, strict=True)
+        ]
+        inside = walk.at(number)
+        results, taps = _evaluate_inside(branches[number], given, inside)
+        for result in results:
+            _reject(result, "returned by a branch", inside)
+        others = {site: jax.tree.map(_nothing, tap) for site, tap in recorded.items()}
+        return [plain(result) for result in results], (others | taps) if everything else taps
+
+    recorded: Taps = {}
+    for number in range(len(branches)):
+        trial = functools.partial(branch, number, False)
+        recorded |= jax.eval_shape(trial, arrays)[1]
+    entered = [functools.partial(branch, number, True) for number in range(len(branches))]
+    return jax.lax.switch(plain(index), entered, arrays)
+
+
+def _nothing(shape: Any) -> jax.Array:
+    """Stands for what was not recorded: zero, or an id of no row."""
+    dtype = shape.dtype
+    whole = jnp.issubdtype(dtype, jnp.integer)
+    return jnp.full(shape.shape, jnp.iinfo(dtype).max if whole else 0, dtype)
+
+
 def _known(value: Any) -> View | None:
     """A view without its arrays, for comparison."""
     return value.outline() if isinstance(value, View) and not value.scales else None
@@ -357,4 +390,5 @@ _ENTERED: dict[str, Callable[[JaxprEqn, list[Any], Walk], tuple[list[Any], Taps]
     "remat": _remat,
     "remat2": _remat,
     "scan": _scan,
+    "cond": _cond,
 }
