@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxattr import linear_maps
 from tests import architectures
 from tests.linear_map_checks import case_batch, check, normal
 
@@ -79,6 +80,31 @@ def gated(p, h, x):
     i, f = jnp.split(gates + jnp.concatenate([p["b"], p["b"]]), 2)
     h = jax.nn.sigmoid(f) * h + jnp.tanh(i)
     return h, h
+
+
+@jax.custom_vjp
+def sign_flipped(x, weight):
+    """Its derivative in x is not that of a product, so that the rule must be seen to be kept."""
+    return x @ weight
+
+
+sign_flipped.defvjp(
+    lambda x, w: (x @ w, (x, w)), lambda saved, g: (-g @ saved[1].T, saved[0].T @ g)
+)
+DECLARED = linear_maps.linear_map(sign_flipped, x=0, w=1)
+
+
+def declared_with_more(scale, weight, bias, e):
+    def product(scale, *, weight, x, bias):
+        return scale * bias + sign_flipped(x, weight)
+
+    product = linear_maps.linear_map(product, x="x", w="weight")
+    return product(scale, weight=weight, x=e["x"][:, :2], bias=bias)
+
+
+def straight_through(w):
+    unit = jax.lax.stop_gradient(jnp.abs(w).max() / 7)
+    return w + jax.lax.stop_gradient(jnp.clip(jnp.round(w / unit), -7, 7) * unit - w)
 
 
 MASK = np.ones((3, 3, 4, 5))
@@ -732,7 +758,27 @@ CASES = {
     "straight through": (
         {"w": (6, 5)},
         lambda p, e: e["x"] @ (p["w"] + jax.lax.stop_gradient(jnp.round(p["w"]) - p["w"])),
-        {"w": "used by round"},
+        {"w": "dense 6 5"},
+    ),
+    "straight through, in units of the largest": (
+        {"w": (6, 5)},
+        lambda p, e: e["x"] @ straight_through(p["w"]),
+        {"w": "dense 6 5"},
+    ),
+    "rounded in a jit": (
+        {"w": (6, 5), "v": (6, 5)},
+        lambda p, e: e["x"] @ (p["v"] - jax.jit(lambda w: jnp.sign(w) * jnp.floor(w))(p["w"])),
+        {"w": "its gradient is stopped", "v": "dense 6 5"},
+    ),
+    "computed for nothing": (
+        {"w": (6, 5), "v": (6, 5)},
+        lambda p, e: (e["x"] @ jnp.sin(p["w"]), e["x"] @ p["v"])[1],
+        {"w": "never used", "v": "dense 6 5"},
+    ),
+    "an index that a leaf decides on": (
+        {"w": (6, 5), "v": (6, 5)},
+        lambda p, e: e["x"] @ jnp.take(p["v"], jnp.argmax(p["w"][:3], axis=1), axis=1)[:, :1],
+        {"w": "its gradient is stopped", "v": "embedding 5 6"},
     ),
     # Uses that are not covered: the leaf falls back whole, and its neighbour does not.
     "weight decay": (
@@ -797,6 +843,40 @@ CASES = {
         {"w": (6, 6), "v": (6, 5)},
         lambda p, e: jax.lax.cond(e["x"][0, 0] > 0, lambda x: x @ p["w"], jnp.sin, e["x"]) @ p["v"],
         {"w": "dense 6 6", "v": "dense 6 5"},
+    ),
+    "declared": (
+        {"w": (6, 5), "b": (5,)},
+        lambda p, e: linear_maps.linear_map(sign_flipped, x=0, w="weight")(e["x"], p["w"]) + p["b"],
+        {"w": "dense 6 5 b"},
+    ),
+    "declared, with more arguments": (
+        {"w": (6, 5), "b": (5,)},
+        lambda p, e: declared_with_more(e["x"][0, 0], p["w"][::-1][2:4], p["b"], e),
+        {"w": "dense 6 5", "b": "passed to a declared linear map, .*"},
+    ),
+    "declared, in a scan with remat": (
+        {"w": (3, 6, 12)},
+        lambda p, e: jax.lax.scan(
+            jax.checkpoint(lambda x, w: (DECLARED(x, w[:, :6]) * DECLARED(x, w[:, 6:]), None)),
+            e["x"],
+            p["w"],
+        )[0],
+        {"w": "dense 6 12 x3"},
+    ),
+    "declared, in a vmap": (
+        {"w": (6, 5)},
+        lambda p, e: jax.vmap(lambda x: DECLARED(x[None], p["w"]))(e["x"]),
+        {"w": "used by custom_vjp_call"},
+    ),
+    "declared, of another shape": (
+        {"w": (6, 5)},
+        lambda p, e: linear_maps.linear_map(lambda x, w: (x @ w).sum(), x=0, w=1)(e["x"], p["w"]),
+        {"w": "dense 6 5"},
+    ),
+    "declared, but its weight is the other operand": (
+        {"w": (4, 6), "v": (6, 5)},
+        lambda p, e: DECLARED(jnp.sin(p["w"]), p["v"]) @ DECLARED(e["x"].T @ e["x"], p["v"]).T,
+        {"w": "used by sin", "v": "dense 6 5"},
     ),
     "inside a cond that is known": (
         {"w": (6, 5)},

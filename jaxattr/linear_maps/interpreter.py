@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from jaxattr.linear_maps import labels, products, sums, views
+from jaxattr.linear_maps import declaring, labels, products, sums, views
 from jaxattr.linear_maps.labels import Dims
 from jaxattr.linear_maps.products import Product
 from jaxattr.linear_maps.sums import Sum, views_of
@@ -123,25 +123,52 @@ def evaluate(
     known = [c if isinstance(c, View | Sum | Constant) else sums.constant(c) for c in consts]
     for v, value in zip((*jaxpr.constvars, *jaxpr.invars), (*known, *args), strict=True):
         write(v, value)
+    live, computed = _live(jaxpr, gradients=True), _live(jaxpr, gradients=False)
     for number, eqn in enumerate(jaxpr.eqns):
-        results, recorded = _equation(eqn, [read(v) for v in eqn.invars], walk.at(number))
+        values = [read(v) for v in eqn.invars]
+        if eqn.primitive.name in _STOPS or live.isdisjoint(eqn.outvars):
+            is_used = not computed.isdisjoint(eqn.outvars)
+            values = [_still(value, walk.visitor if is_used else None) for value in values]
+        results, recorded = _equation(eqn, values, walk.at(number))
         taps.update(recorded)
         for v, value in zip(eqn.outvars, results, strict=True):
             write(v, value)
     return [read(v) for v in jaxpr.outvars], taps
 
 
+def _live(jaxpr: Jaxpr, gradients: bool) -> set[Var]:
+    """The variables that the results depend on, or that a gradient of the results may reach."""
+    live = {v for v in jaxpr.outvars if isinstance(v, Var)}
+    for eqn in reversed(jaxpr.eqns):
+        if live.isdisjoint(eqn.outvars) or (gradients and eqn.primitive.name in _STOPS):
+            continue
+        needed = {v for v in eqn.invars if isinstance(v, Var)}
+        if gradients:
+            needed = {v for v in needed if jnp.issubdtype(views.aval(v).dtype, jnp.inexact)}
+        live |= needed
+    return live
+
+
+def _still(value: Any, visitor: "Visitor | None") -> Any:
+    """A value whose gradient is zero from here on."""
+    for view in views_of(value) if visitor else ():
+        visitor.stopped(view)  # type: ignore[union-attr]
+    return sums.constant(plain(value)) if views_of(value) else value
+
+
 def _equation(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
     found = [i for i, arg in enumerate(args) if isinstance(arg, View | Sum)]
     if not found:
         return _untouched(eqn, args), {}
-    if enter := _ENTERED.get(eqn.primitive.name):
+    declared = bool(views_of(args[-1])) and declaring.is_declared(eqn)
+    if declared:
+        for i in found[:-1]:
+            _reject(args[i], "passed to a declared linear map, and not as its weight", walk)
+            args[i] = plain(args[i])
+        found = found[-1:]
+    elif enter := _ENTERED.get(eqn.primitive.name):
         return enter(eqn, args, walk)
     results = _bind(eqn, args)
-    if eqn.primitive.name == "stop_gradient":
-        for view in views_of(args[0]):
-            walk.visitor.stopped(view)
-        return [sums.constant(results[0])], {}
     if not any(view.lost for i in found for view in views_of(args[i])):
         if joined := sums.join(eqn, args, results[0]):
             return [joined], {}
@@ -226,6 +253,10 @@ def _without_expressions(eqn: JaxprEqn, args: list[Any], found: list[int], walk:
                 walk.visitor.reject(view, f"used by dot_general with {args[bare[0]].leaf}")
             args[i] = plain(args[i])
     return bare
+
+
+_STOPS = frozenset({"stop_gradient", "round", "floor", "ceil", "sign"})
+"""Operations whose derivative is zero."""
 
 
 def plain(value: Any) -> Any:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jax.lax import GatherScatterMode
 
+from jaxattr.linear_maps import declaring
 from jaxattr.linear_maps.labels import Dim, Dims, Label, axes, extent, flat, ordered, rearrange
 from jaxattr.linear_maps.views import Factors, View, aval
 from jaxattr.scales import widest
@@ -255,13 +256,29 @@ def describe(eqn: JaxprEqn, view: View, number: int) -> Product | None:
         "dynamic_slice": _dynamic_slice,
         "add": _addition,
         "add_any": _addition,
+        "jit": _declared,
+        "pjit": _declared,
     }
     rule = rules.get(eqn.primitive.name)
     return rule(eqn, view, number) if rule else None
 
 
+def _declared(eqn: JaxprEqn, view: View, number: int) -> Product | None:
+    """The product of the last two operands: the last axis of x, the first of the weight."""
+    x = len(eqn.invars) - 2
+    if number != x + 1 or not declaring.is_declared(eqn):
+        return None
+    contracting = ((len(aval(eqn.invars[x]).shape) - 1,), (0,))
+    return _dense(eqn, view, 1, x, (contracting, ((), ())))
+
+
 def _dot_general(eqn: JaxprEqn, view: View, number: int) -> Product | None:
-    contracting, batch = eqn.params["dimension_numbers"]
+    return _dense(eqn, view, number, 1 - number, eqn.params["dimension_numbers"])
+
+
+def _dense(eqn: JaxprEqn, view: View, number: int, operand: int, dimensions: Any) -> Product | None:
+    """A product with dimension numbers of a `dot_general`, in which the view has this number."""
+    contracting, batch = dimensions
     mine = (*batch[number], *contracting[number])
     theirs = (*batch[1 - number], *contracting[1 - number])
     rest = [i for i in range(len(view.dims)) if i not in mine]
@@ -272,14 +289,14 @@ def _dot_general(eqn: JaxprEqn, view: View, number: int) -> Product | None:
     if extent(ins) == extent(outs) == 1 < extent(flat(view.dims)):
         return None  # a scale that is written as an einsum: as a map, each entry were a layer
     shared = tuple(view.dims[i] for i in batch[number])
-    shape = aval(eqn.invars[1 - number]).shape
+    shape = aval(eqn.invars[operand]).shape
     paired = {other: view.dims[i] for i, other in zip(mine, theirs, strict=True)}
     x = tuple(paired.get(i, _new(i, size)) for i, size in enumerate(shape))
     free = tuple(x[i] for i in range(len(x)) if i not in theirs)
     kept = tuple(view.dims[i] for i in rest)
     order = (*batch[number], *(rest if number == 0 else (None,) * len(free)), *rest)
     return _Dense(
-        operand=1 - number,
+        operand=operand,
         x=x,
         y=(*shared, *kept, *free) if number == 0 else (*shared, *free, *kept),
         ins=ordered(ins),
@@ -416,4 +433,4 @@ def _new(number: int, size: int) -> Dim:
 
 
 def _compute_dtype(eqn: JaxprEqn) -> Any:
-    return widest(*(aval(v).dtype for v in eqn.invars))
+    return widest(*(aval(v).dtype for v in eqn.invars[-2:]))
