@@ -628,6 +628,69 @@ CASES = {
         ),
         {"w": "used by mul", "v": "used by dot_general"},
     ),
+    "product of two leaves": (
+        {"w": (6, 2), "v": (2, 5)},
+        lambda p, e: e["x"] @ (p["w"] @ p["v"]),
+        {"w": "dense 6 2", "v": "dense 2 5"},
+    ),
+    "gram matrix": (
+        {"w": (6, 5)},
+        lambda p, e: e["x"] @ p["w"] @ (p["w"].T @ p["w"]),
+        {"w": "tied 6 5"},
+    ),
+    "low-rank adapter, merged": (
+        {"w": (6, 5), "a": (6, 2), "b": (2, 5), "bias": (5,)},
+        lambda p, e: e["x"] @ (p["w"] + 0.3 * (p["a"] @ p["b"])) + p["bias"],
+        {"w": "dense 6 5", "a": "dense 6 2", "b": "dense 2 5", "bias": "used by add"},
+    ),
+    "low-rank adapter, merged into what is frozen, used both ways": (
+        {"w": (6, 5), "a": (2, 6), "b": (5, 2)},
+        lambda p, e: (lambda w: jnp.tanh(w @ e["x"].T).T @ w)(
+            jax.lax.stop_gradient(p["w"]).T - p["b"] @ p["a"][::-1] / 2
+        ),
+        {"w": "its gradient is stopped", "a": "tied 6 2", "b": "tied 2 5"},
+    ),
+    "low-rank adapter of heads": (
+        {"w": (6, 2, 3), "a": (6, 4), "b": (4, 2, 3)},
+        lambda p, e: jnp.einsum(
+            "ti,ihk->htk", e["x"], p["w"] + jnp.einsum("ir,rhk->ihk", p["a"], p["b"])
+        ),
+        {"w": "dense 6 6", "a": "dense 6 4", "b": "dense 4 6"},
+    ),
+    "low-rank adapter over two axes": (
+        {"a": (2, 3, 6), "b": (3, 5, 2), "w": (5, 6)},
+        lambda p, e: e["x"] @ (jnp.einsum("rsi,sor->oi", p["a"], p["b"]) + p["w"]).T,
+        {"a": "dense 6 6", "b": "dense 6 5", "w": "dense 6 5"},
+    ),
+    "low-rank adapter in a scan": (
+        {"w": (3, 6, 6), "a": (3, 6, 2), "b": (3, 2, 6)},
+        lambda p, e: jax.lax.scan(
+            jax.checkpoint(lambda x, w: (jnp.tanh(x @ (w[0] + w[1] @ w[2])), None)),
+            e["x"],
+            (p["w"], p["a"], p["b"]),
+        )[0],
+        {"w": "dense 6 6 x3", "a": "dense 6 2 x3", "b": "dense 2 6 x3"},
+    ),
+    "product of three leaves": (
+        {"u": (6, 3), "w": (3, 2), "v": (2, 5)},
+        lambda p, e: e["x"] @ (p["u"] @ p["w"] @ p["v"]),
+        {"u": "used by dot_general with v", "w": "used by dot_general with v", "v": "dense 2 5"},
+    ),
+    "product of two leaves, only a part of it": (
+        {"w": (6, 2), "v": (2, 5), "u": (5, 5)},
+        lambda p, e: e["x"] @ (p["w"] @ p["v"])[:, ::-1] @ p["u"],
+        {"w": "used by rev", "v": "used by rev", "u": "dense 5 5"},
+    ),
+    "product of two leaves that is no matrix": (
+        {"w": (4, 2), "v": (2, 6), "u": (6, 5)},
+        lambda p, e: (e["x"] + p["w"] @ p["v"]) @ p["u"],
+        {"w": "used by add", "v": "used by add", "u": "dense 6 5"},
+    ),
+    "product of two leaves as a kernel": (
+        {"w": (3, 3, 4, 2), "v": (2, 5)},
+        lambda p, e: image_conv()({"w": jnp.einsum("abir,ro->abio", p["w"], p["v"])}, e),
+        dict.fromkeys("wv", "used by conv_general_dilated"),
+    ),
     "symmetric": (
         {"w": (6, 6)},
         lambda p, e: e["x"] @ (p["w"] + p["w"].T),
@@ -791,20 +854,10 @@ CASES = {
         lambda p, e: e["x"] @ (p["w"] / jnp.linalg.norm(p["w"])) @ p["v"],
         {"w": "used by (mul|div|square).*", "v": "dense 5 5"},
     ),
-    "gram matrix": (
-        {"w": (6, 5)},
-        lambda p, e: e["x"] @ p["w"] @ (p["w"].T @ p["w"]),
-        {"w": "used by dot_general with itself"},
-    ),
     "singular values": (
         {"w": (6, 5)},
         lambda p, e: e["x"] @ p["w"] / jnp.linalg.svd(p["w"], compute_uv=False)[0],
         {"w": "used by .*"},
-    ),
-    "product of two leaves": (
-        {"w": (6, 2), "v": (2, 5)},
-        lambda p, e: e["x"] @ (p["w"] @ p["v"]),
-        {"w": "used by dot_general with v", "v": "used by dot_general with w"},
     ),
     "elementwise": ({"w": (4, 6)}, lambda p, e: p["w"] * e["x"], {"w": "used by mul"}),
     "part of an axis": (

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 import jaxattr as ja
+from jaxattr import linear_maps
 from jaxattr.batches import OneAtATimeWarning
 from jaxattr.features import bases, projections
-from tests.linear_map_checks import assert_close, check, normal
+from tests.linear_map_checks import assert_close, check, exact_matrices, jit, normal, random_bases
 
 RANK = 3
 
@@ -88,6 +89,33 @@ def test_an_operation_that_cannot_be_batched_runs_one_example_at_a_time():
     with pytest.warns(OneAtATimeWarning):
         index = ja.build_index(ja.ekfac(mixture_of_experts), params, batch)
     assert np.isfinite(ja.score(index, batch)).all()
+
+
+def test_mixed_derivatives_through_weight_expressions():
+    """The derivative of dL/dZ along a direction of the parameters is A^T (H v) B here too."""
+
+    def loss(params, x, key):
+        del key
+        x = jnp.tanh(x @ (params["w"] + params["a"] @ params["b"] / 2)[::-1])
+        return jnp.sum(jnp.sin(x @ jnp.concatenate([params["w"].T, 3 * params["v"]], 1)) ** 2)
+
+    shapes = {"w": (6, 5), "a": (6, 2), "b": (2, 5), "v": (5, 3)}
+    params = {leaf: normal(i, *shape) / 2 for i, (leaf, shape) in enumerate(shapes.items())}
+    x = normal(9, 4, 6)
+    found = linear_maps.find(loss, params, x)
+    assert set(found.maps) == set(shapes)
+    bases = random_bases(found.maps)
+    z = linear_maps.zeros(found, bases)
+    rewritten = linear_maps.bottleneck(loss, params, x)
+
+    def both(params):
+        projected = jax.grad(rewritten, argnums=2)(params, bases, z, x)
+        return projected, exact_matrices(found, jax.grad(loss)(params, x, None))
+
+    direction = jax.tree.map(np.cos, params)
+    got, exact = jit(lambda p, v: jax.jvp(both, (p,), (v,))[1])(params, direction)
+    for leaf, (a, b) in bases.items():
+        assert_close(got[leaf], a.T @ exact[leaf] @ b, leaf)
 
 
 def expression(numbers, params):

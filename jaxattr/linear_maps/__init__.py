@@ -19,6 +19,7 @@ labelled as such. `find` says which leaves are such matrices, and why the others
     labels.py       names of axes, through transposes and reshapes
     views.py        arrays that are a rearranged leaf
     sums.py         parts, sums and constant multiples of leaves
+    chains.py       products of two leaves, which are a matrix together
     declaring.py    products that the user declares to be linear maps
     products.py     matrix products, convolutions and look-ups: y = x W in all its layouts
     interpreter.py  the walk through the program, into jit, scan, remat and cond

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from jaxattr.linear_maps import declaring, labels, products, sums, views
+from jaxattr.linear_maps import chains, declaring, labels, products, sums, views
+from jaxattr.linear_maps.chains import Chain, Steps
 from jaxattr.linear_maps.labels import Dims
 from jaxattr.linear_maps.products import Product
 from jaxattr.linear_maps.sums import Sum, views_of
@@ -170,9 +171,9 @@ def _equation(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Ta
         return enter(eqn, args, walk)
     results = _bind(eqn, args)
     if not any(view.lost for i in found for view in views_of(args[i])):
+        found = _without_expressions(eqn, args, found, walk)
         if joined := sums.join(eqn, args, results[0]):
             return [joined], {}
-        found = _without_expressions(eqn, args, found, walk)
         used = _used(eqn, args, found[0], results, walk) if len(found) == 1 else None
         if used is not None:
             return used
@@ -232,6 +233,12 @@ def _product_with_sum(
         if narrowed is None:
             return None
         parts.append((view, product, narrowed))
+    both = []
+    for chain in operand.chains:
+        steps = chains.steps(eqn, chain, number)
+        if steps is None:
+            return None
+        both.append((chain, steps))
     taps: Taps = {}
     for i, (view, product, (x, padding)) in enumerate(parts):
         shape = [size - low - high for size, (low, high, _) in zip(y.shape, padding, strict=True)]
@@ -239,7 +246,40 @@ def _product_with_sum(
         part, recorded = walk.visitor.product(view, product, x, nothing, walk.at(i))
         y = y + jax.lax.pad(plain(part), jnp.zeros((), y.dtype), padding)
         taps.update(recorded)
+    for i, (chain, steps) in enumerate(both, start=len(parts)):
+        part, recorded = _product_with_chain(chain, steps, plain(args[1 - number]), walk.at(i))
+        y = y + part.astype(y.dtype)
+        taps.update(recorded)
     return [y], taps
+
+
+def _product_with_chain(
+    chain: Chain, steps: Steps, x: jax.Array, walk: Walk
+) -> tuple[jax.Array, Taps]:
+    """What the two leaves of x (a b) add to it: that of a goes through b, that of b sees x a."""
+    first, second = chain.views[steps.first], chain.views[1 - steps.first]
+    between = jax.lax.dot_general(x, first.value, steps.of_first)
+    part, taps = _nothing_but(first, x, steps.of_first, walk.at(0))
+    through = jax.lax.dot_general(part, second.value, steps.of_second)
+    part, recorded = _nothing_but(second, between, steps.of_second, walk.at(1))
+    y = (through + part).transpose(steps.order)
+    for scale in chain.scales:
+        y = y * scale
+    return y, taps | recorded
+
+
+def _nothing_but(view: View, x: jax.Array, dimensions: Any, walk: Walk) -> tuple[jax.Array, Taps]:
+    """What the visitor adds to a product of x with a leaf, without the product."""
+    multiply = functools.partial(jax.lax.dot_general, dimension_numbers=dimensions)
+    (eqn,) = jax.make_jaxpr(multiply)(x, view.value).eqns
+    product = products.describe(eqn, view, 1)
+    result = views.aval(eqn.outvars[0])
+    if product is None:
+        walk.visitor.reject(view, "used by dot_general")
+        return jnp.zeros(result.shape, result.dtype), {}
+    nothing = jnp.zeros(result.shape, result.dtype)
+    y, taps = walk.visitor.product(view, product, x, nothing, walk)
+    return plain(y), taps
 
 
 def _without_expressions(eqn: JaxprEqn, args: list[Any], found: list[int], walk: Walk) -> list[int]:

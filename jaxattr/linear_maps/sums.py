@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from jaxattr.linear_maps import views
+from jaxattr.linear_maps import chains, views
+from jaxattr.linear_maps.chains import Chain
 from jaxattr.linear_maps.views import Constant, View
 
 
@@ -25,16 +26,18 @@ class Sum:
     Attributes:
       value: the array.
       terms: the views, without values of their own.
+      chains: products of two views, as further terms.
     """
 
     value: Any
     terms: tuple[View, ...]
+    chains: tuple[Chain, ...] = ()
 
 
 def views_of(value: Any) -> tuple[View, ...]:
     """Returns the views that an array is made of."""
     if isinstance(value, Sum):
-        return value.terms
+        return (*value.terms, *(view for chain in value.chains for view in chain.views))
     return (value,) if isinstance(value, View) else ()
 
 
@@ -52,27 +55,40 @@ def follow(eqn: JaxprEqn, operand: View | Sum, results: Sequence[jax.Array]) -> 
     if isinstance(operand, View):
         return views.follow(eqn, operand, results)
     moved = [views.follow(eqn, term, results) for term in operand.terms]
-    if any(pieces is None for pieces in moved):
+    products = [chain.followed(eqn) for chain in operand.chains]
+    if any(pieces is None for pieces in (*moved, *products)):
         return None
     by_result = [[pieces[i] for pieces in moved if pieces] for i in range(len(results))]
     return [
-        _sum(result, [piece for piece in pieces if piece is not None])
+        _sum(result, [*(piece for piece in pieces if piece is not None), *products])
         for result, pieces in zip(results, by_result, strict=True)
     ]
 
 
 def join(eqn: JaxprEqn, args: Sequence[Any], result: jax.Array) -> Sum | None:
-    """Adds or concatenates views, sums and constants; None where the equation does not."""
+    """Adds, concatenates or multiplies views, sums and constants; None where an equation does not.
+
+    A product is one of two views.
+    """
     if not all(isinstance(arg, View | Sum | Constant) for arg in args):
         return None
-    if eqn.primitive.name in ("add", "add_any", "sub"):
-        first, second = ([x.spread(result.shape) for x in views_of(arg)] for arg in args)
-        minus = jnp.array(-1, result.dtype)
-        if eqn.primitive.name == "sub":
-            return _all(result, [*first, *(x.scaled(result, minus, ()) for x in second)])
-        return _sum(result, [*first, *second])
-    if eqn.primitive.name not in ("concatenate", "stack"):
-        return None
+    name = eqn.primitive.name
+    if name == "dot_general":
+        found = chains.chain(eqn, args)
+        return _all(result, [found])
+    if name in ("add", "add_any", "sub"):
+        second = _terms(args[1])
+        if name == "sub":
+            minus = Constant(value=jnp.array(-1, result.dtype), axes=())
+            second = [_scaled(term, minus, result) for term in second]
+        terms = [*_terms(args[0]), *second]
+        return _all(result, [x.spread(result.shape) if isinstance(x, View) else x for x in terms])
+    if name in ("concatenate", "stack") and not any(_chains(arg) for arg in args):
+        return _joined(eqn, args, result)
+    return None
+
+
+def _joined(eqn: JaxprEqn, args: Sequence[Any], result: jax.Array) -> Any:
     is_new = eqn.primitive.name == "stack"
     axis = eqn.params["axis" if is_new else "dimension"]
     start, terms = 0, []
@@ -84,9 +100,7 @@ def join(eqn: JaxprEqn, args: Sequence[Any], result: jax.Array) -> Sum | None:
     return _sum(result, terms)
 
 
-def multiply(
-    eqn: JaxprEqn, args: Sequence[Any], number: int, result: jax.Array
-) -> View | Sum | None:
+def multiply(eqn: JaxprEqn, args: Sequence[Any], number: int, result: jax.Array) -> Any:
     """Multiplies a view or a sum by a constant; None where the equation does not.
 
     Args:
@@ -106,8 +120,7 @@ def multiply(
         if number == 1:
             return None
         by = Constant(value=1 / by.value, axes=by.axes)
-    factor = jnp.asarray(by.value, result.dtype)
-    terms = [x.spread(result.shape).scaled(result, factor, by.axes) for x in views_of(operand)]
+    terms = [_scaled(term, by, result) for term in _terms(operand)]
     return terms[0] if isinstance(operand, View) else _all(result, terms)
 
 
@@ -144,12 +157,28 @@ def _widened(view: View, axis: int, outside: tuple[int, int], is_new: bool) -> V
     return dataclasses.replace(view, dims=tuple(dims), margins=tuple(margins))
 
 
-def _all(value: jax.Array, terms: Sequence[View | None]) -> Sum | None:
-    known = [term for term in terms if term is not None]
-    return _sum(value, known) if len(known) == len(terms) else None
+def _chains(value: Any) -> tuple[Chain, ...]:
+    return value.chains if isinstance(value, Sum) else ()
 
 
-def _sum(value: jax.Array, terms: Sequence[View]) -> Any:
+def _terms(value: Any) -> list[Any]:
+    return [*(value.terms if isinstance(value, Sum) else views_of(value)), *_chains(value)]
+
+
+def _scaled(term: View | Chain, by: Constant, result: jax.Array) -> View | Chain | None:
+    if isinstance(term, Chain):
+        return term.scaled(by)
+    factor = jnp.asarray(by.value, result.dtype)
+    return term.spread(result.shape).scaled(result, factor, by.axes)
+
+
+def _all(value: jax.Array, terms: Sequence[Any]) -> Any:
+    return None if any(term is None for term in terms) else _sum(value, terms)
+
+
+def _sum(value: jax.Array, terms: Sequence[Any]) -> Any:
     if not terms:
         return constant(value)
-    return Sum(value=value, terms=tuple(dataclasses.replace(x, value=None) for x in terms))
+    found = [dataclasses.replace(term, value=None) for term in terms if isinstance(term, View)]
+    products = tuple(term for term in terms if isinstance(term, Chain))
+    return Sum(value=value, terms=tuple(found), chains=products)
