@@ -3,6 +3,7 @@
 from . import diffusion as diffusion
 from . import evaluation as evaluation
 from . import language as language
+from .batches import OneAtATimeWarning as OneAtATimeWarning
 from .evaluation.lds import lds as lds
 from .evaluation.outcomes import outcomes as outcomes
 from .evaluation.retraining import retrain as retrain
@@ -23,6 +24,7 @@ from .index.queries import query_features as query_features
 from .inputs.data import without as without
 from .kernels import absolute as absolute
 from .kernels import relative as relative
+from .linear_maps.declaring import linear_map as linear_map
 from .methods.curvature import data_inf as data_inf
 from .methods.curvature import ekfac as ekfac
 from .methods.curvature import influence as influence
@@ -58,6 +60,7 @@ __all__ = [
     "Index",
     "Method",
     "NonFiniteWarning",
+    "OneAtATimeWarning",
     "Outcomes",
     "StoreError",
     "TruncationWarning",
@@ -87,6 +90,7 @@ __all__ = [
     "language",
     "lds",
     "learn_weights",
+    "linear_map",
     "logra",
     "noised",
     "open_index",

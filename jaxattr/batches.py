@@ -1,6 +1,7 @@
 """Batches: pytrees of arrays with a common leading axis."""
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,35 @@ def shapes_of_one(batch: Batch) -> Example:
       The pytree without its batch axis, as shapes.
     """
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+
+
+class OneAtATimeWarning(UserWarning):
+    """A function of one example is not batched, since JAX has no rule for an operation in it."""
+
+
+def each_example(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Applies a function to each example: batched, or in a loop where JAX cannot batch it.
+
+    Args:
+      function: of arguments of one example.
+
+    Returns:
+      The function of arguments with a leading batch axis. It warns (`OneAtATimeWarning`) where it
+      runs in a loop, which is slow.
+    """
+
+    def run(*arguments: Any) -> Any:
+        try:
+            return jax.vmap(function)(*arguments)
+        except NotImplementedError as error:
+            warnings.warn(
+                f"Examples are computed one at a time, since JAX cannot batch them: {error}.",
+                OneAtATimeWarning,
+                stacklevel=2,
+            )
+        return jax.lax.map(lambda each: function(*each), arguments)
+
+    return run
 
 
 def in_microbatches(chunk: Callable[..., Any], size: int) -> Callable[..., Any]:

@@ -259,6 +259,32 @@ def split_layers(layout: GroupLayout, stacked: Mapping[str, int]) -> GroupLayout
     return _collect(labelled, layout.excluded)
 
 
+def leave_out(layout: GroupLayout, reasons: Mapping[str, str]) -> GroupLayout:
+    """Takes leaves out of their groups.
+
+    Args:
+      layout: the groups.
+      reasons: {leaf name: why it is in no group}.
+
+    Returns:
+      The layout without them; a group that has no other leaf is gone.
+
+    Raises:
+      ValueError: if no group is left.
+    """
+    labelled = [
+        (name, member)
+        for name, members in zip(layout.names, layout.members, strict=True)
+        for member in members
+        if member.leaf not in reasons
+    ]
+    grouped = {member.leaf for members in layout.members for member in members}
+    taken = [(leaf, why) for leaf, why in reasons.items() if leaf in grouped]
+    if not labelled:
+        raise ValueError(f"No parameter is in a group: {dict(taken)}.")
+    return _collect(labelled, (*layout.excluded, *taken))
+
+
 def _by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
     """The leaves by their names, of which no two may be the same."""
     found: dict[str, Any] = {}

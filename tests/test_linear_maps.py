@@ -11,7 +11,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxattr import linear_maps
-from jaxattr.linear_maps import labels, rewriting
+from jaxattr.linear_maps import capturing, labels, rewriting
 from tests import architectures
 from tests.linear_map_checks import (
     assert_close,
@@ -338,4 +338,5 @@ def test_errors_name_what_was_got_and_what_was_needed():
 
 def test_the_examples_in_the_docstrings_run():
     assert doctest.testmod(rewriting).failed == 0
+    assert doctest.testmod(capturing).failed == 0
     assert doctest.testmod(linear_maps).failed == 0

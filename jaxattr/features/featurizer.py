@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from jaxattr import groups as groups_lib
 from jaxattr import identity, linear_maps
-from jaxattr.batches import in_microbatches, leading_size, shapes_of_one
+from jaxattr.batches import each_example, in_microbatches, leading_size, shapes_of_one
 from jaxattr.features import projections, signs
 from jaxattr.features.bases import NOTHING, Drawn, Draws, Fits, Fitted, Sides, apply_sides
 from jaxattr.features.expectations import (
@@ -245,6 +245,8 @@ def featurize_with(
         found = linear_maps.find(at_one_draw(rule.output), params, one, key)
         if callable(groups):
             layout = groups_lib.split_layers(layout, found.stacked)
+            still = {leaf: why for leaf, why in found.exact.items() if why == linear_maps.STOPPED}
+            layout = groups_lib.leave_out(layout, still)
     plan = make_plan(layout, rule.projection, found)
     microbatch = microbatch or _default_microbatch(rule, layout, plan)
     step = _compiled_step(rule, plan, microbatch)
@@ -392,7 +394,7 @@ def _gradients(
             value, gradients = jax.value_and_grad(of_leaves)(leaves, example, key)
             return *project_gradients(plan, sides, fitted, gradients), value
 
-        return jax.vmap(exact)(batch, keys)
+        return each_example(exact)(batch, keys)
 
     # Traced here, and not once for all, since shapes of examples may differ between batches.
     maps = [factored.map.leaf for factored in plan.factored]
@@ -414,7 +416,7 @@ def _gradients(
         value, (z, exact_rest) = jax.value_and_grad(of_both, argnums=(0, 1))(zeros, rest)
         return z, _scaled(fitted, exact_rest), value
 
-    return jax.vmap(factored)(batch, keys)
+    return each_example(factored)(batch, keys)
 
 
 def _scaled(fitted: Fitted, gradients: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -428,7 +430,7 @@ def _scaled(fitted: Fitted, gradients: Mapping[str, jax.Array]) -> dict[str, jax
 def _residual(residual: OutputFn | None, params: Params, batch: Batch, keys: Key) -> jax.Array:
     if residual is None:
         return jnp.ones(keys.shape[0])
-    return jax.vmap(residual, in_axes=(None, 0, 0))(params, batch, keys)
+    return each_example(functools.partial(residual, params))(batch, keys)
 
 
 def _default_microbatch(rule: FeatureRule, layout: GroupLayout, plan: Plan) -> int:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr import identity, linear_maps
-from jaxattr.batches import shapes_of_one
+from jaxattr.batches import each_example, shapes_of_one
 from jaxattr.features.bases import UNKNOWN, Basis, Factored, Fitted, Sides
 from jaxattr.features.expectations import refuse_unit_norm, sum_over_draws
 from jaxattr.features.featurizer import FeatureRule
@@ -276,7 +276,7 @@ def _sums_of_batch(
     def sums(output: OutputFn, batch: Batch, keys: Key) -> dict[str, Covariance]:
         shapes = shapes_of_one((batch, keys))
         captured = linear_maps.capture(output, params, *shapes, leaves=list(factored))
-        uses = jax.vmap(captured, in_axes=(None, 0, 0))(params, batch, keys)
+        uses = each_example(functools.partial(captured, params))(batch, keys)
         finite = numbered.real & _all_finite(uses)
         kept = finite & _in_range(uses, exponents)
         return {

@@ -18,19 +18,25 @@ labelled as such. `find` says which leaves are such matrices, and why the others
 
     labels.py       names of axes, through transposes and reshapes
     views.py        arrays that are a rearranged leaf
+    sums.py         parts, sums and constant multiples of leaves
+    chains.py       products of two leaves, which are a matrix together
+    declaring.py    products that the user declares to be linear maps
     products.py     matrix products, convolutions and look-ups: y = x W in all its layouts
     interpreter.py  the walk through the program, into jit, scan, remat and cond
     analysis.py     `find`: from the uses of a leaf to what it is
-    rewriting.py    `bottleneck` and `capture`
+    rewriting.py    `bottleneck`
+    capturing.py    `capture`
 """
 
+from jaxattr.linear_maps.analysis import STOPPED as STOPPED
 from jaxattr.linear_maps.analysis import LinearMap as LinearMap
 from jaxattr.linear_maps.analysis import LinearMaps as LinearMaps
+from jaxattr.linear_maps.capturing import Captured as Captured
+from jaxattr.linear_maps.capturing import capture as capture
+from jaxattr.linear_maps.declaring import linear_map as linear_map
 from jaxattr.linear_maps.rewriting import Bases as Bases
 from jaxattr.linear_maps.rewriting import Bottlenecks as Bottlenecks
-from jaxattr.linear_maps.rewriting import Captured as Captured
 from jaxattr.linear_maps.rewriting import bottleneck as bottleneck
-from jaxattr.linear_maps.rewriting import capture as capture
 from jaxattr.linear_maps.rewriting import find as find
 from jaxattr.linear_maps.rewriting import matrix as matrix
 from jaxattr.linear_maps.rewriting import zeros as zeros

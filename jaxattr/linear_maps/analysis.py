@@ -14,8 +14,12 @@ from jaxattr.linear_maps import interpreter, labels
 from jaxattr.linear_maps.interpreter import Output, Taps, Walk
 from jaxattr.linear_maps.labels import Dims, Label, digits, extent
 from jaxattr.linear_maps.products import Product
-from jaxattr.linear_maps.views import Site, View
+from jaxattr.linear_maps.sums import views_of
+from jaxattr.linear_maps.views import Scale, Site, View
 from jaxattr.typing import Example, Key, OutputFn, Params
+
+STOPPED = "its gradient is stopped"
+"""Why a leaf whose gradient is known to be zero is no linear map."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,9 +108,10 @@ class Use:
 
     @property
     def picked(self) -> tuple[int, ...]:
-        """Axes of the leaf of which the view covers one index of several."""
-        ranges = self.view.ranges
-        return tuple(i for i, n in enumerate(self.view.shape) if n > 1 and len(ranges[i]) == 1)
+        """Axes of the leaf of which one index of several was taken, which the product lacks."""
+        ranges, features = self.view.ranges, (*self.product.ins, *self.product.outs)
+        taken = [i for i, n in enumerate(self.view.shape) if n > 1 and len(ranges[i]) == 1]
+        return tuple(axis for axis in taken if axis not in labels.axes(features))
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -122,9 +127,7 @@ class Use:
 
     def layers(self, stack: tuple[int, ...]) -> np.ndarray:
         """Returns the numbers of the layers that are applied here, int [layers]."""
-        covered = np.meshgrid(*(self.view.ranges[axis] for axis in stack), indexing="ij")
-        shape = [self.view.shape[axis] for axis in stack]
-        return np.ravel_multi_index([c.reshape(-1) for c in covered], shape)
+        return self.view.covered(stack)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +158,7 @@ def trace(loss: OutputFn, params: Params, example: Example, key: Key | None) -> 
     if [leaf.shape for leaf in jax.tree.leaves(result)] != [()]:
         raise ValueError(f"The loss must return one scalar, got {result}.")
     names = tuple(groups_lib.leaf_names(params))
-    finder = _Finder({}, {}, {}, {})
+    finder = _Finder({}, {}, {}, {}, set())
     sources = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in program.in_avals]
 
     def walk(args: list[jax.Array]) -> None:
@@ -165,8 +168,8 @@ def trace(loss: OutputFn, params: Params, example: Example, key: Key | None) -> 
             program.jaxpr, program.consts, arguments, Walk(visitor=finder)
         )
         for returned in results:
-            if isinstance(returned, View):
-                finder.reject(returned, "returned by the loss")
+            for each in views_of(returned):
+                finder.reject(each, "returned by the loss")
 
     jax.eval_shape(walk, sources)
     return _judge(program, names, finder)
@@ -187,13 +190,14 @@ class _Finder:
     additions: dict[str, dict[Site, tuple[View, Output]]]
     reasons: dict[str, str]
     layered: dict[str, bool]
+    still: set[str]
 
     def product(
         self, view: View, product: Product, x: jax.Array, y: jax.Array, walk: Walk
     ) -> tuple[Any, Taps]:
         del x
         self._note(view)
-        known = dataclasses.replace(view, value=None)
+        known = view.outline()
         result = jax.ShapeDtypeStruct(y.shape, y.dtype)
         use = Use(site=walk.site, product=product, view=known, loops=walk.loops, result=result)
         self.uses.setdefault(view.leaf, {})[walk.site] = use
@@ -201,9 +205,12 @@ class _Finder:
 
     def added(self, view: View, output: Output) -> bool:
         self._note(view)
-        known = dataclasses.replace(view, value=None), dataclasses.replace(output, value=None)
+        known = view.outline(), dataclasses.replace(output, value=None)
         self.additions.setdefault(view.leaf, {})[output.site] = known
         return True
+
+    def stopped(self, view: View) -> None:
+        self.still.add(view.leaf)
 
     def reject(self, view: View, reason: str) -> None:
         self._note(view)
@@ -257,7 +264,7 @@ def _linear_map(
     if name in finder.additions:
         return "used in a product and added to one" if uses else "added to a product"
     if not uses:
-        return "never used"
+        return STOPPED if name in finder.still else "never used"
     if reasons := [reason for use in uses if (reason := _malformed(use))]:
         return reasons[0]
     first = min(uses, key=lambda use: use.product.kind != "embedding")
@@ -286,16 +293,32 @@ def _linear_map(
     return found, together
 
 
+def scales_inputs(scale: Scale, linear_map: LinearMap, kind: str) -> bool:
+    """Returns whether a scale is counted to a map's inputs or its outputs.
+
+    Args:
+      scale: what a view of the leaf was multiplied by.
+      linear_map: the map of the leaf.
+      kind: of the product; the inputs of a look-up are ids, which cannot be multiplied.
+    """
+    if not scale.axes:
+        return kind != "embedding"
+    return {*scale.axes} <= {*linear_map.in_axes}
+
+
 def _malformed(use: Use) -> str:
-    """Says why a product is not with whole matrices of the leaf, or returns nothing."""
-    product, shape = use.product, use.view.shape
+    """Says why a product is not with matrices of the leaf, or returns nothing."""
+    product = use.product
     roles = [labels.axes(product.ins), labels.axes(product.outs), use.stack]
     if len({axis for role in roles for axis in role}) != sum(map(len, roles)):
         return "multiplied along a part of an axis"
     for axis in (*roles[0], *roles[1]):
         parts = [label for label in (*product.ins, *product.outs) if label.axis == axis]
-        if extent(tuple(parts)) != shape[axis]:
-            return "sliced before it is multiplied"
+        if extent(tuple(parts)) != len(use.view.ranges[axis]):
+            return "multiplied along a part of an axis"
+    sides = [set(roles[1])] if product.kind == "embedding" else [set(roles[0]), set(roles[1])]
+    if not all(any(side >= {*scale.axes} for side in sides) for scale in use.view.scales):
+        return "multiplied elementwise, along its inputs and outputs or its layers"
     for label in product.layers:
         if label.size != len(use.view.ranges[label.axis]):  # type: ignore[call-overload]
             return "multiplied along a part of an axis"
@@ -370,7 +393,9 @@ def _aligned(bias: View, result: Dims, use: Use, linear_map: LinearMap) -> bool:
     weight, stack, outs = use.view, linear_map.stack_axes, linear_map.out_axes
     lead = tuple(range(len(stack)))
     own = tuple(range(len(stack), len(bias.shape)))
-    if any(len(bias.ranges[axis]) != bias.shape[axis] for axis in own):
+    if not bias.is_whole(own) or not weight.is_whole(outs):
+        return False
+    if any({*scale.axes} & {*outs} for scale in weight.scales):
         return False
     if math.prod(bias.shape[axis] for axis in own) != linear_map.size_out:
         return False

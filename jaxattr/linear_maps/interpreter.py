@@ -4,24 +4,28 @@ One walk over the program serves three ends, which differ in the visitor alone: 
 what it meets, `bottleneck` adds a low-rank term at every product, `capture` adds a zero there.
 Every equation without a parameter is evaluated as it stands, so that custom derivatives, control
 flow and side effects keep their meaning. An equation with a parameter either moves its entries
-(views.py), multiplies by it (products.py), is control flow that is entered (here), or the parameter
-is rejected: nothing passes unseen.
+(views.py), joins it with others or scales it (sums.py), multiplies by it (products.py), is control
+flow that is entered (here), or the parameter is rejected: nothing passes unseen.
 """
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from jaxattr.linear_maps import products, views
+from jaxattr.linear_maps import chains, declaring, labels, products, sums, views
+from jaxattr.linear_maps.chains import Chain, Steps
 from jaxattr.linear_maps.labels import Dims
 from jaxattr.linear_maps.products import Product
-from jaxattr.linear_maps.views import Site, View
+from jaxattr.linear_maps.sums import Sum, views_of
+from jaxattr.linear_maps.views import Constant, Site, View
 
-Taps: TypeAlias = dict[Site, jax.Array]
+Taps: TypeAlias = dict[Site, Any]
 """What the visitor recorded at each product; a scan stacks it along a leading axis."""
 
 
@@ -81,6 +85,10 @@ class Visitor(Protocol):
         """Called where a leaf is added to a product; returns whether that is accepted."""
         ...
 
+    def stopped(self, view: View) -> None:
+        """Called where the gradient of a leaf is stopped: what follows is no use of it."""
+        ...
+
     def reject(self, view: View, reason: str) -> None:
         """Called where a leaf is used in a way that cannot be followed."""
         ...
@@ -107,53 +115,193 @@ def evaluate(
     ) + Counter(v for v in jaxpr.outvars if not isinstance(v, Literal))
 
     def read(v: Any) -> Any:
-        return v.val if isinstance(v, Literal) else env[v]
+        return sums.constant(v.val) if isinstance(v, Literal) else env[v]
 
     def write(v: Var, value: Any) -> None:
         shared = isinstance(value, Output) and readers[v] != 1
         env[v] = value.value if shared else value
 
-    for v, value in zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True):
+    known = [c if isinstance(c, View | Sum | Constant) else sums.constant(c) for c in consts]
+    for v, value in zip((*jaxpr.constvars, *jaxpr.invars), (*known, *args), strict=True):
         write(v, value)
+    live, computed = _live(jaxpr, gradients=True), _live(jaxpr, gradients=False)
     for number, eqn in enumerate(jaxpr.eqns):
-        results, recorded = _equation(eqn, [read(v) for v in eqn.invars], walk.at(number))
+        values = [read(v) for v in eqn.invars]
+        if eqn.primitive.name in _STOPS or live.isdisjoint(eqn.outvars):
+            is_used = not computed.isdisjoint(eqn.outvars)
+            values = [_still(value, walk.visitor if is_used else None) for value in values]
+        results, recorded = _equation(eqn, values, walk.at(number))
         taps.update(recorded)
         for v, value in zip(eqn.outvars, results, strict=True):
             write(v, value)
     return [read(v) for v in jaxpr.outvars], taps
 
 
+def _live(jaxpr: Jaxpr, gradients: bool) -> set[Var]:
+    """The variables that the results depend on, or that a gradient of the results may reach."""
+    live = {v for v in jaxpr.outvars if isinstance(v, Var)}
+    for eqn in reversed(jaxpr.eqns):
+        if live.isdisjoint(eqn.outvars) or (gradients and eqn.primitive.name in _STOPS):
+            continue
+        needed = {v for v in eqn.invars if isinstance(v, Var)}
+        if gradients:
+            needed = {v for v in needed if jnp.issubdtype(views.aval(v).dtype, jnp.inexact)}
+        live |= needed
+    return live
+
+
+def _still(value: Any, visitor: "Visitor | None") -> Any:
+    """A value whose gradient is zero from here on."""
+    for view in views_of(value) if visitor else ():
+        visitor.stopped(view)  # type: ignore[union-attr]
+    return sums.constant(plain(value)) if views_of(value) else value
+
+
 def _equation(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
-    found = [i for i, arg in enumerate(args) if isinstance(arg, View)]
+    found = [i for i, arg in enumerate(args) if isinstance(arg, View | Sum)]
     if not found:
         return _untouched(eqn, args), {}
-    if enter := _ENTERED.get(eqn.primitive.name):
+    declared = bool(views_of(args[-1])) and declaring.is_declared(eqn)
+    if declared:
+        for i in found[:-1]:
+            _reject(args[i], "passed to a declared linear map, and not as its weight", walk)
+            args[i] = plain(args[i])
+        found = found[-1:]
+    elif enter := _ENTERED.get(eqn.primitive.name):
         return enter(eqn, args, walk)
     results = _bind(eqn, args)
-    if len(found) == 1 and not args[found[0]].lost:
-        view, number = args[found[0]], found[0]
-        if moved := views.follow(eqn, view, results):
-            return moved, {}
-        if product := products.describe(eqn, view, number):
-            x = plain(args[product.operand])
-            y, taps = walk.visitor.product(view, product, x, results[0], walk)
-            return [y], taps
-        if eqn.primitive.name in ("add", "add_any"):
-            other = args[1 - number]
-            if isinstance(other, Output) and walk.visitor.added(view, other):
-                return results, {}
+    if not any(view.lost for i in found for view in views_of(args[i])):
+        found = _without_expressions(eqn, args, found, walk)
+        if joined := sums.join(eqn, args, results[0]):
+            return [joined], {}
+        used = _used(eqn, args, found[0], results, walk) if len(found) == 1 else None
+        if used is not None:
+            return used
     for i in found:
-        others = [args[j].leaf for j in found if j != i]
-        names = ("itself" if other == args[i].leaf else other for other in others)
-        partner = f" with {', '.join(names)}" if others else ""
-        reason = f"used by {eqn.primitive.name}{partner}"
-        walk.visitor.reject(args[i], args[i].lost or reason)
+        others = [view.leaf for j in found if j != i for view in views_of(args[j])]
+        for view in views_of(args[i]):
+            names = ("itself" if other == view.leaf else other for other in others)
+            partner = f" with {', '.join(names)}" if others else ""
+            walk.visitor.reject(view, view.lost or f"used by {eqn.primitive.name}{partner}")
     return results, {}
+
+
+def _used(
+    eqn: JaxprEqn, args: list[Any], number: int, results: list[Any], walk: Walk
+) -> tuple[list[Any], Taps] | None:
+    """What an equation makes of its only operand with views, where that can be followed."""
+    operand = args[number]
+    if moved := sums.follow(eqn, operand, results):
+        return moved, {}
+    if scaled := sums.multiply(eqn, args, number, results[0]):
+        return [scaled], {}
+    if isinstance(operand, Sum):
+        return _product_with_sum(eqn, operand, args, number, results[0], walk)
+    adds = eqn.primitive.name in ("add", "add_any")
+    if adds and _may_be_bias(operand, args[1 - number]):
+        return (results, {}) if walk.visitor.added(operand, args[1 - number]) else None
+    operand = operand.spread(results[0].shape) if adds else operand
+    if product := products.describe(eqn, operand, number):
+        x = plain(args[product.operand])
+        y, taps = walk.visitor.product(operand, product, x, results[0], walk)
+        return [plain(y) if adds else y], taps
+    return None
+
+
+def _may_be_bias(view: View, other: Any) -> bool:
+    """Whether a leaf is added to a product, and along no axis that only numbers positions."""
+    return (
+        isinstance(other, Output)
+        and not view.scales
+        and not any(
+            labels.extent(dim) > 1 and not labels.axes(result) and labels.axes(dim)
+            for dim, result in zip(view.dims, other.dims, strict=True)
+        )
+    )
+
+
+def _product_with_sum(
+    eqn: JaxprEqn, operand: Sum, args: list[Any], number: int, y: jax.Array, walk: Walk
+) -> tuple[list[Any], Taps] | None:
+    """A product with a sum of weights: to its result each weight adds a part of its own."""
+    parts = []
+    for view in operand.terms:
+        product = products.describe(eqn, view, number)
+        if product is None:
+            return None
+        narrowed = product.between(view.margins, plain(args[product.operand]), y)
+        if narrowed is None:
+            return None
+        parts.append((view, product, narrowed))
+    both = []
+    for chain in operand.chains:
+        steps = chains.steps(eqn, chain, number)
+        if steps is None:
+            return None
+        both.append((chain, steps))
+    taps: Taps = {}
+    for i, (view, product, (x, padding)) in enumerate(parts):
+        shape = [size - low - high for size, (low, high, _) in zip(y.shape, padding, strict=True)]
+        nothing = jnp.zeros(shape, y.dtype)
+        part, recorded = walk.visitor.product(view, product, x, nothing, walk.at(i))
+        y = y + jax.lax.pad(plain(part), jnp.zeros((), y.dtype), padding)
+        taps.update(recorded)
+    for i, (chain, steps) in enumerate(both, start=len(parts)):
+        part, recorded = _product_with_chain(chain, steps, plain(args[1 - number]), walk.at(i))
+        y = y + part.astype(y.dtype)
+        taps.update(recorded)
+    return [y], taps
+
+
+def _product_with_chain(
+    chain: Chain, steps: Steps, x: jax.Array, walk: Walk
+) -> tuple[jax.Array, Taps]:
+    """What the two leaves of x (a b) add to it: that of a goes through b, that of b sees x a."""
+    first, second = chain.views[steps.first], chain.views[1 - steps.first]
+    between = jax.lax.dot_general(x, first.value, steps.of_first)
+    part, taps = _nothing_but(first, x, steps.of_first, walk.at(0))
+    through = jax.lax.dot_general(part, second.value, steps.of_second)
+    part, recorded = _nothing_but(second, between, steps.of_second, walk.at(1))
+    y = (through + part).transpose(steps.order)
+    for scale in chain.scales:
+        y = y * scale
+    return y, taps | recorded
+
+
+def _nothing_but(view: View, x: jax.Array, dimensions: Any, walk: Walk) -> tuple[jax.Array, Taps]:
+    """What the visitor adds to a product of x with a leaf, without the product."""
+    multiply = functools.partial(jax.lax.dot_general, dimension_numbers=dimensions)
+    (eqn,) = jax.make_jaxpr(multiply)(x, view.value).eqns
+    product = products.describe(eqn, view, 1)
+    result = views.aval(eqn.outvars[0])
+    if product is None:
+        walk.visitor.reject(view, "used by dot_general")
+        return jnp.zeros(result.shape, result.dtype), {}
+    nothing = jnp.zeros(result.shape, result.dtype)
+    y, taps = walk.visitor.product(view, product, x, nothing, walk)
+    return plain(y), taps
+
+
+def _without_expressions(eqn: JaxprEqn, args: list[Any], found: list[int], walk: Walk) -> list[int]:
+    """Where a leaf meets a sum or a scaled leaf in a product, it is the matrix that is followed."""
+    bare = [i for i in found if isinstance(args[i], View) and not args[i].scales]
+    if len(found) == 1 or len(bare) != 1 or eqn.primitive.name != "dot_general":
+        return found
+    for i in found:
+        if i != bare[0]:
+            for view in views_of(args[i]):
+                walk.visitor.reject(view, f"used by dot_general with {args[bare[0]].leaf}")
+            args[i] = plain(args[i])
+    return bare
+
+
+_STOPS = frozenset({"stop_gradient", "round", "floor", "ceil", "sign"})
+"""Operations whose derivative is zero."""
 
 
 def plain(value: Any) -> Any:
     """Strips what is known of an array."""
-    return value.value if isinstance(value, View | Output) else value
+    return value.value if isinstance(value, View | Sum | Constant | Output) else value
 
 
 def _untouched(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
@@ -163,7 +311,7 @@ def _untouched(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
         dims = views.renamed(eqn, output.dims)
         if dims is not None:
             return [dataclasses.replace(output, value=results[0], dims=dims)]
-    return results
+    return sums.untouched(eqn, args, results)
 
 
 def _bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
@@ -196,9 +344,13 @@ def _scan(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
     params, args = eqn.params, _without_outputs(args)
     first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
     for carried in args[first:last]:
-        if isinstance(carried, View):
-            walk.visitor.reject(carried, carried.lost or "carried by a scan")
-    consts, init, xs = args[:first], [plain(x) for x in args[first:last]], args[last:]
+        _reject(carried, "carried by a scan", walk)
+    consts, init = args[:first], [plain(x) for x in args[first:last]]
+    xs = list(args[last:])
+    for i, x in enumerate(xs):
+        if isinstance(x, Sum):
+            _reject(x, "joined with others, and then scanned over", walk)
+            xs[i] = plain(x)
     stepping = dataclasses.replace(walk, loops=(*walk.loops, (walk.site, params["length"])))
     layers = [x.scanned(walk.site) if isinstance(x, View) else None for x in xs]
     returned: list[Any] = []
@@ -211,13 +363,15 @@ def _scan(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
         inside = dataclasses.replace(stepping, sinks=step[1])
         results, taps = _evaluate_inside(params["jaxpr"], [*consts, *carry, *rows], inside)
         for result in results[: len(init)]:
-            if isinstance(result, View):
-                walk.visitor.reject(result, "carried by a scan")
+            _reject(result, "carried by a scan", walk)
+        for result in results[len(init) :]:
+            if _known(result) is None:
+                _reject(result, "returned by a scan", walk)
         returned[:] = [_known(result) for result in results[len(init) :]]
         results = [plain(result) for result in results]
         return results[: len(init)], (results[len(init) :], taps)
 
-    stacked = [x.for_scan() if isinstance(x, View) else x for x in xs]
+    stacked = [x.for_scan() if isinstance(x, View) else plain(x) for x in xs]
     carry, (ys, taps) = jax.lax.scan(
         body,
         init,
@@ -237,13 +391,50 @@ def _scan(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
     return [*carry, *ys], taps
 
 
+def _cond(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
+    """Each branch is entered; what it records is zero where another one is taken."""
+    branches, (index, *operands) = eqn.params["branches"], _without_outputs(args)
+    arrays = [plain(operand) for operand in operands]
+
+    def branch(number: int, everything: bool, arrays: list[Any]) -> tuple[list[Any], Taps]:
+        given = [
+            dataclasses.replace(operand, value=x) if plain(operand) is not operand else x
+            for operand, x in zip(operands, arrays, strict=True)
+        ]
+        inside = walk.at(number)
+        results, taps = _evaluate_inside(branches[number], given, inside)
+        for result in results:
+            _reject(result, "returned by a branch", inside)
+        others = {site: jax.tree.map(_nothing, tap) for site, tap in recorded.items()}
+        return [plain(result) for result in results], (others | taps) if everything else taps
+
+    recorded: Taps = {}
+    for number in range(len(branches)):
+        trial = functools.partial(branch, number, False)
+        recorded |= jax.eval_shape(trial, arrays)[1]
+    entered = [functools.partial(branch, number, True) for number in range(len(branches))]
+    return jax.lax.switch(plain(index), entered, arrays)
+
+
+def _nothing(shape: Any) -> jax.Array:
+    """Stands for what was not recorded: zero, or an id of no row."""
+    dtype = shape.dtype
+    whole = jnp.issubdtype(dtype, jnp.integer)
+    return jnp.full(shape.shape, jnp.iinfo(dtype).max if whole else 0, dtype)
+
+
 def _known(value: Any) -> View | None:
     """A view without its arrays, for comparison."""
-    return dataclasses.replace(value, value=None, factors=None) if isinstance(value, View) else None
+    return value.outline() if isinstance(value, View) and not value.scales else None
+
+
+def _reject(value: Any, reason: str, walk: Walk) -> None:
+    for view in views_of(value):
+        walk.visitor.reject(view, view.lost or reason)
 
 
 def _without_outputs(args: Sequence[Any]) -> list[Any]:
-    return [plain(arg) if isinstance(arg, Output) else arg for arg in args]
+    return [arg.value if isinstance(arg, Output) else arg for arg in args]
 
 
 def _evaluate_inside(
@@ -270,4 +461,5 @@ _ENTERED: dict[str, Callable[[JaxprEqn, list[Any], Walk], tuple[list[Any], Taps]
     "remat": _remat,
     "remat2": _remat,
     "scan": _scan,
+    "cond": _cond,
 }

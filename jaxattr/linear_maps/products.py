@@ -10,6 +10,7 @@ with s numbering layers, t positions, i inputs and o outputs, by naming the axes
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jax.lax import GatherScatterMode
 
-from jaxattr.linear_maps.labels import Dim, Dims, Label, extent, flat, ordered, rearrange
+from jaxattr.linear_maps import declaring
+from jaxattr.linear_maps.labels import Dim, Dims, Label, axes, extent, flat, ordered, rearrange
 from jaxattr.linear_maps.views import Factors, View, aval
 from jaxattr.scales import widest
 
@@ -36,6 +38,8 @@ class Product(abc.ABC):
       positions: labels of x and y that the leaf lacks.
       dtype: what x and W are multiplied in.
       groups: feature groups of a convolution.
+      x_axes: for each axis of the weight that of x which is paired with it, or None.
+      y_axes: for each axis of the weight that of the result which it becomes, or None.
     """
 
     kind: str
@@ -47,6 +51,31 @@ class Product(abc.ABC):
     positions: Dim
     dtype: Any
     groups: int = 1
+    x_axes: tuple[int | None, ...]
+    y_axes: tuple[int | None, ...]
+
+    def between(
+        self, margins: Sequence[tuple[int, int]], x: jax.Array, y: jax.Array
+    ) -> tuple[jax.Array, list[tuple[int, int, int]]] | None:
+        """Narrows the operands to a weight that fills a part of an array of zeros.
+
+        Args:
+          margins: the zeros before and behind the weight, per axis.
+          x: the operand for the whole array.
+          y: the result for the whole array.
+
+        Returns:
+          x for the weight, and how its result is to be padded; None where it cannot be cut.
+        """
+        padding = [(0, 0, 0)] * y.ndim
+        for margin, of_x, of_y in zip(margins, self.x_axes, self.y_axes, strict=False):
+            if any(margin) and of_x is None and of_y is None:
+                return None
+            if any(margin) and of_x is not None:
+                x = jax.lax.slice_in_dim(x, margin[0], x.shape[of_x] - margin[1], axis=of_x)
+            if any(margin) and of_y is not None:
+                padding[of_y] = (*margin, 0)
+        return x, padding
 
     @abc.abstractmethod
     def inputs(self, x: jax.Array) -> jax.Array:
@@ -131,6 +160,20 @@ class _Lookup(Product):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class _Rows(Product):
+    """Rows that are added to the operand, each at its own place: those that are looked up there."""
+
+    kind: str = "embedding"
+
+    def inputs(self, x: jax.Array) -> jax.Array:
+        rows = extent(self.ins)
+        return jnp.tile(jnp.arange(rows), extent(self.positions) // rows)
+
+    def project(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        return jnp.tile(matrix, (extent(self.positions) // extent(self.ins), 1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Conv(Product):
     """A convolution; each feature group of each output position counts as a position.
 
@@ -211,13 +254,31 @@ def describe(eqn: JaxprEqn, view: View, number: int) -> Product | None:
         "conv_general_dilated": _convolution,
         "gather": _gather,
         "dynamic_slice": _dynamic_slice,
+        "add": _addition,
+        "add_any": _addition,
+        "jit": _declared,
+        "pjit": _declared,
     }
     rule = rules.get(eqn.primitive.name)
     return rule(eqn, view, number) if rule else None
 
 
+def _declared(eqn: JaxprEqn, view: View, number: int) -> Product | None:
+    """The product of the last two operands: the last axis of x, the first of the weight."""
+    x = len(eqn.invars) - 2
+    if number != x + 1 or not declaring.is_declared(eqn):
+        return None
+    contracting = ((len(aval(eqn.invars[x]).shape) - 1,), (0,))
+    return _dense(eqn, view, 1, x, (contracting, ((), ())))
+
+
 def _dot_general(eqn: JaxprEqn, view: View, number: int) -> Product | None:
-    contracting, batch = eqn.params["dimension_numbers"]
+    return _dense(eqn, view, number, 1 - number, eqn.params["dimension_numbers"])
+
+
+def _dense(eqn: JaxprEqn, view: View, number: int, operand: int, dimensions: Any) -> Product | None:
+    """A product with dimension numbers of a `dot_general`, in which the view has this number."""
+    contracting, batch = dimensions
     mine = (*batch[number], *contracting[number])
     theirs = (*batch[1 - number], *contracting[1 - number])
     rest = [i for i in range(len(view.dims)) if i not in mine]
@@ -225,14 +286,17 @@ def _dot_general(eqn: JaxprEqn, view: View, number: int) -> Product | None:
     outs = flat(view.dims[i] for i in rest)
     if not all(label.of_leaf for label in (*ins, *outs)):
         return None  # repeated along an axis that is summed over or kept
+    if extent(ins) == extent(outs) == 1 < extent(flat(view.dims)):
+        return None  # a scale that is written as an einsum: as a map, each entry were a layer
     shared = tuple(view.dims[i] for i in batch[number])
-    shape = aval(eqn.invars[1 - number]).shape
+    shape = aval(eqn.invars[operand]).shape
     paired = {other: view.dims[i] for i, other in zip(mine, theirs, strict=True)}
     x = tuple(paired.get(i, _new(i, size)) for i, size in enumerate(shape))
     free = tuple(x[i] for i in range(len(x)) if i not in theirs)
     kept = tuple(view.dims[i] for i in rest)
+    order = (*batch[number], *(rest if number == 0 else (None,) * len(free)), *rest)
     return _Dense(
-        operand=1 - number,
+        operand=operand,
         x=x,
         y=(*shared, *kept, *free) if number == 0 else (*shared, *free, *kept),
         ins=ordered(ins),
@@ -240,6 +304,8 @@ def _dot_general(eqn: JaxprEqn, view: View, number: int) -> Product | None:
         layers=ordered(label for label in flat(shared) if label.of_leaf),
         positions=(*(label for label in flat(shared) if not label.of_leaf), *flat(free)),
         dtype=_compute_dtype(eqn),
+        x_axes=tuple(theirs[mine.index(i)] if i in mine else None for i in range(len(view.dims))),
+        y_axes=tuple(order.index(i) if i in order else None for i in range(len(view.dims))),
     )
 
 
@@ -266,6 +332,8 @@ def _convolution(eqn: JaxprEqn, view: View, number: int) -> Product | None:
         dtype=_compute_dtype(eqn),
         groups=groups,
         window={name: params[name] for name in window},
+        x_axes=tuple(lhs[1] if i == rhs[1] and groups == 1 else None for i in range(len(rhs))),
+        y_axes=tuple(out[1] if i == rhs[0] and groups == 1 else None for i in range(len(rhs))),
     )
 
 
@@ -287,11 +355,12 @@ def _gather(eqn: JaxprEqn, view: View, number: int) -> Product | None:
     y: list[Dim] = [_new(i, size) for i, size in enumerate(y_shape)]
     positions = flat(dim for i, dim in enumerate(y) if i not in numbers.offset_dims)
     taken = [i for i in range(len(shape)) if i not in numbers.collapsed_slice_dims]
+    y_axes: list[int | None] = [None] * len(shape)
     for i, axis in zip(numbers.offset_dims, taken, strict=True):
         y[i] = () if axis == row else view.dims[axis]
-    return _lookup(
-        eqn, view, row, tuple(y), positions, 1, start.index(row), "clip" if clipped else "zero"
-    )
+        y_axes[axis] = None if axis == row else i
+    column, out_of_range = start.index(row), "clip" if clipped else "zero"
+    return _lookup(eqn, view, row, tuple(y), positions, 1, column, out_of_range, tuple(y_axes))
 
 
 def _dynamic_slice(eqn: JaxprEqn, view: View, number: int) -> Product | None:
@@ -302,7 +371,31 @@ def _dynamic_slice(eqn: JaxprEqn, view: View, number: int) -> Product | None:
     if number != 0 or len(rows) != 1 or sizes[rows[0]] != 1 or len(wide) != 2:
         return None
     y = tuple(() if i == rows[0] else dim for i, dim in enumerate(view.dims))
-    return _lookup(eqn, view, rows[0], y, (), 1 + rows[0], None, "clip")
+    y_axes = tuple(None if i == rows[0] else i for i in range(len(shape)))
+    return _lookup(eqn, view, rows[0], y, (), 1 + rows[0], None, "clip", y_axes)
+
+
+def _addition(eqn: JaxprEqn, view: View, number: int) -> Product | None:
+    """Learned positions: the leaf's last axis is added at the places that the others number."""
+    digits = ordered(label for label in flat(view.dims) if label.of_leaf)
+    last = axes(digits)[-1:]
+    outs = tuple(label for label in digits if label.axis in last)
+    ins = digits[: len(digits) - len(outs)]
+    if extent(ins) == 1 or extent(outs) == 1:
+        return None
+    rows = {label: label._replace(axis=("row", label.axis)) for label in ins}
+    y = tuple(tuple(rows.get(label, label) for label in dim) for dim in view.dims)
+    copies = [label for label in flat(view.dims) if not label.of_leaf]
+    return _Rows(
+        operand=1 - number,
+        y=y,
+        ins=ins,
+        outs=outs,
+        positions=(*copies, *rows.values()),
+        dtype=aval(eqn.outvars[0]).dtype,
+        x_axes=(None,) * len(view.dims),
+        y_axes=tuple(range(len(view.dims))),
+    )
 
 
 def _lookup(
@@ -314,6 +407,7 @@ def _lookup(
     operand: int,
     column: int | None,
     out_of_range: str,
+    y_axes: tuple[int | None, ...],
 ) -> Product | None:
     ins = view.dims[row]
     outs = flat(dim for i, dim in enumerate(view.dims) if i != row)
@@ -328,6 +422,8 @@ def _lookup(
         dtype=aval(eqn.outvars[0]).dtype,
         column=column,
         out_of_range=out_of_range,
+        x_axes=(None,) * len(y_axes),
+        y_axes=y_axes,
     )
 
 
@@ -337,4 +433,4 @@ def _new(number: int, size: int) -> Dim:
 
 
 def _compute_dtype(eqn: JaxprEqn) -> Any:
-    return widest(*(aval(v).dtype for v in eqn.invars))
+    return widest(*(aval(v).dtype for v in eqn.invars[-2:]))

@@ -2,18 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxattr.linear_maps import analysis, interpreter
-from jaxattr.linear_maps.analysis import LinearMap, LinearMaps, Traced, Use
+from jaxattr.linear_maps.analysis import LinearMap, LinearMaps, Traced
 from jaxattr.linear_maps.interpreter import Output, Taps, Walk
-from jaxattr.linear_maps.labels import Label, ordered, rearrange
 from jaxattr.linear_maps.products import Product
-from jaxattr.linear_maps.views import Factors, Site, View
+from jaxattr.linear_maps.views import Factors, Scale, Site, View
 from jaxattr.scales import widest
 from jaxattr.typing import Example, Key, OutputFn, Params
 
@@ -25,25 +23,6 @@ A with one row more than the map has inputs covers its bias too, as one more inp
 
 Bottlenecks: TypeAlias = Mapping[str, jax.Array]
 """{leaf: Z [r, r']}, [stack, r, r'] for a stacked leaf; its values are not read."""
-
-
-class Captured(NamedTuple):
-    """The two factors of a leaf's gradient for one use: dL/dW = sum over t of inputs^T cotangents.
-
-    Attributes:
-      inputs: what the matrix is applied to, float [t, in]; of an embedding the ids, int [t], where
-        the id `size_in` stands for no row.
-      cotangents: gradient of the loss with respect to the map's result, float [t, out].
-      applied: whether this use applies the map, bool [], or [stack] for the layers; the others'
-        inputs and cotangents are zero.
-
-    The first two are [stack, t, ...] for a stacked leaf. Where the map is used transposed, the
-    gradient is transposed too, so they change places: `inputs` holds the cotangents and vice versa.
-    """
-
-    inputs: jax.Array
-    cotangents: jax.Array
-    applied: jax.Array
 
 
 def find(loss: OutputFn, params: Params, example: Example, key: Key | None = None) -> LinearMaps:
@@ -127,100 +106,28 @@ def bottleneck(
       144.0
     """
     traced = analysis.trace(loss, params, example, key)
-    chosen = _chosen(traced, leaves)
+    chosen = chosen_leaves(traced, leaves)
 
     def rewritten(
         params: Params, bases: Bases, z: Bottlenecks, example: Example, key: Key | None = None
     ) -> jax.Array:
-        args = _arguments(traced, params, example, key)
+        args = arguments(traced, params, example, key)
         numbers = {name: number for number, name in enumerate(traced.names)}
+        followed: dict[str, View] = {}
         for leaf in z:
             if leaf not in chosen:
                 raise ValueError(f"z has {leaf!r}, but only these are rewritten: {chosen}.")
             linear_map, number = traced.found.maps[leaf], numbers[leaf]
             factors, of_bias = _factors(linear_map, bases, z[leaf])
-            args[number] = _with_factors(linear_map, args[number], factors)
+            followed[leaf] = _with_factors(linear_map, args[number], factors)
             if linear_map.bias is not None and of_bias is not None:
                 bias = args[numbers[linear_map.bias]]
                 of_bias = of_bias.reshape(bias.shape).astype(bias.dtype)
                 args[numbers[linear_map.bias]] = bias + (of_bias - jax.lax.stop_gradient(of_bias))
-        results, _ = _evaluate(traced, args, Walk(visitor=_Bottleneck(_transposed(traced))))
-        return results[0]
+        visitor = _Bottleneck(set(z), traced.found.maps, _transposed(traced))
+        return evaluate(traced, args, followed, Walk(visitor=visitor))[0]
 
     return rewritten
-
-
-def capture(
-    loss: OutputFn,
-    params: Params,
-    example: Example,
-    key: Key | None = None,
-    *,
-    leaves: Collection[str] | None = None,
-) -> Callable[..., dict[str, tuple[Captured, ...]]]:
-    """Makes a function that returns what each linear map is applied to, and its cotangents.
-
-    Args:
-      loss: scalar function of the parameters and ONE example.
-      params: parameters, or their shapes.
-      example: one example, or its shapes.
-      key: what the loss takes as its key.
-      leaves: the leaves to capture. Default: all that are linear maps.
-
-    Returns:
-      `captured(params, example, key)`: {leaf: one `Captured` per use}. Pure, fit for jit and vmap.
-      t counts the positions that the map is applied at: tokens, output pixels, steps of a scan that
-      does not run over the leaf's layers. A convolution with feature groups has a position per
-      group, whose cotangents are zero outside the group's outputs.
-
-    Guarantees: the uses' products inputs^T cotangents, summed, are the leaf's gradient exactly.
-
-    Raises:
-      ValueError: if a leaf of `leaves` is no linear map; when called, if shapes are not those that
-        were traced.
-
-    Cost: one forward and one backward pass without weight gradients; all inputs are kept, also
-      those inside a remat.
-
-    Example:
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
-      >>> def loss(params, x, key):
-      ...     return jnp.sum((x @ params["w"]) ** 2)
-      >>> (one,) = capture(loss, params, x)(params, x)["w"]
-      >>> one.inputs.shape, one.cotangents.shape
-      ((4, 3), (4, 2))
-      >>> bool((one.inputs.T @ one.cotangents == jax.grad(loss)(params, x, None)["w"]).all())
-      True
-    """
-    traced = analysis.trace(loss, params, example, key)
-    chosen = _chosen(traced, leaves)
-    uses = {use.site: use for leaf in chosen for together in traced.uses[leaf] for use in together}
-
-    def captured(
-        params: Params, example: Example, key: Key | None = None
-    ) -> dict[str, tuple[Captured, ...]]:
-        args = _arguments(traced, params, example, key)
-        for number, name in enumerate(traced.names):
-            if name in chosen:
-                args[number] = analysis.view(name, args[number])
-
-        def with_sinks(sinks: Taps) -> tuple[jax.Array, Taps]:
-            results, taps = _evaluate(traced, args, Walk(visitor=_Capture(), sinks=sinks))
-            return results[0], taps
-
-        sinks = {site: jnp.zeros(_sink_shape(use), use.result.dtype) for site, use in uses.items()}
-        cotangents, inputs = jax.grad(with_sinks, has_aux=True)(sinks)
-        return {
-            leaf: tuple(
-                _gather_layers(traced.found.maps[leaf], together, inputs, cotangents)
-                for together in traced.uses[leaf]
-            )
-            for leaf in chosen
-        }
-
-    return captured
 
 
 def matrix(linear_map: LinearMap, leaf: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -250,11 +157,11 @@ def matrix(linear_map: LinearMap, leaf: jax.Array, bias: jax.Array | None = None
     """
     order = (*linear_map.stack_axes, *linear_map.in_axes, *linear_map.out_axes)
     rows = leaf.transpose(order).reshape(
-        *_lead(linear_map), linear_map.size_in, linear_map.size_out
+        *leading(linear_map), linear_map.size_in, linear_map.size_out
     )
     if bias is None:
         return rows
-    last = bias.reshape(*_lead(linear_map), 1, linear_map.size_out)
+    last = bias.reshape(*leading(linear_map), 1, linear_map.size_out)
     return jnp.concatenate([rows, last], axis=-2)
 
 
@@ -285,61 +192,95 @@ def zeros(maps: LinearMaps, bases: Bases) -> dict[str, jax.Array]:
         right = linear_map.size_out if b is None else b.shape[-1]
         dtypes = [x.dtype for x in (a, b) if x is not None] or [linear_map.dtype]
         dtype = widest(jnp.float32, *dtypes)
-        result[leaf] = jnp.zeros((*_lead(linear_map), left, right), dtype)
+        result[leaf] = jnp.zeros((*leading(linear_map), left, right), dtype)
     return result
 
 
-class _Rewriting:
-    """A visitor of leaves that were found to be linear maps: there is nothing to reject."""
+@dataclasses.dataclass(frozen=True)
+class Rewriting:
+    """A visitor of a loss in which the chosen leaves were found to be linear maps.
+
+    The others are followed too, as they were when these were found, and nothing is done to them.
+    """
+
+    chosen: Collection[str]
 
     def added(self, view: View, output: Output) -> bool:
+        """Says that no bias is looked for."""
         del view, output
         return False
 
+    def stopped(self, view: View) -> None:
+        """Passes: what has no gradient needs no term."""
+
     def reject(self, view: View, reason: str) -> None:
-        raise AssertionError(f"{view.leaf} was found to be a linear map, but is {reason}.")
+        """Raises for a chosen leaf: `find` would have met the use."""
+        if view.leaf in self.chosen:
+            raise AssertionError(f"{view.leaf} was found to be a linear map, but is {reason}.")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Bottleneck(_Rewriting):
+class _Bottleneck(Rewriting):
     """The visitor that adds the low-rank term."""
 
+    maps: Mapping[str, LinearMap]
     transposed: Mapping[Site, bool]
 
     def product(
         self, view: View, product: Product, x: jax.Array, y: jax.Array, walk: Walk
     ) -> tuple[Any, Taps]:
-        assert view.factors is not None
-        transposed = self.transposed[walk.site]
+        if view.factors is None:
+            return y, {}
+        linear_map, transposed = self.maps[view.leaf], self.transposed[walk.site]
         (a, z, b), shape, dtype = view.factors, y.shape, y.dtype
 
         # The term is linear in Z, and Z is zero: its value is nothing, and so is its derivative in
         # x. Saying so spares a pass forwards through B and one backwards through A.
         @jax.custom_jvp
-        def term(z: jax.Array, x: jax.Array, a: jax.Array | None, b: jax.Array | None) -> jax.Array:
-            del z, x, a, b
+        def term(
+            z: jax.Array,
+            x: jax.Array,
+            a: jax.Array | None,
+            b: jax.Array | None,
+            scales: tuple[Scale, ...],
+        ) -> jax.Array:
+            del z, x, a, b, scales
             return jnp.zeros(shape, dtype)
 
         @term.defjvp
         def _derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-            _, x, a, b = primals
-            factors = Factors(a, tangents[0], b)
+            _, x, a, b, scales = primals
+            covering = dataclasses.replace(view, scales=scales)
+            factors = _of_entries(covering, linear_map, Factors(a, tangents[0], b))
             return term(*primals), product.low_rank(x, factors, transposed, dtype)
 
-        return y + term(z, x, a, b), {}
+        return y + term(z, x, a, b, view.scales), {}
 
 
-class _Capture(_Rewriting):
-    """The visitor that adds a zero, whose gradient is the cotangent, and records the inputs."""
+def _of_entries(view: View, linear_map: LinearMap, factors: Factors) -> Factors:
+    """The low-rank term for the entries that a view covers, multiplied as they were.
 
-    def product(
-        self, view: View, product: Product, x: jax.Array, y: jax.Array, walk: Walk
-    ) -> tuple[Any, Taps]:
-        del view
-        return y + walk.sinks[walk.site], {walk.site: product.inputs(x)}
+    A side that is the identity leaves its part to Z.
+    """
+    of_inputs = [scale for scale in view.scales if {*scale.axes} <= {*linear_map.in_axes}]
+    of_outputs = [scale for scale in view.scales if not {*scale.axes} <= {*linear_map.in_axes}]
+
+    def rows(axes: tuple[int, ...], scales: list[Scale], matrix: jax.Array) -> jax.Array:
+        if not view.is_whole(axes):
+            matrix = matrix[..., view.covered(axes), :]
+        for scale in scales:
+            matrix = matrix * view.factor(scale, axes).astype(matrix.dtype)[:, None]
+        return matrix
+
+    a, z, b = factors
+    inputs = rows(linear_map.in_axes, of_inputs, z if a is None else a)
+    a, z = (None, inputs) if a is None else (inputs, z)
+    outputs = rows(linear_map.out_axes, of_outputs, jnp.swapaxes(z, -1, -2) if b is None else b)
+    return Factors(a, jnp.swapaxes(outputs, -1, -2), None) if b is None else Factors(a, z, outputs)
 
 
-def _chosen(traced: Traced, leaves: Collection[str] | None) -> list[str]:
+def chosen_leaves(traced: Traced, leaves: Collection[str] | None) -> list[str]:
+    """Returns the leaves to rewrite, checked."""
     found = traced.found
     chosen = sorted(found.maps if leaves is None else leaves)
     biases = {linear_map.bias: leaf for leaf, linear_map in found.maps.items()}
@@ -353,8 +294,8 @@ def _chosen(traced: Traced, leaves: Collection[str] | None) -> list[str]:
     return chosen
 
 
-def _arguments(traced: Traced, params: Params, example: Example, key: Key | None) -> list[Any]:
-    """The arguments of the traced program, checked against it."""
+def arguments(traced: Traced, params: Params, example: Example, key: Key | None) -> list[Any]:
+    """Returns the arguments of the traced program, checked against it."""
     args = [jnp.asarray(arg) for arg in jax.tree.leaves((params, example, key))]
     got = [f"{arg.dtype}{list(arg.shape)}" for arg in args]
     needed = [f"{aval.dtype}{list(aval.shape)}" for aval in traced.program.in_avals]
@@ -367,9 +308,27 @@ def _arguments(traced: Traced, params: Params, example: Example, key: Key | None
     return args
 
 
-def _evaluate(traced: Traced, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
-    program = traced.program
-    return interpreter.evaluate(program.jaxpr, program.consts, args, walk)
+def evaluate(
+    traced: Traced, args: Sequence[Any], followed: Mapping[str, View], walk: Walk
+) -> tuple[jax.Array, Taps]:
+    """Evaluates the traced loss.
+
+    Args:
+      traced: the loss.
+      args: its arguments.
+      followed: the views of the chosen leaves.
+      walk: what to do where leaves are used.
+
+    Returns:
+      The loss, and what the visitor recorded.
+    """
+    views = [
+        followed.get(name) or analysis.view(name, leaf)
+        for name, leaf in zip(traced.names, args, strict=False)
+    ]
+    program, arguments = traced.program, [*views, *args[len(views) :]]
+    results, taps = interpreter.evaluate(program.jaxpr, program.consts, arguments, walk)
+    return interpreter.plain(results[0]), taps
 
 
 def _transposed(traced: Traced) -> dict[Site, bool]:
@@ -377,7 +336,8 @@ def _transposed(traced: Traced) -> dict[Site, bool]:
     return {use.site: use.transposed for together in groups for use in together}
 
 
-def _lead(linear_map: LinearMap) -> tuple[int, ...]:
+def leading(linear_map: LinearMap) -> tuple[int, ...]:
+    """Returns the leading axis of a map's factors: its layers, if it is stacked."""
     return () if linear_map.stack is None else (linear_map.stack,)
 
 
@@ -404,7 +364,7 @@ def _factors(linear_map: LinearMap, bases: Bases, z: jax.Array) -> tuple[Factors
 def _check_factors(
     linear_map: LinearMap, rows: int, a: jax.Array | None, z: jax.Array, b: jax.Array | None
 ) -> None:
-    lead, (left, right) = _lead(linear_map), z.shape[-2:]
+    lead, (left, right) = leading(linear_map), z.shape[-2:]
     shapes = {"A": (*lead, rows, left), "Z": (*lead, left, right)}
     shapes["B"] = (*lead, linear_map.size_out, right)
     for (name, shape), array in zip(shapes.items(), (a, z, b), strict=True):
@@ -421,62 +381,3 @@ def _with_factors(linear_map: LinearMap, leaf: jax.Array, factors: Factors) -> V
         shape = [leaf.shape[axis] for axis in linear_map.stack_axes]
         factors = factors.map(lambda x: x.reshape(*shape, *x.shape[1:]))
     return analysis.view(linear_map.leaf, leaf, factors=factors, stack=linear_map.stack_axes)
-
-
-def _sink_shape(use: Use) -> tuple[int, ...]:
-    return (*(length for _, length in use.loops), *use.result.shape)
-
-
-def _gather_layers(
-    linear_map: LinearMap, together: tuple[Use, ...], inputs: Taps, cotangents: Taps
-) -> Captured:
-    """Brings what was recorded at the places of one use to [t, ...], or [stack, t, ...]."""
-    pairs = []
-    for use in together:
-        to_rows = use.product.cotangents
-        for _ in use.loops:
-            to_rows = jax.vmap(to_rows)
-        left, right = inputs[use.site], to_rows(cotangents[use.site])
-        if use.product.kind == "embedding":
-            left = left[..., None]
-        left, right = (right, left) if use.transposed else (left, right)
-        pairs.append([_rows(use, linear_map.stack_axes, side) for side in (left, right)])
-    lookup = together[0].product.kind == "embedding"
-    lefts, rights = zip(*pairs, strict=True)
-    left = _by_layer(linear_map, together, lefts, linear_map.size_in if lookup else 0)
-    right = _by_layer(linear_map, together, rights, 0)
-    applied = np.ones(_lead(linear_map), bool)
-    if linear_map.stack is not None:
-        numbers = np.concatenate([use.layers(linear_map.stack_axes) for use in together])
-        applied = np.isin(np.arange(linear_map.stack), numbers)
-    return Captured(left[..., 0] if lookup else left, right, jnp.asarray(applied))
-
-
-def _rows(use: Use, stack: tuple[int, ...], block: jax.Array) -> jax.Array:
-    """Turns [*loops, *layers, t, f] into [layers, t, f] or, if there is no stack, [t, f]."""
-    loops: list[Label] = [
-        Label(use.scanned.get(site, ("loop", site)), length) for site, length in use.loops
-    ]
-    t, f = Label("t", block.shape[-2]), Label("f", block.shape[-1])
-    source = tuple((label,) for label in (*loops, *use.product.layers, t, f))
-    labels = (*loops, *use.product.layers)
-    layers = ordered(label for label in labels if label.axis in stack)
-    positions = (*(label for label in labels if label.axis not in stack), t)
-    return rearrange(block, source, (layers, positions, (f,)) if stack else (positions, (f,)))
-
-
-def _by_layer(
-    linear_map: LinearMap, together: tuple[Use, ...], blocks: Sequence[jax.Array], nothing: int
-) -> jax.Array:
-    """Joins [layers, t, f] of several places to [stack, t, f]; other layers hold `nothing`."""
-    if linear_map.stack is None:
-        return blocks[0]
-    numbers = [use.layers(linear_map.stack_axes) for use in together]
-    if np.array_equal(numbers[0], np.arange(linear_map.stack)):
-        return blocks[0]
-    whole = jnp.full(
-        (linear_map.stack, *blocks[0].shape[1:]),
-        nothing,
-        widest(*(block.dtype for block in blocks)),
-    )
-    return whole.at[np.concatenate(numbers)].set(jnp.concatenate(blocks))

@@ -1,0 +1,152 @@
+"""Ways in which models write their parameters: what the features of each come to."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxattr as ja
+from jaxattr import linear_maps
+from jaxattr.batches import OneAtATimeWarning
+from jaxattr.features import bases, projections
+from tests.linear_map_checks import assert_close, check, exact_matrices, jit, normal, random_bases
+
+RANK = 3
+
+
+def two_sided(loss, params, batch, materialize=False, **kwargs):
+    basis = bases.Signs(materialize=materialize)
+    method = ja.tracin(loss, projection=projections.two_sided(RANK, basis=basis))
+    example = jax.tree.map(lambda x: x[0], batch)
+    return ja.featurizer(method, params, example, **kwargs)
+
+
+def assert_features_are_exact(loss, params, batch, **kwargs):
+    """Features of the rewritten loss are those of gradients that are formed; returns them."""
+    fast = two_sided(loss, params, batch, **kwargs)
+    slow = two_sided(loss, params, batch, materialize=True, **kwargs)
+    assert fast.layout == slow.layout
+    got, expected = fast(params, batch), slow(params, batch)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+    return fast
+
+
+def test_a_scale_that_is_an_einsum_is_one_group():
+    def loss(params, x, key):
+        del key
+        x = x @ params["dense"]["kernel"]
+        return jnp.sum(jnp.tanh(jnp.einsum("td,d->td", x, params["norm"]["scale"])) ** 2)
+
+    params = {"dense": {"kernel": normal(0, 6, 5)}, "norm": {"scale": normal(1, 5)}}
+    featurize = assert_features_are_exact(loss, params, normal(2, 3, 4, 6))
+    assert featurize.layout.names == ("dense", "norm")
+    assert featurize.layout.dims == (9, 5)
+
+
+def test_a_leaf_whose_gradient_is_stopped_is_left_out():
+    def loss(params, x, key):
+        del key
+        frozen = jax.lax.stop_gradient(params["frozen"])
+        x = x @ (frozen["kernel"] + params["delta"])
+        return jnp.sum(jnp.tanh(x + frozen["bias"][None]) ** 2)
+
+    frozen = {"kernel": normal(0, 6, 5), "bias": normal(1, 5)}
+    params, batch = {"frozen": frozen, "delta": normal(2, 6, 5)}, normal(3, 3, 4, 6)
+    featurize = assert_features_are_exact(loss, params, batch)
+    assert featurize.layout.names == ("delta",)
+    text = str(ja.describe(ja.logra(loss, rank=RANK), params, batch[0]))
+    assert text.count("excluded: its gradient is stopped") == 2
+    # Groups that the user spells out are left as they are: the features are zero.
+    labels = jax.tree.map(lambda _: "all", params)
+    whole = assert_features_are_exact(loss, params, batch, groups=labels)
+    assert dict(whole.plan.reasons)["frozen/bias"] == "its gradient is stopped"
+    stopped = lambda params, x, key: loss(jax.lax.stop_gradient(params), x, key)  # noqa: E731
+    with pytest.raises(ValueError, match="No parameter is in a group: .*gradient is stopped"):
+        two_sided(stopped, params, batch)
+
+
+def mixture_of_experts(params, x, key):
+    del key
+    second = x[:, 0] > 0
+    x = x[jnp.argsort(second)] @ params["dense"]
+    sizes = jnp.stack([(~second).sum(), second.sum()]).astype(jnp.int32)
+    return jnp.sum(jnp.tanh(jax.lax.ragged_dot(x, params["experts"], sizes)) ** 2)
+
+
+def test_an_operation_that_cannot_be_batched_runs_one_example_at_a_time():
+    params, batch = {"dense": normal(0, 6, 4), "experts": normal(1, 2, 4, 5)}, normal(2, 3, 7, 6)
+    with pytest.warns(OneAtATimeWarning, match="ragged_dot"):
+        featurize = assert_features_are_exact(mixture_of_experts, params, batch)
+    assert dict(featurize.plan.reasons) == {"experts": "used by ragged_dot_general"}
+    exact = ja.tracin(mixture_of_experts, projection=ja.projections.identity())
+    featurize = ja.featurizer(exact, params, batch[0])
+    gradients = [jax.grad(mixture_of_experts)(params, x, None) for x in batch]
+    with pytest.warns(OneAtATimeWarning):
+        got = featurize(params, batch)
+    for leaf in params:
+        expected = np.stack([each[leaf].reshape(-1) for each in gradients])
+        assert_close(got[:, featurize.layout.slices[leaf]], expected, leaf)
+    with pytest.warns(OneAtATimeWarning):
+        index = ja.build_index(ja.ekfac(mixture_of_experts), params, batch)
+    assert np.isfinite(ja.score(index, batch)).all()
+
+
+def test_mixed_derivatives_through_weight_expressions():
+    """The derivative of dL/dZ along a direction of the parameters is A^T (H v) B here too."""
+
+    def loss(params, x, key):
+        del key
+        x = jnp.tanh(x @ (params["w"] + params["a"] @ params["b"] / 2))
+        return jnp.sum(jnp.sin(x @ jnp.concatenate([params["w"].T, 3 * params["v"]], 1)) ** 2)
+
+    shapes = {"w": (6, 5), "a": (6, 2), "b": (2, 5), "v": (5, 3)}
+    params = {leaf: normal(i, *shape) / 2 for i, (leaf, shape) in enumerate(shapes.items())}
+    x = normal(9, 4, 6)
+    found = linear_maps.find(loss, params, x)
+    assert set(found.maps) == set(shapes)
+    bases = random_bases(found.maps)
+    z = linear_maps.zeros(found, bases)
+    rewritten = linear_maps.bottleneck(loss, params, x)
+
+    def both(params):
+        projected = jax.grad(rewritten, argnums=2)(params, bases, z, x)
+        return projected, exact_matrices(found, jax.grad(loss)(params, x, None))
+
+    direction = jax.tree.map(np.cos, params)
+    got, exact = jit(lambda p, v: jax.jvp(both, (p,), (v,))[1])(params, direction)
+    for leaf, (a, b) in bases.items():
+        assert_close(got[leaf], a.T @ exact[leaf] @ b, leaf)
+
+
+def expression(numbers, params):
+    """A weight [4, 6] that random leaves, their parts, sums and multiples make up."""
+    match numbers.choice(["leaf", "rows", "sum", "stopped", "scaled", "joined", "flipped"]):
+        case "leaf":
+            return params["wide"][:, numbers.integers(4) :][:, :6]
+        case "rows":
+            first = expression(numbers, params)
+            return jnp.concatenate([first[numbers.integers(1, 4) :], first])[:4]
+        case "sum":
+            return expression(numbers, params) - 3 * expression(numbers, params)
+        case "stopped":
+            return expression(numbers, params) + jax.lax.stop_gradient(params["tall"][:4])
+        case "scaled":
+            along = [np.arange(4.0)[:, None], np.arange(6.0)[None], np.ones((1, 1)) / 3]
+            return expression(numbers, params) * along[numbers.integers(3)]
+        case "joined":
+            parts = [params["tall"][numbers.integers(5) :][:2], params["wide"][2:, :6]]
+            return jnp.concatenate(parts if numbers.integers(2) else parts[::-1])
+        case "flipped":
+            return jnp.flip(expression(numbers, params), numbers.integers(2))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_weights_are_made_of_the_numbers_are_right(seed):
+    def loss(params, x, key):
+        del key
+        numbers = np.random.default_rng(seed)
+        y = jnp.tanh(x @ expression(numbers, params))
+        return jnp.sum(jnp.sin(y @ expression(numbers, params).T) @ params["wide"])
+
+    params = {"wide": normal(seed, 4, 9), "tall": normal(seed + 1, 7, 6)}
+    check(loss, params, normal(seed + 2, 3, 5, 4))
