@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.features import signs
-from jaxattr.linear_maps import LinearMap
+from jaxattr.linear_maps import LinearMap, WithBias
 from jaxattr.scales import wide
 
-Sides = tuple[jax.Array | None, jax.Array | None]
+Sides = tuple[jax.Array | WithBias | None, jax.Array | None]
 """(A [in, r], B [out, r']), each [stack, ...] for a stacked leaf; None is the identity."""
 
 
@@ -188,6 +188,14 @@ def draw_signs(seed: bytes, factored: Sequence[Factored]) -> dict[str, Sides]:
     }
 
 
+def cut_sides(factored: Factored, sides: Sides) -> Sides:
+    """Cuts the last row off A where it is the bias's."""
+    a, b = sides
+    if not factored.bias or a is None or isinstance(a, WithBias):
+        return sides
+    return WithBias(a[..., :-1, :], a[..., -1:, :]), b
+
+
 def apply_sides(gradient: jax.Array, sides: Sides) -> jax.Array:
     """Returns A^T G B.
 
@@ -199,6 +207,7 @@ def apply_sides(gradient: jax.Array, sides: Sides) -> jax.Array:
       [..., r, r'].
     """
     a, b = sides
+    a = jnp.concatenate(a, axis=-2) if isinstance(a, WithBias) else a
     if a is not None:
         gradient = jnp.matmul(jnp.swapaxes(a, -1, -2), gradient, precision="highest")
     return gradient if b is None else jnp.matmul(gradient, b, precision="highest")

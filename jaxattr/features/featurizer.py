@@ -21,7 +21,16 @@ from jaxattr import groups as groups_lib
 from jaxattr import identity, linear_maps
 from jaxattr.batches import each_example, in_microbatches, leading_size, shapes_of_one
 from jaxattr.features import projections, signs
-from jaxattr.features.bases import NOTHING, Drawn, Draws, Fits, Fitted, Sides, apply_sides
+from jaxattr.features.bases import (
+    NOTHING,
+    Drawn,
+    Draws,
+    Fits,
+    Fitted,
+    Sides,
+    apply_sides,
+    cut_sides,
+)
 from jaxattr.features.expectations import (
     at_one_draw,
     draws_of,
@@ -33,6 +42,7 @@ from jaxattr.features.plans import FeatureLayout, Plan, make_plan
 from jaxattr.features.projections import Projection, draw_groups
 from jaxattr.groups import GroupLayout, Groups
 from jaxattr.inputs.outputs import check_function, check_output
+from jaxattr.inputs.traces import traced_once
 from jaxattr.keys import check_key, example_keys
 from jaxattr.scales import wide
 from jaxattr.sharding import Placement
@@ -144,6 +154,7 @@ class Featurizer:
         seed = signs.seed_of(self.key, operator.index(checkpoint))
         drawn = not fitted.sides and isinstance(basis, Draws)
         sides = basis.draw(seed, self.plan.factored) if drawn else {}
+        sides = {f.map.leaf: cut_sides(f, sides[f.map.leaf]) for f in self.plan.factored if drawn}
         found = Drawn(sides, draw_groups(self.rule.projection, seed, self.plan.rest_sizes))
         if place is None or place.mesh is None:
             return jax.tree.map(jnp.asarray, found)
@@ -235,8 +246,9 @@ def featurize_with(
     """
     layout = groups_lib.resolve(groups, params)
     key = jax.random.key(0) if key is None else check_key(key)
-    rule.check(params, example, key)
-    rule = rule.traced(params, example, key)
+    with traced_once():
+        rule.check(params, example, key)
+        rule = rule.traced(params, example, key)
     if microbatch is not None and microbatch < 1:
         raise ValueError(f"microbatch must be at least 1, got {microbatch}.")
     found = None

@@ -171,7 +171,7 @@ def _scaled(factored: Factored, sides: Sides, named: dict[str, Any], epsilon: fl
     root = jnp.sqrt(jnp.where(v.mean(axis=(-1, -2)) > 0, v.mean(axis=(-1, -2)), 1))[..., None]
     left, right = (1 / jnp.sqrt(jnp.where(side > 0, side / root, 1)) for side in (rows, columns))
 
-    def side(matrix: jax.Array | None, scale: jax.Array) -> jax.Array:
+    def side(matrix: Any, scale: jax.Array) -> jax.Array:
         if matrix is None:
             matrix = jnp.broadcast_to(jnp.eye(scale.shape[-1]), (*scale.shape, scale.shape[-1]))
         return matrix.astype(scale.dtype) * scale[..., None]

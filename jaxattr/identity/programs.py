@@ -16,6 +16,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 from jaxattr.identity.arrays import digest_of
+from jaxattr.inputs.traces import trace
 
 # Rules of their own for derivatives: they are seen in the trace of the derivative alone.
 _WITH_RULES = ("custom_jvp_call", "custom_vjp_call")
@@ -98,13 +99,7 @@ def _signature(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _trace(function: Callable, shapes: tuple[Any, ...]) -> tuple[ClosedJaxpr, Any]:
-    """Traces a function through a new one, which JAX cannot have traced before."""
-
-    def fresh(*arguments: Any) -> Any:
-        return function(*arguments)
-
-    with jax.disable_jit(False):  # which would unroll loops, or run them on what has no value
-        program, result = jax.make_jaxpr(fresh, return_shape=True)(*shapes)
+    program, result = trace(function, shapes)
     return program, jax.tree.structure(result)
 
 

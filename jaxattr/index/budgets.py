@@ -14,10 +14,9 @@ from jax.sharding import Mesh
 
 from jaxattr import groups as groups_lib
 from jaxattr.counts import whole_number
-from jaxattr.features.bases import Drawn, Fits, Fitted
+from jaxattr.features.bases import NOTHING, Drawn, Fits, Fitted, Sides
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.features.projections import draw_groups
 from jaxattr.groups import Groups, named_leaves
 from jaxattr.identity import LANES
 from jaxattr.inputs.outputs import explaining_swaps, runs
@@ -360,7 +359,7 @@ def _compile(
 
 def _shapes_beside(featurize: Featurizer, place: Placement) -> tuple[Fitted, Drawn]:
     """Shapes of what is fitted and drawn."""
-    sharding, projection = place.sharding(), featurize.rule.projection
+    sharding = place.sharding()
 
     def side(lead: tuple[int, ...], size: int, rank: int, dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((*lead, size, rank), dtype, sharding=sharding)
@@ -368,19 +367,19 @@ def _shapes_beside(featurize: Featurizer, place: Placement) -> tuple[Fitted, Dra
     def shape(x: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    fits, sizes = isinstance(projection.basis, Fits), featurize.plan.rest_sizes
-    rest = jax.eval_shape(lambda: draw_groups(projection, bytes(16), sizes))
-    sides = {
+    basis: Any = featurize.rule.projection.basis
+    if not isinstance(basis, Fits):
+        return NOTHING, jax.tree.map(shape, jax.eval_shape(featurize.draw))
+    sides: dict[str, Sides] = {
         f.map.leaf: (
-            side(f.lead, f.rows, f.left, f.dtype) if fits or f.left < f.rows else None,
-            side(f.lead, f.map.size_out, f.right, f.dtype)
-            if fits or f.right < f.map.size_out
-            else None,
+            side(f.lead, f.rows, f.left, f.dtype),
+            side(f.lead, f.map.size_out, f.right, f.dtype),
         )
         for f in featurize.plan.factored
     }
-    fitted = Fitted(sides if fits else {}, {}, None, {})
-    return fitted, Drawn({} if fits else sides, jax.tree.map(shape, rest))
+    fitted = Fitted(sides, {}, None, {})
+    drawn = jax.eval_shape(lambda: featurize.draw(0, fitted))
+    return fitted, jax.tree.map(shape, drawn)
 
 
 def _is_spread(x: Any) -> bool:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr import identity
-from jaxattr.features.bases import Fitted
+from jaxattr.features.bases import Fitted, Sides
 from jaxattr.index import provenance
 from jaxattr.index.index import Recorded
 from jaxattr.sharding import Placement
@@ -67,7 +67,7 @@ def load_fitted(folder: Folder, number: int, place: Placement) -> Fitted | None:
         return {k.removeprefix(prefix): x for k, x in flat.items() if k.startswith(prefix)}
 
     a, b = named("side A "), named("side B ")
-    sides = {leaf: (a.get(leaf), b.get(leaf)) for leaf in named("sides ")}
+    sides: dict[str, Sides] = {leaf: (a.get(leaf), b.get(leaf)) for leaf in named("sides ")}
     rest = {name: flat.get(name) for name in ("curvature", "exponent", "data")}
     return Fitted(sides, named("scales "), captured=named("captured "), **rest)
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxattr.inputs.traces import read_inputs, warn_of_shared_randomness
+from jaxattr.inputs.traces import read_inputs, trace, warn_of_shared_randomness
 from jaxattr.inputs.wording import brief, name_of, shapes
 from jaxattr.typing import Example, Key, OutputFn, Params
 
@@ -150,12 +150,7 @@ class _NoScalar(Exception):
 
 
 def _traced(function: OutputFn, params: Params, example: Example, key: Key) -> Any:
-    def fresh(*arguments: Any) -> Any:  # which JAX cannot have traced before
-        return function(*arguments)
-
-    given = jax.tree.map(_shape, (params, example)), key
-    with jax.disable_jit(False):
-        program, result = jax.make_jaxpr(fresh, return_shape=True)(*given[0], given[1])
+    program, result = trace(function, jax.tree.map(_shape, (params, example, key)))
     leaves = jax.tree.leaves(result)
     scalar = len(leaves) == 1 and leaves[0].shape == ()
     if not scalar or not jnp.issubdtype(leaves[0].dtype, jnp.floating):

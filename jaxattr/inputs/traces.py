@@ -1,9 +1,12 @@
-"""What a traced function does with its inputs: which it reads, and where its noise comes from."""
+"""Traces of users' functions, and what those say: which inputs are read, where noise comes from."""
 
+import contextlib
+import contextvars
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 _DRAWS = ("random_bits", "threefry2x32", "rng_bit_generator")
@@ -23,6 +26,48 @@ class _Draws(NamedTuple):
 
     def __or__(self, other: "_Draws") -> "_Draws":
         return _Draws(self.own or other.own, self.shared or other.shared)
+
+
+_SEEN: contextvars.ContextVar[dict[Any, tuple[ClosedJaxpr, Any]] | None] = contextvars.ContextVar(
+    "seen", default=None
+)
+
+
+@contextlib.contextmanager
+def traced_once() -> Iterator[None]:
+    """Within this, a function is traced once for arguments of the same shapes."""
+    token = _SEEN.set({})
+    try:
+        yield
+    finally:
+        _SEEN.reset(token)
+
+
+def trace(function: Callable, shapes: tuple[Any, ...]) -> tuple[ClosedJaxpr, Any]:
+    """Traces a function through a new one, which JAX cannot have traced before.
+
+    What it closes over may have changed since. So traces are kept within `traced_once` alone.
+
+    Args:
+      function: a user's.
+      shapes: its arguments, `jax.ShapeDtypeStruct` at the leaves.
+
+    Returns:
+      The program, and the shapes of its result.
+    """
+    seen, (leaves, structure) = _SEEN.get(), jax.tree.flatten(shapes)
+    call = function, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+    def fresh(*arguments: Any) -> Any:
+        return function(*arguments)
+
+    if seen is not None and call in seen:
+        return seen[call]
+    with jax.disable_jit(False):  # which would unroll loops, or run them on what has no value
+        found = jax.make_jaxpr(fresh, return_shape=True)(*shapes)
+    if seen is not None:
+        seen[call] = found
+    return found
 
 
 def warn_of_shared_randomness(name: str, program: ClosedJaxpr, params: int) -> None:

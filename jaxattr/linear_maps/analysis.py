@@ -1,15 +1,18 @@
 """Decides, from how a leaf is used, whether it is the matrix of a linear map, and which one."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
 from jaxattr import groups as groups_lib
+from jaxattr.identity import Program
 from jaxattr.linear_maps import interpreter, labels
 from jaxattr.linear_maps.interpreter import Output, Taps, Walk
 from jaxattr.linear_maps.labels import Dims, Label, digits, extent
@@ -148,7 +151,20 @@ class Traced:
 
 
 def trace(loss: OutputFn, params: Params, example: Example, key: Key | None) -> Traced:
-    """Traces a loss once and finds the linear maps in it."""
+    """Traces a loss once and finds the linear maps in it; a `Program` of known shapes no more."""
+    leaves, structure = jax.tree.flatten(jax.tree.map(_shape, (params, example, key)))
+    if isinstance(loss, Program):
+        return _trace_once(loss, structure, tuple(leaves))
+    return _trace(loss, structure, tuple(leaves))
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
+    return jax.ShapeDtypeStruct(jnp.shape(x), dtype)
+
+
+def _trace(loss: OutputFn, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Traced:
+    params, example, key = jax.tree.unflatten(structure, leaves)
 
     # A function of its own, since JAX remembers traces: what the loss closes over may have changed.
     def fresh(params: Params, example: Example, key: Key) -> jax.Array:
@@ -180,6 +196,9 @@ def view(name: str, leaf: jax.Array, **known: Any) -> View:
     dims = tuple((Label(axis, size),) for axis, size in enumerate(leaf.shape))
     ranges = tuple(range(size) for size in leaf.shape)
     return View(value=leaf, leaf=name, shape=leaf.shape, dims=dims, ranges=ranges, **known)
+
+
+_trace_once = functools.lru_cache(maxsize=8)(_trace)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,13 +113,15 @@ class Product(abc.ABC):
           transposed: whether the matrix is applied the other way, so that B Z^T A^T is meant.
           dtype: dtype of the result.
         """
-        a, z, b = factors
+        a, z, b, bias = factors
         if transposed:
             a, z, b = b, jnp.swapaxes(z, -1, -2), a
         if a is None:
             compressed = self.project(x, z)
         else:
-            compressed = self.project(x, a).astype(z.dtype) @ z  # [*layers, t, r']
+            compressed = self.project(x, a).astype(z.dtype)
+            compressed = compressed if bias is None else compressed + bias.astype(z.dtype)
+            compressed = compressed @ z  # [*layers, t, r']
         return self.expand(compressed.astype(dtype), b if b is None else b.astype(dtype))
 
     def _canonical(self, features: Dim) -> Dims:

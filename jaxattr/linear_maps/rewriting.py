@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,20 @@ from jaxattr.linear_maps.views import Factors, Scale, Site, View
 from jaxattr.scales import widest
 from jaxattr.typing import Example, Key, OutputFn, Params
 
-Bases: TypeAlias = Mapping[str, tuple[jax.Array | None, jax.Array | None]]
+
+class WithBias(NamedTuple):
+    """A in two parts, so that no program need cut it.
+
+    Attributes:
+      inputs: [in, r], or [stack, in, r].
+      bias: [1, r], or [stack, 1, r].
+    """
+
+    inputs: jax.Array
+    bias: jax.Array
+
+
+Bases: TypeAlias = Mapping[str, tuple[jax.Array | WithBias | None, jax.Array | None]]
 """{leaf: (A [in, r], B [out, r'])}, each [stack, ...] for a stacked leaf; None is the identity.
 
 A with one row more than the map has inputs covers its bias too, as one more input that is always 1.
@@ -107,6 +120,7 @@ def bottleneck(
     """
     traced = analysis.trace(loss, params, example, key)
     chosen = chosen_leaves(traced, leaves)
+    plain = {leaf for leaf in chosen if _is_plain(traced, leaf)}
 
     def rewritten(
         params: Params, bases: Bases, z: Bottlenecks, example: Example, key: Key | None = None
@@ -118,7 +132,10 @@ def bottleneck(
             if leaf not in chosen:
                 raise ValueError(f"z has {leaf!r}, but only these are rewritten: {chosen}.")
             linear_map, number = traced.found.maps[leaf], numbers[leaf]
-            factors, of_bias = _factors(linear_map, bases, z[leaf])
+            factors = _factors(linear_map, bases, z[leaf])
+            joined = leaf in plain and factors.a is not None
+            of_bias = None if joined else _of_bias(factors)
+            factors = factors if joined else factors._replace(bias=None)
             followed[leaf] = _with_factors(linear_map, args[number], factors)
             if linear_map.bias is not None and of_bias is not None:
                 bias = args[numbers[linear_map.bias]]
@@ -188,9 +205,10 @@ def zeros(maps: LinearMaps, bases: Bases) -> dict[str, jax.Array]:
     result = {}
     for leaf, (a, b) in bases.items():
         linear_map = maps.maps[leaf]
-        left = linear_map.size_in if a is None else a.shape[-1]
+        of_inputs = a.inputs if isinstance(a, WithBias) else a
+        left = linear_map.size_in if of_inputs is None else of_inputs.shape[-1]
         right = linear_map.size_out if b is None else b.shape[-1]
-        dtypes = [x.dtype for x in (a, b) if x is not None] or [linear_map.dtype]
+        dtypes = [x.dtype for x in (of_inputs, b) if x is not None] or [linear_map.dtype]
         dtype = widest(jnp.float32, *dtypes)
         result[leaf] = jnp.zeros((*leading(linear_map), left, right), dtype)
     return result
@@ -232,7 +250,7 @@ class _Bottleneck(Rewriting):
         if view.factors is None:
             return y, {}
         linear_map, transposed = self.maps[view.leaf], self.transposed[walk.site]
-        (a, z, b), shape, dtype = view.factors, y.shape, y.dtype
+        (a, z, b, bias), shape, dtype = view.factors, y.shape, y.dtype
 
         # The term is linear in Z, and Z is zero: its value is nothing, and so is its derivative in
         # x. Saying so spares a pass forwards through B and one backwards through A.
@@ -242,19 +260,20 @@ class _Bottleneck(Rewriting):
             x: jax.Array,
             a: jax.Array | None,
             b: jax.Array | None,
+            bias: jax.Array | None,
             scales: tuple[Scale, ...],
         ) -> jax.Array:
-            del z, x, a, b, scales
+            del z, x, a, b, bias, scales
             return jnp.zeros(shape, dtype)
 
         @term.defjvp
         def _derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-            _, x, a, b, scales = primals
+            _, x, a, b, bias, scales = primals
             covering = dataclasses.replace(view, scales=scales)
-            factors = _of_entries(covering, linear_map, Factors(a, tangents[0], b))
+            factors = _of_entries(covering, linear_map, Factors(a, tangents[0], b, bias))
             return term(*primals), product.low_rank(x, factors, transposed, dtype)
 
-        return y + term(z, x, a, b, view.scales), {}
+        return y + term(z, x, a, b, bias, view.scales), {}
 
 
 def _of_entries(view: View, linear_map: LinearMap, factors: Factors) -> Factors:
@@ -272,11 +291,12 @@ def _of_entries(view: View, linear_map: LinearMap, factors: Factors) -> Factors:
             matrix = matrix * view.factor(scale, axes).astype(matrix.dtype)[:, None]
         return matrix
 
-    a, z, b = factors
+    a, z, b, bias = factors
     inputs = rows(linear_map.in_axes, of_inputs, z if a is None else a)
     a, z = (None, inputs) if a is None else (inputs, z)
     outputs = rows(linear_map.out_axes, of_outputs, jnp.swapaxes(z, -1, -2) if b is None else b)
-    return Factors(a, jnp.swapaxes(outputs, -1, -2), None) if b is None else Factors(a, z, outputs)
+    z, b = (jnp.swapaxes(outputs, -1, -2), None) if b is None else (z, outputs)
+    return Factors(a, z, b, bias)
 
 
 def chosen_leaves(traced: Traced, leaves: Collection[str] | None) -> list[str]:
@@ -341,24 +361,50 @@ def leading(linear_map: LinearMap) -> tuple[int, ...]:
     return () if linear_map.stack is None else (linear_map.stack,)
 
 
-def _factors(linear_map: LinearMap, bases: Bases, z: jax.Array) -> tuple[Factors, jax.Array | None]:
-    """Checks A, Z, B and splits off what the last row of A adds to the bias, [*stack, 1, out].
+def _is_plain(traced: Traced, leaf: str) -> bool:
+    """Whether what the last row of A adds to the bias can be added to the map's own results.
 
-    That is added to the bias itself, so it needs no rule: it is exact wherever the bias is used.
+    It then takes part in the products with Z and B that are there; as the bias is added to each
+    result, and to nothing else, that is the same.
     """
+    linear_map = traced.found.maps[leaf]
+    axes = (*linear_map.in_axes, *linear_map.out_axes)
+    return not any(
+        use.transposed or use.view.scales or not use.view.is_whole(axes)
+        for together in traced.uses[leaf]
+        for use in together
+    )
+
+
+def _factors(linear_map: LinearMap, bases: Bases, z: jax.Array) -> Factors:
+    """Checks A, Z, B and splits off the last row of A, or of Z where A is the identity."""
     if linear_map.leaf not in bases:
         raise ValueError(f"z has {linear_map.leaf!r}, but bases have only {sorted(bases)}.")
     a, b = bases[linear_map.leaf]
+    if isinstance(a, WithBias):
+        a, bias = a
+        _check_factors(linear_map, linear_map.size_in, a, z, b)
+        return Factors(a, z, b, bias)
     rows = z.shape[-2] if a is None else a.shape[-2]
     with_bias = linear_map.bias is not None and rows == linear_map.size_in + 1
     _check_factors(linear_map, linear_map.size_in + with_bias, a, z, b)
     if not with_bias:
-        return Factors(a, z, b), None
-    row = z[..., -1:, :] if a is None else a[..., -1:, :] @ z
-    row = row if b is None else row @ jnp.swapaxes(b, -1, -2)
+        return Factors(a, z, b)
     if a is None:
-        return Factors(None, z[..., :-1, :], b), row
-    return Factors(a[..., :-1, :], z, b), row
+        return Factors(None, z[..., :-1, :], b, z[..., -1:, :])
+    return Factors(a[..., :-1, :], z, b, a[..., -1:, :])
+
+
+def _of_bias(factors: Factors) -> jax.Array | None:
+    """What the last row of A adds to the bias, [*stack, 1, out].
+
+    Added to the bias itself, it needs no rule: it is exact wherever the bias is used.
+    """
+    a, z, b, bias = factors
+    if bias is None:
+        return None
+    row = bias if a is None else bias @ z
+    return row if b is None else row @ jnp.swapaxes(b, -1, -2)
 
 
 def _check_factors(

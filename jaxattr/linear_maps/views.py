@@ -24,11 +24,13 @@ class Factors(NamedTuple):
       a: [*stack, in, r], or None for the identity.
       z: [*stack, r, r'].
       b: [*stack, out, r'], or None for the identity.
+      bias: [*stack, 1, r], a further row of A for an input that is always 1; or None.
     """
 
     a: jax.Array | None
     z: jax.Array
     b: jax.Array | None
+    bias: jax.Array | None = None
 
     def map(self, function: Callable[[jax.Array], jax.Array]) -> "Factors":
         """Applies a function to the arrays."""
