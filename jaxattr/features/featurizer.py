@@ -157,7 +157,7 @@ class Featurizer:
         sides = {f.map.leaf: cut_sides(f, sides[f.map.leaf]) for f in self.plan.factored if drawn}
         found = Drawn(sides, draw_groups(self.rule.projection, seed, self.plan.rest_sizes))
         if place is None or place.mesh is None:
-            return jax.tree.map(jnp.asarray, found)
+            return jax.device_put(found)
         return place.whole(found)
 
     def unscaled(self) -> Callable[..., Featurized]:

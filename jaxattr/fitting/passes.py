@@ -81,7 +81,7 @@ class TrainingPass:
         for block in track(blocks, described, count, first):
             positions = block.start + np.arange(self.block)
             ids, real = self.place.batch(self._numbers, positions)
-            yield NumberedBatch(block.batch, jnp.asarray(ids), jnp.asarray(real))
+            yield NumberedBatch(block.batch, *jax.device_put((ids, real)))
 
     def features(
         self,

@@ -22,7 +22,7 @@ from jaxattr.inputs.matching import check_match
 from jaxattr.inputs.outputs import check_output, read_leaves, runs
 from jaxattr.kernels import Kernel, MapsQueries
 from jaxattr.methods.method import Method
-from jaxattr.sharding import DATA, Placement
+from jaxattr.sharding import DATA, Placement, split_rows
 from jaxattr.sources import as_source, track
 from jaxattr.typing import Batch, Example, Features, Key, OutputFn, Params
 
@@ -65,12 +65,12 @@ def query_features(index: Index, queries: Any) -> QueryFeatures:
         return _checked(check_index(index), queries)
     source = as_source(queries, "queries", functools.partial(_takes, check_index(index)))
     step = _query_step(index.place, functions_of(index, source.example))
-    block = source.block_size(index.batch_size, index.place)
+    block = _block_of(source.size, index)
     state, count = state_of(index), -(-source.size // block)
     found = []
     for each in track(source.blocks(block, index.place), "queries", count):
         ids = index.place.batch(lambda rows: rows, -1 - each.start - np.arange(block))
-        features, finite = step(state, each.batch, jnp.asarray(ids))
+        features, finite = step(state, each.batch, jax.device_put(ids))
         found.append((index.place.gathered(features), index.place.gathered(finite)))
     features = jnp.concatenate([features for features, _ in found])[: source.size]
     finite = np.concatenate([np.asarray(finite) for _, finite in found])[: source.size]
@@ -196,9 +196,19 @@ def features_of_batch(
         got = functions.step(state.key, params, batch, ids, drawn, fitted)
         phi, kernel = got.features, functions.kernel
         columns.append(phi if kernel is None else kernel.of_queries(state.operators[number], phi))
+    return _of_all_checkpoints(columns)
+
+
+@jax.jit
+def _of_all_checkpoints(columns: list[Features]) -> tuple[Features, jax.Array]:
     features = jnp.concatenate(columns, axis=1)
     finite = jnp.isfinite(features).all(axis=1)
     return jnp.where(finite[:, None], features, 0), finite
+
+
+def _block_of(size: int, index: Index) -> int:
+    """Queries per step: a power of two, so that a few programs serve any number of queries."""
+    return split_rows(min(index.batch_size, 1 << (size - 1).bit_length()), index.place)
 
 
 def _functions(index: Index, example: Example) -> tuple[Featurizer, Method]:

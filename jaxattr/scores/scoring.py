@@ -413,6 +413,7 @@ def _warn_of_overflow(scores: Any) -> None:
         )
 
 
+@jax.jit
 def _mark_top(top: TopK, finite: jax.Array) -> TopK:
     there = finite[:, None] & (top.ids >= 0)
     return TopK(jnp.where(there, top.ids, -1), jnp.where(there, top.scores, jnp.nan))
