@@ -4,11 +4,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxattr as ja
+from jaxattr.features import featurizer as featurizer_lib
 from jaxattr.features import projections
 from jaxattr.index import budgets
+from jaxattr.inputs.traces import activation_bytes
 from tests import models
 
 TRAIN = models.data(200, features=64, dtype=jnp.float32)
@@ -82,3 +85,48 @@ def test_an_index_larger_than_the_device_is_refused(monkeypatch):
 def test_plans_of_other_methods(method):
     plan = ja.plan(method, PARAMS, TRAIN)
     assert plan.step_bytes > 0 and plan.index_bytes > 0
+
+
+def test_activations_are_counted_in_loops_and_branches():
+    def run(x):
+        def turn(carry, _):
+            return jnp.tanh(carry), None
+
+        y = jax.lax.scan(turn, x * 2, None, length=5)[0]  # 1 + 5 arrays
+        return jax.lax.cond(y.sum() > 0, lambda y: y + y * y, lambda y: y, y)  # 2 arrays, scalars
+
+    x = jnp.ones(1000, jnp.float32)
+    found = activation_bytes(jax.make_jaxpr(run)(x).jaxpr)
+    assert 8 * 4000 <= found <= 8 * 4000 + 100
+
+
+@pytest.mark.parametrize("vocabulary", [100, 8000])
+def test_the_default_microbatch_leaves_room_for_activations(vocabulary, monkeypatch):
+    """A step needs at most what it was to have, and no more than a training step by 1.3."""
+    width, length, room = 16, 32, 1 << 26
+    monkeypatch.setattr(featurizer_lib, "_ROOM_OF_HOST", room)
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = {
+        "embed": jax.random.normal(keys[0], (vocabulary, width), jnp.float32),
+        "head": jax.random.normal(keys[1], (width, vocabulary), jnp.float32),
+    }
+
+    def loss(params, example, key):
+        del key
+        logits = jnp.tanh(params["embed"][example[:-1]]) @ params["head"]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), example[1:, None], axis=1).sum()
+
+    train = np.zeros((256, length + 1), np.int32)
+    found = ja.plan(ja.logra(loss, rank=8), params, train)
+    assert found.microbatch == 256 if vocabulary == 100 else found.microbatch < 64
+    features = 4 * 256 * found.features
+    assert found.step_bytes <= room + 2 * features
+
+    def training_step(params, batch):
+        each = jax.vmap(loss, in_axes=(None, 0, None))(params, batch, None)
+        return each.sum()
+
+    analysis = jax.jit(jax.grad(training_step)).lower(params, train).compile().memory_analysis()
+    training = analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+    # In the small one the projected sides weigh as much as the logits.
+    assert found.step_bytes <= (2.2 if vocabulary == 100 else 0.5) * training + 2 * features

@@ -21,7 +21,7 @@ _BUILDING = ("key", "mesh", "batch_size", "dtype")
 _memory = click.option(
     "--memory", type=options.Bytes(), metavar="BYTES",
     help="Per device, such as 8GiB: finds the largest microbatch that fits. Default: a microbatch "
-    "of 256 MiB.",
+    "that has room in a quarter of it.",
 )  # fmt: skip
 
 

@@ -42,7 +42,7 @@ from jaxattr.features.plans import FeatureLayout, Plan, make_plan
 from jaxattr.features.projections import Projection, draw_groups
 from jaxattr.groups import GroupLayout, Groups
 from jaxattr.inputs.outputs import check_function, check_output
-from jaxattr.inputs.traces import traced_once
+from jaxattr.inputs.traces import activation_bytes, shapes_of, trace, traced_once
 from jaxattr.keys import check_key, example_keys
 from jaxattr.scales import wide
 from jaxattr.sharding import Placement
@@ -235,7 +235,9 @@ def featurize_with(
       example: ONE example, or its shapes.
       groups: see `jaxattr.groups.resolve`.
       key: key of the projections and of stochastic outputs. Default: `jax.random.key(0)`.
-      microbatch: examples whose gradients are in memory at once. Default: as many as fit 256 MiB.
+      microbatch: examples whose gradients are in memory at once. Default: as many as
+        have room in a quarter of the device's memory (1 GiB on a CPU), by an upper bound of their
+        activations.
 
     Returns:
       The featurizer.
@@ -260,9 +262,11 @@ def featurize_with(
             still = {leaf: why for leaf, why in found.exact.items() if why == linear_maps.STOPPED}
             layout = groups_lib.leave_out(layout, still)
     plan = make_plan(layout, rule.projection, found)
-    microbatch = microbatch or _default_microbatch(rule, layout, plan)
+    if microbatch is None:
+        given = params, example_at_one_draw(rule.output, example), key
+        microbatch = _default_microbatch(rule, layout, plan, shapes_of(given))
     step = _compiled_step(rule, plan, microbatch)
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), example)
+    one = shapes_of(example)
     return Featurizer(plan.layout, layout, plan, rule, key, one, microbatch, step)
 
 
@@ -445,10 +449,26 @@ def _residual(residual: OutputFn | None, params: Params, batch: Batch, keys: Key
     return each_example(functools.partial(residual, params))(batch, keys)
 
 
-def _default_microbatch(rule: FeatureRule, layout: GroupLayout, plan: Plan) -> int:
-    """As many examples as have 256 MiB of gradients."""
+def _default_microbatch(
+    rule: FeatureRule, layout: GroupLayout, plan: Plan, shapes: tuple[Params, Example, Key]
+) -> int:
+    """As many examples as their gradients and activations leave room for."""
     basis, numbers = rule.projection.basis, sum(layout.sizes)
     if basis is not None and not basis.materialize:
         rest = {member for group in plan.groups for member in group.rest}
         numbers = sum(member.size for member in rest) + plan.layout.total
-    return max(1, min(256, (256 << 20) // (4 * max(numbers, 1))))
+    program, _ = trace(at_one_draw(rule.output), shapes)
+    each = 4 * numbers + activation_bytes(program.jaxpr)
+    return max(1, min(_LARGEST_MICROBATCH, _room() // max(each, 1)))
+
+
+_LARGEST_MICROBATCH, _ROOM_OF_HOST = 256, 1 << 30
+
+
+def _room() -> int:
+    """Bytes of a feature step: a quarter of the device's memory.
+
+    Not of what is free now, since a build that goes on must do as it did before.
+    """
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return _ROOM_OF_HOST if limit is None else limit // 4

@@ -16,7 +16,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 from jaxattr.identity.arrays import digest_of
-from jaxattr.inputs.traces import trace
+from jaxattr.inputs.traces import dtype_of, shapes_of, trace
 
 # Rules of their own for derivatives: they are seen in the trace of the derivative alone.
 _WITH_RULES = ("custom_jvp_call", "custom_vjp_call")
@@ -39,7 +39,7 @@ class Program:
     def __init__(self, function: Callable, arguments: tuple[Any, ...]) -> None:
         self.name = getattr(function, "__name__", type(function).__name__)
         self._function = function
-        self._shapes = _shapes(arguments)
+        self._shapes = shapes_of(arguments)
         program, tree = _trace(function, self._shapes)
         self._signature = _signature(self._shapes)
         self._programs = {self._signature: (program, tree)}
@@ -68,7 +68,7 @@ class Program:
                 "an array that it closes over has changed, such as running statistics. Build the "
                 "index again, or let each function close over what does not change."
             )
-        return _trace(self._function, _shapes(arguments))
+        return _trace(self._function, shapes_of(arguments))
 
     def __eq__(self, other: object) -> bool:
         # The digest sees leaves alone; a function of another kind of tree takes other arguments.
@@ -85,17 +85,9 @@ class Program:
         return f"Program({self.name}, {self.digest[:8]})"
 
 
-def _shapes(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), _dtype(x)), arguments)
-
-
-def _dtype(x: Any) -> Any:
-    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-
-
 def _signature(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     leaves, tree = jax.tree.flatten(arguments)
-    return tree, tuple((jnp.shape(leaf), str(_dtype(leaf))) for leaf in leaves)
+    return tree, tuple((jnp.shape(leaf), str(dtype_of(leaf))) for leaf in leaves)
 
 
 def _trace(function: Callable, shapes: tuple[Any, ...]) -> tuple[ClosedJaxpr, Any]:

@@ -126,7 +126,7 @@ def plan(
       key: key of projections and of stochastic outputs. Default: `jax.random.key(0)`.
       batch_size: examples per step, and per chunk on disk.
       microbatch: examples whose gradients are in memory at once, per device. Default: as many as
-        fit 256 MiB.
+        have room in a quarter of the device's memory (1 GiB on a CPU), activations included.
       memory: instead of `microbatch`: bytes per device; the largest microbatch that fits is found.
       mesh: devices to use, with an axis "data". Default: the default device.
       on_disk: whether the index will be.

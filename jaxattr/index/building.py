@@ -107,7 +107,7 @@ def build_index(
       key: key of projections and of stochastic outputs. Default: `jax.random.key(0)`.
       batch_size: examples per step, and per chunk on disk.
       microbatch: examples whose gradients are in memory at once, per device. Default: as many as
-        fit 256 MiB.
+        have room in a quarter of the device's memory (1 GiB on a CPU), activations included.
       memory: instead of `microbatch`: bytes per device for parameters, feature step, statistics
         and, unless it is on disk, the index. The largest microbatch that fits is found by
         compiling the step; see `ja.plan`.

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxattr.inputs.traces import read_inputs, trace, warn_of_shared_randomness
+from jaxattr.inputs.traces import read_inputs, shapes_of, trace, warn_of_shared_randomness
 from jaxattr.inputs.wording import brief, name_of, shapes
 from jaxattr.typing import Example, Key, OutputFn, Params
 
@@ -150,17 +150,12 @@ class _NoScalar(Exception):
 
 
 def _traced(function: OutputFn, params: Params, example: Example, key: Key) -> Any:
-    program, result = trace(function, jax.tree.map(_shape, (params, example, key)))
+    program, result = trace(function, shapes_of((params, example, key)))
     leaves = jax.tree.leaves(result)
     scalar = len(leaves) == 1 and leaves[0].shape == ()
     if not scalar or not jnp.issubdtype(leaves[0].dtype, jnp.floating):
         raise _NoScalar(result)
     return program
-
-
-def _shape(x: Any) -> jax.ShapeDtypeStruct:
-    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-    return jax.ShapeDtypeStruct(jnp.shape(x), dtype)
 
 
 def _returned(function: OutputFn, params: Params, example: Example, error: _NoScalar) -> ValueError:

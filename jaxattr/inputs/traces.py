@@ -2,11 +2,13 @@
 
 import contextlib
 import contextvars
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 _DRAWS = ("random_bits", "threefry2x32", "rng_bit_generator")
@@ -26,6 +28,20 @@ class _Draws(NamedTuple):
 
     def __or__(self, other: "_Draws") -> "_Draws":
         return _Draws(self.own or other.own, self.shared or other.shared)
+
+
+def shapes_of(tree: Any) -> Any:
+    """Returns a pytree of arrays, numbers or shapes as shapes, `jax.ShapeDtypeStruct`."""
+
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(jnp.shape(x), dtype_of(x))
+
+    return jax.tree.map(shape, tree)
+
+
+def dtype_of(x: Any) -> Any:
+    """Returns the dtype of an array, a number or a shape."""
+    return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
 
 
 _SEEN: contextvars.ContextVar[dict[Any, tuple[ClosedJaxpr, Any]] | None] = contextvars.ContextVar(
@@ -68,6 +84,38 @@ def trace(function: Callable, shapes: tuple[Any, ...]) -> tuple[ClosedJaxpr, Any
     if seen is not None:
         seen[call] = found
     return found
+
+
+def activation_bytes(program: Jaxpr) -> int:
+    """Bytes of all that a program computes on its way, loops and inner programs included.
+
+    An upper bound of what a backward pass keeps: compilers fuse and recompute. Of a loop that is
+    not a scan one turn counts; of branches, the one that computes most.
+    """
+    total = 0
+    for equation in program.eqns:
+        inner = [activation_bytes(each) for each in _programs(equation)]
+        if not inner:
+            total += sum(_bytes(result.aval) for result in equation.outvars)
+        elif equation.primitive.name == "scan":
+            total += equation.params["length"] * max(inner)
+        else:
+            total += max(inner)
+    return total
+
+
+def _programs(equation: JaxprEqn) -> list[Jaxpr]:
+    found = []
+    for value in equation.params.values():
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(each, ClosedJaxpr | Jaxpr):
+                found.append(each.jaxpr if isinstance(each, ClosedJaxpr) else each)
+    return found
+
+
+def _bytes(aval: Any) -> int:
+    size = math.prod(getattr(aval, "shape", ()))
+    return size * getattr(getattr(aval, "dtype", None), "itemsize", 0)
 
 
 def warn_of_shared_randomness(name: str, program: ClosedJaxpr, params: int) -> None:

@@ -1,6 +1,7 @@
 """The inverse of the loss's own Hessian: by factorisation for small models, else by iteration."""
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -64,7 +65,7 @@ class InverseHessian:
         for start in range(0, total, _COLUMNS):
             # The last block is moved back to be full, so that one program serves all.
             first = max(0, min(start, total - _COLUMNS))
-            block = products(operands, jnp.eye(min(_COLUMNS, total), total, first))
+            block = products(operands, _unit_rows(first, min(_COLUMNS, total), total))
             rows.append(np.asarray(block, np.float64)[start - first :])
             dtype = block.dtype
         matrix = np.concatenate(rows)
@@ -74,6 +75,13 @@ class InverseHessian:
     def apply(self, operator: jax.Array, phi: Features) -> Features:
         """See `Kernel`."""
         return jnp.matmul(phi, operator.astype(phi.dtype), precision="highest")
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _unit_rows(first: int, count: int, total: int) -> jax.Array:
+    """Rows `first` and on of the identity, [count, total]; one program for all blocks."""
+    numbers = first + jnp.arange(count)
+    return (numbers[:, None] == jnp.arange(total)[None]).astype(jnp.zeros(()).dtype)
 
 
 class Solver(NamedTuple):

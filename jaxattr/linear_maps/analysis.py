@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr
 
 from jaxattr import groups as groups_lib
 from jaxattr.identity import Program
+from jaxattr.inputs.traces import shapes_of
 from jaxattr.linear_maps import interpreter, labels
 from jaxattr.linear_maps.interpreter import Output, Taps, Walk
 from jaxattr.linear_maps.labels import Dims, Label, digits, extent
@@ -152,15 +152,10 @@ class Traced:
 
 def trace(loss: OutputFn, params: Params, example: Example, key: Key | None) -> Traced:
     """Traces a loss once and finds the linear maps in it; a `Program` of known shapes no more."""
-    leaves, structure = jax.tree.flatten(jax.tree.map(_shape, (params, example, key)))
+    leaves, structure = jax.tree.flatten(shapes_of((params, example, key)))
     if isinstance(loss, Program):
         return _trace_once(loss, structure, tuple(leaves))
     return _trace(loss, structure, tuple(leaves))
-
-
-def _shape(x: Any) -> jax.ShapeDtypeStruct:
-    dtype = x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
-    return jax.ShapeDtypeStruct(jnp.shape(x), dtype)
 
 
 def _trace(loss: OutputFn, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Traced:

@@ -115,7 +115,8 @@ def featurizer(
       example: ONE example, without a batch axis, or its shapes.
       groups: a function such as `by_layer`, a layout, or a pytree of labels.
       key: key of the projections and of stochastic outputs. Default: `jax.random.key(0)`.
-      microbatch: examples whose gradients are in memory at once. Default: as many as fit 256 MiB.
+      microbatch: examples whose gradients are in memory at once. Default: as many as
+        have room in a quarter of the device's memory (1 GiB on a CPU), activations included.
 
     Returns:
       `featurize(params, batch, ids) -> [b, p]`, pure and jittable, with a `.layout`.
