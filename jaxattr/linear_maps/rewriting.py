@@ -122,7 +122,7 @@ def bottleneck(
             followed[leaf] = _with_factors(linear_map, args[number], factors)
             if linear_map.bias is not None and of_bias is not None:
                 bias = args[numbers[linear_map.bias]]
-                of_bias = of_bias.reshape(bias.shape).astype(bias.dtype)
+                of_bias = _as_bias(linear_map, of_bias, bias.shape).astype(bias.dtype)
                 args[numbers[linear_map.bias]] = bias + (of_bias - jax.lax.stop_gradient(of_bias))
         visitor = _Bottleneck(set(z), traced.found.maps, _transposed(traced))
         return evaluate(traced, args, followed, Walk(visitor=visitor))[0]
@@ -161,7 +161,9 @@ def matrix(linear_map: LinearMap, leaf: jax.Array, bias: jax.Array | None = None
     )
     if bias is None:
         return rows
-    last = bias.reshape(*leading(linear_map), 1, linear_map.size_out)
+    axes = linear_map.bias_stack_axes
+    last = jnp.moveaxis(bias, axes, range(len(axes)))
+    last = last.reshape(*leading(linear_map), 1, linear_map.size_out)
     return jnp.concatenate([rows, last], axis=-2)
 
 
@@ -359,6 +361,14 @@ def _factors(linear_map: LinearMap, bases: Bases, z: jax.Array) -> tuple[Factors
     if a is None:
         return Factors(None, z[..., :-1, :], b), row
     return Factors(a[..., :-1, :], z, b), row
+
+
+def _as_bias(linear_map: LinearMap, row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Lays what is added to each layer's bias, [*stack, 1, out], out as the bias is."""
+    axes = linear_map.bias_stack_axes
+    others = [n for axis, n in enumerate(shape) if axis not in axes]
+    layers_first = row.reshape(*(shape[axis] for axis in axes), *others)
+    return jnp.moveaxis(layers_first, range(len(axes)), axes)
 
 
 def _check_factors(
