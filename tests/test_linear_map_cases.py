@@ -19,6 +19,17 @@ def lookup(w, ids, mode):
     return w.at[ids].get(mode=mode)
 
 
+def in_blocks(x, blocks, wrapped=lambda body: body):
+    """As a loss over a large vocabulary: a block of the logits at a time."""
+
+    def body(total, w):
+        logits = jnp.exp(0.1 * x).astype(float) @ (w if w.shape[0] == x.shape[1] else w.T)
+        return total + jnp.exp(logits).sum(1), jnp.tanh(logits)
+
+    total, pieces = jax.lax.scan(wrapped(body), jnp.zeros(len(x)), blocks)
+    return jnp.concatenate([*pieces, total[:, None]], 1)
+
+
 def filled(w, ids):
     return w.at[ids].get(mode="fill", fill_value=0)
 
@@ -260,6 +271,77 @@ CASES = {
         {"w": (1, 6, 6)},
         lambda p, e: jax.lax.scan(lambda x, w: (x @ w, None), e["x"], p["w"])[0] @ p["w"][0],
         {"w": "dense 6 6 x1"},
+    ),
+    "scanned in blocks of outputs": (
+        {"w": (6, 8)},
+        lambda p, e: in_blocks(e["x"], p["w"].reshape(6, 4, 2).transpose(1, 0, 2)),
+        {"w": "dense 6 8"},
+    ),
+    "scanned in blocks of rows, with remat, also looked up": (
+        {"w": (8, 6)},
+        lambda p, e: in_blocks(
+            jnp.tanh(e["x"] + p["w"][e["ids"]]), p["w"].reshape(4, 2, 6), jax.checkpoint
+        ),
+        {"w": "tied 8 6"},
+    ),
+    "scanned in blocks in each layer": (
+        {"w": (3, 8, 6)},
+        lambda p, e: jax.lax.scan(
+            lambda x, w: (jnp.tanh(in_blocks(x, w.reshape(4, 2, 6))[:, :6]), None), e["x"], p["w"]
+        )[0],
+        {"w": "dense 6 8 x3"},
+    ),
+    "scanned backwards in blocks, scaled": (
+        {"w": (8, 6)},
+        lambda p, e: jax.lax.scan(
+            lambda c, w: (c + 1, jnp.sin(c) * (jnp.sin(e["x"][:, ::-1]) @ w.T)),
+            0.0,
+            2 * p["w"].reshape(2, 4, 6),
+            reverse=True,
+        )[1],
+        {"w": "dense 6 8"},
+    ),
+    "scanned in blocks of what changes": (
+        {"w": (12, 6)},
+        lambda p, e: jax.lax.scan(
+            lambda x, w: (jnp.tanh(x @ w), None), e["x"], p["w"].reshape(2, 6, 6)
+        )[0],
+        {"w": "multiplied in blocks, with inputs that change"},
+    ),
+    "scanned in blocks of inputs": (
+        {"w": (6, 5)},
+        lambda p, e: jax.lax.scan(
+            lambda y, xw: (y + xw[0] @ xw[1], None),
+            jnp.zeros((4, 5)),
+            (e["x"].reshape(4, 3, 2).transpose(1, 0, 2), p["w"].reshape(3, 2, 5)),
+        )[0],
+        {"w": "multiplied in blocks, with inputs that change"},
+    ),
+    "scanned in blocks that are summed": (
+        {"w": (6, 5)},
+        lambda p, e: jax.lax.scan(
+            lambda y, w: (y + e["x"][:, :2] @ w, None), jnp.zeros((4, 5)), p["w"].reshape(3, 2, 5)
+        )[0],
+        {"w": "scanned over a part of an axis that is not all of its outputs"},
+    ),
+    "scanned in interleaved blocks": (
+        {"w": (6, 8)},
+        lambda p, e: in_blocks(e["x"], p["w"].reshape(6, 2, 4).transpose(2, 0, 1)),
+        {"w": "scanned over a part of an axis"},
+    ),
+    "scanned in blocks that are sliced": (
+        {"w": (8, 6)},
+        lambda p, e: in_blocks(e["x"], p["w"].reshape(2, 4, 6)[:, 1:]),
+        {"w": "used by slice"},
+    ),
+    "scanned in blocks, one of its axes": (
+        {"w": (6, 4, 2)},
+        lambda p, e: jax.lax.scan(
+            lambda _, w: (None, jnp.einsum("ti,iao->tao", e["x"], w)),
+            None,
+            p["w"].reshape(6, 2, 2, 2).transpose(1, 0, 2, 3),
+        )[1],
+        {"w": "scanned over a part of an axis that is not all of its outputs"},
     ),
     "used twice with its bias": (
         {"w": (6, 6), "b": (6,)},

@@ -126,7 +126,8 @@ class Use:
     @property
     def positions(self) -> int:
         """How often the matrix of one layer is applied."""
-        repeated = [length for site, length in self.loops if site not in self.scanned]
+        taken = {*self.scanned, *(block.site for block in self.view.blocks)}
+        repeated = [length for site, length in self.loops if site not in taken]
         return extent(self.product.positions) * self.product.groups * math.prod(repeated)
 
     def layers(self, stack: tuple[int, ...]) -> np.ndarray:
@@ -318,8 +319,12 @@ def _malformed(use: Use) -> str:
         return "multiplied along a part of an axis"
     for axis in (*roles[0], *roles[1]):
         parts = [label for label in (*product.ins, *product.outs) if label.axis == axis]
-        if extent(tuple(parts)) != len(use.view.ranges[axis]):
+        blocks = math.prod(block.number for block in use.view.blocks if block.axis == axis)
+        if extent(tuple(parts)) * blocks != len(use.view.ranges[axis]):
             return "multiplied along a part of an axis"
+    wide = [axis for axis in roles[1] if use.view.shape[axis] > 1]
+    if any([block.axis] != wide for block in use.view.blocks) or len(use.view.blocks) > 1:
+        return "scanned over a part of an axis that is not all of its outputs"
     sides = [set(roles[1])] if product.kind == "embedding" else [set(roles[0]), set(roles[1])]
     if not all(any(side >= {*scale.axes} for side in sides) for scale in use.view.scales):
         return "multiplied elementwise, along its inputs and outputs or its layers"

@@ -235,6 +235,7 @@ class _Bottleneck(Rewriting):
             return y, {}
         linear_map, transposed = self.maps[view.leaf], self.transposed[walk.site]
         (a, z, b), shape, dtype = view.factors, y.shape, y.dtype
+        known = view.scales, view.steps
 
         # The term is linear in Z, and Z is zero: its value is nothing, and so is its derivative in
         # x. Saying so spares a pass forwards through B and one backwards through A.
@@ -244,19 +245,19 @@ class _Bottleneck(Rewriting):
             x: jax.Array,
             a: jax.Array | None,
             b: jax.Array | None,
-            scales: tuple[Scale, ...],
+            known: tuple[tuple[Scale, ...], tuple[jax.Array, ...]],
         ) -> jax.Array:
-            del z, x, a, b, scales
+            del z, x, a, b, known
             return jnp.zeros(shape, dtype)
 
         @term.defjvp
         def _derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-            _, x, a, b, scales = primals
-            covering = dataclasses.replace(view, scales=scales)
+            _, x, a, b, (scales, steps) = primals
+            covering = dataclasses.replace(view, scales=scales, steps=steps)
             factors = _of_entries(covering, linear_map, Factors(a, tangents[0], b))
             return term(*primals), product.low_rank(x, factors, transposed, dtype)
 
-        return y + term(z, x, a, b, view.scales), {}
+        return y + term(z, x, a, b, known), {}
 
 
 def _of_entries(view: View, linear_map: LinearMap, factors: Factors) -> Factors:
@@ -270,6 +271,10 @@ def _of_entries(view: View, linear_map: LinearMap, factors: Factors) -> Factors:
     def rows(axes: tuple[int, ...], scales: list[Scale], matrix: jax.Array) -> jax.Array:
         if not view.is_whole(axes):
             matrix = matrix[..., view.covered(axes), :]
+        for block, step in zip(view.blocks, view.steps, strict=True):
+            if block.axis in axes:
+                shape = *matrix.shape[:-2], block.number, -1, matrix.shape[-1]
+                matrix = jnp.take(matrix.reshape(shape), step, axis=-3)
         for scale in scales:
             matrix = matrix * view.factor(scale, axes).astype(matrix.dtype)[:, None]
         return matrix
