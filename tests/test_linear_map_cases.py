@@ -10,7 +10,7 @@ import pytest
 
 from jaxattr import linear_maps
 from tests import architectures
-from tests.linear_map_checks import case_batch, check, normal
+from tests.linear_map_checks import assert_close, case_batch, check, jit, normal
 
 
 # Each case: shapes of the parameters, the loss up to a final tanh, and what each leaf is, written
@@ -1120,3 +1120,33 @@ def test_case(name):
     for leaf, pattern in (expected or {}).items():
         assert re.fullmatch(pattern, got[leaf]), (leaf, got)
     assert expected is None or set(expected) == set(got), got
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "two slices of one matrix",
+        "slices used both ways",
+        "rows of a slice",
+        "concatenated, in one order and another",
+        "conv, sliced and scaled",
+        "scaled along outputs, then used both ways",
+        "positions, scaled",
+        "low-rank adapter over two axes",
+        "scanned in blocks of rows, with remat, also looked up",
+        "scanned in blocks in each layer",
+    ],
+)
+def test_the_identity_on_both_sides_gives_the_gradient(name):
+    shapes, function, _ = CASES[name]
+    params = {leaf: normal(i, *shape) / 2 for i, (leaf, shape) in enumerate(shapes.items())}
+    loss, example = case_loss(function), jax.tree.map(lambda x: x[0], case_batch())
+    found = linear_maps.find(loss, params, example)
+    bases = {leaf: (None, None) for leaf in found.maps}
+    z = linear_maps.zeros(found, bases)
+    got = jit(jax.grad(linear_maps.bottleneck(loss, params, example), argnums=2))(
+        params, bases, z, example
+    )
+    gradient = jit(jax.grad(loss))(params, example, None)
+    for leaf, linear_map in found.maps.items():
+        assert_close(got[leaf], linear_maps.matrix(linear_map, gradient[leaf]), leaf)
