@@ -113,6 +113,10 @@ def declared_with_more(scale, weight, bias, e):
     return product(scale, weight=weight, x=e["x"][:, :2], bias=bias)
 
 
+def square(x):
+    return jnp.resize(x, (6, 6))
+
+
 def straight_through(w):
     unit = jax.lax.stop_gradient(jnp.abs(w).max() / 7)
     return w + jax.lax.stop_gradient(jnp.clip(jnp.round(w / unit), -7, 7) * unit - w)
@@ -1002,6 +1006,33 @@ CASES = {
         {"w": (6, 5)},
         lambda p, e: jax.vmap(lambda x: DECLARED(x[None], p["w"]))(e["x"]),
         {"w": "used by custom_vjp_call"},
+    ),
+    "declared, and differentiated in the loss": (
+        {"w": (6, 6)},
+        lambda p, e: jax.grad(lambda x: jnp.sin(DECLARED(x, p["w"])).sum())(e["x"]),
+        None,
+    ),
+    "declared, and pulled back in the loss": (
+        {"w": (6, 6)},
+        lambda p, e: jax.vjp(lambda x: DECLARED(x, p["w"]), e["x"])[1](jnp.sin(e["x"]))[0],
+        None,
+    ),
+    "declared, and pulled back from a leaf": (
+        {"w": (6, 6), "v": (6, 6)},
+        lambda p, e: jax.vjp(
+            lambda x: linear_maps.linear_map(jnp.matmul, x=0, w=1)(x, p["w"]), square(e["x"])
+        )[1](jnp.sin(square(e["x"])) @ p["v"] + p["v"])[0],
+        None,
+    ),
+    "declared, and pulled back from a leaf alone": (
+        {"w": (6, 6), "v": (6, 6)},
+        lambda p, e: (
+            square(e["x"])
+            @ jax.vjp(
+                lambda x: linear_maps.linear_map(jnp.matmul, x=0, w=1)(x, p["w"]), square(e["x"])
+            )[1](p["v"])[0]
+        ),
+        None,
     ),
     "declared, of another shape": (
         {"w": (6, 5)},

@@ -192,7 +192,7 @@ def _whole(use: Use, linear_map: LinearMap, side: jax.Array, axes: tuple[int, ..
     covered = use.view.covered(axes)
     size = math.prod(use.view.shape[axis] for axis in axes)
     if jnp.issubdtype(rows.dtype, jnp.integer):
-        return jnp.asarray([*covered, size], rows.dtype)[rows]
+        return jnp.asarray(np.append(covered, size), rows.dtype)[rows]
     return jnp.zeros((*rows.shape[:-1], size), rows.dtype).at[..., covered].set(rows)
 
 
