@@ -143,8 +143,9 @@ def untouched(eqn: JaxprEqn, args: Sequence[Any], results: Sequence[jax.Array]) 
 
 def _exact_axes(by: Constant) -> Constant:
     """A constant whose entries are known now varies along no more axes than they do."""
-    here = getattr(by.value, "is_fully_addressable", True)
-    if isinstance(by.value, jax.core.Tracer) or not here or not np.size(by.value):
+    if isinstance(by.value, jax.core.Tracer) or not np.size(by.value):
+        return by
+    if isinstance(by.value, jax.Array) and not by.value.is_fully_addressable:
         return by
     entries = np.asarray(by.value)
     axes = [i for i in by.axes if (entries != entries.take([0], axis=i)).any()]
