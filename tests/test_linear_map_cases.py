@@ -445,6 +445,11 @@ CASES = {
         lambda p, e: jnp.tanh(e["x"] + p["w"][:4]) + p["w"][e["ids"]],
         {"w": "embedding 7 6"},
     ),
+    "positions, joined and repeated": (
+        {"w": (2, 1, 6), "v": (2, 1, 6)},
+        lambda p, e: e["x"].reshape(2, 2, 6) + (p["w"] - 2 * p["v"]),
+        {"w": "embedding 2 6", "v": "embedding 2 6"},
+    ),
     "attention bias": (
         {"w": (2, 4, 3)},
         lambda p, e: e["x"].reshape(2, 4, 3) + p["w"],
@@ -1098,6 +1103,15 @@ CASES = {
             lambda c, _: ((c[0] @ c[1], c[1].T), None), (e["x"], p["w"]), length=2
         )[0][0],
         {"w": "carried by a scan"},
+    ),
+    "product of two leaves, one in blocks of what changes": (
+        {"a": (6, 6), "b": (4, 6)},
+        lambda p, e: jax.lax.scan(
+            lambda x, b: (jnp.sin(x), jnp.tanh(x @ (p["a"] @ b.T))),
+            e["x"],
+            p["b"].reshape(2, 2, 6),
+        )[1],
+        {"a": "used by dot_general with b", "b": "used by dot_general with a"},
     ),
     "picked by a traced index in a loop": (
         {"w": (3, 6, 6)},

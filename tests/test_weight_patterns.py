@@ -183,6 +183,18 @@ def test_mixed_derivatives_through_weight_expressions():
         assert_close(got[leaf], a.T @ exact[leaf] @ b, leaf)
 
 
+@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="this JAX has no references")
+def test_what_is_written_into_a_reference_is_a_use():
+    def loss(params, x, key):
+        del key
+        reference = jax.new_ref(jnp.zeros((6, 5)))
+        reference[...] = params["w"]
+        return jnp.sum(jnp.sin(x @ reference[...]) + x @ params["w"])
+
+    found = linear_maps.find(loss, {"w": normal(0, 6, 5)}, normal(1, 4, 6))
+    assert found.exact == {"w": "used by swap"}
+
+
 def expression(numbers, params):
     """A weight [4, 6] that random leaves, their parts, sums and multiples make up."""
     match numbers.choice(["leaf", "rows", "sum", "stopped", "scaled", "joined", "flipped"]):

@@ -127,7 +127,7 @@ def evaluate(
     live, computed = _live(jaxpr, gradients=True), _live(jaxpr, gradients=False)
     for number, eqn in enumerate(jaxpr.eqns):
         values = [read(v) for v in eqn.invars]
-        if eqn.primitive.name in _STOPS or live.isdisjoint(eqn.outvars):
+        if eqn.primitive.name in _STOPS or (live.isdisjoint(eqn.outvars) and not eqn.effects):
             is_used = not computed.isdisjoint(eqn.outvars)
             values = [_still(value, walk.visitor if is_used else None) for value in values]
         results, recorded = _equation(eqn, values, walk.at(number))
@@ -141,7 +141,8 @@ def _live(jaxpr: Jaxpr, gradients: bool) -> set[Var]:
     """The variables that the results depend on, or that a gradient of the results may reach."""
     live = {v for v in jaxpr.outvars if isinstance(v, Var)}
     for eqn in reversed(jaxpr.eqns):
-        if live.isdisjoint(eqn.outvars) or (gradients and eqn.primitive.name in _STOPS):
+        needless = live.isdisjoint(eqn.outvars) and not eqn.effects
+        if needless or (gradients and eqn.primitive.name in _STOPS):
             continue
         needed = {v for v in eqn.invars if isinstance(v, Var)}
         if gradients:
@@ -233,8 +234,9 @@ def _product_with_sum(
     eqn: JaxprEqn, operand: Sum, args: list[Any], number: int, y: jax.Array, walk: Walk
 ) -> tuple[list[Any], Taps] | None:
     """A product with a sum of weights: to its result each weight adds a part of its own."""
-    parts = []
-    for view in operand.terms:
+    parts, adds = [], eqn.primitive.name in ("add", "add_any")
+    for term in operand.terms:
+        view = term.spread(y.shape) if adds else term
         product = products.describe(eqn, view, number)
         if product is None or not _is_fixed(args[product.operand], view):
             return None
