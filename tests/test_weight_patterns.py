@@ -197,7 +197,8 @@ def test_what_is_written_into_a_reference_is_a_use():
 
 def expression(numbers, params):
     """A weight [4, 6] that random leaves, their parts, sums and multiples make up."""
-    match numbers.choice(["leaf", "rows", "sum", "stopped", "scaled", "joined", "flipped"]):
+    ways = ["leaf", "rows", "sum", "stopped", "scaled", "joined", "flipped", "product", "rounded"]
+    match numbers.choice(ways):
         case "leaf":
             return params["wide"][:, numbers.integers(4) :][:, :6]
         case "rows":
@@ -215,6 +216,31 @@ def expression(numbers, params):
             return jnp.concatenate(parts if numbers.integers(2) else parts[::-1])
         case "flipped":
             return jnp.flip(expression(numbers, params), numbers.integers(2))
+        case "product":
+            size = numbers.integers(1, 5)
+            return params["wide"][:, ::-1][:, :size] @ (params["tall"] / 2)[-size:]
+        case "rounded":
+            exact = expression(numbers, params)
+            return exact + jax.lax.stop_gradient(jnp.round(exact) - exact)
+
+
+def applied(numbers, params, x):
+    """Multiplies x [5, 4] by a random weight, somewhere in the control flow."""
+
+    def multiply(x, params):
+        return x @ expression(numbers, params)
+
+    match numbers.choice(["here", "remat", "cond", "scan"]):
+        case "here":
+            return multiply(x, params)
+        case "remat":
+            return jax.checkpoint(multiply)(x, params)
+        case "cond":
+            other = lambda x, params: jnp.sin(x) @ params["wide"][:, -6:]  # noqa: E731
+            return jax.lax.cond(x[0, 0] > 0, multiply, other, x, params)
+        case "scan":
+            step = lambda y, c: (y + multiply(x * c, params), None)  # noqa: E731
+            return jax.lax.scan(step, jnp.zeros((5, 6)), jnp.arange(1.0, 3))[0]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -222,7 +248,7 @@ def test_whatever_weights_are_made_of_the_numbers_are_right(seed):
     def loss(params, x, key):
         del key
         numbers = np.random.default_rng(seed)
-        y = jnp.tanh(x @ expression(numbers, params))
+        y = jnp.tanh(applied(numbers, params, x))
         return jnp.sum(jnp.sin(y @ expression(numbers, params).T) @ params["wide"])
 
     params = {"wide": normal(seed, 4, 9), "tall": normal(seed + 1, 7, 6)}
