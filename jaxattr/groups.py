@@ -23,13 +23,15 @@ class Member:
 
     Attributes:
       leaf: the leaf's name.
-      layer: index into the leaf's leading axis, or None for the whole leaf.
+      layer: index into an axis of the leaf, or None for the whole leaf.
       size: number of parameters.
+      axis: the axis that numbers the layers.
     """
 
     leaf: str
     layer: int | None
     size: int
+    axis: int = 0
 
     @property
     def name(self) -> str:
@@ -234,17 +236,21 @@ def resolve(groups: Groups, params: Params) -> GroupLayout:
     return layout
 
 
-def split_layers(layout: GroupLayout, stacked: Mapping[str, int]) -> GroupLayout:
+def split_layers(
+    layout: GroupLayout, stacked: Mapping[str, int], axes: Mapping[str, int] | None = None
+) -> GroupLayout:
     """Makes a group for each layer out of a group whose leaves are all stacked over layers.
 
     Args:
       layout: the groups.
-      stacked: {leaf name: number of layers} of leaves whose first axis numbers layers.
+      stacked: {leaf name: number of layers} of leaves of which an axis numbers layers.
+      axes: {leaf name: that axis}, where it is not the first.
 
     Returns:
       The layout, in which group `name` has become `name[0]`, `name[1]`, ...
     """
     labelled: list[tuple[str, Member]] = []
+    axes = axes or {}
     for name, members in zip(layout.names, layout.members, strict=True):
         counts = {stacked.get(m.leaf) if m.layer is None else None for m in members}
         layers = counts.pop() if len(counts) == 1 else None
@@ -252,7 +258,10 @@ def split_layers(layout: GroupLayout, stacked: Mapping[str, int]) -> GroupLayout
             labelled += [(name, member) for member in members]
             continue
         labelled += [
-            (f"{name}[{layer}]", Member(member.leaf, layer, member.size // layers))
+            (
+                f"{name}[{layer}]",
+                Member(member.leaf, layer, member.size // layers, axes.get(member.leaf, 0)),
+            )
             for member in members
             for layer in range(layers)
         ]

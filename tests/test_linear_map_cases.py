@@ -10,13 +10,24 @@ import pytest
 
 from jaxattr import linear_maps
 from tests import architectures
-from tests.linear_map_checks import case_batch, check, normal
+from tests.linear_map_checks import assert_close, case_batch, check, jit, normal
 
 
 # Each case: shapes of the parameters, the loss up to a final tanh, and what each leaf is, written
 # as kind and sizes, with the bias. x is float [4, 6], ids int [4], image float [5, 5, 4].
 def lookup(w, ids, mode):
     return w.at[ids].get(mode=mode)
+
+
+def in_blocks(x, blocks, wrapped=lambda body: body):
+    """As a loss over a large vocabulary: a block of the logits at a time."""
+
+    def body(total, w):
+        logits = jnp.exp(0.1 * x).astype(float) @ (w if w.shape[0] == x.shape[1] else w.T)
+        return total + jnp.exp(logits).sum(1), jnp.tanh(logits)
+
+    total, pieces = jax.lax.scan(wrapped(body), jnp.zeros(len(x)), blocks)
+    return jnp.concatenate([*pieces, total[:, None]], 1)
 
 
 def filled(w, ids):
@@ -100,6 +111,10 @@ def declared_with_more(scale, weight, bias, e):
 
     product = linear_maps.linear_map(product, x="x", w="weight")
     return product(scale, weight=weight, x=e["x"][:, :2], bias=bias)
+
+
+def square(x):
+    return jnp.resize(x, (6, 6))
 
 
 def straight_through(w):
@@ -261,6 +276,77 @@ CASES = {
         lambda p, e: jax.lax.scan(lambda x, w: (x @ w, None), e["x"], p["w"])[0] @ p["w"][0],
         {"w": "dense 6 6 x1"},
     ),
+    "scanned in blocks of outputs": (
+        {"w": (6, 8)},
+        lambda p, e: in_blocks(e["x"], p["w"].reshape(6, 4, 2).transpose(1, 0, 2)),
+        {"w": "dense 6 8"},
+    ),
+    "scanned in blocks of rows, with remat, also looked up": (
+        {"w": (8, 6)},
+        lambda p, e: in_blocks(
+            jnp.tanh(e["x"] + p["w"][e["ids"]]), p["w"].reshape(4, 2, 6), jax.checkpoint
+        ),
+        {"w": "tied 8 6"},
+    ),
+    "scanned in blocks in each layer": (
+        {"w": (3, 8, 6)},
+        lambda p, e: jax.lax.scan(
+            lambda x, w: (jnp.tanh(in_blocks(x, w.reshape(4, 2, 6))[:, :6]), None), e["x"], p["w"]
+        )[0],
+        {"w": "dense 6 8 x3"},
+    ),
+    "scanned backwards in blocks, scaled": (
+        {"w": (8, 6)},
+        lambda p, e: jax.lax.scan(
+            lambda c, w: (c + 1, jnp.sin(c) * (jnp.sin(e["x"][:, ::-1]) @ w.T)),
+            0.0,
+            2 * p["w"].reshape(2, 4, 6),
+            reverse=True,
+        )[1],
+        {"w": "dense 6 8"},
+    ),
+    "scanned in blocks of what changes": (
+        {"w": (12, 6)},
+        lambda p, e: jax.lax.scan(
+            lambda x, w: (jnp.tanh(x @ w), None), e["x"], p["w"].reshape(2, 6, 6)
+        )[0],
+        {"w": "multiplied in blocks, with inputs that change"},
+    ),
+    "scanned in blocks of inputs": (
+        {"w": (6, 5)},
+        lambda p, e: jax.lax.scan(
+            lambda y, xw: (y + xw[0] @ xw[1], None),
+            jnp.zeros((4, 5)),
+            (e["x"].reshape(4, 3, 2).transpose(1, 0, 2), p["w"].reshape(3, 2, 5)),
+        )[0],
+        {"w": "multiplied in blocks, with inputs that change"},
+    ),
+    "scanned in blocks that are summed": (
+        {"w": (6, 5)},
+        lambda p, e: jax.lax.scan(
+            lambda y, w: (y + e["x"][:, :2] @ w, None), jnp.zeros((4, 5)), p["w"].reshape(3, 2, 5)
+        )[0],
+        {"w": "scanned over a part of an axis that is not all of its outputs"},
+    ),
+    "scanned in interleaved blocks": (
+        {"w": (6, 8)},
+        lambda p, e: in_blocks(e["x"], p["w"].reshape(6, 2, 4).transpose(2, 0, 1)),
+        {"w": "scanned over a part of an axis"},
+    ),
+    "scanned in blocks that are sliced": (
+        {"w": (8, 6)},
+        lambda p, e: in_blocks(e["x"], p["w"].reshape(2, 4, 6)[:, 1:]),
+        {"w": "used by slice"},
+    ),
+    "scanned in blocks, one of its axes": (
+        {"w": (6, 4, 2)},
+        lambda p, e: jax.lax.scan(
+            lambda _, w: (None, jnp.einsum("ti,iao->tao", e["x"], w)),
+            None,
+            p["w"].reshape(6, 2, 2, 2).transpose(1, 0, 2, 3),
+        )[1],
+        {"w": "scanned over a part of an axis that is not all of its outputs"},
+    ),
     "used twice with its bias": (
         {"w": (6, 6), "b": (6,)},
         lambda p, e: jnp.tanh(e["x"] @ p["w"] + p["b"]) @ p["w"] + p["b"],
@@ -358,6 +444,11 @@ CASES = {
         {"w": (7, 6)},
         lambda p, e: jnp.tanh(e["x"] + p["w"][:4]) + p["w"][e["ids"]],
         {"w": "embedding 7 6"},
+    ),
+    "positions, joined and repeated": (
+        {"w": (2, 1, 6), "v": (2, 1, 6)},
+        lambda p, e: e["x"].reshape(2, 2, 6) + (p["w"] - 2 * p["v"]),
+        {"w": "embedding 2 6", "v": "embedding 2 6"},
     ),
     "attention bias": (
         {"w": (2, 4, 3)},
@@ -921,6 +1012,33 @@ CASES = {
         lambda p, e: jax.vmap(lambda x: DECLARED(x[None], p["w"]))(e["x"]),
         {"w": "used by custom_vjp_call"},
     ),
+    "declared, and differentiated in the loss": (
+        {"w": (6, 6)},
+        lambda p, e: jax.grad(lambda x: jnp.sin(DECLARED(x, p["w"])).sum())(e["x"]),
+        None,
+    ),
+    "declared, and pulled back in the loss": (
+        {"w": (6, 6)},
+        lambda p, e: jax.vjp(lambda x: DECLARED(x, p["w"]), e["x"])[1](jnp.sin(e["x"]))[0],
+        None,
+    ),
+    "declared, and pulled back from a leaf": (
+        {"w": (6, 6), "v": (6, 6)},
+        lambda p, e: jax.vjp(
+            lambda x: linear_maps.linear_map(jnp.matmul, x=0, w=1)(x, p["w"]), square(e["x"])
+        )[1](jnp.sin(square(e["x"])) @ p["v"] + p["v"])[0],
+        None,
+    ),
+    "declared, and pulled back from a leaf alone": (
+        {"w": (6, 6), "v": (6, 6)},
+        lambda p, e: (
+            square(e["x"])
+            @ jax.vjp(
+                lambda x: linear_maps.linear_map(jnp.matmul, x=0, w=1)(x, p["w"]), square(e["x"])
+            )[1](p["v"])[0]
+        ),
+        None,
+    ),
     "declared, of another shape": (
         {"w": (6, 5)},
         lambda p, e: linear_maps.linear_map(lambda x, w: (x @ w).sum(), x=0, w=1)(e["x"], p["w"]),
@@ -986,6 +1104,15 @@ CASES = {
         )[0][0],
         {"w": "carried by a scan"},
     ),
+    "product of two leaves, one in blocks of what changes": (
+        {"a": (6, 6), "b": (4, 6)},
+        lambda p, e: jax.lax.scan(
+            lambda x, b: (jnp.sin(x), jnp.tanh(x @ (p["a"] @ b.T))),
+            e["x"],
+            p["b"].reshape(2, 2, 6),
+        )[1],
+        {"a": "used by dot_general with b", "b": "used by dot_general with a"},
+    ),
     "picked by a traced index in a loop": (
         {"w": (3, 6, 6)},
         lambda p, e: jax.lax.fori_loop(0, 3, lambda i, x: x @ p["w"][i], e["x"]),
@@ -1038,3 +1165,33 @@ def test_case(name):
     for leaf, pattern in (expected or {}).items():
         assert re.fullmatch(pattern, got[leaf]), (leaf, got)
     assert expected is None or set(expected) == set(got), got
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "two slices of one matrix",
+        "slices used both ways",
+        "rows of a slice",
+        "concatenated, in one order and another",
+        "conv, sliced and scaled",
+        "scaled along outputs, then used both ways",
+        "positions, scaled",
+        "low-rank adapter over two axes",
+        "scanned in blocks of rows, with remat, also looked up",
+        "scanned in blocks in each layer",
+    ],
+)
+def test_the_identity_on_both_sides_gives_the_gradient(name):
+    shapes, function, _ = CASES[name]
+    params = {leaf: normal(i, *shape) / 2 for i, (leaf, shape) in enumerate(shapes.items())}
+    loss, example = case_loss(function), jax.tree.map(lambda x: x[0], case_batch())
+    found = linear_maps.find(loss, params, example)
+    bases = {leaf: (None, None) for leaf in found.maps}
+    z = linear_maps.zeros(found, bases)
+    got = jit(jax.grad(linear_maps.bottleneck(loss, params, example), argnums=2))(
+        params, bases, z, example
+    )
+    gradient = jit(jax.grad(loss))(params, example, None)
+    for leaf, linear_map in found.maps.items():
+        assert_close(got[leaf], linear_maps.matrix(linear_map, gradient[leaf]), leaf)

@@ -5,6 +5,7 @@ Each is skipped where its library is missing; `pip install jaxattr[models]` brin
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -290,3 +291,19 @@ def test_transformers_gpt2():
     assert all("ln_" in leaf for leaf in found.exact), found.exact
     assert factored > 0.9
     assert len(names) == 15
+
+
+@pytest.mark.parametrize("cell", ["LSTMCell", "OptimizedLSTMCell", "GRUCell", "MGUCell"])
+def test_linen_recurrent(cell):
+    class Recurrent(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(CLASSES)(
+                nn.RNN(getattr(nn, cell)(3, param_dtype=float))(x[None])[0, -1]
+            )
+
+    data = sequences()
+    shapes = jax.eval_shape(Recurrent().init, jax.random.key(0), data[0][0])
+    loss = class_loss(Recurrent().apply)
+    found, names, factored = held(loss, architectures.filled(shapes), data)
+    assert factored > 0.85, found.exact

@@ -1,5 +1,6 @@
 """Ways in which models write their parameters: what the features of each come to."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,14 +10,15 @@ import jaxattr as ja
 from jaxattr import linear_maps
 from jaxattr.batches import OneAtATimeWarning
 from jaxattr.features import bases, projections
+from tests import architectures
 from tests.linear_map_checks import assert_close, check, exact_matrices, jit, normal, random_bases
 
 RANK = 3
 
 
-def two_sided(loss, params, batch, materialize=False, **kwargs):
+def two_sided(loss, params, batch, materialize=False, rank=RANK, **kwargs):
     basis = bases.Signs(materialize=materialize)
-    method = ja.tracin(loss, projection=projections.two_sided(RANK, basis=basis))
+    method = ja.tracin(loss, projection=projections.two_sided(rank, basis=basis))
     example = jax.tree.map(lambda x: x[0], batch)
     return ja.featurizer(method, params, example, **kwargs)
 
@@ -91,6 +93,69 @@ def test_an_operation_that_cannot_be_batched_runs_one_example_at_a_time():
     assert np.isfinite(ja.score(index, batch)).all()
 
 
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        y = nn.LayerNorm(name="norm")(x)
+        heads = nn.DenseGeneral((2, 3), name="heads")(y)
+        x = x + nn.DenseGeneral(6, axis=(-2, -1), name="out")(jnp.tanh(heads))
+        return x + nn.Dense(6, name="down")(nn.silu(nn.Dense(7, name="up")(x))), None
+
+
+class Layers(nn.Module):
+    axis: int
+
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(
+            Layer, variable_axes={"params": self.axis}, split_rngs={"params": True}, length=3
+        )
+        return layers(name="layers")(x, None)[0]
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_layers_that_are_stacked_along_any_axis_are_groups(axis):
+    module, batch = Layers(axis), normal(0, 3, 4, 6)
+    params = architectures.filled(jax.eval_shape(module.init, jax.random.key(0), batch[0]))
+
+    def loss(params, x, key):
+        del key
+        return jnp.sum(jnp.tanh(module.apply(params, x)) ** 2)
+
+    found = check(loss, params, batch)
+    kinds = {"norm/scale", "norm/bias"}
+    assert {leaf.removeprefix("params/layers/") for leaf in found.exact} == kinds
+    featurize = assert_features_are_exact(loss, params, batch)
+    parts = ("down", "heads", "norm", "out", "up")
+    expected = [f"params/layers/{part}[{i}]" for part in parts for i in range(3)]
+    assert list(featurize.layout.names) == expected
+    # The features of the norms are their gradients, layer by layer.
+    gradient = jax.vmap(jax.grad(loss), (None, 0, None))(params, batch, None)
+    norm = gradient["params"]["layers"]["norm"]
+    whole = two_sided(loss, params, batch, rank=10)
+    phi = whole(params, batch)
+    for i in range(3):
+        expected = [
+            np.take(np.asarray(norm[name]), i, axis=axis % 2 + 1) for name in ("bias", "scale")
+        ]
+        of_layer = np.concatenate(expected, axis=1)
+        assert_close(phi[:, whole.layout.slices[f"params/layers/norm[{i}]"]], of_layer, "norm")
+
+
+def test_an_index_remembers_along_which_axis_layers_are_stacked(tmp_path):
+    module, batch = Layers(1), normal(0, 3, 4, 6)
+    params = architectures.filled(jax.eval_shape(module.init, jax.random.key(0), batch[0]))
+
+    def loss(params, x, key):
+        del key
+        return jnp.sum(jnp.tanh(module.apply(params, x)) ** 2)
+
+    index = ja.build_index(ja.logra(loss, rank=2), params, batch, path=tmp_path / "index")
+    opened = ja.open_index(tmp_path / "index", ja.logra(loss, rank=2), params)
+    np.testing.assert_array_equal(ja.score(index, batch), ja.score(opened, batch))
+    assert opened.layout == index.layout
+
+
 def test_mixed_derivatives_through_weight_expressions():
     """The derivative of dL/dZ along a direction of the parameters is A^T (H v) B here too."""
 
@@ -118,9 +183,22 @@ def test_mixed_derivatives_through_weight_expressions():
         assert_close(got[leaf], a.T @ exact[leaf] @ b, leaf)
 
 
+@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="this JAX has no references")
+def test_what_is_written_into_a_reference_is_a_use():
+    def loss(params, x, key):
+        del key
+        reference = jax.new_ref(jnp.zeros((6, 5)))
+        reference[...] = params["w"]
+        return jnp.sum(jnp.sin(x @ reference[...]) + x @ params["w"])
+
+    found = linear_maps.find(loss, {"w": normal(0, 6, 5)}, normal(1, 4, 6))
+    assert found.exact == {"w": "used by swap"}
+
+
 def expression(numbers, params):
     """A weight [4, 6] that random leaves, their parts, sums and multiples make up."""
-    match numbers.choice(["leaf", "rows", "sum", "stopped", "scaled", "joined", "flipped"]):
+    ways = ["leaf", "rows", "sum", "stopped", "scaled", "joined", "flipped", "product", "rounded"]
+    match numbers.choice(ways):
         case "leaf":
             return params["wide"][:, numbers.integers(4) :][:, :6]
         case "rows":
@@ -138,6 +216,31 @@ def expression(numbers, params):
             return jnp.concatenate(parts if numbers.integers(2) else parts[::-1])
         case "flipped":
             return jnp.flip(expression(numbers, params), numbers.integers(2))
+        case "product":
+            size = numbers.integers(1, 5)
+            return params["wide"][:, ::-1][:, :size] @ (params["tall"] / 2)[-size:]
+        case "rounded":
+            exact = expression(numbers, params)
+            return exact + jax.lax.stop_gradient(jnp.round(exact) - exact)
+
+
+def applied(numbers, params, x):
+    """Multiplies x [5, 4] by a random weight, somewhere in the control flow."""
+
+    def multiply(x, params):
+        return x @ expression(numbers, params)
+
+    match numbers.choice(["here", "remat", "cond", "scan"]):
+        case "here":
+            return multiply(x, params)
+        case "remat":
+            return jax.checkpoint(multiply)(x, params)
+        case "cond":
+            other = lambda x, params: jnp.sin(x) @ params["wide"][:, -6:]  # noqa: E731
+            return jax.lax.cond(x[0, 0] > 0, multiply, other, x, params)
+        case "scan":
+            step = lambda y, c: (y + multiply(x * c, params), None)  # noqa: E731
+            return jax.lax.scan(step, jnp.zeros((5, 6)), jnp.arange(1.0, 3))[0]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -145,7 +248,7 @@ def test_whatever_weights_are_made_of_the_numbers_are_right(seed):
     def loss(params, x, key):
         del key
         numbers = np.random.default_rng(seed)
-        y = jnp.tanh(x @ expression(numbers, params))
+        y = jnp.tanh(applied(numbers, params, x))
         return jnp.sum(jnp.sin(y @ expression(numbers, params).T) @ params["wide"])
 
     params = {"wide": normal(seed, 4, 9), "tall": normal(seed + 1, 7, 6)}

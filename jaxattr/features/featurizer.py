@@ -258,7 +258,7 @@ def featurize_with(
         one = example_at_one_draw(rule.output, example)
         found = linear_maps.find(at_one_draw(rule.output), params, one, key)
         if callable(groups):
-            layout = groups_lib.split_layers(layout, found.stacked)
+            layout = groups_lib.split_layers(layout, found.stacked, found.layer_axes)
             still = {leaf: why for leaf, why in found.exact.items() if why == linear_maps.STOPPED}
             layout = groups_lib.leave_out(layout, still)
     plan = make_plan(layout, rule.projection, found)

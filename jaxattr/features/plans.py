@@ -244,16 +244,18 @@ def _factored(
 ) -> tuple[dict[str, Factored], dict[str, str]]:
     """The linear maps that the groups leave whole, and why each other leaf is none."""
     places: dict[str, set[tuple[str, int | None]]] = {}
+    axes: dict[str, int] = {}  # that the groups split
     for name, members in zip(groups.names, groups.members, strict=True):
         for member in members:
             places.setdefault(member.leaf, set()).add((name, member.layer))
+            if member.layer is not None:
+                axes[member.leaf] = member.axis
     reasons = {leaf: why for leaf, why in found.exact.items() if leaf in places}
     factored = {}
     for leaf, linear_map in found.maps.items():
-        by_layer = any(layer is not None for _, layer in places.get(leaf, ()))
         if leaf not in places:
             continue
-        if by_layer and linear_map.stack_axes != (0,):
+        if leaf in axes and linear_map.stack_axes != (axes[leaf],):
             reasons[leaf] = "its groups split an axis that does not number its layers"
             continue
         bias = linear_map.bias is not None and places.get(linear_map.bias) == places[leaf]
@@ -328,7 +330,8 @@ def _cuts(size: int, bands: int) -> list[tuple[int, int]]:
 
 def _flat(member: Member, leaves: Mapping[str, jax.Array]) -> jax.Array:
     leaf = leaves[member.leaf]
-    leaf = leaf if member.layer is None else leaf[:, member.layer]
+    if member.layer is not None:
+        leaf = jnp.take(leaf, member.layer, axis=1 + member.axis)
     return leaf.reshape(leaf.shape[0], -1)  # [b, size]
 
 

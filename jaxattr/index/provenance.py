@@ -154,10 +154,16 @@ def describe_groups(groups: GroupLayout) -> list[dict[str, Any]]:
     """Describes a partition of the parameters; `groups_from` reads it."""
     named = zip(groups.names, groups.members, strict=True)
     described: list[dict[str, Any]] = [
-        {"name": name, "members": [[m.leaf, m.layer, m.size] for m in members]}
+        {"name": name, "members": [_described(member) for member in members]}
         for name, members in named
     ]
     return [*described, {"excluded": [list(pair) for pair in groups.excluded]}]
+
+
+def _described(member: Member) -> list[Any]:
+    """The axis of its layers is left out where it is the first, as it was before others were."""
+    last = [member.axis] if member.axis else []
+    return [member.leaf, member.layer, member.size, *last]
 
 
 def groups_from(described: Sequence[Mapping[str, Any]]) -> GroupLayout:

@@ -41,6 +41,7 @@ class LinearMap:
       stack: number of layers, or None if `stack_axes` is empty.
       transposed: for each use, whether it multiplies by the transposed matrix.
       bias: name of the leaf that is added to each result and used nowhere else, or None.
+      bias_stack_axes: axes of the bias that number layers.
       groups: feature groups of a convolution; 1 elsewhere.
       dtype: dtype of the leaf.
     """
@@ -55,6 +56,7 @@ class LinearMap:
     stack: int | None
     transposed: tuple[bool, ...]
     bias: str | None = None
+    bias_stack_axes: tuple[int, ...] = ()
     groups: int = 1
     dtype: Any
 
@@ -75,13 +77,15 @@ class LinearMaps:
     Attributes:
       maps: {leaf name: linear map}.
       exact: {leaf name: why it is not covered}.
-      stacked: {leaf name: number of layers} of every leaf, covered or not, whose first axis numbers
-        layers: it is scanned over, or taken apart, before each use.
+      stacked: {leaf name: number of layers} of every leaf, covered or not, of which an axis numbers
+        layers: it is scanned over, or if it is the first perhaps taken apart, before each use.
+      layer_axes: {leaf name: that axis}, where it is not the first.
     """
 
     maps: dict[str, LinearMap]
     exact: dict[str, str]
     stacked: dict[str, int] = dataclasses.field(default_factory=dict)
+    layer_axes: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +129,8 @@ class Use:
     @property
     def positions(self) -> int:
         """How often the matrix of one layer is applied."""
-        repeated = [length for site, length in self.loops if site not in self.scanned]
+        taken = {*self.scanned, *(block.site for block in self.view.blocks)}
+        repeated = [length for site, length in self.loops if site not in taken]
         return extent(self.product.positions) * self.product.groups * math.prod(repeated)
 
     def layers(self, stack: tuple[int, ...]) -> np.ndarray:
@@ -203,7 +208,7 @@ class _Finder:
     uses: dict[str, dict[Site, Use]]
     additions: dict[str, dict[Site, tuple[View, Output]]]
     reasons: dict[str, str]
-    layered: dict[str, bool]
+    layered: dict[str, set[int]]
     still: set[str]
 
     def product(
@@ -231,11 +236,11 @@ class _Finder:
         self.reasons.setdefault(view.leaf, reason)
 
     def _note(self, view: View) -> None:
-        """Notes whether one index of the leaf's first axis, one layer, is used here."""
-        first = view.ranges[:1]
-        picked = bool(first) and len(first[0]) == 1 < view.shape[0]
-        layered = picked or 0 in dict(view.scans)
-        self.layered[view.leaf] = self.layered.get(view.leaf, True) and layered
+        """Notes of which axes of the leaf one index, one layer, is used here."""
+        first, here = view.ranges[:1], {axis for axis, _ in view.scans}
+        if first and len(first[0]) == 1 < view.shape[0]:
+            here.add(0)
+        self.layered[view.leaf] = self.layered.get(view.leaf, here) & here
 
 
 def _judge(program: ClosedJaxpr, names: tuple[str, ...], finder: _Finder) -> Traced:
@@ -253,18 +258,18 @@ def _judge(program: ClosedJaxpr, names: tuple[str, ...], finder: _Finder) -> Tra
         if leaf not in maps:
             exact[name] = f"added to the product with {leaf}, which is not covered"
         elif maps[leaf].bias is None and _is_bias(additions, maps[leaf], uses[leaf]):
-            maps[leaf] = dataclasses.replace(maps[leaf], bias=name)
+            (view, _), stack = next(iter(additions.values())), maps[leaf].stack_axes
+            axes = _bias_stack_axes(view, len(stack))
+            maps[leaf] = dataclasses.replace(maps[leaf], bias=name, bias_stack_axes=axes)
             del exact[name]
         else:
             exact[name] = f"added to products, but not to each product with {leaf} as its bias"
     sizes = dict(zip(names, program.in_avals, strict=False))
-    stacked = {name: sizes[name].shape[0] for name, layered in finder.layered.items() if layered}
-    stacked |= {
-        name: found.stack
-        for name, found in maps.items()
-        if found.stack is not None and found.stack_axes == (0,)
-    }
-    found = LinearMaps(maps, exact, dict(sorted(stacked.items())))
+    layer_axes = {name: min(axes) for name, axes in finder.layered.items() if axes}
+    layer_axes |= {name: 0 for name, found in maps.items() if found.stack_axes == (0,)}
+    stacked = {name: sizes[name].shape[axis] for name, axis in sorted(layer_axes.items())}
+    others = {name: axis for name, axis in sorted(layer_axes.items()) if axis}
+    found = LinearMaps(maps, exact, stacked, others)
     return Traced(program=program, names=names, found=found, uses=uses)
 
 
@@ -328,8 +333,12 @@ def _malformed(use: Use) -> str:
         return "multiplied along a part of an axis"
     for axis in (*roles[0], *roles[1]):
         parts = [label for label in (*product.ins, *product.outs) if label.axis == axis]
-        if extent(tuple(parts)) != len(use.view.ranges[axis]):
+        blocks = math.prod(block.number for block in use.view.blocks if block.axis == axis)
+        if extent(tuple(parts)) * blocks != len(use.view.ranges[axis]):
             return "multiplied along a part of an axis"
+    wide = [axis for axis in roles[1] if use.view.shape[axis] > 1]
+    if any([block.axis] != wide for block in use.view.blocks) or len(use.view.blocks) > 1:
+        return "scanned over a part of an axis that is not all of its outputs"
     sides = [set(roles[1])] if product.kind == "embedding" else [set(roles[0]), set(roles[1])]
     if not all(any(side >= {*scale.axes} for side in sides) for scale in use.view.scales):
         return "multiplied elementwise, along its inputs and outputs or its layers"
@@ -401,12 +410,12 @@ def _is_bias(
 def _aligned(bias: View, result: Dims, use: Use, linear_map: LinearMap) -> bool:
     """Whether bias and result number outputs and layers alike.
 
-    The bias must have its layers in front, as many axes of them as the matrix, and be at the same
-    index, or in the same scan, as the matrix.
+    The bias must have as many axes of layers as the matrix, and be at the same index, or in the
+    same scan, as the matrix.
     """
     weight, stack, outs = use.view, linear_map.stack_axes, linear_map.out_axes
-    lead = tuple(range(len(stack)))
-    own = tuple(range(len(stack), len(bias.shape)))
+    lead = _bias_stack_axes(bias, len(stack))
+    own = tuple(axis for axis in range(len(bias.shape)) if axis not in lead)
     if not bias.is_whole(own) or not weight.is_whole(outs):
         return False
     if any({*scale.axes} & {*outs} for scale in weight.scales):
@@ -422,6 +431,12 @@ def _aligned(bias: View, result: Dims, use: Use, linear_map: LinearMap) -> bool:
         and digits(theirs, stack, layers) == digits(mine, lead, layers)
         for theirs, mine in zip(result, bias.dims, strict=True)
     )
+
+
+def _bias_stack_axes(bias: View, number: int) -> tuple[int, ...]:
+    """The axes of a bias that number layers: those that are scanned over, else the first."""
+    scanned = tuple(sorted(axis for axis, _ in bias.scans))
+    return scanned if len(scanned) == number else tuple(range(number))
 
 
 def _stacking(view: View, axes: Sequence[int]) -> list[tuple[Any, ...]]:

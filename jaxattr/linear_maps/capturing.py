@@ -134,6 +134,7 @@ def _gather_layers(
         for _ in use.loops:
             to_rows = jax.vmap(to_rows)
         (left, values), right = inputs[use.site], to_rows(cotangents[use.site])
+        use, left, right, values = _without_blocks(use, left, right, values)
         if use.product.kind == "embedding":
             left = jnp.minimum(left, extent(use.product.ins))[..., None]
         left, right = (right, left) if use.transposed else (left, right)
@@ -149,6 +150,20 @@ def _gather_layers(
         numbers = np.concatenate([use.layers(linear_map.stack_axes) for use in together])
         applied = np.isin(np.arange(linear_map.stack), numbers)
     return Captured(left[..., 0] if lookup else left, right, jnp.asarray(applied))
+
+
+def _without_blocks(
+    use: Use, left: jax.Array, right: jax.Array, values: Sequence[jax.Array]
+) -> tuple[Use, jax.Array, jax.Array, Sequence[jax.Array]]:
+    """Puts the outputs of all blocks, whose inputs are the same, next to one another."""
+    for block in use.view.blocks:
+        number = [site for site, _ in use.loops].index(block.site)
+        left, right = left.take(0, axis=number), jnp.moveaxis(right, number, -2)
+        right = right.reshape(*right.shape[:-2], -1)
+        values = [value.take(0, axis=number) for value in values]
+        loops = (*use.loops[:number], *use.loops[number + 1 :])
+        use = dataclasses.replace(use, loops=loops)
+    return use, left, right, values
 
 
 def _scaled(
@@ -177,7 +192,7 @@ def _whole(use: Use, linear_map: LinearMap, side: jax.Array, axes: tuple[int, ..
     covered = use.view.covered(axes)
     size = math.prod(use.view.shape[axis] for axis in axes)
     if jnp.issubdtype(rows.dtype, jnp.integer):
-        return jnp.asarray([*covered, size], rows.dtype)[rows]
+        return jnp.asarray(np.append(covered, size), rows.dtype)[rows]
     return jnp.zeros((*rows.shape[:-1], size), rows.dtype).at[..., covered].set(rows)
 
 

@@ -68,7 +68,7 @@ def chain(eqn: JaxprEqn, args: Sequence[Any]) -> Chain | None:
     if not isinstance(left, View) or not isinstance(right, View):
         return None
     summed, (shared, _) = eqn.params["dimension_numbers"]
-    if shared:
+    if shared or left.blocks or right.blocks:
         return None
     axes = [
         (side, axis)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import JaxprEqn
 
 _NAME = "jaxattr_linear_map"
@@ -54,12 +55,12 @@ def linear_map(function: Callable[..., Any], *, x: str | int, w: str | int) -> C
                 f"A linear map takes arrays as {names[0]!r} and {names[1]!r}, got {got}."
             )
 
+        # A trace keeps names, and a derivative of it keeps them for what it had before alone.
         def product(*operands: Any) -> Any:
-            bound.arguments.update(zip(names, operands, strict=True))
-            return function(*bound.args, **bound.kwargs)
+            marked = map(checkpoint_name, operands, (_mark(each) for each in operands))
+            bound.arguments.update(zip(names, marked, strict=True))
+            return checkpoint_name(function(*bound.args, **bound.kwargs), _NAME)
 
-        ranks = [str(len(operand.shape)) for operand in operands]
-        product.__name__ = "_".join([_NAME, *ranks])  # all that a trace keeps of a function
         return jax.jit(product)(*operands)
 
     return declared
@@ -67,13 +68,22 @@ def linear_map(function: Callable[..., Any], *, x: str | int, w: str | int) -> C
 
 def is_declared(eqn: JaxprEqn) -> bool:
     """Returns whether an equation is a declared linear map; its last two operands are x and w."""
-    name = str(eqn.params.get("name", ""))
-    if not name.startswith(_NAME) or len(eqn.outvars) != 1:
+    inner = getattr(eqn.params.get("jaxpr"), "jaxpr", None)
+    if inner is None or len(eqn.invars) < 2 or len(eqn.outvars) != 1:
         return False
-    x, w, y = (v.aval.shape for v in (*eqn.invars[-2:], *eqn.outvars))  # type: ignore[attr-defined]
-    # A vmap would add axes in places that cannot be known.
-    ranks = name.removeprefix(_NAME + "_") == f"{len(x)}_{len(w)}"
-    return ranks and bool(x) and bool(w) and x[-1] == w[0] and y == (*x[:-1], *w[1:])
+    named = [each for each in inner.eqns if each.primitive.name == "name"]
+    marks = {each.invars[0]: each.params["name"] for each in named}
+    results = {each.outvars[0] for each in named if each.params["name"] == _NAME}
+    operands = inner.invars[-2:]
+    # A vmap would add axes in places that cannot be known: there are as many as there were.
+    if not results & {*inner.outvars} or any(marks.get(v) != _mark(v.aval) for v in operands):
+        return False
+    x, w, y = (v.aval.shape for v in (*operands, inner.outvars[0]))
+    return bool(x) and bool(w) and x[-1] == w[0] and y == (*x[:-1], *w[1:])
+
+
+def _mark(operand: Any) -> str:
+    return f"{_NAME}_of_rank_{len(operand.shape)}"
 
 
 def _named(signature: inspect.Signature, argument: str | int) -> str:

@@ -23,7 +23,7 @@ from jaxattr.linear_maps.chains import Chain, Steps
 from jaxattr.linear_maps.labels import Dims
 from jaxattr.linear_maps.products import Product
 from jaxattr.linear_maps.sums import Sum, views_of
-from jaxattr.linear_maps.views import Constant, Site, View
+from jaxattr.linear_maps.views import Constant, Fixed, Site, View
 
 Taps: TypeAlias = dict[Site, Any]
 """What the visitor recorded at each product; a scan stacks it along a leading axis."""
@@ -127,7 +127,7 @@ def evaluate(
     live, computed = _live(jaxpr, gradients=True), _live(jaxpr, gradients=False)
     for number, eqn in enumerate(jaxpr.eqns):
         values = [read(v) for v in eqn.invars]
-        if eqn.primitive.name in _STOPS or live.isdisjoint(eqn.outvars):
+        if eqn.primitive.name in _STOPS or (live.isdisjoint(eqn.outvars) and not eqn.effects):
             is_used = not computed.isdisjoint(eqn.outvars)
             values = [_still(value, walk.visitor if is_used else None) for value in values]
         results, recorded = _equation(eqn, values, walk.at(number))
@@ -141,7 +141,8 @@ def _live(jaxpr: Jaxpr, gradients: bool) -> set[Var]:
     """The variables that the results depend on, or that a gradient of the results may reach."""
     live = {v for v in jaxpr.outvars if isinstance(v, Var)}
     for eqn in reversed(jaxpr.eqns):
-        if live.isdisjoint(eqn.outvars) or (gradients and eqn.primitive.name in _STOPS):
+        needless = live.isdisjoint(eqn.outvars) and not eqn.effects
+        if needless or (gradients and eqn.primitive.name in _STOPS):
             continue
         needed = {v for v in eqn.invars if isinstance(v, Var)}
         if gradients:
@@ -202,10 +203,19 @@ def _used(
         return (results, {}) if walk.visitor.added(operand, args[1 - number]) else None
     operand = operand.spread(results[0].shape) if adds else operand
     if product := products.describe(eqn, operand, number):
+        if not _is_fixed(args[product.operand], operand):
+            walk.visitor.reject(operand, "multiplied in blocks, with inputs that change")
+            return results, {}
         x = plain(args[product.operand])
         y, taps = walk.visitor.product(operand, product, x, results[0], walk)
         return [plain(y) if adds else y], taps
     return None
+
+
+def _is_fixed(x: Any, view: View) -> bool:
+    """Whether an operand is the same at each step of the scans over blocks of the leaf."""
+    sites = {block.site for block in view.blocks}
+    return isinstance(x, Constant) or sites <= (x.sites if isinstance(x, Fixed) else set())
 
 
 def _may_be_bias(view: View, other: Any) -> bool:
@@ -224,10 +234,11 @@ def _product_with_sum(
     eqn: JaxprEqn, operand: Sum, args: list[Any], number: int, y: jax.Array, walk: Walk
 ) -> tuple[list[Any], Taps] | None:
     """A product with a sum of weights: to its result each weight adds a part of its own."""
-    parts = []
-    for view in operand.terms:
+    parts, adds = [], eqn.primitive.name in ("add", "add_any")
+    for term in operand.terms:
+        view = term.spread(y.shape) if adds else term
         product = products.describe(eqn, view, number)
-        if product is None:
+        if product is None or not _is_fixed(args[product.operand], view):
             return None
         narrowed = product.between(view.margins, plain(args[product.operand]), y)
         if narrowed is None:
@@ -301,7 +312,7 @@ _STOPS = frozenset({"stop_gradient", "round", "floor", "ceil", "sign"})
 
 def plain(value: Any) -> Any:
     """Strips what is known of an array."""
-    return value.value if isinstance(value, View | Sum | Constant | Output) else value
+    return value.value if isinstance(value, View | Sum | Constant | Fixed | Output) else value
 
 
 def _untouched(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
@@ -345,7 +356,8 @@ def _scan(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
     first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
     for carried in args[first:last]:
         _reject(carried, "carried by a scan", walk)
-    consts, init = args[:first], [plain(x) for x in args[first:last]]
+    consts = [_fixed(const, walk.site) for const in args[:first]]
+    init = [plain(x) for x in args[first:last]]
     xs = list(args[last:])
     for i, x in enumerate(xs):
         if isinstance(x, Sum):
@@ -355,12 +367,13 @@ def _scan(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
     layers = [x.scanned(walk.site) if isinstance(x, View) else None for x in xs]
     returned: list[Any] = []
 
-    def body(carry: list[Any], step: tuple[list[Any], Taps]) -> tuple[list[Any], Any]:
+    def body(carry: list[Any], step: tuple[list[Any], Taps, jax.Array]) -> tuple[list[Any], Any]:
+        given, sinks, number = step
         rows = [
-            x if layer is None else layer.at_step(x)
-            for layer, x in zip(layers, step[0], strict=True)
+            x if layer is None else layer.at_step(x, number)
+            for layer, x in zip(layers, given, strict=True)
         ]
-        inside = dataclasses.replace(stepping, sinks=step[1])
+        inside = dataclasses.replace(stepping, sinks=sinks)
         results, taps = _evaluate_inside(params["jaxpr"], [*consts, *carry, *rows], inside)
         for result in results[: len(init)]:
             _reject(result, "carried by a scan", walk)
@@ -375,7 +388,7 @@ def _scan(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
     carry, (ys, taps) = jax.lax.scan(
         body,
         init,
-        (stacked, walk.inside()),
+        (stacked, walk.inside(), jnp.arange(params["length"])),
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
@@ -421,6 +434,14 @@ def _nothing(shape: Any) -> jax.Array:
     dtype = shape.dtype
     whole = jnp.issubdtype(dtype, jnp.integer)
     return jnp.full(shape.shape, jnp.iinfo(dtype).max if whole else 0, dtype)
+
+
+def _fixed(const: Any, site: Site) -> Any:
+    """What a scan closes over is the same at each of its steps."""
+    if isinstance(const, View | Sum | Constant):
+        return const
+    outer = const.sites if isinstance(const, Fixed) else frozenset()
+    return Fixed(value=plain(const), sites=outer | {site})
 
 
 def _known(value: Any) -> View | None:

@@ -139,7 +139,7 @@ def bottleneck(
             followed[leaf] = _with_factors(linear_map, args[number], factors)
             if linear_map.bias is not None and of_bias is not None:
                 bias = args[numbers[linear_map.bias]]
-                of_bias = of_bias.reshape(bias.shape).astype(bias.dtype)
+                of_bias = _as_bias(linear_map, of_bias, bias.shape).astype(bias.dtype)
                 args[numbers[linear_map.bias]] = bias + (of_bias - jax.lax.stop_gradient(of_bias))
         visitor = _Bottleneck(set(z), traced.found.maps, _transposed(traced))
         return evaluate(traced, args, followed, Walk(visitor=visitor))[0]
@@ -178,7 +178,9 @@ def matrix(linear_map: LinearMap, leaf: jax.Array, bias: jax.Array | None = None
     )
     if bias is None:
         return rows
-    last = bias.reshape(*leading(linear_map), 1, linear_map.size_out)
+    axes = linear_map.bias_stack_axes
+    last = jnp.moveaxis(bias, axes, range(len(axes)))
+    last = last.reshape(*leading(linear_map), 1, linear_map.size_out)
     return jnp.concatenate([rows, last], axis=-2)
 
 
@@ -251,6 +253,7 @@ class _Bottleneck(Rewriting):
             return y, {}
         linear_map, transposed = self.maps[view.leaf], self.transposed[walk.site]
         (a, z, b, bias), shape, dtype = view.factors, y.shape, y.dtype
+        known = view.scales, view.steps
 
         # The term is linear in Z, and Z is zero: its value is nothing, and so is its derivative in
         # x. Saying so spares a pass forwards through B and one backwards through A.
@@ -261,19 +264,19 @@ class _Bottleneck(Rewriting):
             a: jax.Array | None,
             b: jax.Array | None,
             bias: jax.Array | None,
-            scales: tuple[Scale, ...],
+            known: tuple[tuple[Scale, ...], tuple[jax.Array, ...]],
         ) -> jax.Array:
-            del z, x, a, b, bias, scales
+            del z, x, a, b, bias, known
             return jnp.zeros(shape, dtype)
 
         @term.defjvp
         def _derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-            _, x, a, b, bias, scales = primals
-            covering = dataclasses.replace(view, scales=scales)
+            _, x, a, b, bias, (scales, steps) = primals
+            covering = dataclasses.replace(view, scales=scales, steps=steps)
             factors = _of_entries(covering, linear_map, Factors(a, tangents[0], b, bias))
             return term(*primals), product.low_rank(x, factors, transposed, dtype)
 
-        return y + term(z, x, a, b, bias, view.scales), {}
+        return y + term(z, x, a, b, bias, known), {}
 
 
 def _of_entries(view: View, linear_map: LinearMap, factors: Factors) -> Factors:
@@ -287,6 +290,10 @@ def _of_entries(view: View, linear_map: LinearMap, factors: Factors) -> Factors:
     def rows(axes: tuple[int, ...], scales: list[Scale], matrix: jax.Array) -> jax.Array:
         if not view.is_whole(axes):
             matrix = matrix[..., view.covered(axes), :]
+        for block, step in zip(view.blocks, view.steps, strict=True):
+            if block.axis in axes:
+                shape = *matrix.shape[:-2], block.number, -1, matrix.shape[-1]
+                matrix = jnp.take(matrix.reshape(shape), step, axis=-3)
         for scale in scales:
             matrix = matrix * view.factor(scale, axes).astype(matrix.dtype)[:, None]
         return matrix
@@ -370,7 +377,11 @@ def _is_plain(traced: Traced, leaf: str) -> bool:
     linear_map = traced.found.maps[leaf]
     axes = (*linear_map.in_axes, *linear_map.out_axes)
     return not any(
-        use.transposed or use.view.scales or not use.view.is_whole(axes)
+        use.transposed
+        or use.view.scales
+        or use.view.blocks
+        or use.view.margins
+        or not use.view.is_whole(axes)
         for together in traced.uses[leaf]
         for use in together
     )
@@ -405,6 +416,14 @@ def _of_bias(factors: Factors) -> jax.Array | None:
         return None
     row = bias if a is None else bias @ z
     return row if b is None else row @ jnp.swapaxes(b, -1, -2)
+
+
+def _as_bias(linear_map: LinearMap, row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Lays what is added to each layer's bias, [*stack, 1, out], out as the bias is."""
+    axes = linear_map.bias_stack_axes
+    others = [n for axis, n in enumerate(shape) if axis not in axes]
+    layers_first = row.reshape(*(shape[axis] for axis in axes), *others)
+    return jnp.moveaxis(layers_first, range(len(axes)), axes)
 
 
 def _check_factors(

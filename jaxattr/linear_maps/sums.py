@@ -15,7 +15,7 @@ from jax.extend.core import JaxprEqn
 
 from jaxattr.linear_maps import chains, views
 from jaxattr.linear_maps.chains import Chain
-from jaxattr.linear_maps.views import Constant, View
+from jaxattr.linear_maps.views import Constant, Fixed, View
 
 
 @jax.tree_util.register_dataclass
@@ -125,9 +125,12 @@ def multiply(eqn: JaxprEqn, args: Sequence[Any], number: int, result: jax.Array)
 
 
 def untouched(eqn: JaxprEqn, args: Sequence[Any], results: Sequence[jax.Array]) -> list[Any]:
-    """Says of the results of an equation without views whether they are constants."""
-    if eqn.effects or not all(isinstance(arg, Constant) for arg in args):
+    """Says of the results of an equation without views whether they are constants, or fixed."""
+    if eqn.effects or not all(isinstance(arg, Constant | Fixed) for arg in args):
         return list(results)
+    fixed = [arg.sites for arg in args if isinstance(arg, Fixed)]
+    if fixed:
+        return [Fixed(value=result, sites=frozenset.intersection(*fixed)) for result in results]
     name = eqn.primitive.name
     if name == "broadcast_in_dim" and len(args) == 1:
         to = eqn.params["broadcast_dimensions"]
@@ -140,7 +143,9 @@ def untouched(eqn: JaxprEqn, args: Sequence[Any], results: Sequence[jax.Array]) 
 
 def _exact_axes(by: Constant) -> Constant:
     """A constant whose entries are known now varies along no more axes than they do."""
-    if isinstance(by.value, jax.core.Tracer):
+    if isinstance(by.value, jax.core.Tracer) or not np.size(by.value):
+        return by
+    if isinstance(by.value, jax.Array) and not by.value.is_fully_addressable:
         return by
     entries = np.asarray(by.value)
     axes = [i for i in by.axes if (entries != entries.take([0], axis=i)).any()]

@@ -67,6 +67,34 @@ class Constant:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Fixed:
+    """An array that is the same at each step of some scans.
+
+    Attributes:
+      value: the array.
+      sites: the scans.
+    """
+
+    value: Any
+    sites: frozenset[Site] = dataclasses.field(metadata={"static": True})
+
+
+class Block(NamedTuple):
+    """What a scan over blocks of rows takes at each step.
+
+    Attributes:
+      axis: the axis of the leaf that is in blocks.
+      site: the scan.
+      number: how many blocks there are.
+    """
+
+    axis: int
+    site: Site
+    number: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class View:
     """An array that holds entries of one leaf, and how they lie in it.
 
@@ -74,6 +102,7 @@ class View:
       value: the array.
       factors: the low-rank term that belongs to it, or None where none is evaluated.
       scales: what its entries were multiplied by.
+      steps: the numbers of the blocks that it is, one for each of `blocks`.
       leaf: name of the leaf.
       shape: shape of the leaf.
       dims: labels of the array's axes.
@@ -83,11 +112,13 @@ class View:
       lost: why the view can no longer be followed, or the empty string.
       margins: per axis of the array, how many entries before and behind the view's are none of the
         leaf's; empty where there are none. `dims` number what is between them.
+      blocks: the scans that run over blocks of an axis of the leaf.
     """
 
     value: Any
     factors: Factors | None = None
     scales: tuple[Scale, ...] = ()
+    steps: tuple[jax.Array, ...] = ()
     leaf: str = dataclasses.field(metadata={"static": True})
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dims: Dims = dataclasses.field(metadata={"static": True})
@@ -96,11 +127,12 @@ class View:
     stack: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     lost: str = dataclasses.field(default="", metadata={"static": True})
     margins: tuple[tuple[int, int], ...] = dataclasses.field(default=(), metadata={"static": True})
+    blocks: tuple[Block, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def outline(self) -> "View":
         """The view without its arrays."""
         scales = tuple(dataclasses.replace(scale, value=None) for scale in self.scales)
-        return dataclasses.replace(self, value=None, factors=None, scales=scales)
+        return dataclasses.replace(self, value=None, factors=None, scales=scales, steps=())
 
     def covered(self, axes: Sequence[int]) -> np.ndarray:
         """Of the flat index over some axes of the leaf, the numbers that the view covers."""
@@ -225,14 +257,16 @@ class View:
         """The view as a scan can run over it: arrays have the layers in front, or are left out."""
         axis = self._leading_axis()
         if axis not in self.stack:
-            return dataclasses.replace(self, factors=None, scales=())
+            return dataclasses.replace(self, factors=None, scales=(), steps=())
         position = self.stack.index(axis)
         factors = self.factors and self.factors.map(lambda x: jnp.moveaxis(x, position, 0))
-        return dataclasses.replace(self, factors=factors, scales=())
+        return dataclasses.replace(self, factors=factors, scales=(), steps=())
 
     def scanned(self, site: Site) -> "View":
         """What is known of one step's slice of a view that a scan runs over; see `at_step`."""
         axis = self._leading_axis()
+        if block := self._leading_block(site):
+            return dataclasses.replace(self, dims=self.dims[1:], blocks=(*self.blocks, block))
         if self.lost or (self.dims[0] and axis is None):
             return self.lose(self.value, self.lost or "scanned over a part of an axis")
         if any(axis in scale.axes for scale in self.scales):
@@ -244,16 +278,37 @@ class View:
             self, dims=self.dims[1:], scans=scans, stack=stack, factors=factors
         )
 
-    def at_step(self, sliced: "View") -> "View":
-        """The view of one step, given the slices of the arrays of `for_scan`."""
+    def at_step(self, sliced: "View", step: jax.Array) -> "View":
+        """The view of one step, given the slices of the arrays of `for_scan` and its number."""
         factors = self.factors if sliced.factors is None else sliced.factors
-        return dataclasses.replace(self, value=sliced.value, factors=factors)
+        steps = self.steps if len(self.steps) == len(self.blocks) else (*self.steps, step)
+        return dataclasses.replace(self, value=sliced.value, factors=factors, steps=steps)
 
     def lose(self, value: Any, reason: str) -> "View":
         """An array that stems from the leaf in a way that is not followed; fatal if it is used."""
         return dataclasses.replace(
-            self, value=value, factors=None, scales=(), dims=(), stack=(), lost=self.lost or reason
+            self,
+            value=value,
+            factors=None,
+            scales=(),
+            steps=(),
+            blocks=(),
+            dims=(),
+            stack=(),
+            lost=self.lost or reason,
         )
+
+    def _leading_block(self, site: Site) -> Block | None:
+        """What a scan takes whose first axis numbers blocks of a whole axis of the leaf."""
+        dim = () if self.lost else self.dims[0]
+        if len(dim) != 1 or not isinstance(axis := dim[0].axis, int):
+            return None
+        size, number = self.shape[axis], dim[0].size
+        is_slowest = 1 < number < size == number * dim[0].stride and self.is_whole([axis])
+        taken = any(block.axis == axis for block in self.blocks)
+        if not is_slowest or taken or any(axis in scale.axes for scale in self.scales):
+            return None
+        return Block(axis, site, number)
 
     def _leading_axis(self) -> int | None:
         """The axis of the leaf that is the array's first, if that is one, in one piece."""
