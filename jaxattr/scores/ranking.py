@@ -322,11 +322,40 @@ def absorb(
     Returns:
       The best of both, by their strengths; ties go to the lower id.
     """
-    side, (g, b) = train_side(arrays), arrays[EXAMPLES].shape[:2]
-    scores = sign * local_strengths(place, link, weighted, side)
+    g, b = arrays[EXAMPLES].shape[:2]
     ids = slab_ids(place, (g, b), first)
     fresh = jnp.repeat(jnp.arange(g) >= skip, b)
-    usable = (side.counted & fresh)[None] & jnp.isfinite(scores)
+    return absorb_asked(place, link, sign, best, weighted, arrays, ids, fresh[None])
+
+
+def absorb_asked(
+    place: Placement,
+    link: Link,
+    sign: int,
+    best: TopK,
+    weighted: Weighted,
+    arrays: dict[str, jax.Array],
+    ids: jax.Array,
+    asked: jax.Array,
+) -> TopK:
+    """Merges rows into a device's best so far; inside `Placement.over_shards`.
+
+    Args:
+      place: the devices.
+      link: of the method.
+      sign: -1 for opponents.
+      best: the device's own, [1, q, k].
+      weighted: query features.
+      arrays: of a slab, the device's own.
+      ids: of its rows, ascending, [r].
+      asked: which of them count for which query, bool [q, r] or [1, r].
+
+    Returns:
+      As `absorb`.
+    """
+    side = train_side(arrays)
+    scores = sign * local_strengths(place, link, weighted, side)
+    usable = side.counted[None] & asked & jnp.isfinite(scores)
     k = best.ids.shape[-1]
     scores = jnp.where(usable, scores, -jnp.inf).astype(best.scores.dtype)
     if scores.shape[1] > k:
@@ -423,3 +452,15 @@ def absorb_step(
         jax.jit(absorbing, donate_argnums=0),
         jax.jit(merging),
     )
+
+
+@functools.lru_cache(maxsize=32)
+def absorb_asked_step(place: Placement, link: Link, sign: int) -> Any:
+    """The compiled step of a top k among chosen rows; the others are those of `absorb_step`.
+
+    Returns:
+      (best, weighted, slab of picked rows, ids [r], asked [q, r]) -> best.
+    """
+    inputs = ((DATA,), QUERIES, SIDE, (DATA,), (None, DATA))
+    step = functools.partial(absorb_asked, place, link, sign)
+    return jax.jit(place.over_shards(step, inputs, (DATA,)), donate_argnums=0)

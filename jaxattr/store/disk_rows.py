@@ -112,6 +112,14 @@ class DiskRows:
                 arrays = self._finish(reading, start)
                 yield Slab(arrays, start * self.layout.block, fresh)
 
+    def pick(self, names: Sequence[str], ids: np.ndarray) -> dict[str, jax.Array]:
+        """See `Rows`; reads the chunks that hold one of them, and no others."""
+        flat = ids.reshape(-1)
+        mine = np.concatenate([flat[a:b] for a, b in self.place.local_spans(len(flat))])
+        reading = {name: self._request_picked(name, mine) for name in names}
+        start = min(flat[flat >= 0].tolist(), default=0)
+        return self._finish(reading, start // self.layout.block, len(flat))
+
     def begin(self, checkpoint: int) -> None:
         """See `Rows`."""
         if process()[0] == 0:
@@ -178,7 +186,7 @@ class DiskRows:
         return {
             name: (
                 _chunk_bytes(self._array(name, 0)),
-                _chunk_keys(self._array(name, 0), 0, self.layout.size, columns),
+                _chunk_keys(self._array(name, 0), np.arange(self.layout.size), columns),
             )
             for name in names
         }
@@ -321,17 +329,28 @@ class DiskRows:
                 source = array[first : first + present, chosen]
                 futures.append(ts.array(piece[:present]).write(source))
                 columns = range(array.shape[1])[chosen]
-                seals |= self._request_seals(name, array, first, first + present, columns)
+                keys = _chunk_keys(array, np.arange(first, first + present), columns)
+                seals |= self._request_seals(name, array, keys)
         return rows, futures, seals
 
-    def _request_seals(
-        self, name: str, array: Any, start: int, stop: int, columns: Sequence[int]
-    ) -> dict[str, Any]:
+    def _request_picked(
+        self, name: str, ids: np.ndarray
+    ) -> tuple[np.ndarray, list, dict[str, Any]]:
+        array, there = self._array(name, 0), np.flatnonzero(ids >= 0)
+        rows = _aligned((1, len(ids), *array.shape[1:]), array.dtype.numpy_dtype)
+        rows[:] = 0
+        if not len(there):
+            return rows, [], {}
+        future = ts.array(rows[0])[there].write(array[ids[there]])
+        keys = _chunk_keys(array, ids[there], range(array.shape[1]))
+        return rows, [future], self._request_seals(name, array, keys)
+
+    def _request_seals(self, name: str, array: Any, keys: Iterable[str]) -> dict[str, Any]:
         """Begins to read the checksums of chunks that were not compared with the seals yet."""
         if self._seals is None or name == RAW:
             return {}
         size, found = _chunk_bytes(array), {}
-        for key in _chunk_keys(array, start, stop, columns):
+        for key in keys:
             if f"{name}/{key}" not in self._checked:
                 self._checked.add(f"{name}/{key}")
                 found[key] = chunk_seal(self.folder, name, key, size)
@@ -347,15 +366,17 @@ class DiskRows:
                 why = f"the chunk {key} is not the one that was written there, but another"
                 raise self._damaged(name, start, why)
 
-    def _finish(self, reading: dict, start: int) -> dict[str, jax.Array]:
-        return {
-            name: self._placed(name, rows, futures, seals, start)
-            for name, (rows, futures, seals) in reading.items()
-        }
+    def _finish(self, reading: dict, start: int, block: int | None = None) -> dict[str, jax.Array]:
+        """Waits for what was requested; blocks have as many rows as the layout's, or so many."""
+        found = {}
+        for name, (rows, futures, seals) in reading.items():
+            rows = self._awaited(name, rows, futures, seals, start)
+            found[name] = self.place.blocks(rows, block or self.layout.block, axes_of(name))
+        return found
 
-    def _placed(
+    def _awaited(
         self, name: str, rows: np.ndarray, futures: list, seals: dict[str, Any], start: int
-    ) -> jax.Array:
+    ) -> np.ndarray:
         try:
             for future in futures:
                 future.result()
@@ -369,7 +390,7 @@ class DiskRows:
         width = padded(name, self.layout, self.place)
         if width > rows.shape[-1]:
             rows = np.pad(rows, [(0, 0)] * 3 + [(0, width - rows.shape[-1])])
-        return self.place.blocks(rows, self.layout.block, axes_of(name))
+        return rows
 
     def _damaged(self, name: str, start: int, why: str) -> StoreError:
         return StoreError(
@@ -384,10 +405,9 @@ def _chunk_bytes(array: Any) -> int:
     return math.prod(array.chunk_layout.read_chunk.shape) * array.dtype.numpy_dtype.itemsize + 4
 
 
-def _chunk_keys(array: Any, start: int, stop: int, columns: Iterable[int]) -> list[str]:
-    """Names of the chunks that hold rows of some checkpoints."""
-    rows = array.chunk_layout.read_chunk.shape[0]
-    numbers = range(start // rows, -(-stop // rows))
+def _chunk_keys(array: Any, ids: np.ndarray, columns: Iterable[int]) -> list[str]:
+    """Names of the chunks that hold the rows of some examples, of some checkpoints."""
+    numbers = np.unique(ids // array.chunk_layout.read_chunk.shape[0]).tolist()
     return [f"c/{number}/{column}/0" for number in numbers for column in columns]
 
 

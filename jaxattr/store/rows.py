@@ -166,6 +166,18 @@ class Rows(Protocol):
         """Yields all blocks in order, about so many rows at a time, of one checkpoint or all."""
         ...
 
+    def pick(self, names: Sequence[str], ids: np.ndarray) -> dict[str, jax.Array]:
+        """Returns rows of some examples, laid out as a block of a slab; see `by_shard`.
+
+        Args:
+          names: of arrays.
+          ids: [shards, l], those of a shard in its own row; -1 for none.
+
+        Returns:
+          {name: [1, shards * l, c, width]}; what stands where there is none means nothing.
+        """
+        ...
+
 
 class MemoryRows:
     """Rows in device memory; see `Rows`.
@@ -232,6 +244,26 @@ class MemoryRows:
             arrays = chosen if count == self.layout.blocks else _slab(chosen, start, count)
             yield Slab(arrays, start * self.layout.block, fresh)
 
+    def pick(self, names: Sequence[str], ids: np.ndarray) -> dict[str, jax.Array]:
+        """See `Rows`; every device takes its own."""
+        chosen = {name: self.arrays[name] for name in names}
+        return _compiled_pick(self.place, tuple(names))(chosen, self.place.whole(ids))
+
+
+def by_shard(ids: np.ndarray, layout: RowLayout, place: Placement) -> list[np.ndarray]:
+    """Splits ids by the part of the devices that holds their rows.
+
+    Args:
+      ids: of examples, [u].
+      layout: of the rows.
+      place: the devices.
+
+    Returns:
+      The ids of each shard, in the order that they have.
+    """
+    shard = ids % layout.block // (layout.block // place.shards)
+    return [ids[shard == number] for number in range(place.shards)]
+
 
 def _kept(name: str) -> str:
     """Raw features lie where the features go that will replace them."""
@@ -283,6 +315,19 @@ def _compiled_read(place: Placement, width: int) -> Any:
         return rows[0, :, 0, :width]
 
     return place.jit(read, DATA)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled_pick(place: Placement, names: tuple[str, ...]) -> Any:
+    def of_shard(arrays: dict[str, jax.Array], ids: jax.Array) -> dict[str, jax.Array]:
+        own = arrays[names[0]].shape[1]
+        ids = jnp.maximum(ids[0], 0)
+        block, row = ids // (own * place.shards), ids % (own * place.shards)
+        row = jnp.clip(row - place.shard() * own, 0, own - 1)
+        return {name: array[block, row][None] for name, array in arrays.items()}
+
+    axes = {name: axes_of(name) for name in names}
+    return jax.jit(place.over_shards(of_shard, (axes, (DATA,)), axes))
 
 
 @functools.partial(jax.jit, static_argnums=2)
