@@ -26,12 +26,14 @@ from jaxattr.methods.method import Method, check_method, featurizer
 from jaxattr.scales import widest
 from jaxattr.sharding import DATA, Placement, placement, split_rows
 from jaxattr.sources import Source, as_source
+from jaxattr.store.compression import is_compressed, scales_per_row
 from jaxattr.store.rows import (
     DIGESTS,
     ERRORS,
     EXAMPLES,
     FEATURES,
     RAW,
+    SCALES,
     SELF,
     SELF_COLUMNS,
     RowLayout,
@@ -130,7 +132,7 @@ def plan(
       memory: instead of `microbatch`: bytes per device; the largest microbatch that fits is found.
       mesh: devices to use, with an axis "data". Default: the default device.
       on_disk: whether the index will be.
-      dtype: of the stored features: float32 (the default; float64 where they are), or bfloat16.
+      dtype: of the stored features, as in `build_index`.
 
     Returns:
       The plan. Bytes are those of XLA's memory analysis and of the arrays; a program around them,
@@ -228,10 +230,12 @@ class BuildRequest:
         """The shapes of the rows."""
         computed = feature_dtype(featurize, self.checkpoints[0])
         stored = np.dtype(computed if self.dtype is None else self.dtype)
-        if stored not in (np.dtype(computed), np.dtype(jnp.float32), np.dtype(jnp.bfloat16)):
+        floats = (np.dtype(computed), np.dtype(jnp.float32), np.dtype(jnp.bfloat16))
+        if stored not in floats and not is_compressed(stored):
             raise ValueError(
-                f"dtype must be float32 or bfloat16, got {stored.name}: float16 overflows at "
-                "65,504, which gradients reach, and other types are no floats."
+                f"dtype must be float32, bfloat16, int8 or float8_e4m3fn, got {stored.name}: "
+                "float16 overflows at 65,504, which gradients reach, and features of other types "
+                "are not kept."
             )
         layout = featurize.layout
         widths = {FEATURES: layout.total, EXAMPLES: 2, SELF: len(layout.names) + len(SELF_COLUMNS)}
@@ -242,6 +246,11 @@ class BuildRequest:
         dtypes = {
             name: stored if name in (FEATURES, RAW) else np.dtype(computed) for name in widths
         }
+        if is_compressed(stored):
+            widths[SCALES] = scales_per_row(stored, layout.total)
+            dtypes[SCALES] = np.dtype(computed)
+            if RAW in widths:  # an inverse would make much of little errors
+                dtypes[RAW] = np.dtype(jnp.bfloat16)
         if self.on_disk:
             widths[DIGESTS] = LANES * len(jax.tree.leaves(self.source.example))
             dtypes[DIGESTS] = np.dtype(np.uint32)

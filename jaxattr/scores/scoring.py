@@ -35,7 +35,7 @@ from jaxattr.scores.candidates import (
 from jaxattr.scores.ranking import TopK
 from jaxattr.sharding import DATA, Placement, barrier
 from jaxattr.store import Folder, finish_scores, on_first_process, score_array, write_scores
-from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES, SELF, Rows, Slab, blocks_at_once
+from jaxattr.store.rows import COLUMNS, EXAMPLES, SELF, Rows, Slab, blocks_at_once
 from jaxattr.typing import Batch, Features, LearnedWeights, Link, Weights
 
 # Training examples that are read from disk at once.
@@ -384,7 +384,7 @@ def compiled_contributions(place: Placement, layout: FeatureLayout) -> Any:
         parts = ranking.local_contributions(place, layout, scaled(phi, -exponents), arrays)
         return scaled(parts, exponents[..., None]).reshape(parts.shape[0], g, b, -1)
 
-    inputs = ((None, None), ranking.SIDE, ())
+    inputs = ((None, None), ranking.side_axes, ())
     return jax.jit(place.over_shards(of_shard, inputs, (None, None, DATA, None)))
 
 
@@ -406,14 +406,14 @@ def _best_among(
     """Absorbs the rows of candidates [q, c], and no others."""
     absorbing = ranking.absorb_asked_step(index.place, index.link, sign)
     for part in in_parts(index, ids, block_size):
-        arrays = index.rows.pick([FEATURES, EXAMPLES], part.ids)
+        arrays = index.rows.pick(index.rows.layout.side, part.ids)
         given = index.place.whole((part.ids.reshape(-1), part.asked))
         best = absorbing(best, weighted, arrays, *given)
     return best
 
 
 def _arrays(rows: Rows) -> dict[str, jax.Array]:
-    return {name: rows.arrays[name] for name in (FEATURES, EXAMPLES)}
+    return {name: rows.arrays[name] for name in rows.layout.side}
 
 
 def _slabs(index: Index, rows: int = SLAB) -> Iterator[Slab]:
@@ -421,7 +421,7 @@ def _slabs(index: Index, rows: int = SLAB) -> Iterator[Slab]:
     layout = index.rows.layout
     whole = layout.blocks * layout.block
     at_once = whole if index.rows.resident else rows
-    return index.rows.slabs([FEATURES, EXAMPLES], at_once)
+    return index.rows.slabs(layout.side, at_once)
 
 
 def _write_scores(

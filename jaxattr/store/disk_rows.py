@@ -10,6 +10,7 @@ import numpy as np
 import tensorstore as ts
 
 from jaxattr.sharding import Placement, barrier, process
+from jaxattr.store.compression import is_never_written, never_written
 from jaxattr.store.folder import Folder, StoreError, cannot_write, first_line, malformed
 from jaxattr.store.ledger import Ledger
 from jaxattr.store.rows import (
@@ -20,8 +21,10 @@ from jaxattr.store.rows import (
     Slab,
     axes_of,
     blocks_at_once,
+    compressed,
     padded,
     slab_starts,
+    values_of,
 )
 from jaxattr.store.seals import Seals, chunk_seal, seal_of
 
@@ -69,6 +72,7 @@ class DiskRows:
 
     def write(self, block: int, checkpoint: int, values: Mapping[str, jax.Array]) -> None:
         """See `Rows`."""
+        values = compressed(values, self.layout, self.place)
         for value in values.values():
             value.copy_to_host_async()
         computed, self._computed = self._computed, (block, checkpoint, dict(values))
@@ -81,17 +85,20 @@ class DiskRows:
 
     def read(self, name: str, block: int, checkpoint: int) -> jax.Array:
         """See `Rows`."""
-        chosen = slice(checkpoint, checkpoint + 1)
-        reading = self._request([name], block, 1, chosen)
-        array = self._finish(reading, block)[name]
-        return array[0, :, 0, : self.layout.widths[name]]
+        chosen, widths = slice(checkpoint, checkpoint + 1), self.layout.widths
+        reading = self._request(self.layout.parts(name), block, 1, chosen)
+        arrays = self._finish(reading, block)
+        return values_of(name, {part: x[0, :, 0, : widths[part]] for part, x in arrays.items()})
 
     def column(self, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
         """See `Rows`."""
         layout, parts = self.layout, []
-        for slab in self.slabs([name], _COLUMN_ROWS, checkpoint):
-            array = slab.arrays[name][slab.fresh :, :, 0, : layout.widths[name]]
-            part = self.place.host(array[..., columns])  # [g, b, width]
+        for slab in self.slabs(layout.parts(name), _COLUMN_ROWS, checkpoint):
+            stored = {
+                kept: x[slab.fresh :, :, 0, : layout.widths[kept]]
+                for kept, x in slab.arrays.items()
+            }
+            part = self.place.host(values_of(name, stored)[..., columns])  # [g, b, width]
             parts.append(part.reshape(part.shape[0] * part.shape[1], part.shape[2]))
         return np.concatenate(parts)[: layout.size]
 
@@ -163,20 +170,18 @@ class DiskRows:
             raise cannot_write(where, error) from None
 
     def _metadata(self, name: str) -> dict[str, Any]:
-        width = self.layout.widths[name]
+        width, dtype = self.layout.widths[name], np.dtype(self.layout.dtypes[name])
+        order = {"configuration": {"endian": "little"}} if dtype.itemsize > 1 else {}
         return {
             "shape": [self.layout.size, 1 if name == RAW else self.layout.checkpoints, width],
-            "data_type": np.dtype(self.layout.dtypes[name]).name,
-            "fill_value": 0 if name == DIGESTS else "NaN",
+            "data_type": dtype.name,
+            "fill_value": 0 if name == DIGESTS else never_written(dtype),
             "chunk_grid": {
                 "name": "regular",
                 "configuration": {"chunk_shape": [self._chunk(), 1, width]},
             },
             "chunk_key_encoding": {"name": "default"},
-            "codecs": [
-                {"name": "bytes", "configuration": {"endian": "little"}},
-                {"name": "crc32c"},
-            ],
+            "codecs": [{"name": "bytes"} | order, {"name": "crc32c"}],
         }
 
     def chunks(self) -> dict[str, tuple[int, list[str]]]:
@@ -382,9 +387,9 @@ class DiskRows:
                 future.result()
         except ValueError as error:
             raise self._damaged(name, start, first_line(error)) from None
-        # Rows of examples that are not finite are zero, so NaN is the fill value: never written.
+        # Rows of examples that are not finite are zero, so the fill value is never written.
         # Digests, of which none is zero, are compared with what was read.
-        if name != DIGESTS and np.isnan(rows[..., 0].astype(np.float32)).any():
+        if name != DIGESTS and is_never_written(rows[..., 0]).any():
             raise self._damaged(name, start, "a chunk is missing")
         self._check_seals(name, start, seals)
         width = padded(name, self.layout, self.place)
