@@ -275,8 +275,8 @@ class BuildRequest:
             raise ValueError(
                 f"The index does not fit {size_in_words(memory)} per device, even one example at a "
                 f"time. Needed:\n{smallest[1]}\nMake room with path= (the index on disk), "
-                "dtype=jnp.bfloat16, a projection with a smaller dim or rank, fewer checkpoints, "
-                "or a mesh over more devices."
+                "dtype=jnp.int8 or jnp.bfloat16, a projection with a smaller dim or rank, fewer "
+                "checkpoints, or a mesh over more devices."
             )
         local = -(-min(batch_size, self.source.size) // self.place.shards)
         largest = min(local, _LARGEST_MICROBATCH)
@@ -344,8 +344,8 @@ def check_device(planned_bytes: int, place: Placement, what: str) -> None:
     if limit is not None and planned_bytes > limit:
         raise ValueError(
             f"{what} needs {size_in_words(planned_bytes)} per device, and {device.device_kind} has "
-            f"{size_in_words(limit)}. Give a path= to keep the index on disk, dtype=jnp.bfloat16, "
-            "a projection with a smaller dim or rank, or a mesh over more devices."
+            f"{size_in_words(limit)}. Give a path= to keep the index on disk, dtype=jnp.int8 or "
+            "jnp.bfloat16, a projection with a smaller dim or rank, or a mesh over more devices."
         )
 
 

@@ -336,7 +336,8 @@ def _write_manifest(folder: Folder, layout: RowLayout, manifest: dict) -> None:
     if free is not None and needed > free:
         raise StoreError(
             f"The index needs {needed / 1e9:.3g} GB at {folder.path}, and {free / 1e9:.3g} GB are "
-            "free. Use dtype=jnp.bfloat16, a projection with a smaller dim, or another place."
+            "free. Use dtype=jnp.int8 or jnp.bfloat16, a projection with a smaller dim, or another "
+            "place."
         )
     folder.write(MANIFEST, manifest)
 
