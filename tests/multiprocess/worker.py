@@ -70,6 +70,11 @@ def results(index):
     top = ja.top_k(index, queries, k=5)
     fit = ja.learn_weights(index, queries, **FIT)
     found = {"scores": ja.score(index, queries), "ids": top.ids, "top": top.scores}
+    among = (7 * np.arange(6)[:, None] + 5 * np.arange(12)) % SIZE
+    found["among"] = ja.top_k(index, queries, k=4, among=among, block_size=9).ids
+    if index.link == "identity":
+        others = models.data(6, seed=2)
+        found["contrast"] = ja.score(index, ja.contrast(index, queries, others))
     found["weights"] = np.array([fit.weights[name] for name in index.layout.names])
     fit = ja.learn_weights(index, queries, outcomes=outcomes(), copies=copies())
     found["from outcomes"] = np.array([fit.weights[name] for name in index.layout.names])
