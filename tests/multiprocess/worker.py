@@ -111,6 +111,18 @@ def make(folder, size, **options):
     return ja.build_index(method, checkpoints(), models.data(size), **arguments)
 
 
+def compressed(folder):
+    """Builds an index with a byte per feature, opens it, and scores."""
+    make(folder, SIZE, dtype=np.int8)
+    method = methods()[os.environ["METHOD"]]
+    index = ja.open_index(f"{folder}/index", method, checkpoints(), mesh=mesh())
+    queries = models.data(6, seed=1)
+    top = ja.top_k(index, queries, k=4, among=np.tile(np.arange(0, SIZE, 3), (6, 1)))
+    scores = np.asarray(ja.score(index, queries))
+    if jax.process_index() == 0:
+        np.savez(f"{folder}/compressed.npz", scores=scores, ids=np.asarray(top.ids))
+
+
 def fail(folder):
     """Builds, where the disk of the second process is full after some blocks."""
     write, written = DiskRows._start_write, []
@@ -218,5 +230,6 @@ if __name__ == "__main__":
     tasks = {
         "attribute": attribute, "build": build, "extend": extend, "use": use, "retrain": retrain,
         "global_data": global_data, "fail": fail, "over_columns": over_columns,
+        "compressed": compressed,
     }  # fmt: skip
     tasks[task](folder)
