@@ -259,3 +259,8 @@ def test_huge_and_tiny_gradients_are_ranked_as_they_are(factor, dtype):
 def test_other_types_are_refused(dtype):
     with pytest.raises(ValueError, match="must be float32, bfloat16, int8 or float8_e4m3fn, got"):
         ja.build_index(IDENTITY, CHECKPOINTS, TRAIN, dtype=dtype)
+
+
+def test_a_damping_path_needs_longer_features():
+    with pytest.raises(ValueError, match="and int8 is too short for that: leave dtype out"):
+        ja.evaluation.damping_path(TRAK, CHECKPOINTS, TRAIN, [ja.relative(0.1)], dtype=INT8)
