@@ -20,6 +20,7 @@ from .index.index import ConvergenceWarning as ConvergenceWarning
 from .index.index import Index as Index
 from .index.index import NonFiniteWarning as NonFiniteWarning
 from .index.opening import open_index as open_index
+from .index.queries import contrast as contrast
 from .index.queries import query_features as query_features
 from .inputs.data import without as without
 from .kernels import absolute as absolute
@@ -73,6 +74,7 @@ __all__ = [
     "by_leaf",
     "by_regex",
     "citation",
+    "contrast",
     "contributions",
     "d_trak",
     "das",

@@ -60,7 +60,8 @@ class Placement:
         Args:
           function: of local arrays; may call `sum_columns`, `sum_shards`, `gather_shards` and
             `shard`.
-          inputs: per argument, the axes as in `sharding`, as a tuple; a pytree prefix.
+          inputs: per argument, the axes as in `sharding`, as a tuple; a pytree prefix. Or a
+            function that makes them of the argument.
           outputs: the same of the result.
 
         Returns:
@@ -73,13 +74,18 @@ class Placement:
         def specs(tree: Any) -> Any:
             return jax.tree.map(spec, tree, is_leaf=_is_axes)
 
-        return jax.shard_map(
-            function,
-            mesh=self.mesh,
-            in_specs=tuple(specs(each) for each in inputs),
-            out_specs=specs(outputs),
-            check_vma=False,
-        )
+        def spread(*arguments: Any) -> Any:
+            given = zip(inputs, arguments, strict=True)
+            axes = [each(argument) if callable(each) else each for each, argument in given]
+            return jax.shard_map(
+                function,
+                mesh=self.mesh,
+                in_specs=tuple(specs(each) for each in axes),
+                out_specs=specs(outputs),
+                check_vma=False,
+            )(*arguments)
+
+        return spread
 
     def shard(self) -> jax.Array | int:
         """Inside `over_shards`: the number of this part of the examples."""

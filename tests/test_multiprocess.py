@@ -74,6 +74,21 @@ def test_two_processes_give_what_one_gives(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_compress_as_one_does(tmp_path):
+    finish(start("compressed", tmp_path, 2, METHOD="tracin"))
+    method, queries = worker.methods()["tracin"], models.data(6, seed=1)
+    train = models.data(worker.SIZE)
+    index = ja.build_index(
+        method, worker.checkpoints(), train, batch_size=worker.BATCH, dtype=np.int8
+    )
+    got, among = np.load(tmp_path / "compressed.npz"), np.arange(0, worker.SIZE, 3)
+    expected = np.asarray(ja.score(index, queries))
+    assert models.relative_error(got["scores"], expected) <= 1e-9
+    order = np.argsort(-expected[:, among], axis=1)[:, :4]
+    np.testing.assert_array_equal(got["ids"], among[order])
+
+
+@pytest.mark.slow
 def test_two_processes_retrain_what_one_does(tmp_path):
     jobs = start("retrain", tmp_path, 2)
     expected = ja.retrain(*worker.retraining(), seeds=3)

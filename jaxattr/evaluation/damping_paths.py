@@ -13,6 +13,7 @@ from jaxattr.index.checkpoint_builds import apply_kernel
 from jaxattr.index.index import Index
 from jaxattr.kernels import Damping, HasSpectrum
 from jaxattr.methods.method import Method
+from jaxattr.store.compression import is_compressed
 from jaxattr.store.rows import EXAMPLES, FEATURES, MemoryRows
 from jaxattr.typing import Params
 
@@ -40,7 +41,7 @@ def damping_path(
       checkpoints: as in `build_index`.
       train: the training data: arrays with a leading axis, or a random-access source.
       dampings: `ja.relative(x)` or `ja.absolute(x)`, above 0.
-      **options: of `build_index`, except for a path and a mesh.
+      **options: of `build_index`, except for a path, a mesh, and a dtype of one byte.
 
     Yields:
       The damping and its index, in the order given.
@@ -68,6 +69,12 @@ def damping_path(
         raise ValueError("dampings is empty: a path needs at least one.")
     if options.get("path") is not None or options.get("mesh") is not None:
         raise ValueError("A damping path is computed in memory on one device: no path, no mesh.")
+    dtype = options.get("dtype")
+    if dtype is not None and is_compressed(dtype):
+        raise ValueError(
+            f"A damping path applies kernels to the stored features, and {np.dtype(dtype).name} is "
+            "too short for that: leave dtype out, and build the index of your choice with it."
+        )
     for damping in dampings:
         kernel.operator_at([], damping, 0)  # raises where it cannot be, before the work
     raw = build_index(_without_kernel(method), checkpoints, train, **options)

@@ -26,12 +26,14 @@ from jaxattr.methods.method import Method, check_method, featurizer
 from jaxattr.scales import widest
 from jaxattr.sharding import DATA, Placement, placement, split_rows
 from jaxattr.sources import Source, as_source
+from jaxattr.store.compression import is_compressed, scales_per_row
 from jaxattr.store.rows import (
     DIGESTS,
     ERRORS,
     EXAMPLES,
     FEATURES,
     RAW,
+    SCALES,
     SELF,
     SELF_COLUMNS,
     RowLayout,
@@ -130,7 +132,7 @@ def plan(
       memory: instead of `microbatch`: bytes per device; the largest microbatch that fits is found.
       mesh: devices to use, with an axis "data". Default: the default device.
       on_disk: whether the index will be.
-      dtype: of the stored features: float32 (the default; float64 where they are), or bfloat16.
+      dtype: of the stored features, as in `build_index`.
 
     Returns:
       The plan. Bytes are those of XLA's memory analysis and of the arrays; a program around them,
@@ -228,10 +230,12 @@ class BuildRequest:
         """The shapes of the rows."""
         computed = feature_dtype(featurize, self.checkpoints[0])
         stored = np.dtype(computed if self.dtype is None else self.dtype)
-        if stored not in (np.dtype(computed), np.dtype(jnp.float32), np.dtype(jnp.bfloat16)):
+        floats = (np.dtype(computed), np.dtype(jnp.float32), np.dtype(jnp.bfloat16))
+        if stored not in floats and not is_compressed(stored):
             raise ValueError(
-                f"dtype must be float32 or bfloat16, got {stored.name}: float16 overflows at "
-                "65,504, which gradients reach, and other types are no floats."
+                f"dtype must be float32, bfloat16, int8 or float8_e4m3fn, got {stored.name}: "
+                "float16 overflows at 65,504, which gradients reach, and features of other types "
+                "are not kept."
             )
         layout = featurize.layout
         widths = {FEATURES: layout.total, EXAMPLES: 2, SELF: len(layout.names) + len(SELF_COLUMNS)}
@@ -242,6 +246,11 @@ class BuildRequest:
         dtypes = {
             name: stored if name in (FEATURES, RAW) else np.dtype(computed) for name in widths
         }
+        if is_compressed(stored):
+            widths[SCALES] = scales_per_row(stored, layout.total)
+            dtypes[SCALES] = np.dtype(computed)
+            if RAW in widths:  # an inverse would make much of little errors
+                dtypes[RAW] = np.dtype(jnp.bfloat16)
         if self.on_disk:
             widths[DIGESTS] = LANES * len(jax.tree.leaves(self.source.example))
             dtypes[DIGESTS] = np.dtype(np.uint32)
@@ -266,8 +275,8 @@ class BuildRequest:
             raise ValueError(
                 f"The index does not fit {size_in_words(memory)} per device, even one example at a "
                 f"time. Needed:\n{smallest[1]}\nMake room with path= (the index on disk), "
-                "dtype=jnp.bfloat16, a projection with a smaller dim or rank, fewer checkpoints, "
-                "or a mesh over more devices."
+                "dtype=jnp.int8 or jnp.bfloat16, a projection with a smaller dim or rank, fewer "
+                "checkpoints, or a mesh over more devices."
             )
         local = -(-min(batch_size, self.source.size) // self.place.shards)
         largest = min(local, _LARGEST_MICROBATCH)
@@ -335,8 +344,8 @@ def check_device(planned_bytes: int, place: Placement, what: str) -> None:
     if limit is not None and planned_bytes > limit:
         raise ValueError(
             f"{what} needs {size_in_words(planned_bytes)} per device, and {device.device_kind} has "
-            f"{size_in_words(limit)}. Give a path= to keep the index on disk, dtype=jnp.bfloat16, "
-            "a projection with a smaller dim or rank, or a mesh over more devices."
+            f"{size_in_words(limit)}. Give a path= to keep the index on disk, dtype=jnp.int8 or "
+            "jnp.bfloat16, a projection with a smaller dim or rank, or a mesh over more devices."
         )
 
 

@@ -115,7 +115,10 @@ def build_index(
         columns of features in memory. Default: the default device.
       path: a new folder, or one that an earlier run began; local, or a URL such as gs://...
         Default: in memory.
-      dtype: of the stored features: float32 (the default; float64 where they are), or bfloat16.
+      dtype: of the stored features: float32 (the default; float64 where they are), bfloat16 (half
+        the size), int8 (a quarter; a scale per 64 columns of a row, so that each feature is off by
+        at most 0.4 % of the largest of them) or float8_e4m3fn (a quarter; a scale per row, each
+        feature off by at most 6 % of itself). With these two a kernel is fitted to bfloat16.
       extend: `train` has grown since the index was finished: adds the new examples, for methods
         whose kernel is the identity.
       verify: how much of `train` is compared, example by example, with what an index that is there
@@ -333,7 +336,8 @@ def _write_manifest(folder: Folder, layout: RowLayout, manifest: dict) -> None:
     if free is not None and needed > free:
         raise StoreError(
             f"The index needs {needed / 1e9:.3g} GB at {folder.path}, and {free / 1e9:.3g} GB are "
-            "free. Use dtype=jnp.bfloat16, a projection with a smaller dim, or another place."
+            "free. Use dtype=jnp.int8 or jnp.bfloat16, a projection with a smaller dim, or another "
+            "place."
         )
     folder.write(MANIFEST, manifest)
 

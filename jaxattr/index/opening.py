@@ -25,7 +25,8 @@ from jaxattr.methods.method import Method, check_method, featurizer
 from jaxattr.sharding import Placement, placement
 from jaxattr.sources import Source, as_source
 from jaxattr.store import DiskRows, Folder, StoreError, finished, reading
-from jaxattr.store.rows import EXAMPLES, FEATURES, SELF, MemoryRows, RowLayout, Rows
+from jaxattr.store.compression import is_compressed
+from jaxattr.store.rows import EXAMPLES, FEATURES, SCALES, SELF, MemoryRows, RowLayout, Rows
 from jaxattr.typing import Example, Params
 
 
@@ -125,13 +126,14 @@ def in_device_memory(rows: Rows) -> MemoryRows:
     Returns:
       The same rows in memory, on the same devices.
     """
-    kept = (FEATURES, EXAMPLES, SELF)
     layout = rows.layout
-    smaller = dataclasses.replace(layout, widths={name: layout.widths[name] for name in kept})
-    copy = MemoryRows(smaller, rows.place)
-    for block in range(layout.blocks):
+    widths = {name: layout.widths[name] for name in (*layout.side, SELF)}
+    dtypes = {name: layout.dtypes[name] for name in widths}
+    copy = MemoryRows(dataclasses.replace(layout, widths=widths, dtypes=dtypes), rows.place)
+    for block, slab in enumerate(rows.slabs(tuple(widths), layout.block)):
         for c in range(layout.checkpoints):
-            copy.write(block, c, {name: rows.read(name, block, c) for name in kept})
+            values = {name: slab.arrays[name][0, :, c, :width] for name, width in widths.items()}
+            copy.write(block, c, values)
     return copy
 
 
@@ -158,6 +160,8 @@ def row_layout(described: dict[str, Any]) -> RowLayout:
         raise ValueError(f"a size is none: {sizes}")
     if set(found.widths) != set(found.dtypes) or not {FEATURES, EXAMPLES, SELF} <= {*found.widths}:
         raise ValueError(f"arrays are missing: it has {sorted(found.widths)}")
+    if is_compressed(found.dtypes[FEATURES]) != (SCALES in found.widths):
+        raise ValueError(f"features are {found.dtypes[FEATURES]}, with or without scales")
     if found.checkpoints != len(described["params"]):
         raise ValueError(f"{found.checkpoints} checkpoints, and {len(described['params'])} params")
     return found

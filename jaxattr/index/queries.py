@@ -14,7 +14,7 @@ import numpy as np
 from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.features.bases import Drawn, Fitted
 from jaxattr.features.expectations import refuse_unit_norm
-from jaxattr.features.featurizer import Featurized, Featurizer
+from jaxattr.features.featurizer import Featurized, Featurizer, unit_norm
 from jaxattr.identity import Program
 from jaxattr.index.index import Index, check_index, report_non_finite
 from jaxattr.inputs.data import as_batch, as_data
@@ -23,7 +23,7 @@ from jaxattr.inputs.outputs import check_output, read_leaves, runs
 from jaxattr.kernels import Kernel, MapsQueries
 from jaxattr.methods.method import Method
 from jaxattr.sharding import DATA, Placement, split_rows
-from jaxattr.sources import as_source, track
+from jaxattr.sources import Source, as_source, track
 from jaxattr.typing import Batch, Example, Features, Key, OutputFn, Params
 
 
@@ -64,18 +64,70 @@ def query_features(index: Index, queries: Any) -> QueryFeatures:
     if isinstance(queries, QueryFeatures):
         return _checked(check_index(index), queries)
     source = as_source(queries, "queries", functools.partial(_takes, check_index(index)))
-    step = _query_step(index.place, functions_of(index, source.example))
-    block = _block_of(source.size, index)
-    state, count = state_of(index), -(-source.size // block)
-    found = []
-    for each in track(source.blocks(block, index.place), "queries", count):
-        ids = index.place.batch(lambda rows: rows, -1 - each.start - np.arange(block))
-        features, finite = step(state, each.batch, jax.device_put(ids))
-        found.append((index.place.gathered(features), index.place.gathered(finite)))
-    features = jnp.concatenate([features for features, _ in found])[: source.size]
-    finite = np.concatenate([np.asarray(finite) for _, finite in found])[: source.size]
+    features, finite = _streamed(index, source, functions_of(index, source.example), "queries")
     report_non_finite(np.flatnonzero(~finite), source.size, "queries")
     return QueryFeatures(features, np.flatnonzero(~finite), index.query_side)
+
+
+def contrast(index: Index, better: Any, worse: Any) -> QueryFeatures:
+    """Makes queries of differences: why this, and not that?
+
+    Each asks what made the model prefer `better[i]` to `worse[i]`, such as two answers to one
+    question, or one picture under two labels. Use it wherever queries go: `ja.top_k(index,
+    ja.contrast(index, chosen, rejected))`.
+
+    Args:
+      index: that it will be scored against.
+      better: q queries, as in `ja.score`.
+      worse: as many, in the same order; their shapes may differ from those of `better`.
+
+    Returns:
+      Features [q, c * p] of f(better) - f(worse), f the function that is attributed: a pair draws
+      the same randomness twice. Scores are those of `better` less those of `worse`, so that
+      proponents speak for `better`. Methods that scale to unit norm (GradCos, TrackStar) scale the
+      difference, not its parts: scores are then those of the function f(better) - f(worse), and no
+      difference of scores. Pairs of which one is not finite are marked.
+
+    Raises:
+      TypeError: if the index or the queries are something else.
+      ValueError: if there are not as many of both; as `query_features`; or if features are not
+        linear in the function: squared scores, unit norm per draw.
+
+    Warns:
+      NonFiniteWarning: with the positions of pairs whose gradients are not finite.
+
+    Cost: the features of 2 q queries.
+    """
+    if check_index(index).link == "square":
+        raise ValueError(
+            "Scores of this index are squares, which do not say for which of two a training "
+            'example speaks. Build it with link="identity".'
+        )
+    sides = {"better": better, "worse": worse}
+    for role, queries in sides.items():
+        if isinstance(queries, QueryFeatures):
+            raise TypeError(
+                f"{role} is QueryFeatures, which may have been scaled already: pass the queries "
+                "themselves."
+            )
+    takes = functools.partial(_takes, index)
+    sources = [as_source(queries, role, takes) for role, queries in sides.items()]
+    sizes = [source.size for source in sources]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"better and worse must be pairs, got {sizes[0]} and {sizes[1]} examples.")
+    (first, finite), (second, also_finite) = (
+        _streamed(index, source, _linear_functions(index, source.example), role)
+        for role, source in zip(sides, sources, strict=True)
+    )
+    difference = first - second
+    kept = finite & also_finite & np.isfinite(np.asarray(difference)).all(axis=1)
+    difference = jnp.where(kept[:, None], difference, 0)
+    assert index.featurizer is not None and index.method is not None
+    if index.featurizer.rule.normalize or isinstance(index.method.kernel, MapsQueries):
+        each = jnp.split(difference, len(index.checkpoints), axis=1)
+        difference = jnp.concatenate([unit_norm(phi) for phi in each], axis=1)
+    report_non_finite(np.flatnonzero(~kept), len(kept), "pairs of queries")
+    return QueryFeatures(difference, np.flatnonzero(~kept), index.query_side)
 
 
 def part_features(index: Index, queries: Any, split: Callable[[Example], Batch]) -> QueryFeatures:
@@ -176,6 +228,14 @@ def functions_of(index: Index, example: Example) -> QueryFunctions:
     return QueryFunctions(featurize.step, kernel)
 
 
+def _linear_functions(index: Index, example: Example) -> QueryFunctions:
+    """Those of `functions_of` without unit norm: features are linear in the output."""
+    featurize, method = _functions(index, example)
+    refuse_unit_norm(featurize.rule.output, "A contrast")
+    kernel = _Whitens(method.kernel) if isinstance(method.kernel, MapsQueries) else None
+    return QueryFunctions(featurize.unscaled(), kernel)
+
+
 def features_of_batch(
     functions: QueryFunctions, state: QueryArrays, batch: Any, ids: jax.Array
 ) -> tuple[Features, jax.Array]:
@@ -209,6 +269,23 @@ def _of_all_checkpoints(columns: list[Features]) -> tuple[Features, jax.Array]:
 def _block_of(size: int, index: Index) -> int:
     """Queries per step: a power of two, so that a few programs serve any number of queries."""
     return split_rows(min(index.batch_size, 1 << (size - 1).bit_length()), index.place)
+
+
+def _streamed(
+    index: Index, source: Source, functions: QueryFunctions, role: str
+) -> tuple[Features, np.ndarray]:
+    """Features of all queries, zero where they are not finite; and which are, bool [q]."""
+    step = _query_step(index.place, functions)
+    block = _block_of(source.size, index)
+    state, count = state_of(index), -(-source.size // block)
+    found = []
+    for each in track(source.blocks(block, index.place), role, count):
+        ids = index.place.batch(lambda rows: rows, -1 - each.start - np.arange(block))
+        features, finite = step(state, each.batch, jax.device_put(ids))
+        found.append((index.place.gathered(features), index.place.gathered(finite)))
+    features = jnp.concatenate([features for features, _ in found])[: source.size]
+    finite = np.concatenate([np.asarray(finite) for _, finite in found])[: source.size]
+    return features, finite
 
 
 def _functions(index: Index, example: Example) -> tuple[Featurizer, Method]:
@@ -280,6 +357,18 @@ def _part_step(step: Any, normalize: bool, kernel: Kernel, split: Any) -> Any:
         return features, finite.all()
 
     return run
+
+
+class _Whitens(NamedTuple):
+    """A kernel that does not scale queries."""
+
+    kernel: MapsQueries
+
+    def of_queries(self, operator: Any, phi: Features) -> Features:
+        return self.kernel.whiten(operator, phi)
+
+    def whiten(self, operator: Any, phi: Features) -> Features:
+        return self.kernel.whiten(operator, phi)
 
 
 class _ScaledTogether(NamedTuple):

@@ -4,6 +4,8 @@ import dataclasses
 import os
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxattr import identity
 from jaxattr.index import provenance
 from jaxattr.index.budgets import size_in_words
@@ -17,8 +19,16 @@ from jaxattr.index.saving import (
 )
 from jaxattr.sharding import Placement
 from jaxattr.sources import track
-from jaxattr.store import DiskRows, Folder, StoreError, copy_array, finished, reading
-from jaxattr.store.rows import FEATURES, RAW, RowLayout
+from jaxattr.store import (
+    DiskRows,
+    Folder,
+    StoreError,
+    copy_array,
+    finished,
+    reading,
+    save_rows,
+)
+from jaxattr.store.rows import FEATURES, RAW, SCALES, RowLayout, values_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,7 +179,9 @@ def check(path: str | os.PathLike[str]) -> Checked:
 
 
 def export_zarr(path: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
-    """Copies the features of a finished index, as they are stored, to a zarr array of their own.
+    """Copies the features of a finished index to a zarr array of their own.
+
+    They are copied as they are stored, and widened to floats where they are compressed.
 
     Args:
       path: of the index.
@@ -183,7 +195,15 @@ def export_zarr(path: str | os.PathLike[str], target: str | os.PathLike[str]) ->
     if not summary.finished:
         raise StoreError(f"{summary.path} is not finished: there is no whole array to copy.")
     attributes = {"method": summary.method, "groups": summary.groups}
-    copy_array(Folder(path), FEATURES, Folder(target), attributes)
+    folder, _, layout = _described(path)
+    if SCALES not in layout.widths:
+        copy_array(folder, FEATURES, Folder(target), attributes)
+        return
+    rows, width = DiskRows(folder, layout, Placement()), layout.widths[FEATURES]
+    slabs = rows.slabs(layout.parts(FEATURES), layout.block)
+    blocks = (np.asarray(values_of(FEATURES, slab.arrays))[0] for slab in slabs)
+    shape = (layout.size, layout.checkpoints, width)
+    save_rows(Folder(target), shape, layout.wide, layout.block, blocks, attributes)
 
 
 def _described(path: str | os.PathLike[str]) -> tuple[Folder, dict[str, Any], RowLayout]:

@@ -6,7 +6,7 @@ but sums over columns, where those are spread, and the candidates of each device
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,14 +17,17 @@ from jaxattr.features.plans import FeatureLayout
 from jaxattr.scales import exponent_of, scaled, wide, widest
 from jaxattr.scores import tables
 from jaxattr.sharding import DATA, MODEL, Placement
-from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES, axes_of, pad_columns
+from jaxattr.store.compression import widen
+from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES, SCALES, axes_of, pad_columns
 from jaxattr.typing import Features, Link
 
 FEATURE_AXES = (None, None, MODEL)
 """Mesh axes of query features [q, c, p]."""
 
-SIDE = {name: axes_of(name) for name in (FEATURES, EXAMPLES)}
-"""Mesh axes of the arrays of a slab."""
+
+def side_axes(arrays: Mapping[str, Any]) -> dict[str, tuple[str | None, ...]]:
+    """Mesh axes of the arrays of a slab."""
+    return {name: axes_of(name) for name in arrays}
 
 
 class TopK(NamedTuple):
@@ -107,11 +110,13 @@ class TrainSide(NamedTuple):
     counted: jax.Array
 
 
-def train_side(arrays: dict[str, jax.Array]) -> TrainSide:
-    """Reads a slab.
+def train_side(place: Placement, arrays: dict[str, jax.Array]) -> TrainSide:
+    """Reads a slab; inside `Placement.over_shards`.
 
     Args:
-      arrays: {"features": [g, b, c, p], "examples": [g, b, c, 2]}.
+      place: the devices.
+      arrays: {"features": [g, b, c, p], "examples": [g, b, c, 2]}, and scales [g, b, c, s] if
+        features are compressed.
 
     Returns:
       Its rows, in order; float32 or wider.
@@ -120,6 +125,8 @@ def train_side(arrays: dict[str, jax.Array]) -> TrainSide:
     counted = counted_rows(examples)
     examples = examples.reshape(-1, *examples.shape[2:])  # [r, c, 2]
     residual = jnp.where(counted, examples[..., COLUMNS.residual].mean(axis=1), 0)
+    if SCALES in arrays:
+        features = widen(features, arrays[SCALES], place.column() * features.shape[-1])
     rows = features.reshape(len(counted), -1).astype(wide(features.dtype))
     return TrainSide(rows, residual, counted)
 
@@ -236,7 +243,7 @@ def local_contributions(
     Returns:
       Float [q, r, m].
     """
-    side = train_side(arrays)
+    side = train_side(place, arrays)
     c = arrays[EXAMPLES].shape[2]
     train = side.features.reshape(len(side.counted), c, -1)  # [r, c, own columns]
     phi = lay_out(layout, place, phi)  # [q, c, p]
@@ -264,10 +271,10 @@ def score_step(place: Placement, layout: FeatureLayout, link: Link) -> Any:
 
     def of_shard(weighted: Weighted, arrays: dict[str, jax.Array]) -> jax.Array:
         g, b = arrays[EXAMPLES].shape[:2]
-        strengths = local_strengths(place, link, weighted, train_side(arrays))
+        strengths = local_strengths(place, link, weighted, train_side(place, arrays))
         return scores_of(link, strengths, weighted.exponents).reshape(-1, g, b)
 
-    spread = place.over_shards(of_shard, (QUERIES, SIDE), (None, None, DATA))
+    spread = place.over_shards(of_shard, (QUERIES, side_axes), (None, None, DATA))
 
     def step(
         w: jax.Array, phi: Features, arrays: dict[str, jax.Array], exponent: jax.Array
@@ -322,11 +329,40 @@ def absorb(
     Returns:
       The best of both, by their strengths; ties go to the lower id.
     """
-    side, (g, b) = train_side(arrays), arrays[EXAMPLES].shape[:2]
-    scores = sign * local_strengths(place, link, weighted, side)
+    g, b = arrays[EXAMPLES].shape[:2]
     ids = slab_ids(place, (g, b), first)
     fresh = jnp.repeat(jnp.arange(g) >= skip, b)
-    usable = (side.counted & fresh)[None] & jnp.isfinite(scores)
+    return absorb_asked(place, link, sign, best, weighted, arrays, ids, fresh[None])
+
+
+def absorb_asked(
+    place: Placement,
+    link: Link,
+    sign: int,
+    best: TopK,
+    weighted: Weighted,
+    arrays: dict[str, jax.Array],
+    ids: jax.Array,
+    asked: jax.Array,
+) -> TopK:
+    """Merges rows into a device's best so far; inside `Placement.over_shards`.
+
+    Args:
+      place: the devices.
+      link: of the method.
+      sign: -1 for opponents.
+      best: the device's own, [1, q, k].
+      weighted: query features.
+      arrays: of a slab, the device's own.
+      ids: of its rows, ascending, [r].
+      asked: which of them count for which query, bool [q, r] or [1, r].
+
+    Returns:
+      As `absorb`.
+    """
+    side = train_side(place, arrays)
+    scores = sign * local_strengths(place, link, weighted, side)
+    usable = side.counted[None] & asked & jnp.isfinite(scores)
     k = best.ids.shape[-1]
     scores = jnp.where(usable, scores, -jnp.inf).astype(best.scores.dtype)
     if scores.shape[1] > k:
@@ -395,7 +431,7 @@ def top_k_of_arrays(
         best = jax.lax.fori_loop(0, -(-blocks // at_once), step, none)
         return merge(place, link, sign, best, weighted.exponents)
 
-    spread = place.over_shards(of_shard, (QUERIES, SIDE), ())
+    spread = place.over_shards(of_shard, (QUERIES, side_axes), ())
 
     def run(w: jax.Array, phi: Features, arrays: dict[str, jax.Array], exponent: jax.Array) -> TopK:
         return spread(weigh(layout, place, w, phi, exponent), arrays)
@@ -416,10 +452,22 @@ def absorb_step(
     own = (DATA,)  # a leading axis of devices
     merging = place.over_shards(functools.partial(merge, place, link, sign), (own, (None,)), ())
     absorbing = place.over_shards(
-        functools.partial(absorb, place, link, sign), (own, QUERIES, SIDE, (), ()), own
+        functools.partial(absorb, place, link, sign), (own, QUERIES, side_axes, (), ()), own
     )
     return (
         jax.jit(functools.partial(weigh, layout, place)),
         jax.jit(absorbing, donate_argnums=0),
         jax.jit(merging),
     )
+
+
+@functools.lru_cache(maxsize=32)
+def absorb_asked_step(place: Placement, link: Link, sign: int) -> Any:
+    """The compiled step of a top k among chosen rows; the others are those of `absorb_step`.
+
+    Returns:
+      (best, weighted, slab of picked rows, ids [r], asked [q, r]) -> best.
+    """
+    inputs = ((DATA,), QUERIES, side_axes, (DATA,), (None, DATA))
+    step = functools.partial(absorb_asked, place, link, sign)
+    return jax.jit(place.over_shards(step, inputs, (DATA,)), donate_argnums=0)

@@ -26,10 +26,16 @@ from jaxattr.index.queries import (
 )
 from jaxattr.scales import exponent_of, scaled, wide
 from jaxattr.scores import ranking
+from jaxattr.scores.candidates import (
+    check_queries,
+    checked_candidates,
+    in_parts,
+    warn_of_non_finite,
+)
 from jaxattr.scores.ranking import TopK
 from jaxattr.sharding import DATA, Placement, barrier
 from jaxattr.store import Folder, finish_scores, on_first_process, score_array, write_scores
-from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES, SELF, Rows, Slab, blocks_at_once
+from jaxattr.store.rows import COLUMNS, EXAMPLES, SELF, Rows, Slab, blocks_at_once
 from jaxattr.typing import Batch, Features, LearnedWeights, Link, Weights
 
 # Training examples that are read from disk at once.
@@ -151,11 +157,15 @@ def top_k(
     weights: Weights | None = None,
     opponents: bool = False,
     block_size: int = 8192,
+    among: Any = None,
 ) -> TopK:
     """Finds the training examples with the largest scores; forms no [q, n] array.
 
     From disk, blocks are read while others are scored. On a mesh every device keeps its own best,
     which are merged at the end.
+
+    In two stages, a cheap index finds candidates and a dear one ranks them: `ja.top_k(dear,
+    queries, k=10, among=ja.top_k(cheap, queries, k=100))`. What the cheap one misses is lost.
 
     Args:
       index: the index.
@@ -164,21 +174,35 @@ def top_k(
       weights: as in `score`.
       opponents: the most negative scores instead, most negative first.
       block_size: training examples scored at once; sets the memory, q * block_size numbers.
+      among: ranks for each query these training examples alone: ids, integers [q, c], or the
+        `TopK` of another index. -1 stands for none, and an id twice counts once. Only their rows
+        are read: from disk, the chunks of `batch_size` examples that hold one. k is then at most c.
 
     Returns:
       Ids and scores [q, k]. Ties go to the lower id. Examples that are not finite never appear.
+      Where a query has fewer than k, the rest is missing: id -1, score NaN.
 
     Raises:
-      ValueError: if k is no int between 1 and n, block_size is none of at least 1, or weights are
-        wrong.
+      ValueError: if k is no int between 1 and n, block_size is none of at least 1, or weights or
+        candidates are wrong.
+
+    Warns:
+      NonFiniteWarning: with the ids of candidates that have no finite gradient in this index.
+
+    Cost: 2 q n c p operations beside the queries' features; with `among`, n is the number of
+    different candidates of all queries.
     """
-    k, block_size = _checked_counts(k, block_size, check_index(index), opponents)
+    ids = None if among is None else checked_candidates(among, check_index(index).size)
+    k, block_size = _checked_counts(k, block_size, check_index(index), opponents, ids)
     w = weights_for(index, weights)
     prepared = query_features(index, queries)
+    if ids is not None:
+        check_queries(ids, len(prepared.features))
+        warn_of_non_finite(index, ids)
     sign = -1 if opponents else 1
     place, layout = index.place, index.layout
     w, phi, exponent = place.whole((w, prepared.features, index.exponent))
-    if index.rows.resident:
+    if index.rows.resident and ids is None:
         count = blocks_at_once(index.rows.layout, block_size)
         top = _compiled_top_k(place, layout, index.link, k, count, sign)(
             w, phi, _arrays(index.rows), exponent
@@ -187,8 +211,11 @@ def top_k(
         weighing, absorbing, merging = ranking.absorb_step(place, layout, index.link, sign)
         weighted = weighing(w, phi, exponent)
         best = ranking.empty(place, len(phi), k, wide(phi.dtype))
-        for slab in _slabs(index, block_size):
-            best = absorbing(best, weighted, slab.arrays, slab.first, slab.fresh)
+        if ids is None:
+            for slab in _slabs(index, block_size):
+                best = absorbing(best, weighted, slab.arrays, slab.first, slab.fresh)
+        else:
+            best = _best_among(index, ids, block_size, sign, best, weighted)
         top = merging(best, weighted.exponents)
     top = _mark_top(top, place.whole(_finite_rows(prepared)))
     _warn_of_overflow(top.scores)
@@ -357,7 +384,7 @@ def compiled_contributions(place: Placement, layout: FeatureLayout) -> Any:
         parts = ranking.local_contributions(place, layout, scaled(phi, -exponents), arrays)
         return scaled(parts, exponents[..., None]).reshape(parts.shape[0], g, b, -1)
 
-    inputs = ((None, None), ranking.SIDE, ())
+    inputs = ((None, None), ranking.side_axes, ())
     return jax.jit(place.over_shards(of_shard, inputs, (None, None, DATA, None)))
 
 
@@ -368,8 +395,25 @@ def _compiled_top_k(
     return jax.jit(ranking.top_k_of_arrays(place, layout, link, k, count, sign))
 
 
+def _best_among(
+    index: Index,
+    ids: np.ndarray,
+    block_size: int,
+    sign: int,
+    best: TopK,
+    weighted: ranking.Weighted,
+) -> TopK:
+    """Absorbs the rows of candidates [q, c], and no others."""
+    absorbing = ranking.absorb_asked_step(index.place, index.link, sign)
+    for part in in_parts(index, ids, block_size):
+        arrays = index.rows.pick(index.rows.layout.side, part.ids)
+        given = index.place.whole((part.ids.reshape(-1), part.asked))
+        best = absorbing(best, weighted, arrays, *given)
+    return best
+
+
 def _arrays(rows: Rows) -> dict[str, jax.Array]:
-    return {name: rows.arrays[name] for name in (FEATURES, EXAMPLES)}
+    return {name: rows.arrays[name] for name in rows.layout.side}
 
 
 def _slabs(index: Index, rows: int = SLAB) -> Iterator[Slab]:
@@ -377,7 +421,7 @@ def _slabs(index: Index, rows: int = SLAB) -> Iterator[Slab]:
     layout = index.rows.layout
     whole = layout.blocks * layout.block
     at_once = whole if index.rows.resident else rows
-    return index.rows.slabs([FEATURES, EXAMPLES], at_once)
+    return index.rows.slabs(layout.side, at_once)
 
 
 def _write_scores(
@@ -429,13 +473,18 @@ def _mark_queries(scores: jax.Array, prepared: QueryFeatures) -> jax.Array:
     return scores.at[prepared.non_finite].set(jnp.nan) if len(prepared.non_finite) else scores
 
 
-def _checked_counts(k: Any, block_size: Any, index: Index, opponents: bool) -> tuple[int, int]:
+def _checked_counts(
+    k: Any, block_size: Any, index: Index, opponents: bool, candidates: np.ndarray | None = None
+) -> tuple[int, int]:
     if opponents and index.link == "square":
         raise ValueError(
             "Scores of this index are squares, so there are no opponents: its smallest scores are "
             'of examples without influence. Build it with link="identity".'
         )
     k = whole_number("k", k, least=None)
-    if not 1 <= k <= index.size:
-        raise ValueError(f"k must be between 1 and the {index.size} training examples, got {k}.")
+    most, what = index.size, "training examples"
+    if candidates is not None:
+        most, what = candidates.shape[1], "candidates that among has for each query"
+    if not 1 <= k <= most:
+        raise ValueError(f"k must be between 1 and the {most} {what}, got {k}.")
     return k, whole_number("block_size", block_size)

@@ -10,6 +10,7 @@ state     what was fitted, through Orbax
 
 from jaxattr.store.arrays import copy_array as copy_array
 from jaxattr.store.arrays import finish_scores as finish_scores
+from jaxattr.store.arrays import save_rows as save_rows
 from jaxattr.store.arrays import score_array as score_array
 from jaxattr.store.arrays import write_scores as write_scores
 from jaxattr.store.disk_rows import DiskRows as DiskRows

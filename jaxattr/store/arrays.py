@@ -1,7 +1,7 @@
 """Arrays in a folder of their own, for other readers of zarr: scores, and copies of features."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -95,8 +95,7 @@ def copy_array(folder: Folder, name: str, target: Folder, attributes: Mapping[st
     Raises:
       StoreError: if something is there already, or it cannot be written.
     """
-    if target.names():
-        raise StoreError(f"{target.path} is not empty: give a new path for the copy.")
+    _refuse_contents(target)
     spec = {"driver": "zarr3", "kvstore": folder.spec(name)}
     try:
         source = ts.open(spec, open=True).result()
@@ -105,3 +104,48 @@ def copy_array(folder: Folder, name: str, target: Folder, attributes: Mapping[st
         ts.open(made, create=True).result().write(source).result()
     except ValueError as error:
         raise cannot_write(target.path, error) from None
+
+
+def save_rows(
+    target: Folder,
+    shape: tuple[int, int, int],
+    dtype: Any,
+    block: int,
+    blocks: Iterable[np.ndarray],
+    attributes: Mapping[str, Any],
+) -> None:
+    """Writes rows to a zarr array of their own, block by block.
+
+    Args:
+      target: where to; must be empty.
+      shape: [n, c, width].
+      dtype: of the array.
+      block: rows per chunk.
+      blocks: rows [block, c, width]; of the last, those past the end are left out.
+      attributes: what the array says of itself, as JSON.
+
+    Raises:
+      StoreError: if something is there already, or it cannot be written.
+    """
+    _refuse_contents(target)
+    grid = {"name": "regular", "configuration": {"chunk_shape": [min(block, shape[0]), *shape[1:]]}}
+    metadata = {
+        "shape": shape,
+        "data_type": np.dtype(dtype).name,
+        "chunk_grid": grid,
+        "attributes": dict(attributes),
+    }
+    spec = {"driver": "zarr3", "kvstore": target.spec(""), "metadata": metadata}
+    try:
+        array = ts.open(spec, create=True).result()
+        for number, rows in enumerate(blocks):
+            start = number * block
+            stop = min(start + block, shape[0])
+            array[start:stop].write(rows[: stop - start]).result()
+    except ValueError as error:
+        raise cannot_write(target.path, error) from None
+
+
+def _refuse_contents(target: Folder) -> None:
+    if target.names():
+        raise StoreError(f"{target.path} is not empty: give a new path for the copy.")

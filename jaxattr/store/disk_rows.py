@@ -10,6 +10,7 @@ import numpy as np
 import tensorstore as ts
 
 from jaxattr.sharding import Placement, barrier, process
+from jaxattr.store.compression import is_never_written, never_written
 from jaxattr.store.folder import Folder, StoreError, cannot_write, first_line, malformed
 from jaxattr.store.ledger import Ledger
 from jaxattr.store.rows import (
@@ -20,8 +21,10 @@ from jaxattr.store.rows import (
     Slab,
     axes_of,
     blocks_at_once,
+    compressed,
     padded,
     slab_starts,
+    values_of,
 )
 from jaxattr.store.seals import Seals, chunk_seal, seal_of
 
@@ -69,6 +72,7 @@ class DiskRows:
 
     def write(self, block: int, checkpoint: int, values: Mapping[str, jax.Array]) -> None:
         """See `Rows`."""
+        values = compressed(values, self.layout, self.place)
         for value in values.values():
             value.copy_to_host_async()
         computed, self._computed = self._computed, (block, checkpoint, dict(values))
@@ -81,17 +85,20 @@ class DiskRows:
 
     def read(self, name: str, block: int, checkpoint: int) -> jax.Array:
         """See `Rows`."""
-        chosen = slice(checkpoint, checkpoint + 1)
-        reading = self._request([name], block, 1, chosen)
-        array = self._finish(reading, block)[name]
-        return array[0, :, 0, : self.layout.widths[name]]
+        chosen, widths = slice(checkpoint, checkpoint + 1), self.layout.widths
+        reading = self._request(self.layout.parts(name), block, 1, chosen)
+        arrays = self._finish(reading, block)
+        return values_of(name, {part: x[0, :, 0, : widths[part]] for part, x in arrays.items()})
 
     def column(self, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
         """See `Rows`."""
         layout, parts = self.layout, []
-        for slab in self.slabs([name], _COLUMN_ROWS, checkpoint):
-            array = slab.arrays[name][slab.fresh :, :, 0, : layout.widths[name]]
-            part = self.place.host(array[..., columns])  # [g, b, width]
+        for slab in self.slabs(layout.parts(name), _COLUMN_ROWS, checkpoint):
+            stored = {
+                kept: x[slab.fresh :, :, 0, : layout.widths[kept]]
+                for kept, x in slab.arrays.items()
+            }
+            part = self.place.host(values_of(name, stored)[..., columns])  # [g, b, width]
             parts.append(part.reshape(part.shape[0] * part.shape[1], part.shape[2]))
         return np.concatenate(parts)[: layout.size]
 
@@ -111,6 +118,14 @@ class DiskRows:
                 start, fresh, reading = waiting.popleft()
                 arrays = self._finish(reading, start)
                 yield Slab(arrays, start * self.layout.block, fresh)
+
+    def pick(self, names: Sequence[str], ids: np.ndarray) -> dict[str, jax.Array]:
+        """See `Rows`; reads the chunks that hold one of them, and no others."""
+        flat = ids.reshape(-1)
+        mine = np.concatenate([flat[a:b] for a, b in self.place.local_spans(len(flat))])
+        reading = {name: self._request_picked(name, mine) for name in names}
+        start = min(flat[flat >= 0].tolist(), default=0)
+        return self._finish(reading, start // self.layout.block, len(flat))
 
     def begin(self, checkpoint: int) -> None:
         """See `Rows`."""
@@ -155,20 +170,18 @@ class DiskRows:
             raise cannot_write(where, error) from None
 
     def _metadata(self, name: str) -> dict[str, Any]:
-        width = self.layout.widths[name]
+        width, dtype = self.layout.widths[name], np.dtype(self.layout.dtypes[name])
+        order = {"configuration": {"endian": "little"}} if dtype.itemsize > 1 else {}
         return {
             "shape": [self.layout.size, 1 if name == RAW else self.layout.checkpoints, width],
-            "data_type": np.dtype(self.layout.dtypes[name]).name,
-            "fill_value": 0 if name == DIGESTS else "NaN",
+            "data_type": dtype.name,
+            "fill_value": 0 if name == DIGESTS else never_written(dtype),
             "chunk_grid": {
                 "name": "regular",
                 "configuration": {"chunk_shape": [self._chunk(), 1, width]},
             },
             "chunk_key_encoding": {"name": "default"},
-            "codecs": [
-                {"name": "bytes", "configuration": {"endian": "little"}},
-                {"name": "crc32c"},
-            ],
+            "codecs": [{"name": "bytes"} | order, {"name": "crc32c"}],
         }
 
     def chunks(self) -> dict[str, tuple[int, list[str]]]:
@@ -178,7 +191,7 @@ class DiskRows:
         return {
             name: (
                 _chunk_bytes(self._array(name, 0)),
-                _chunk_keys(self._array(name, 0), 0, self.layout.size, columns),
+                _chunk_keys(self._array(name, 0), np.arange(self.layout.size), columns),
             )
             for name in names
         }
@@ -321,17 +334,28 @@ class DiskRows:
                 source = array[first : first + present, chosen]
                 futures.append(ts.array(piece[:present]).write(source))
                 columns = range(array.shape[1])[chosen]
-                seals |= self._request_seals(name, array, first, first + present, columns)
+                keys = _chunk_keys(array, np.arange(first, first + present), columns)
+                seals |= self._request_seals(name, array, keys)
         return rows, futures, seals
 
-    def _request_seals(
-        self, name: str, array: Any, start: int, stop: int, columns: Sequence[int]
-    ) -> dict[str, Any]:
+    def _request_picked(
+        self, name: str, ids: np.ndarray
+    ) -> tuple[np.ndarray, list, dict[str, Any]]:
+        array, there = self._array(name, 0), np.flatnonzero(ids >= 0)
+        rows = _aligned((1, len(ids), *array.shape[1:]), array.dtype.numpy_dtype)
+        rows[:] = 0
+        if not len(there):
+            return rows, [], {}
+        future = ts.array(rows[0])[there].write(array[ids[there]])
+        keys = _chunk_keys(array, ids[there], range(array.shape[1]))
+        return rows, [future], self._request_seals(name, array, keys)
+
+    def _request_seals(self, name: str, array: Any, keys: Iterable[str]) -> dict[str, Any]:
         """Begins to read the checksums of chunks that were not compared with the seals yet."""
         if self._seals is None or name == RAW:
             return {}
         size, found = _chunk_bytes(array), {}
-        for key in _chunk_keys(array, start, stop, columns):
+        for key in keys:
             if f"{name}/{key}" not in self._checked:
                 self._checked.add(f"{name}/{key}")
                 found[key] = chunk_seal(self.folder, name, key, size)
@@ -347,29 +371,31 @@ class DiskRows:
                 why = f"the chunk {key} is not the one that was written there, but another"
                 raise self._damaged(name, start, why)
 
-    def _finish(self, reading: dict, start: int) -> dict[str, jax.Array]:
-        return {
-            name: self._placed(name, rows, futures, seals, start)
-            for name, (rows, futures, seals) in reading.items()
-        }
+    def _finish(self, reading: dict, start: int, block: int | None = None) -> dict[str, jax.Array]:
+        """Waits for what was requested; blocks have as many rows as the layout's, or so many."""
+        found = {}
+        for name, (rows, futures, seals) in reading.items():
+            rows = self._awaited(name, rows, futures, seals, start)
+            found[name] = self.place.blocks(rows, block or self.layout.block, axes_of(name))
+        return found
 
-    def _placed(
+    def _awaited(
         self, name: str, rows: np.ndarray, futures: list, seals: dict[str, Any], start: int
-    ) -> jax.Array:
+    ) -> np.ndarray:
         try:
             for future in futures:
                 future.result()
         except ValueError as error:
             raise self._damaged(name, start, first_line(error)) from None
-        # Rows of examples that are not finite are zero, so NaN is the fill value: never written.
+        # Rows of examples that are not finite are zero, so the fill value is never written.
         # Digests, of which none is zero, are compared with what was read.
-        if name != DIGESTS and np.isnan(rows[..., 0].astype(np.float32)).any():
+        if name != DIGESTS and is_never_written(rows[..., 0]).any():
             raise self._damaged(name, start, "a chunk is missing")
         self._check_seals(name, start, seals)
         width = padded(name, self.layout, self.place)
         if width > rows.shape[-1]:
             rows = np.pad(rows, [(0, 0)] * 3 + [(0, width - rows.shape[-1])])
-        return self.place.blocks(rows, self.layout.block, axes_of(name))
+        return rows
 
     def _damaged(self, name: str, start: int, why: str) -> StoreError:
         return StoreError(
@@ -384,10 +410,9 @@ def _chunk_bytes(array: Any) -> int:
     return math.prod(array.chunk_layout.read_chunk.shape) * array.dtype.numpy_dtype.itemsize + 4
 
 
-def _chunk_keys(array: Any, start: int, stop: int, columns: Iterable[int]) -> list[str]:
-    """Names of the chunks that hold rows of some checkpoints."""
-    rows = array.chunk_layout.read_chunk.shape[0]
-    numbers = range(start // rows, -(-stop // rows))
+def _chunk_keys(array: Any, ids: np.ndarray, columns: Iterable[int]) -> list[str]:
+    """Names of the chunks that hold the rows of some examples, of some checkpoints."""
+    numbers = np.unique(ids // array.chunk_layout.read_chunk.shape[0]).tolist()
     return [f"c/{number}/{column}/0" for number in numbers for column in columns]
 
 

@@ -16,11 +16,13 @@ import numpy as np
 
 from jaxattr.scales import wide
 from jaxattr.sharding import DATA, MODEL, Placement
+from jaxattr.store.compression import compress, widen
 
 FEATURES, RAW, EXAMPLES, SELF, ERRORS = "features", "raw", "examples", "self", "errors"
-DIGESTS = "digests"
+DIGESTS, SCALES = "digests", "scales"
 """Names of the arrays: K phi; phi, while K is not known; `ExampleColumns`; contributions of an
-example to its own score, per group; relative residuals of solves; what the example itself was."""
+example to its own score, per group; relative residuals of solves; what the example itself was; of
+features that are compressed, their scales."""
 
 
 class SelfColumns(NamedTuple):
@@ -81,7 +83,21 @@ class RowLayout:
     @property
     def wide(self) -> Any:
         """The dtype that features are computed with, however they are stored."""
-        return wide(self.dtypes[FEATURES])
+        return wide(self.dtypes[SCALES if SCALES in self.dtypes else FEATURES])
+
+    @property
+    def side(self) -> tuple[str, ...]:
+        """Names of the arrays that scores are made from."""
+        return (FEATURES, EXAMPLES, *((SCALES,) if SCALES in self.widths else ()))
+
+    @property
+    def raw_apart(self) -> bool:
+        """Whether raw features have another dtype than the features that replace them."""
+        return RAW in self.dtypes and self.dtypes[RAW] != self.dtypes[FEATURES]
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """Names of the arrays that the values of one are kept in."""
+        return (FEATURES, SCALES) if name == FEATURES and SCALES in self.widths else (name,)
 
     def bytes_on_disk(self) -> int:
         """Bytes of all arrays, while the index is built."""
@@ -90,8 +106,10 @@ class RowLayout:
     def bytes_in_memory(self, place: Placement) -> int:
         """Bytes of all arrays on each device."""
         kept = tuple(name for name in self.widths if name != RAW)
-        rows = self.blocks * self.block // place.shards
-        return rows * self._bytes_per_example(kept) // place.columns
+        each = self._bytes_per_example(kept)
+        if self.raw_apart:  # of one checkpoint at a time
+            each += self._bytes_per_example((RAW,)) // self.checkpoints
+        return self.blocks * self.block // place.shards * each // place.columns
 
     def _bytes_per_example(self, names: Sequence[str]) -> int:
         each = (self.widths[name] * np.dtype(self.dtypes[name]).itemsize for name in names)
@@ -141,7 +159,7 @@ class Rows(Protocol):
         ...
 
     def write(self, block: int, checkpoint: int, values: Mapping[str, jax.Array]) -> None:
-        """Keeps rows [b, width] of some arrays, of one block and checkpoint."""
+        """Keeps rows [b, width] of some arrays, of one block and checkpoint; compresses them."""
         ...
 
     def flush(self) -> None:
@@ -153,17 +171,32 @@ class Rows(Protocol):
         ...
 
     def read(self, name: str, block: int, checkpoint: int) -> jax.Array:
-        """Returns rows [b, width] of one array, one block and checkpoint."""
+        """Returns rows [b, width] of one array, one block and checkpoint; widened."""
         ...
 
     def column(self, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
-        """Returns columns of one array for all examples, [n, width], on every host."""
+        """Returns columns of one array for all examples, [n, width], on every host; widened."""
         ...
 
     def slabs(
         self, names: Sequence[str], rows: int, checkpoint: int | None = None
     ) -> Iterator[Slab]:
-        """Yields all blocks in order, about so many rows at a time, of one checkpoint or all."""
+        """Yields all blocks in order, about so many rows at a time, of one checkpoint or all.
+
+        Arrays are as they are stored, here and in `pick`: see `RowLayout.side` and `values_of`.
+        """
+        ...
+
+    def pick(self, names: Sequence[str], ids: np.ndarray) -> dict[str, jax.Array]:
+        """Returns rows of some examples, laid out as a block of a slab; see `by_shard`.
+
+        Args:
+          names: of arrays.
+          ids: [shards, l], those of a shard in its own row; -1 for none.
+
+        Returns:
+          {name: [1, shards * l, c, width]}; what stands where there is none means nothing.
+        """
         ...
 
 
@@ -194,30 +227,43 @@ class MemoryRows:
 
     def write(self, block: int, checkpoint: int, values: Mapping[str, jax.Array]) -> None:
         """See `Rows`; rows of `raw` are kept as `features`, until those replace them."""
-        for name, value in values.items():
-            kept = _kept(name)
-            step = _compiled_write(self.place, kept)
-            self.arrays[kept] = step(self.arrays[kept], value, block, checkpoint)
+        for name, value in compressed(values, self.layout, self.place).items():
+            kept, c = self._kept(name, checkpoint)
+            step = _compiled_write(self.place, FEATURES if name == RAW else name)
+            self.arrays[kept] = step(self.arrays[kept], value, block, c)
 
     def begin(self, checkpoint: int) -> None:
-        """See `Rows`; nothing to do, as for the two that follow."""
+        """See `Rows`; raw features that are no longer than the others have their place."""
+        del checkpoint
+        if self.layout.raw_apart:
+            layout, place = self.layout, self.place
+            shape = (layout.blocks, layout.block, 1, padded(FEATURES, layout, place))
+            self.arrays[RAW] = place.zeros(shape, layout.dtypes[RAW], *axes_of(FEATURES))
 
     def flush(self) -> None:
-        """See `Rows`."""
+        """See `Rows`; nothing to do."""
 
     def finish(self, checkpoint: int) -> None:
         """See `Rows`."""
+        del checkpoint
+        self.arrays.pop(RAW, None)
 
     def read(self, name: str, block: int, checkpoint: int) -> jax.Array:
         """See `Rows`."""
-        width = self.layout.widths[name]
-        return _compiled_read(self.place, width)(self.arrays[_kept(name)], block, checkpoint)
+        found = {}
+        for part in self.layout.parts(name):
+            kept, c = self._kept(part, checkpoint)
+            step = _compiled_read(self.place, self.layout.widths[part])
+            found[part] = step(self.arrays[kept], block, c)
+        return values_of(name, found)
 
     def column(self, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
         """See `Rows`."""
-        layout = self.layout
-        array = self.arrays[_kept(name)][:, :, checkpoint, : layout.widths[name]]
-        chosen = self.place.host(array[..., columns])  # [blocks, b, width]
+        layout, found = self.layout, {}
+        for part in layout.parts(name):
+            kept, c = self._kept(part, checkpoint)
+            found[part] = self.arrays[kept][:, :, c, : layout.widths[part]]
+        chosen = self.place.host(values_of(name, found)[..., columns])  # [blocks, b, width]
         return chosen.reshape(layout.blocks * layout.block, chosen.shape[-1])[: layout.size]
 
     def slabs(
@@ -232,10 +278,53 @@ class MemoryRows:
             arrays = chosen if count == self.layout.blocks else _slab(chosen, start, count)
             yield Slab(arrays, start * self.layout.block, fresh)
 
+    def pick(self, names: Sequence[str], ids: np.ndarray) -> dict[str, jax.Array]:
+        """See `Rows`; every device takes its own."""
+        chosen = {name: self.arrays[name] for name in names}
+        return _compiled_pick(self.place, tuple(names))(chosen, self.place.whole(ids))
 
-def _kept(name: str) -> str:
-    """Raw features lie where the features go that will replace them."""
-    return FEATURES if name == RAW else name
+    def _kept(self, name: str, checkpoint: int) -> tuple[str, int]:
+        """Where an array is kept: raw features where those go that will replace them, or apart."""
+        if name != RAW:
+            return name, checkpoint
+        return (RAW, 0) if self.layout.raw_apart else (FEATURES, checkpoint)
+
+
+def compressed(
+    values: Mapping[str, jax.Array], layout: RowLayout, place: Placement
+) -> Mapping[str, jax.Array]:
+    """Returns rows as they are stored.
+
+    Args:
+      values: {name: rows [b, width]}, features as they were computed, or as they are stored.
+      layout: of the rows.
+      place: the devices.
+    """
+    if FEATURES not in values or SCALES in values or SCALES not in layout.widths:
+        return values
+    step = _compiled_compression(place, np.dtype(layout.dtypes[FEATURES]))
+    numbers, scales = step(values[FEATURES])
+    return {**values, FEATURES: numbers, SCALES: scales}
+
+
+def values_of(name: str, arrays: Mapping[str, jax.Array]) -> jax.Array:
+    """Returns an array's values [..., width], of what `RowLayout.parts` names, as it is stored."""
+    return widen(arrays[name], arrays[SCALES]) if SCALES in arrays else arrays[name]
+
+
+def by_shard(ids: np.ndarray, layout: RowLayout, place: Placement) -> list[np.ndarray]:
+    """Splits ids by the part of the devices that holds their rows.
+
+    Args:
+      ids: of examples, [u].
+      layout: of the rows.
+      place: the devices.
+
+    Returns:
+      The ids of each shard, in the order that they have.
+    """
+    shard = ids % layout.block // (layout.block // place.shards)
+    return [ids[shard == number] for number in range(place.shards)]
 
 
 def axes_of(name: str) -> tuple[str | None, ...]:
@@ -276,6 +365,11 @@ def _compiled_write(place: Placement, name: str) -> Any:
 
 
 @functools.lru_cache(maxsize=32)
+def _compiled_compression(place: Placement, dtype: Any) -> Any:
+    return place.jit(functools.partial(compress, dtype=dtype), DATA)
+
+
+@functools.lru_cache(maxsize=32)
 def _compiled_read(place: Placement, width: int) -> Any:
     def read(array: jax.Array, block: jax.Array, checkpoint: jax.Array) -> jax.Array:
         sizes = (1, array.shape[1], 1, array.shape[3])
@@ -283,6 +377,19 @@ def _compiled_read(place: Placement, width: int) -> Any:
         return rows[0, :, 0, :width]
 
     return place.jit(read, DATA)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled_pick(place: Placement, names: tuple[str, ...]) -> Any:
+    def of_shard(arrays: dict[str, jax.Array], ids: jax.Array) -> dict[str, jax.Array]:
+        own = arrays[names[0]].shape[1]
+        ids = jnp.maximum(ids[0], 0)
+        block, row = ids // (own * place.shards), ids % (own * place.shards)
+        row = jnp.clip(row - place.shard() * own, 0, own - 1)
+        return {name: array[block, row][None] for name, array in arrays.items()}
+
+    axes = {name: axes_of(name) for name in names}
+    return jax.jit(place.over_shards(of_shard, (axes, (DATA,)), axes))
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -32,9 +32,9 @@ from jaxattr import identity
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.scales import wide
 from jaxattr.scores.ranking import (
-    SIDE,
     TrainSide,
     local_contributions,
+    side_axes,
     slab_ids,
     train_side,
 )
@@ -217,7 +217,7 @@ def compiled_pass(
     """
     own = (DATA,)  # every array of the state has a leading axis of devices
     absorbing = place.over_shards(
-        functools.partial(_absorb, place, layout, signs, top_k), (own, (), SIDE, (), ()), own
+        functools.partial(_absorb, place, layout, signs, top_k), (own, (), side_axes, (), ()), own
     )
     merging = place.over_shards(functools.partial(_merge, place), (own,), ())
 
@@ -259,7 +259,7 @@ def _absorb(
     found = jax.tree.map(lambda x: x[0], found)
     g, b = arrays[EXAMPLES].shape[:2]
     fresh = jnp.repeat(jnp.arange(g) >= skip, b)
-    side = train_side(arrays)
+    side = train_side(place, arrays)
     counted = side.counted & fresh
     digests = _digests(place, side)  # [r, 2]
     parts = local_contributions(place, layout, phi, arrays)  # [q, r, m]

@@ -70,6 +70,11 @@ def results(index):
     top = ja.top_k(index, queries, k=5)
     fit = ja.learn_weights(index, queries, **FIT)
     found = {"scores": ja.score(index, queries), "ids": top.ids, "top": top.scores}
+    among = (7 * np.arange(6)[:, None] + 5 * np.arange(12)) % SIZE
+    found["among"] = ja.top_k(index, queries, k=4, among=among, block_size=9).ids
+    if index.link == "identity":
+        others = models.data(6, seed=2)
+        found["contrast"] = ja.score(index, ja.contrast(index, queries, others))
     found["weights"] = np.array([fit.weights[name] for name in index.layout.names])
     fit = ja.learn_weights(index, queries, outcomes=outcomes(), copies=copies())
     found["from outcomes"] = np.array([fit.weights[name] for name in index.layout.names])
@@ -104,6 +109,18 @@ def make(folder, size, **options):
     method, path = methods()[os.environ["METHOD"]], f"{folder}/index"
     arguments = {"batch_size": BATCH, "mesh": mesh(), "path": path} | options
     return ja.build_index(method, checkpoints(), models.data(size), **arguments)
+
+
+def compressed(folder):
+    """Builds an index with a byte per feature, opens it, and scores."""
+    make(folder, SIZE, dtype=np.int8)
+    method = methods()[os.environ["METHOD"]]
+    index = ja.open_index(f"{folder}/index", method, checkpoints(), mesh=mesh())
+    queries = models.data(6, seed=1)
+    top = ja.top_k(index, queries, k=4, among=np.tile(np.arange(0, SIZE, 3), (6, 1)))
+    scores = np.asarray(ja.score(index, queries))
+    if jax.process_index() == 0:
+        np.savez(f"{folder}/compressed.npz", scores=scores, ids=np.asarray(top.ids))
 
 
 def fail(folder):
@@ -213,5 +230,6 @@ if __name__ == "__main__":
     tasks = {
         "attribute": attribute, "build": build, "extend": extend, "use": use, "retrain": retrain,
         "global_data": global_data, "fail": fail, "over_columns": over_columns,
+        "compressed": compressed,
     }  # fmt: skip
     tasks[task](folder)
