@@ -459,14 +459,14 @@ def _default_microbatch(
         numbers = sum(member.size for member in rest) + plan.layout.total
     program, _ = trace(at_one_draw(rule.output), shapes)
     each = 4 * numbers + activation_bytes(program.jaxpr)
-    return max(1, min(_LARGEST_MICROBATCH, _room() // max(each, 1)))
+    return max(1, min(_LARGEST_MICROBATCH, room() // max(each, 1)))
 
 
 _LARGEST_MICROBATCH, _ROOM_OF_HOST = 256, 1 << 30
 
 
-def _room() -> int:
-    """Bytes of a feature step: a quarter of the device's memory.
+def room() -> int:
+    """Returns the bytes that a feature step may take: a quarter of the device's memory.
 
     Not of what is free now, since a build that goes on must do as it did before.
     """

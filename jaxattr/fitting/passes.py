@@ -110,6 +110,20 @@ class TrainingPass:
                 clean = clean._replace(digests=row_digests(self.place)(numbered.batch))
             yield clean
 
+    def at(self, fitted: Fitted, positions: np.ndarray) -> CleanFeatures:
+        """Computes the features of some examples, anew.
+
+        Args:
+          fitted: what was fitted to the checkpoint.
+          positions: theirs, [b]; those that are out of range do not count.
+        """
+        drawn = self.featurizer.draw(self.number, fitted, self.place)
+        batch = self.place.batch(self._read, positions)
+        ids, real = jax.device_put(self.place.batch(self._numbers, positions))
+        step = _compiled_features(self.place, self.featurizer.step)
+        got = step(self.featurizer.key, self.params, batch, ids, drawn, fitted)
+        return _clean(self.place)(got.features, got.residual, real)
+
     def sums(self, function: Callable[..., Any], shared: Any, blocks: Iterable[tuple]) -> Any:
         """Adds up what a function makes of blocks of examples.
 
@@ -137,7 +151,10 @@ class TrainingPass:
         return self.place.sum_of_shards(total)
 
     def _numbers(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return positions, positions < self.source.size
+        return positions, (positions >= 0) & (positions < self.source.size)
+
+    def _read(self, positions: np.ndarray) -> Batch:
+        return self.source.read(positions.clip(0, self.source.size - 1))
 
     def of(self, source: Source) -> "TrainingPass":
         """The same checkpoint with other data."""

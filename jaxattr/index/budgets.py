@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxattr import groups as groups_lib
 from jaxattr.counts import whole_number
 from jaxattr.features.bases import NOTHING, Drawn, Fits, Fitted, Sides
-from jaxattr.features.featurizer import Featurizer
+from jaxattr.features.featurizer import Featurizer, room
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.groups import Groups, named_leaves
 from jaxattr.identity import LANES
@@ -225,6 +225,12 @@ class BuildRequest:
         if self.place.mesh is None:
             return block
         return -(-block // featurize.microbatch) * featurize.microbatch
+
+    def smaller(self, featurize: Featurizer, batch_size: int) -> int:
+        """Examples per block whose features, of all checkpoints, have room on a device."""
+        itemsize = feature_dtype(featurize, self.checkpoints[0]).itemsize
+        each = len(self.checkpoints) * featurize.layout.total * itemsize
+        return max(1, min(batch_size, room() // each))
 
     def rows(self, featurize: Featurizer, block: int) -> RowLayout:
         """The shapes of the rows."""

@@ -56,6 +56,7 @@ from jaxattr.store import (
     Folder,
     Lease,
     Ledger,
+    RecomputedRows,
     StoreError,
     finished,
     on_first_process,
@@ -88,6 +89,7 @@ def build_index(
     mesh: Mesh | None = None,
     path: str | os.PathLike[str] | None = None,
     dtype: Any = None,
+    store: bool = True,
     extend: bool = False,
     verify: Verify | None = None,
 ) -> Index:
@@ -119,6 +121,10 @@ def build_index(
         the size), int8 (a quarter; a scale per 64 columns of a row, so that each feature is off by
         at most 0.4 % of the largest of them) or float8_e4m3fn (a quarter; a scale per row, each
         feature off by at most 6 % of itself). With these two a kernel is fitted to bfloat16.
+      store: False keeps no features, in memory or on disk: they are made anew, a block at a time,
+        by each call that needs them, at the cost of a pass over the data. For features that are
+        too long to be kept, such as whole gradients (`ja.projections.identity()`, exact EK-FAC).
+        Blocks are as large as their features have room; queries' features are held as ever.
       extend: `train` has grown since the index was finished: adds the new examples, for methods
         whose kernel is the identity.
       verify: how much of `train` is compared, example by example, with what an index that is there
@@ -149,17 +155,22 @@ def build_index(
         raise ValueError(f'verify must be "all" or "sample", got {verify!r}.')
     if extend and path is None:
         raise ValueError("extend=True adds to an index on disk: give its path.")
+    if not store and (path is not None or dtype is not None):
+        raise ValueError("store=False keeps no features: leave path and dtype out.")
     key, on_disk = jax.random.key(0) if key is None else check_key(key), path is not None
     with looking_at(method, checkpoints, train) as (parameters, source):
         key, parameters = place.whole(key), tuple(place.whole(each) for each in parameters)
         request = BuildRequest(method, parameters, source, groups, key, place, on_disk, dtype)
         featurize = request.settle(batch_size, microbatch, memory)
+        batch_size = batch_size if store else request.smaller(featurize, batch_size)
     announce(f"{source.size:,} training examples of {shapes(source.example)}")
     folder = None if path is None else Folder(path)
     before = examples_on_record(folder) if folder is not None and extend else None
     block = request.block(featurize, batch_size, before)
     layout = request.rows(featurize, block)
     job = BuildJob(method, featurize, parameters, source, block, place)
+    if not store:
+        return _build(job, RecomputedRows(layout, place), None)
     if folder is None:
         check_device(layout.bytes_in_memory(place), place, "The index in memory")
         return _build(job, MemoryRows(layout, place), None)

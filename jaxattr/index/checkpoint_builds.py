@@ -42,6 +42,7 @@ from jaxattr.store.rows import (
     NO_SIZE,
     RAW,
     SELF,
+    Make,
     Rows,
 )
 from jaxattr.typing import Features, Params
@@ -120,6 +121,7 @@ def build_checkpoint(
     digests = DIGESTS in rows.layout.widths
     if isinstance(kernel, Identity):
         prepare = _compiled_identity(job.place, layout, eta)
+        rows.made_by(FEATURES, number, lambda rows: prepare(over.at(fitted, rows))[FEATURES])
         stream = over.features(fitted, "features", first=first, digests=digests)
         with failing_together():
             for block, clean in enumerate(stream, first):
@@ -134,6 +136,13 @@ def build_checkpoint(
             return BuiltCheckpoint(fitted, operator, _finite(rows, number))
     found = _operator(job, over, fitted, rows, session)
     apply, residual = apply_kernel(job.place, kernel, layout, eta)
+    raw = _raw_again(over, fitted, rows, kernel, found.exponent)
+
+    def mapped_at(positions: np.ndarray) -> jax.Array:
+        phi = raw(positions).astype(rows.layout.wide)
+        return apply(found.operator, phi, found.exponent)[1][FEATURES]
+
+    rows.made_by(FEATURES, number, mapped_at)
     starts = range(first, blocks)
     with failing_together():
         for block in track(iter(starts), f"{kernel.name}, checkpoint {number}", blocks, first):
@@ -197,11 +206,21 @@ def _operator(
     _check_fitted(rows, fitted, number)
     finite = _finite(rows, number)
     unit = exponent or 0
+    rows.made_by(RAW, number, _raw_again(over, fitted, rows, kernel, unit))
     operator = kernel.finalize(statistics, _surroundings(job, over, fitted, rows, finite, unit))
     operator = job.place.whole(job.place.agreed(operator))
     if isinstance(kernel, MapsQueries) and session is not None:
         save_operator(session.folder, number, operator, job.place)
     return _Inverted(operator, unit, finite)
+
+
+def _raw_again(
+    over: TrainingPass, fitted: Fitted, rows: Rows, kernel: Kernel, exponent: int
+) -> Make:
+    """Makes raw features as they were made for the kernel's statistics."""
+    layout, sized = rows.layout, kernel.degree is not None
+    store = _compiled_raw(over.place, layout.dtypes[RAW], layout.size, sized)
+    return lambda positions: store(over.at(fitted, positions), exponent)[0][RAW]
 
 
 def _unit(job: BuildJob, clean: CleanFeatures, session: DiskBuild | None, number: int) -> int:

@@ -144,6 +144,11 @@ class Index:
         each = np.stack(self._each(SELF), axis=1)  # [n, c, m + 2]
         return self._counted(self_contributions(each))
 
+    def _where(self) -> str:
+        if self.path is not None:
+            return f"on disk at {self.path}"
+        return "in memory" if self.rows.resident else "features made anew at each pass"
+
     def _each(self, name: str) -> list[np.ndarray]:
         """One array [n, width] per checkpoint."""
         return [self.rows.column(name, c) for c in range(self.rows.layout.checkpoints)]
@@ -161,7 +166,7 @@ class Index:
             f"groups, {self.layout.total} features, {self.rows.layout.checkpoints} checkpoints, "
             f"{len(self.non_finite)} not finite"
             + (f", over {shards} devices" if shards > 1 else "")
-            + (f", on disk at {self.path}" if self.path is not None else "")
+            + ("" if self.rows.resident else f", {self._where()}")
             + ")"
         )
 
@@ -178,7 +183,7 @@ class Index:
             ("checkpoints", self.rows.layout.checkpoints),
             ("stored as", self.precision),
             ("devices", self.place.shards),
-            ("where", "in memory" if self.path is None else self.path),
+            ("where", self._where()),
         ]
         return markup.table((), rows, "Index")
 

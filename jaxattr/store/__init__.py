@@ -22,6 +22,8 @@ from jaxattr.store.folder import reading as reading
 from jaxattr.store.lease import Lease as Lease
 from jaxattr.store.ledger import Ledger as Ledger
 from jaxattr.store.ledger import finished as finished
+from jaxattr.store.recomputed_rows import RecomputedRows as RecomputedRows
+from jaxattr.store.recomputed_rows import kept_layout as kept_layout
 from jaxattr.store.seals import SEALS as SEALS
 from jaxattr.store.seals import Seals as Seals
 from jaxattr.store.seals import load_seals as load_seals

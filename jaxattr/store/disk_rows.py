@@ -17,6 +17,7 @@ from jaxattr.store.rows import (
     DIGESTS,
     FEATURES,
     RAW,
+    Make,
     RowLayout,
     Slab,
     axes_of,
@@ -126,6 +127,9 @@ class DiskRows:
         reading = {name: self._request_picked(name, mine) for name in names}
         start = min(flat[flat >= 0].tolist(), default=0)
         return self._finish(reading, start // self.layout.block, len(flat))
+
+    def made_by(self, name: str, checkpoint: int, make: Make) -> None:
+        """See `Rows`; nothing to do."""
 
     def begin(self, checkpoint: int) -> None:
         """See `Rows`."""

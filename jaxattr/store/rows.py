@@ -7,7 +7,7 @@ computed is stored where it was made, in memory or on disk.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -131,6 +131,10 @@ class Slab(NamedTuple):
     fresh: int
 
 
+Make = Callable[[np.ndarray], jax.Array]
+"""Positions [b] of examples -> their rows [b, width]; those past the end and -1 are zero."""
+
+
 class Rows(Protocol):
     """What an index and its building need of the place where rows are kept."""
 
@@ -152,6 +156,10 @@ class Rows(Protocol):
     @property
     def arrays(self) -> Mapping[str, jax.Array]:
         """Those in device memory, {name: [blocks, b, c, width]}; empty unless `resident`."""
+        ...
+
+    def made_by(self, name: str, checkpoint: int, make: Make) -> None:
+        """Tells how features of a checkpoint are made, to those that do not keep them."""
         ...
 
     def begin(self, checkpoint: int) -> None:
@@ -231,6 +239,9 @@ class MemoryRows:
             kept, c = self._kept(name, checkpoint)
             step = _compiled_write(self.place, FEATURES if name == RAW else name)
             self.arrays[kept] = step(self.arrays[kept], value, block, c)
+
+    def made_by(self, name: str, checkpoint: int, make: Make) -> None:
+        """See `Rows`; nothing to do."""
 
     def begin(self, checkpoint: int) -> None:
         """See `Rows`; raw features that are no longer than the others have their place."""

@@ -1,0 +1,126 @@
+"""Rows of which only the short ones are kept: features are made anew at each pass."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattr.sharding import Placement
+from jaxattr.sources import track
+from jaxattr.store.rows import (
+    FEATURES,
+    RAW,
+    Make,
+    MemoryRows,
+    RowLayout,
+    Slab,
+    axes_of,
+    pad_columns,
+    padded,
+)
+
+_MADE = (FEATURES, RAW)
+
+
+class RecomputedRows:
+    """See `Rows`. A slab is one block, whose features are forgotten when the next is asked for.
+
+    Attributes:
+      layout: the shapes.
+      place: over which devices.
+      resident: they are not.
+      arrays: none.
+    """
+
+    resident = False
+    arrays: Mapping[str, jax.Array] = {}
+
+    def __init__(self, layout: RowLayout, place: Placement) -> None:
+        self.layout = layout
+        self.place = place
+        self._kept = MemoryRows(kept_layout(layout), place)
+        self._makers: dict[tuple[str, int], Make] = {}
+
+    def made_by(self, name: str, checkpoint: int, make: Make) -> None:
+        """See `Rows`."""
+        self._makers[name, checkpoint] = make
+
+    def write(self, block: int, checkpoint: int, values: Mapping[str, jax.Array]) -> None:
+        """See `Rows`; features are let go of."""
+        kept = {name: value for name, value in values.items() if name not in _MADE}
+        self._kept.write(block, checkpoint, kept)
+
+    def begin(self, checkpoint: int) -> None:
+        """See `Rows`; nothing to do, as for the two that follow."""
+
+    def flush(self) -> None:
+        """See `Rows`."""
+
+    def finish(self, checkpoint: int) -> None:
+        """See `Rows`."""
+
+    def read(self, name: str, block: int, checkpoint: int) -> jax.Array:
+        """See `Rows`."""
+        if name not in _MADE:
+            return self._kept.read(name, block, checkpoint)
+        return self._makers[name, checkpoint](self._positions(block))
+
+    def column(self, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
+        """See `Rows`; of features, a pass over the data."""
+        if name not in _MADE:
+            return self._kept.column(name, checkpoint, columns)
+        blocks = [
+            self.place.host(self.read(name, block, checkpoint)[:, columns])
+            for block in range(self.layout.blocks)
+        ]
+        return np.concatenate(blocks)[: self.layout.size]
+
+    def slabs(
+        self, names: Sequence[str], rows: int, checkpoint: int | None = None
+    ) -> Iterator[Slab]:
+        """See `Rows`; where features are among them, a block at a time."""
+        made = [name for name in names if name in _MADE]
+        if not made:
+            yield from self._kept.slabs(names, rows, checkpoint)
+            return
+        chosen = range(self.layout.checkpoints) if checkpoint is None else (checkpoint,)
+        short = [name for name in names if name not in _MADE]
+        kept = self._kept.slabs(short, self.layout.block, checkpoint)
+        blocks = track(kept, "features anew", self.layout.blocks)
+        for block, slab in enumerate(blocks):
+            arrays = {name: self._stacked(name, self._positions(block), chosen) for name in made}
+            yield slab._replace(arrays=slab.arrays | arrays)
+
+    def pick(self, names: Sequence[str], ids: np.ndarray) -> dict[str, jax.Array]:
+        """See `Rows`; features of those examples alone are computed."""
+        found = self._kept.pick([name for name in names if name not in _MADE], ids)
+        every = range(self.layout.checkpoints)
+        made = [name for name in names if name in _MADE]
+        return found | {name: self._stacked(name, ids.reshape(-1), every) for name in made}
+
+    def _positions(self, block: int) -> np.ndarray:
+        return block * self.layout.block + np.arange(self.layout.block)
+
+    def _stacked(self, name: str, positions: np.ndarray, chosen: Sequence[int]) -> jax.Array:
+        """[1, b, c, width] of examples."""
+        width = padded(FEATURES, self.layout, self.place)
+        rows = [self._makers[name, number](positions) for number in chosen]
+        return _compiled_stack(self.place, width)(rows)
+
+
+def kept_layout(layout: RowLayout) -> RowLayout:
+    """The shapes of the rows that are kept."""
+    widths = {name: width for name, width in layout.widths.items() if name not in _MADE}
+    return dataclasses.replace(layout, widths=widths)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_stack(place: Placement, width: int) -> Any:
+    def stack(rows: list[jax.Array]) -> jax.Array:
+        return jnp.stack([pad_columns(x, width) for x in rows], axis=1)[None]
+
+    return place.jit(stack, *axes_of(FEATURES))

@@ -1,0 +1,107 @@
+"""Indexes that keep no features: the same answers as those that do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxattr as ja
+from jaxattr.features import projections
+from tests import models
+
+TRAIN = models.data(37)
+QUERIES = models.data(12, seed=5)
+CHECKPOINTS = [models.mlp_params(jax.random.key(seed)) for seed in range(2)]
+METHODS = {
+    "tracin": ja.tracin(models.loss, projection=projections.identity()),
+    "grad_cos": ja.grad_cos(models.loss),
+    "trak": ja.trak(models.margin, projection=projections.rademacher(60)),
+    "logra": ja.logra(models.loss, rank=3),
+    "ekfac": ja.ekfac(models.loss),
+}
+
+
+def both(name, **options):
+    made = [
+        ja.build_index(METHODS[name], CHECKPOINTS, TRAIN, batch_size=8, store=store, **options)
+        for store in (True, False)
+    ]
+    assert not made[1].rows.resident and not made[1].rows.arrays
+    return made
+
+
+@pytest.mark.filterwarnings("ignore::jaxattr.weights.report.WeightWarning")  # of a dozen queries
+@pytest.mark.parametrize("name", METHODS)
+def test_all_that_is_asked_of_an_index_is_the_same(name):
+    stored, anew = both(name)
+    same = dict(rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(anew.features, stored.features, **same)
+    assert np.array_equal(anew.exponent, stored.exponent)
+    np.testing.assert_allclose(ja.score(anew, QUERIES), ja.score(stored, QUERIES), **same)
+    np.testing.assert_allclose(ja.self_influence(anew), ja.self_influence(stored), **same)
+    parts = [ja.contributions(index, QUERIES) for index in (anew, stored)]
+    np.testing.assert_allclose(*parts, **same)
+    tops = [ja.top_k(index, QUERIES, k=5) for index in (anew, stored)]
+    np.testing.assert_array_equal(tops[0].ids, tops[1].ids)
+    np.testing.assert_allclose(tops[0].scores, tops[1].scores, **same)
+    fits = [ja.learn_weights(index, QUERIES, top_k=4) for index in (anew, stored)]
+    for group, weight in fits[0].weights.items():
+        np.testing.assert_allclose(weight, fits[1].weights[group], rtol=1e-6)
+    weighted = [ja.score(i, QUERIES, weights=fits[0].weights) for i in (anew, stored)]
+    np.testing.assert_allclose(*weighted, **same)
+
+
+def test_candidates_alone_are_computed(monkeypatch):
+    stored, anew = both("ekfac")
+    ids = np.array([[3, 30, 7], [36, 0, 3]])
+    two = jax.tree.map(lambda x: x[:2], QUERIES)
+    asked = []
+    at = type(anew.rows).pick
+    monkeypatch.setattr(
+        type(anew.rows), "pick", lambda rows, names, ids: asked.append(ids) or at(rows, names, ids)
+    )
+    monkeypatch.setattr(type(anew.rows), "slabs", None)  # which would go over all examples
+    tops = [ja.top_k(index, two, k=2, among=ids) for index in (anew, stored)]
+    np.testing.assert_array_equal(tops[0].ids, tops[1].ids)
+    np.testing.assert_allclose(tops[0].scores, tops[1].scores, rtol=1e-9)
+    assert set(np.concatenate([x.ravel() for x in asked])) - {-1} == {0, 3, 7, 30, 36}
+
+
+def test_over_devices():
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    stored, anew = both("trak", mesh=mesh)
+    np.testing.assert_allclose(ja.score(anew, QUERIES), ja.score(stored, QUERIES), rtol=1e-9)
+    tops = [ja.top_k(index, QUERIES, k=3) for index in (anew, stored)]
+    np.testing.assert_array_equal(tops[0].ids, tops[1].ids)
+
+
+def test_examples_that_are_not_finite_are_left_out():
+    broken = dict(TRAIN, x=TRAIN["x"].at[5].set(jnp.nan))
+    method = METHODS["trak"]
+    with pytest.warns(ja.NonFiniteWarning, match="ids 5"):
+        anew = ja.build_index(method, CHECKPOINTS, broken, batch_size=8, store=False)
+    with pytest.warns(ja.NonFiniteWarning, match="ids 5"):
+        stored = ja.build_index(method, CHECKPOINTS, broken, batch_size=8)
+    assert 5 not in np.asarray(ja.top_k(anew, QUERIES, k=36).ids)
+    assert np.isfinite(ja.score(anew, QUERIES)).all()
+    np.testing.assert_allclose(ja.score(anew, QUERIES), ja.score(stored, QUERIES), rtol=1e-9)
+
+
+def test_blocks_are_as_large_as_their_features_have_room(monkeypatch):
+    from jaxattr.features import featurizer
+
+    width = sum(x.size for x in jax.tree.leaves(CHECKPOINTS[0]))
+    monkeypatch.setattr(featurizer, "_ROOM_OF_HOST", 5 * 2 * 8 * width)  # float64
+    anew = ja.build_index(METHODS["tracin"], CHECKPOINTS, TRAIN, store=False)
+    assert anew.batch_size == 5
+
+
+@pytest.mark.parametrize("options", [{"path": "somewhere"}, {"dtype": jnp.bfloat16}])
+def test_what_is_not_kept_has_no_place(options):
+    with pytest.raises(ValueError, match="store=False keeps no features"):
+        ja.build_index(METHODS["tracin"], CHECKPOINTS, TRAIN, store=False, **options)
+
+
+def test_it_says_so():
+    anew = both("logra")[1]
+    assert "made anew" in repr(anew) and "made anew" in anew._repr_html_()
