@@ -144,9 +144,16 @@ class Placement:
         """Sums over the leading axis of shards; every device gets the result."""
         return _summed(self)(tree)
 
-    def zeros(self, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> jax.Array:
-        """Zeros, spread as `sharding(*axes)`."""
-        return jnp.zeros(shape, dtype, device=self.sharding(*axes))
+    def zeros(self, shapes: Any, axes: Callable[[Any], tuple[str | None, ...]]) -> Any:
+        """Makes zeros, in one program.
+
+        Args:
+          shapes: a pytree of shapes.
+          axes: of the path of each, as in `jax.tree_util`: how it is spread, as in `sharding`.
+        """
+        paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
+        described = tuple((leaf.shape, np.dtype(leaf.dtype), axes(path)) for path, leaf in paths)
+        return jax.tree.unflatten(structure, _compiled_zeros(self, described)())
 
     def batch(self, read: Callable[[np.ndarray], Batch], rows: np.ndarray) -> Batch:
         """Reads examples; each host reads its own alone.
@@ -434,6 +441,16 @@ def _place(mesh: Mesh, leaf: Any) -> Any:
     value = np.asarray(leaf)
     value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype))
     return jax.make_array_from_callback(value.shape, replicated, lambda index: value[index])
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled_zeros(place: Placement, described: tuple[tuple, ...]) -> Any:
+    def make() -> list[jax.Array]:
+        return [jnp.zeros(shape, dtype) for shape, dtype, _ in described]
+
+    if place.mesh is None:
+        return jax.jit(make)
+    return jax.jit(make, out_shardings=[place.sharding(*axes) for _, _, axes in described])
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,6 +1,7 @@
 """Data sets as the user has them, read in blocks of one static size."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -38,12 +39,17 @@ class Source:
     Attributes:
       size: number of examples, at least one.
       read: positions -> a batch.
-      in_memory: whether all of it is in memory, so that reading costs next to nothing.
+      arrays: the data, where all of it is in memory, so that reading costs next to nothing.
     """
 
     size: int
     read: Callable[[np.ndarray], Batch]
-    in_memory: bool = False
+    arrays: Batch | None = None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all of it is in memory."""
+        return self.arrays is not None
 
     def blocks(self, size: int, place: Placement, first: int = 0) -> Iterator[Block]:
         """Yields blocks of `size` examples.
@@ -64,12 +70,22 @@ class Source:
     @property
     def example(self) -> Example:
         """The shapes of one example, without a batch axis."""
-        first = self.read(np.zeros(1, np.int64))
+        some = self.arrays if self.in_memory else self.read(np.zeros(1, np.int64))
 
         def one(x: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(jnp.shape(x)[1:], canonical_dtype(x))
 
-        return jax.tree.map(one, first)
+        return jax.tree.map(one, some)
+
+
+def _rows_of(arrays: Batch, rows: np.ndarray) -> Batch:
+    """Rows of arrays, where these are: on the host, or on devices in a program each."""
+    return jax.tree.map(lambda x: _taken(x, rows) if isinstance(x, jax.Array) else x[rows], arrays)
+
+
+@jax.jit
+def _taken(x: jax.Array, rows: jax.Array) -> jax.Array:
+    return x[rows]
 
 
 def as_source(data: Any, role: str, accepts: Accepts | None = None) -> Source:
@@ -93,7 +109,7 @@ def as_source(data: Any, role: str, accepts: Accepts | None = None) -> Source:
     if is_source(found):
         return Source(len(found), _Reader(found, role))
     size = jnp.shape(jax.tree.leaves(found)[0])[0]
-    return Source(size, lambda rows: jax.tree.map(lambda x: x[rows], found), in_memory=True)
+    return Source(size, functools.partial(_rows_of, found), found)
 
 
 def announce(text: str) -> None:

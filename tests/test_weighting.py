@@ -291,6 +291,21 @@ def test_fits_share_their_programs():
 
 
 @QUIET
+def test_a_method_takes_forty_programs_and_another_checkpoint_none():
+    first, again = programs_of(
+        "train, queries = models.data(400), models.data(12, seed=1)\n"
+        "def attribute(parameters):\n"
+        "    index = ja.build_index(ja.logra(models.loss, rank=3), parameters, train)\n"
+        "    fit = ja.learn_weights(index, queries)\n"
+        "    ja.top_k(index, queries, k=4, weights=fit)\n"
+        "keys = jax.random.key(0), jax.random.key(1)\n"
+        "both = [models.mlp_params(key, dtype='float32') for key in keys]\n"
+        "count(attribute, both[0]), count(attribute, both[1])\n"
+    )
+    assert first <= 40 and again == 0
+
+
+@QUIET
 @pytest.mark.parametrize("materialize", [True, False])
 def test_learning_from_an_index_shares_its_programs(materialize):
     first, *again = programs_of(

@@ -195,7 +195,7 @@ def example_at_one_draw(output: OutputFn, example: Example) -> Example:
     """
     if not isinstance(output, Expectation):
         return example
-    return example, jax.ShapeDtypeStruct((), jnp.asarray(0).dtype)
+    return example, jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(int))
 
 
 def draws_of(output: OutputFn) -> int:

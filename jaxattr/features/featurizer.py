@@ -89,7 +89,7 @@ class FeatureRule:
           example: ONE example, or its shapes.
           key: any key.
         """
-        timestep = jax.ShapeDtypeStruct((), jnp.asarray(0).dtype)
+        timestep = jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(int))
         given = {"params": params, "example": example, "key": key, "timestep": timestep}
         return identity.traced(self, given)
 

@@ -144,9 +144,7 @@ class TrainingPass:
             for arguments in blocks:
                 if total is None:
                     shapes = jax.eval_shape(self.place.per_shard(function), shared, *arguments)
-                    total = jax.tree.map(
-                        lambda shape: self.place.zeros(shape.shape, shape.dtype, DATA), shapes
-                    )
+                    total = self.place.zeros(shapes, lambda path: (DATA,))
                 total = add(total, shared, *arguments)
         return self.place.sum_of_shards(total)
 

@@ -164,7 +164,8 @@ def _primal(matrix: np.ndarray, damping: Damping, exponent: int, dtype: Any) -> 
     if not matrix.any():  # no training gradient reaches this block: K phi is zero, whatever K is
         return GramOperator(jnp.zeros(matrix.shape, dtype), None)
     added = damping.of(np.trace(matrix) / len(matrix), exponent)
-    return GramOperator(jnp.asarray(_inverse(matrix, added, damping, dtype), dtype), None)
+    inverse = _inverse(matrix, added, damping, dtype).astype(dtype)
+    return GramOperator(jax.device_put(inverse), None)
 
 
 def _dual(rows: np.ndarray, damping: Damping, exponent: int, dtype: Any) -> GramOperator:

@@ -360,7 +360,13 @@ def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:
         raise ValueError(
             f"Weights must name exactly the index's groups. Missing: {missing}; unknown: {unknown}."
         )
-    values = jnp.stack([jnp.asarray(weights[name]) for name in layout.names])
+    given = [weights[name] for name in layout.names]
+    values: Any
+    if any(isinstance(value, jax.core.Tracer) for value in given):
+        values = jnp.stack([jnp.asarray(value) for value in given])
+    else:
+        values = np.stack([np.asarray(value) for value in given])
+        values = values.astype(jax.dtypes.canonicalize_dtype(values.dtype))
     if jnp.issubdtype(values.dtype, jnp.complexfloating):
         raise ValueError(f"Weights must be real numbers, got {values.dtype}.")
     values = values.astype(wide(values.dtype))
@@ -371,7 +377,7 @@ def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:
         if bad.any():
             got = {layout.names[i]: float(values[i]) for i in np.flatnonzero(bad)}
             raise ValueError(f"Weights must be finite and at least 0, got {got}.")
-    return values
+    return jnp.asarray(values)
 
 
 @functools.lru_cache(maxsize=32)

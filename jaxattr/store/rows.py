@@ -223,15 +223,8 @@ class MemoryRows:
     def __init__(self, layout: RowLayout, place: Placement) -> None:
         self.layout = layout
         self.place = place
-        self.arrays = {
-            name: place.zeros(
-                (layout.blocks, layout.block, layout.checkpoints, padded(name, layout, place)),
-                layout.dtypes[name],
-                *axes_of(name),
-            )
-            for name in layout.widths
-            if name != RAW
-        }
+        names = [name for name in layout.widths if name != RAW]
+        self.arrays = self._zeros({name: (layout.checkpoints, name) for name in names})
 
     def write(self, block: int, checkpoint: int, values: Mapping[str, jax.Array]) -> None:
         """See `Rows`; rows of `raw` are kept as `features`, until those replace them."""
@@ -247,9 +240,7 @@ class MemoryRows:
         """See `Rows`; raw features that are no longer than the others have their place."""
         del checkpoint
         if self.layout.raw_apart:
-            layout, place = self.layout, self.place
-            shape = (layout.blocks, layout.block, 1, padded(FEATURES, layout, place))
-            self.arrays[RAW] = place.zeros(shape, layout.dtypes[RAW], *axes_of(FEATURES))
+            self.arrays |= self._zeros({RAW: (1, FEATURES)})
 
     def flush(self) -> None:
         """See `Rows`; nothing to do."""
@@ -273,7 +264,7 @@ class MemoryRows:
         layout, found = self.layout, {}
         for part in layout.parts(name):
             kept, c = self._kept(part, checkpoint)
-            found[part] = self.arrays[kept][:, :, c, : layout.widths[part]]
+            found[part] = _of_checkpoint(self.arrays[kept], c, layout.widths[part])
         chosen = self.place.host(values_of(name, found)[..., columns])  # [blocks, b, width]
         return chosen.reshape(layout.blocks * layout.block, chosen.shape[-1])[: layout.size]
 
@@ -293,6 +284,18 @@ class MemoryRows:
         """See `Rows`; every device takes its own."""
         chosen = {name: self.arrays[name] for name in names}
         return _compiled_pick(self.place, tuple(names))(chosen, self.place.whole(ids))
+
+    def _zeros(self, wanted: Mapping[str, tuple[int, str]]) -> dict[str, jax.Array]:
+        """Arrays [blocks, b, c, width], for {name: (c, name of one that is laid out alike)}."""
+        layout = self.layout
+        shapes = {
+            name: jax.ShapeDtypeStruct(
+                (layout.blocks, layout.block, c, padded(like, layout, self.place)),
+                layout.dtypes[name],
+            )
+            for name, (c, like) in wanted.items()
+        }
+        return self.place.zeros(shapes, lambda path: axes_of(wanted[path[0].key][1]))
 
     def _kept(self, name: str, checkpoint: int) -> tuple[str, int]:
         """Where an array is kept: raw features where those go that will replace them, or apart."""
@@ -401,6 +404,11 @@ def _compiled_pick(place: Placement, names: tuple[str, ...]) -> Any:
 
     axes = {name: axes_of(name) for name in names}
     return jax.jit(place.over_shards(of_shard, (axes, (DATA,)), axes))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _of_checkpoint(array: jax.Array, checkpoint: int, width: int) -> jax.Array:
+    return array[:, :, checkpoint, :width]
 
 
 @functools.partial(jax.jit, static_argnums=2)
