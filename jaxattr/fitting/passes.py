@@ -110,19 +110,26 @@ class TrainingPass:
                 clean = clean._replace(digests=row_digests(self.place)(numbered.batch))
             yield clean
 
-    def at(self, fitted: Fitted, positions: np.ndarray) -> CleanFeatures:
-        """Computes the features of some examples, anew.
+    def anew(self, fitted: Fitted) -> Callable[[np.ndarray], CleanFeatures]:
+        """Returns what computes the features of some examples, whenever they are asked for.
 
         Args:
           fitted: what was fitted to the checkpoint.
-          positions: theirs, [b]; those that are out of range do not count.
+
+        Returns:
+          (positions [b]) -> their features; those that are out of range do not count.
         """
-        drawn = self.featurizer.draw(self.number, fitted, self.place)
-        batch = self.place.batch(self._read, positions)
-        ids, real = jax.device_put(self.place.batch(self._numbers, positions))
+        # Drawn when they are first needed, and then kept.
+        draw = functools.cache(lambda: self.featurizer.draw(self.number, fitted, self.place))
         step = _compiled_features(self.place, self.featurizer.step)
-        got = step(self.featurizer.key, self.params, batch, ids, drawn, fitted)
-        return _clean(self.place)(got.features, got.residual, real)
+
+        def compute(positions: np.ndarray) -> CleanFeatures:
+            batch = self.place.batch(self._read, positions)
+            ids, real = jax.device_put(self.place.batch(self._numbers, positions))
+            got = step(self.featurizer.key, self.params, batch, ids, draw(), fitted)
+            return _clean(self.place)(got.features, got.residual, real)
+
+        return compute
 
     def sums(self, function: Callable[..., Any], shared: Any, blocks: Iterable[tuple]) -> Any:
         """Adds up what a function makes of blocks of examples.

@@ -121,7 +121,8 @@ def build_checkpoint(
     digests = DIGESTS in rows.layout.widths
     if isinstance(kernel, Identity):
         prepare = _compiled_identity(job.place, layout, eta)
-        rows.made_by(FEATURES, number, lambda rows: prepare(over.at(fitted, rows))[FEATURES])
+        anew = over.anew(fitted)
+        rows.made_by(FEATURES, number, lambda positions: prepare(anew(positions))[FEATURES])
         stream = over.features(fitted, "features", first=first, digests=digests)
         with failing_together():
             for block, clean in enumerate(stream, first):
@@ -220,7 +221,8 @@ def _raw_again(
     """Makes raw features as they were made for the kernel's statistics."""
     layout, sized = rows.layout, kernel.degree is not None
     store = _compiled_raw(over.place, layout.dtypes[RAW], layout.size, sized)
-    return lambda positions: store(over.at(fitted, positions), exponent)[0][RAW]
+    anew = over.anew(fitted)
+    return lambda positions: store(anew(positions), exponent)[0][RAW]
 
 
 def _unit(job: BuildJob, clean: CleanFeatures, session: DiskBuild | None, number: int) -> int:
