@@ -89,6 +89,7 @@ def test_dense_projection_is_the_matrix_drawn_in_blocks(monkeypatch):
     np.testing.assert_allclose(held, x @ matrix, rtol=1e-12)
 
     monkeypatch.setattr(projections, "_HELD_BLOCKS", 2)  # of the three that 700 coordinates have
+    monkeypatch.setattr(projections, "_BLOCK_ENTRIES", 256 * p)
     leaf_key = signs.keys_of(seed, [name])[0]
     keys = [jax.random.fold_in(leaf_key, i) for i in range(3)]
     blocks = [signs.unpacked(jax.random.bits(each, (256, 1)), p, jnp.float64) for each in keys]

@@ -311,7 +311,10 @@ class _Randomised:
 class _Blockwise(_Randomised):
     """Coordinates are projected in blocks, each with a key of its own."""
 
-    rows: ClassVar[int] = 256
+    @property
+    def rows(self) -> int:
+        """Coordinates per block, so many that P of it takes about 4 MiB."""
+        return max(_BLOCK_ENTRIES // self.width // _HELD_ROWS, 1) * _HELD_ROWS
 
     def _of_block(self, key: Key, number: jax.Array, x: jax.Array) -> jax.Array:
         """Projects the block of a number of a leaf, [b, rows], to [b, width]."""
@@ -389,25 +392,25 @@ class Rademacher(_Blockwise):
     def draw(self, seed: bytes, sizes: Mapping[str, Mapping[str, int]]) -> Any:
         """See `ProjectsTogether`: signs of all small leaves, and keys of the others."""
         names = self._projected(sizes)
-        counts = {name: -(-sizes[of][leaf] // self.rows) for name, (of, leaf) in names.items()}
+        counts = {name: -(-sizes[of][leaf] // _HELD_ROWS) for name, (of, leaf) in names.items()}
         held = [
-            signs.packed(seed, name, count * self.rows, self.width)
+            signs.packed(seed, name, count * _HELD_ROWS, self.width)
             for name, count in counts.items()
             if count <= _HELD_BLOCKS
         ]
-        blocks = (-1, self.rows, words_of(self.width))
+        blocks = (-1, _HELD_ROWS, words_of(self.width))
         words = np.concatenate(held).reshape(blocks) if held else None
         keys = signs.keys_of(seed, list(names)) if len(held) < len(names) else None
         return words, keys
 
     def _sums(self, drawn: Any, leaves: Sequence[Leaf], count: int) -> jax.Array:
         words, keys = drawn
-        largest = _HELD_BLOCKS * self.rows
+        largest = _HELD_BLOCKS * _HELD_ROWS
         small = [leaf for leaf in leaves if leaf.size <= largest]
         large = [leaf for leaf in leaves if leaf.size > largest]
         total = _zeros(leaves, count, self.width)
         if small:
-            total = Blocks.of(small, self.rows).add(total, self._signed, words)
+            total = Blocks.of(small, _HELD_ROWS).add(total, self._signed, words)
         return self._added(total, keys, large) if large else total
 
     def _of_block(self, key: Key, number: jax.Array, x: jax.Array) -> jax.Array:
@@ -431,7 +434,6 @@ class Gaussian(_Blockwise):
 class Sjlt(_Blockwise):
     """See `sjlt`."""
 
-    rows: ClassVar[int] = 4096
     nonzeros: int = 4
 
     def __post_init__(self) -> None:
@@ -443,6 +445,11 @@ class Sjlt(_Blockwise):
     def name(self) -> str:
         """See `Projection`."""
         return f"sjlt({self.nonzeros})({self.width})"
+
+    @property
+    def rows(self) -> int:
+        """See `_Blockwise`; no P is formed."""
+        return 4096
 
     def _of_block(self, key: Key, number: jax.Array, x: jax.Array) -> jax.Array:
         bucket_key, sign_key = jax.random.split(jax.random.fold_in(key, number))
@@ -518,9 +525,11 @@ class TwoSided:
         return project_groups(self.rest, drawn, groups)
 
 
-# Signs of leaves of at most so many blocks are held; they take p / 8 bytes per coordinate. Those of
-# larger leaves are drawn again for each batch.
-_HELD_BLOCKS = 64
+# Entries of P that are drawn at once, as 32-bit floats: 4 MiB, whatever the sizes.
+_BLOCK_ENTRIES = 1 << 20
+# Signs of leaves of at most so many blocks of so many rows are held; they take p / 8 bytes per
+# coordinate. Those of larger leaves are drawn again for each batch.
+_HELD_BLOCKS, _HELD_ROWS = 64, 256
 
 
 def _zeros(leaves: Sequence[Leaf], groups: int, width: int) -> jax.Array:
