@@ -80,8 +80,8 @@ class TrainingPass:
         blocks = self.source.blocks(self.block, self.place, first)
         for block in track(blocks, described, count, first):
             positions = block.start + np.arange(self.block)
-            ids, real = self.place.batch(self._numbers, positions)
-            yield NumberedBatch(block.batch, *jax.device_put((ids, real)))
+            ids, real = self.place.numbers(self._numbers, positions)
+            yield NumberedBatch(block.batch, ids, real)
 
     def features(
         self,
@@ -119,7 +119,7 @@ class TrainingPass:
         """
         drawn = self.featurizer.draw(self.number, fitted, self.place)
         batch = self.place.batch(self._read, positions)
-        ids, real = jax.device_put(self.place.batch(self._numbers, positions))
+        ids, real = self.place.numbers(self._numbers, positions)
         step = _compiled_features(self.place, self.featurizer.step)
         got = step(self.featurizer.key, self.params, batch, ids, drawn, fitted)
         return _clean(self.place)(got.features, got.residual, real)
