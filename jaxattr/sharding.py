@@ -180,6 +180,14 @@ class Placement:
 
         return jax.tree.map(spread, mine)
 
+    def numbers(self, read: Callable[[np.ndarray], Batch], rows: np.ndarray) -> Batch:
+        """As `batch`, of numbers that each host makes; without a mesh, on the default device.
+
+        What goes over several hosts' devices is there already, and cannot be put anywhere else.
+        """
+        found = self.batch(read, rows)
+        return jax.device_put(found) if self.mesh is None else found
+
     def blocks(self, rows: np.ndarray, block: int, axes: Sequence[str | None]) -> jax.Array:
         """Puts this host's rows of some blocks on its devices.
 

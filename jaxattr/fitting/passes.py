@@ -80,8 +80,8 @@ class TrainingPass:
         blocks = self.source.blocks(self.block, self.place, first)
         for block in track(blocks, described, count, first):
             positions = block.start + np.arange(self.block)
-            ids, real = self.place.batch(self._numbers, positions)
-            yield NumberedBatch(block.batch, *jax.device_put((ids, real)))
+            ids, real = self.place.numbers(self._numbers, positions)
+            yield NumberedBatch(block.batch, ids, real)
 
     def features(
         self,
@@ -125,7 +125,7 @@ class TrainingPass:
 
         def compute(positions: np.ndarray) -> CleanFeatures:
             batch = self.place.batch(self._read, positions)
-            ids, real = jax.device_put(self.place.batch(self._numbers, positions))
+            ids, real = self.place.numbers(self._numbers, positions)
             got = step(self.featurizer.key, self.params, batch, ids, draw(), fitted)
             return _clean(self.place)(got.features, got.residual, real)
 

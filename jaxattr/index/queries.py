@@ -280,8 +280,8 @@ def _streamed(
     state, count = state_of(index), -(-source.size // block)
     found = []
     for each in track(source.blocks(block, index.place), role, count):
-        ids = index.place.batch(lambda rows: rows, -1 - each.start - np.arange(block))
-        features, finite = step(state, each.batch, jax.device_put(ids))
+        ids = index.place.numbers(lambda rows: rows, -1 - each.start - np.arange(block))
+        features, finite = step(state, each.batch, ids)
         found.append((index.place.gathered(features), index.place.gathered(finite)))
     features = jnp.concatenate([features for features, _ in found])[: source.size]
     finite = np.concatenate([np.asarray(finite) for _, finite in found])[: source.size]
