@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxattr.features import projections, signs
+from jaxattr.features import projections, random_maps, signs
 from jaxattr.keys import named_key
 
 RANDOM = [
@@ -88,8 +88,8 @@ def test_dense_projection_is_the_matrix_drawn_in_blocks(monkeypatch):
     np.testing.assert_allclose(np.unique(matrix), [-(p**-0.5), p**-0.5], rtol=1e-12)
     np.testing.assert_allclose(held, x @ matrix, rtol=1e-12)
 
-    monkeypatch.setattr(projections, "_HELD_BLOCKS", 2)  # of the three that 700 coordinates have
-    monkeypatch.setattr(projections, "_BLOCK_ENTRIES", 256 * p)
+    monkeypatch.setattr(random_maps, "_HELD_BLOCKS", 2)  # of the three that 700 coordinates have
+    monkeypatch.setattr(random_maps, "_BLOCK_ENTRIES", 256 * p)
     leaf_key = signs.keys_of(seed, [name])[0]
     keys = [jax.random.fold_in(leaf_key, i) for i in range(3)]
     blocks = [signs.unpacked(jax.random.bits(each, (256, 1)), p, jnp.float64) for each in keys]
@@ -131,7 +131,7 @@ def test_hadamard_against_scipy():
     import scipy.linalg
 
     x = jax.random.normal(jax.random.key(0), (3, 16), jnp.float64)
-    np.testing.assert_allclose(projections._hadamard(x), x @ scipy.linalg.hadamard(16), rtol=1e-12)
+    np.testing.assert_allclose(random_maps._hadamard(x), x @ scipy.linalg.hadamard(16), rtol=1e-12)
 
 
 def test_group_keys_differ():
