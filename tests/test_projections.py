@@ -32,11 +32,11 @@ def test_inner_products_are_unbiased(projection):
 
     @jax.jit
     def inner(drawn):
-        phi = projections.project_groups(projection, drawn, {"group": x})["group"]
+        phi = random_maps.project_groups(projection, drawn, {"group": x})["group"]
         return phi @ phi.T
 
     seeds = [signs.seed_of(jax.random.key(0), number) for number in range(400)]
-    found = np.stack([inner(projections.draw_groups(projection, s, sizes)) for s in seeds])
+    found = np.stack([inner(random_maps.draw_groups(projection, s, sizes)) for s in seeds])
     error = found.mean(axis=0) - np.asarray(flat @ flat.T)
     assert (np.abs(error) <= 4 * found.std(axis=0) / np.sqrt(len(seeds))).all()
 
@@ -117,8 +117,8 @@ def test_groups_together_are_what_they_are_alone(projection):
 
     def projected(chosen):
         sizes = {name: {leaf: x.shape[1] for leaf, x in of.items()} for name, of in chosen.items()}
-        drawn = projections.draw_groups(projection, seed, sizes)
-        return projections.project_groups(projection, drawn, chosen)
+        drawn = random_maps.draw_groups(projection, seed, sizes)
+        return random_maps.project_groups(projection, drawn, chosen)
 
     together = projected(groups)
     assert together.keys() == groups.keys()

@@ -39,7 +39,8 @@ from jaxattr.features.expectations import (
     sum_over_draws,
 )
 from jaxattr.features.plans import FeatureLayout, Plan, make_plan
-from jaxattr.features.projections import Projection, draw_groups
+from jaxattr.features.projections import Projection
+from jaxattr.features.random_maps import draw_groups
 from jaxattr.groups import GroupLayout, Groups
 from jaxattr.inputs.outputs import check_function, check_output
 from jaxattr.inputs.traces import activation_bytes, shapes_of, trace, traced_once

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.features.bases import UNKNOWN, Basis, Factored
-from jaxattr.features.projections import Projection, project_groups
+from jaxattr.features.projections import Projection
+from jaxattr.features.random_maps import project_groups
 from jaxattr.groups import GroupLayout, Member
 from jaxattr.linear_maps import LinearMaps
 from jaxattr.scales import wide, widest

@@ -7,15 +7,21 @@ device, for any batch size, and for any order or number of other groups.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from jaxattr.features import bases, signs
+from jaxattr.features import bases
 from jaxattr.features.bases import Basis
-from jaxattr.features.random_maps import Gaussian, Rademacher, Sjlt, Srht
-from jaxattr.keys import named_key
+from jaxattr.features.random_maps import (
+    Gaussian,
+    Rademacher,
+    Sjlt,
+    Srht,
+    draw_groups,
+    project_groups,
+)
 from jaxattr.typing import Key
 
 
@@ -45,55 +51,6 @@ class Projection(Protocol):
     def project(self, key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
         """Returns features [b, p] of the members {leaf name: [b, size]}; `key` is the group's."""
         ...
-
-
-@runtime_checkable
-class ProjectsTogether(Protocol):
-    """A projection whose program does not grow with the number of groups."""
-
-    def draw(self, seed: bytes, sizes: Mapping[str, Mapping[str, int]]) -> Any:
-        """Draws what `project_groups` takes, a pytree, for {group: {leaf name: size}}."""
-        ...
-
-    def project_groups(
-        self, drawn: Any, groups: Mapping[str, Mapping[str, jax.Array]]
-    ) -> dict[str, jax.Array]:
-        """Projects groups {group: {leaf name: [b, size]}} to {group: features [b, p]}."""
-        ...
-
-
-def draw_groups(projection: Projection, seed: bytes, sizes: Mapping[str, Mapping[str, int]]) -> Any:
-    """Draws what `project_groups` takes.
-
-    Args:
-      projection: of each group.
-      seed: of the checkpoint's projections.
-      sizes: {group: {leaf name: size}}.
-
-    Returns:
-      A pytree.
-    """
-    if isinstance(projection, ProjectsTogether):
-        return projection.draw(seed, sizes)
-    return signs.keys_of(seed, [""])[0]
-
-
-def project_groups(
-    projection: Projection, drawn: Any, groups: Mapping[str, Mapping[str, jax.Array]]
-) -> dict[str, jax.Array]:
-    """Projects groups, together where the projection can.
-
-    Args:
-      projection: of each.
-      drawn: of `draw_groups`.
-      groups: {group: {leaf name: [b, size]}}.
-
-    Returns:
-      {group: features [b, p]}.
-    """
-    if isinstance(projection, ProjectsTogether):
-        return projection.project_groups(drawn, groups)
-    return {name: projection.project(named_key(drawn, name), of) for name, of in groups.items()}
 
 
 def identity() -> Projection:

@@ -7,7 +7,7 @@ the same whatever other groups there are.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,58 @@ import numpy as np
 
 from jaxattr.features import signs
 from jaxattr.features.signs import words_of
+from jaxattr.keys import named_key
 from jaxattr.scales import widest
 from jaxattr.typing import Key
+
+
+@runtime_checkable
+class ProjectsTogether(Protocol):
+    """A projection whose program does not grow with the number of groups."""
+
+    def draw(self, seed: bytes, sizes: Mapping[str, Mapping[str, int]]) -> Any:
+        """Draws what `project_groups` takes, a pytree, for {group: {leaf name: size}}."""
+        ...
+
+    def project_groups(
+        self, drawn: Any, groups: Mapping[str, Mapping[str, jax.Array]]
+    ) -> dict[str, jax.Array]:
+        """Projects groups {group: {leaf name: [b, size]}} to {group: features [b, p]}."""
+        ...
+
+
+def draw_groups(projection: Any, seed: bytes, sizes: Mapping[str, Mapping[str, int]]) -> Any:
+    """Draws what `project_groups` takes.
+
+    Args:
+      projection: of each group, a `Projection`.
+      seed: of the checkpoint's projections.
+      sizes: {group: {leaf name: size}}.
+
+    Returns:
+      A pytree.
+    """
+    if isinstance(projection, ProjectsTogether):
+        return projection.draw(seed, sizes)
+    return signs.keys_of(seed, [""])[0]
+
+
+def project_groups(
+    projection: Any, drawn: Any, groups: Mapping[str, Mapping[str, jax.Array]]
+) -> dict[str, jax.Array]:
+    """Projects groups, together where the projection can.
+
+    Args:
+      projection: of each.
+      drawn: of `draw_groups`.
+      groups: {group: {leaf name: [b, size]}}.
+
+    Returns:
+      {group: features [b, p]}.
+    """
+    if isinstance(projection, ProjectsTogether):
+        return projection.project_groups(drawn, groups)
+    return {name: projection.project(named_key(drawn, name), of) for name, of in groups.items()}
 
 
 class Leaf(NamedTuple):
