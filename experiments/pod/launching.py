@@ -28,9 +28,12 @@ def start(arguments: Sequence[str], own: Path, hosts: int, devices: int) -> Host
       The processes.
     """
     own.mkdir(parents=True, exist_ok=True)
-    flags = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu",
-    }  # fmt: skip
+    # Most of the time goes to compiling, once on every host, and these programs run for moments.
+    flags = (
+        f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
+        "--xla_llvm_disable_expensive_passes=true"
+    )
+    settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -40,7 +43,7 @@ def start(arguments: Sequence[str], own: Path, hosts: int, devices: int) -> Host
         command = [sys.executable, "-m", "experiments.pod.worker", "--process", str(number), *job]
         with (own / f"host-{number}.log").open("a") as log:
             started.append(
-                subprocess.Popen(command, env=os.environ | flags, stdout=log, stderr=log)
+                subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log)
             )
     return started
 

@@ -49,7 +49,7 @@ def main() -> None:
     warnings.simplefilter("ignore", WeightWarning)  # few queries, and weights are compared only
     warnings.simplefilter("ignore", ja.TruncationWarning)
     jax.config.update("jax_compilation_cache_dir", f"{given.own}/compiled")
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     mesh = None
     if given.processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
