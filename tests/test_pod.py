@@ -1,5 +1,6 @@
 """The rehearsal of a pod: its verdicts, and a run of it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -45,3 +46,12 @@ def test_the_plan_counts_what_is_stored():
     assert paper.features(case) == 57_344
     assert paper.bytes_per_row(case) == 57_344 + 896 * 4
     assert paper.hours(case) == pytest.approx(118.5, rel=1e-3)
+
+
+def test_a_job_that_begins_anew_is_seen(tmp_path):
+    (tmp_path / "pod").mkdir()
+    path = tmp_path / "pod/reads-0.json"
+    path.write_text(json.dumps({pod.METHODS[0]: [0, 0, 1, 2, 3]}))
+    assert [check.met for check in pod.went_on(tmp_path, {"raw/0": 2})] == [True, True]
+    path.write_text(json.dumps({pod.METHODS[0]: [0, 1, 2, 3, 1]}))
+    assert [check.met for check in pod.went_on(tmp_path, {"raw/0": 0})] == [False, False]

@@ -13,6 +13,7 @@ says whether it agrees within LIMITS.
 """  # noqa: E501
 
 import argparse
+import collections
 import json
 import shutil
 import sys
@@ -66,7 +67,7 @@ def main() -> None:
     done = rehearse(folder, ["--dtype", given.dtype, "--activations", given.activations], console)
     checks = [
         *compare(folder, LIMITS[given.dtype, given.activations]),
-        went_on(done),
+        *went_on(folder, done),
         own_rows(folder),
     ]
     title = f"parameters in {given.dtype}, activations in {given.activations}"
@@ -147,16 +148,24 @@ def swapped(got: np.ndarray, expected: np.ndarray, scores: np.ndarray) -> tuple[
     return int((got != expected).sum()), float(gap)
 
 
-def went_on(done: dict[str, int]) -> Check:
-    """Whether the job was killed in the middle of the index's blocks.
+def went_on(folder: Path, done: dict[str, int]) -> list[Check]:
+    """Whether the job was killed in the middle of the features, and did not begin anew.
 
     Args:
+      folder: of both jobs.
       done: what `rehearse` returned.
     """
     total = ROWS // BLOCK
     text = ", ".join(f"{count} of {total} blocks of {stage}" for stage, count in done.items())
     middle = any(0 < count < total for count in done.values())
-    return Check("finished when host 3 was killed", text, "some, not all", middle)
+    # Rows of finished blocks are read once, to compare them with the record; others, to go on. Row
+    # 0 says what rows look like.
+    counts = [collections.Counter(read) for read in _reads(folder, METHODS[0])]
+    again = sum(many > 1 for count in counts for row, many in count.items() if row > 0)
+    return [
+        Check(f"finished when host {HOSTS - 1} was killed", text, "some, not all", middle),
+        Check("rows read twice after that", str(again), "0", again == 0),
+    ]
 
 
 def own_rows(folder: Path) -> Check:
@@ -165,8 +174,7 @@ def own_rows(folder: Path) -> Check:
     Args:
       folder: of both jobs.
     """
-    paths = sorted((folder / "pod").glob("reads-*.json"))
-    reads = [set(json.loads(path.read_text())[METHODS[1]]) - {0} for path in paths]
+    reads = [set(read) - {0} for read in _reads(folder, METHODS[1])]
     most, union = max(len(each) for each in reads), set.union(*reads)
     shared = sum(len(each) for each in reads) - len(union)
     met = shared == 0 and union == set(range(1, ROWS))
@@ -213,6 +221,12 @@ def programs(folder: Path) -> Table:
             text = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
             shown.add_row(name, step, text or "none", f"{size / 1e3:,.0f} kB")
     return shown
+
+
+def _reads(folder: Path, method: str) -> list[list[int]]:
+    """Positions that each host of the pod read for an index."""
+    paths = sorted((folder / "pod").glob("reads-*.json"))
+    return [json.loads(path.read_text())[method] for path in paths]
 
 
 def _arguments() -> argparse.Namespace:
