@@ -1,6 +1,6 @@
 """A rehearsal of a TPU pod on one machine: four hosts of two devices, one of which is killed.
 
-python -m experiments.pod                         # parameters in bfloat16; three minutes on two cores
+python -m experiments.pod                         # parameters in bfloat16; three to five minutes
 python -m experiments.pod --dtype float32
 python -m experiments.pod --activations bfloat16  # arithmetic in bfloat16 too
 
@@ -10,7 +10,7 @@ job of four processes does the same from the checkpoint, with parameters over a 
 and tensor parallel), and each reads its own rows. While it builds the first index one process is
 killed by SIGKILL; the job is started again, and goes on. What both find is compared. The exit status
 says whether it agrees within LIMITS.
-"""  # noqa: E501
+"""
 
 import argparse
 import collections
