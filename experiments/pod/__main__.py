@@ -8,8 +8,8 @@ One process on one device trains a small Llama and saves its state through Orbax
 indexes on disk by EK-FAC and LoGRA, learns weights, finds the top k, and scores token by token. A
 job of four processes does the same from the checkpoint, with parameters over a mesh of 4 x 2 (FSDP
 and tensor parallel), and each reads its own rows. While it builds the first index one process is
-killed by SIGKILL; the job is started again, and goes on. What both find is compared. The exit status
-says whether it agrees within LIMITS.
+killed by SIGKILL; the job is started again, and goes on. What both find is compared. The exit
+status says whether it agrees within LIMITS.
 """
 
 import argparse
