@@ -2,7 +2,7 @@
 
 python -m experiments.pod                         # parameters in bfloat16; three to five minutes
 python -m experiments.pod --dtype float32
-python -m experiments.pod --activations bfloat16  # arithmetic in bfloat16 too
+python -m experiments.pod --activations bfloat16  # arithmetic too, which misses the limits
 
 One process on one device trains a small Llama and saves its state through Orbax. It then builds
 indexes on disk by EK-FAC and LoGRA, learns weights, finds the top k, and scores token by token. A
@@ -32,13 +32,10 @@ from experiments.pod.worker import BLOCK, METHODS
 HOSTS, DEVICES, ROWS, QUERIES, BLOCKS = 4, 2, 256, 6, 6
 SECONDS = 600.0
 
-LIMITS = {
-    ("float32", "float32"): 1e-5,
-    ("bfloat16", "float32"): 1e-3,
-    # Sums over `model` are of rounded parts: they differ as bfloat16 does from float32.
-    ("bfloat16", "bfloat16"): 3e-2,
-}
-"""{(type of parameters, of activations): largest difference, over the largest number}."""
+# With activations in bfloat16 it is missed: scores differ by 3e-2, weights by 1e-1. Sums over the
+# axis `model` are of rounded parts then; one device is 1.5e-2 from its own scores in float32.
+LIMITS = {"float32": 1e-5, "bfloat16": 1e-3}
+"""{type of parameters: largest difference, over the largest number}."""
 
 
 class Check(NamedTuple):
@@ -66,7 +63,7 @@ def main() -> None:
     data.write(data.packed(QUERIES, seed=2), folder / "queries")
     done = rehearse(folder, ["--dtype", given.dtype, "--activations", given.activations], console)
     checks = [
-        *compare(folder, LIMITS[given.dtype, given.activations]),
+        *compare(folder, LIMITS[given.dtype]),
         *went_on(folder, done),
         own_rows(folder),
     ]
@@ -240,7 +237,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--activations", choices=types, default="float32", help="and arithmetic")
     parser.add_argument("--folder", type=Path, default=Path("runs/pod"), help="for all results")
     given = parser.parse_args()
-    if (given.dtype, given.activations) not in LIMITS:
+    if (given.dtype, given.activations) == ("float32", "bfloat16"):
         parser.error("activations in bfloat16 go with parameters in bfloat16")
     return given
 
