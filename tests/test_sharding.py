@@ -110,6 +110,22 @@ def test_a_mesh_without_a_data_axis_is_refused():
         ja.build_index(METHODS["tracin"], CHECKPOINTS, TRAIN, mesh=jax.make_mesh((8,), ("x",)))
 
 
+def test_nothing_that_is_spread_is_put_without_a_place(monkeypatch):
+    """With several hosts JAX refuses it, as it does here."""
+    put = jax.device_put
+
+    def refusing(x, device=None, **options):
+        arrays = [leaf for leaf in jax.tree.leaves(x) if isinstance(leaf, jax.Array)]
+        assert device is not None or all(len(leaf.devices()) == 1 for leaf in arrays)
+        return put(x, device, **options)
+
+    monkeypatch.setattr(jax, "device_put", refusing)
+    index = ja.build_index(
+        METHODS["trak"], CHECKPOINTS, TRAIN, batch_size=BATCH, mesh=mesh_of("8"), store=False
+    )
+    assert models.relative_error(ja.score(index, QUERIES), ja.score(built("trak"), QUERIES)) <= 1e-8
+
+
 def collectives(function, *arguments):
     """What moves between devices in a compiled program, by kind."""
     text = jax.jit(function).lower(*arguments).compile().as_text()
