@@ -189,7 +189,7 @@ def test_places_that_hold_no_index(tmp_path):
         ja.open_index(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": 99}')
     for call in (ja.open_index, build):
-        with pytest.raises(StoreError, match="has format 99, and this version .* format 2"):
+        with pytest.raises(StoreError, match="has format 99, and this version .* format 3"):
             call(tmp_path)
 
 

@@ -44,8 +44,8 @@ def dtype_of(x: Any) -> Any:
     return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
 
 
-_SEEN: contextvars.ContextVar[dict[Any, tuple[ClosedJaxpr, Any]] | None] = contextvars.ContextVar(
-    "seen", default=None
+_SEEN: contextvars.ContextVar[dict[Any, tuple[ClosedJaxpr, Any, Callable]] | None] = (
+    contextvars.ContextVar("seen", default=None)
 )
 
 
@@ -72,17 +72,18 @@ def trace(function: Callable, shapes: tuple[Any, ...]) -> tuple[ClosedJaxpr, Any
       The program, and the shapes of its result.
     """
     seen, (leaves, structure) = _SEEN.get(), jax.tree.flatten(shapes)
-    call = function, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    # Not by the function itself, which need have no hash; what is seen keeps it alive.
+    call = id(function), structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
     def fresh(*arguments: Any) -> Any:
         return function(*arguments)
 
     if seen is not None and call in seen:
-        return seen[call]
+        return seen[call][:2]
     with jax.disable_jit(False):  # which would unroll loops, or run them on what has no value
         found = jax.make_jaxpr(fresh, return_shape=True)(*shapes)
     if seen is not None:
-        seen[call] = found
+        seen[call] = (*found, function)
     return found
 
 

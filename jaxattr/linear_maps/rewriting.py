@@ -253,7 +253,7 @@ class _Bottleneck(Rewriting):
             return y, {}
         linear_map, transposed = self.maps[view.leaf], self.transposed[walk.site]
         (a, z, b, bias), shape, dtype = view.factors, y.shape, y.dtype
-        known = view.scales, view.steps
+        known, outline = (view.scales, view.steps), view.outline()
 
         # The term is linear in Z, and Z is zero: its value is nothing, and so is its derivative in
         # x. Saying so spares a pass forwards through B and one backwards through A.
@@ -272,7 +272,7 @@ class _Bottleneck(Rewriting):
         @term.defjvp
         def _derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
             _, x, a, b, bias, (scales, steps) = primals
-            covering = dataclasses.replace(view, scales=scales, steps=steps)
+            covering = dataclasses.replace(outline, scales=scales, steps=steps)
             factors = _of_entries(covering, linear_map, Factors(a, tangents[0], b, bias))
             return term(*primals), product.low_rank(x, factors, transposed, dtype)
 
