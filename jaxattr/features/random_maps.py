@@ -174,11 +174,7 @@ class _Blockwise(_Randomised):
         """Adds all leaves to the sums, in one loop; `keys` are of all leaves by number."""
         blocks = Blocks.of(leaves, self.rows)
         numbers = jnp.asarray(blocks.numbers, jnp.uint32)
-
-        def project(key: Key, number: jax.Array, x: jax.Array) -> jax.Array:
-            return self._of_block(key, number, x)
-
-        return blocks.add(total, project, keys[blocks.leaves], numbers)
+        return blocks.add(total, self._of_block, keys[blocks.leaves], numbers)
 
 
 class Blocks(NamedTuple):

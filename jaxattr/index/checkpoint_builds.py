@@ -137,10 +137,9 @@ def build_checkpoint(
             return BuiltCheckpoint(fitted, operator, _finite(rows, number))
     found = _operator(job, over, fitted, rows, session)
     apply, residual = apply_kernel(job.place, kernel, layout, eta)
-    raw = _raw_again(over, fitted, rows, kernel, found.exponent)
 
     def mapped_at(positions: np.ndarray) -> jax.Array:
-        phi = raw(positions).astype(rows.layout.wide)
+        phi = found.raw(positions).astype(rows.layout.wide)
         return apply(found.operator, phi, found.exponent)[1][FEATURES]
 
     rows.made_by(FEATURES, number, mapped_at)
@@ -164,11 +163,13 @@ class _Inverted(NamedTuple):
       operator: of the kernel.
       exponent: it is to be given features over 2 to this power.
       finite: which examples count, bool [n].
+      raw: makes raw features of examples anew.
     """
 
     operator: Any
     exponent: int
     finite: np.ndarray
+    raw: Make
 
 
 def _operator(
@@ -207,12 +208,13 @@ def _operator(
     _check_fitted(rows, fitted, number)
     finite = _finite(rows, number)
     unit = exponent or 0
-    rows.made_by(RAW, number, _raw_again(over, fitted, rows, kernel, unit))
+    raw = _raw_again(over, fitted, rows, kernel, unit)
+    rows.made_by(RAW, number, raw)
     operator = kernel.finalize(statistics, _surroundings(job, over, fitted, rows, finite, unit))
     operator = job.place.whole(job.place.agreed(operator))
     if isinstance(kernel, MapsQueries) and session is not None:
         save_operator(session.folder, number, operator, job.place)
-    return _Inverted(operator, unit, finite)
+    return _Inverted(operator, unit, finite, raw)
 
 
 def _raw_again(
