@@ -33,13 +33,12 @@ from jaxattr.scores.candidates import (
     warn_of_non_finite,
 )
 from jaxattr.scores.ranking import TopK
-from jaxattr.sharding import DATA, Placement, barrier
-from jaxattr.store import Folder, finish_scores, on_first_process, score_array, write_scores
+from jaxattr.scores.writing import COLUMNS as SLAB
+from jaxattr.scores.writing import written
+from jaxattr.sharding import DATA, Placement
+from jaxattr.store import Folder
 from jaxattr.store.rows import COLUMNS, EXAMPLES, SELF, Rows, Slab, blocks_at_once
 from jaxattr.typing import Batch, Features, LearnedWeights, Link, Weights
-
-# Training examples that are read from disk at once.
-SLAB = 8192
 
 
 def uniform_weights(index: Index) -> dict[str, float]:
@@ -114,7 +113,7 @@ def score(
         for slab in _slabs(index)
     )
     if path is not None:
-        return _write_scores(index, prepared, blocks, Folder(path))
+        return written(index, prepared, blocks, Folder(path))
     parts = [scores[:, slab.fresh :].reshape(len(phi), -1) for slab, scores in blocks]
     scores = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
     scores = _mark_queries(scores[:, : index.size], prepared)
@@ -428,24 +427,6 @@ def _slabs(index: Index, rows: int = SLAB) -> Iterator[Slab]:
     whole = layout.blocks * layout.block
     at_once = whole if index.rows.resident else rows
     return index.rows.slabs(layout.side, at_once)
-
-
-def _write_scores(
-    index: Index, prepared: QueryFeatures, blocks: Iterator[tuple[Slab, jax.Array]], folder: Folder
-) -> Any:
-    q, dtype = len(prepared.features), prepared.features.dtype
-    columns = blocks_at_once(index.rows.layout, SLAB) * index.batch_size
-    make = functools.partial(score_array, folder, q, index.size, columns, dtype)
-    array = on_first_process(functools.partial(make, create=True))
-    array = make(create=False) if array is None else array
-    for slab, scores in blocks:
-        start = slab.first + slab.fresh * index.batch_size
-        part = np.array(scores[:, slab.fresh :]).reshape(q, -1)[:, : index.size - start]
-        part[prepared.non_finite] = np.nan
-        on_first_process(functools.partial(write_scores, folder, array, start, part))
-    on_first_process(functools.partial(finish_scores, folder))
-    barrier("scores written")
-    return array
 
 
 def _warn_of_overflow(scores: Any) -> None:
