@@ -13,7 +13,7 @@ from jaxattr import evaluation, files
 from jaxattr.evaluation import LDS, Difference
 from jaxattr.evaluation.retraining import TrainFn
 from jaxattr.index.queries import QueryFeatures
-from jaxattr.scores import scoring
+from jaxattr.scores import weighting
 from jaxattr.typing import OutputFn
 from jaxattr.weights.report import WeightFit
 
@@ -129,7 +129,7 @@ def compare(
         index, learning, outcomes=ja.Outcomes(truth.masks, truth.learning)
     )
     weights = {
-        "uniform": scoring.uniform_weights(index),
+        "uniform": weighting.uniform_weights(index),
         **(more or {}),
         "learned": fit.weights,
         "fitted to truth": fitted_to_truth.weights,

@@ -289,7 +289,7 @@ def test_copies_count():
 @QUIET
 @pytest.mark.parametrize("shape", [(1,), (4,), (8,), (4, 2)])
 def test_any_mesh_and_the_disk_give_the_same_weights(shape, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxattr.scores.subsets._SLAB", 16)
+    monkeypatch.setattr("jaxattr.scores.subsets.SLAB", 16)
     mesh = jax.make_mesh(shape, ("data", "model")[: len(shape)])
     expected = ja.learn_weights(index(), QUERIES, outcomes=outcomes(), copies=COPIES)
     for options in ({}, {"path": tmp_path / "index"}):

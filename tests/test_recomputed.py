@@ -105,3 +105,70 @@ def test_what_is_not_kept_has_no_place(options):
 def test_it_says_so():
     anew = both("logra")[1]
     assert "made anew" in repr(anew) and "made anew" in anew._repr_html_()
+
+
+@pytest.mark.filterwarnings("ignore::jaxattr.weights.report.WeightWarning")
+@pytest.mark.parametrize("name", ["tracin", "ekfac"])
+def test_weights_learned_from_outcomes_are_the_same(name):
+    masks = np.random.default_rng(0).random((24, 37)) < 0.5
+    outputs = masks @ np.random.default_rng(1).normal(size=(37, 12))
+    outcomes = ja.Outcomes(masks, outputs)
+    fits = [ja.learn_weights(index, QUERIES, outcomes=outcomes) for index in both(name)]
+    assert fits[0].weights.keys() == fits[1].weights.keys()
+    assert len(set(np.round(list(fits[0].weights.values()), 6))) > 1
+    for group, weight in fits[0].weights.items():
+        np.testing.assert_allclose(weight, fits[1].weights[group], rtol=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 12, 100])
+def test_queries_in_groups_have_the_same_scores(tmp_path, at_once):
+    masked = dict(QUERIES, x=QUERIES["x"].at[7].set(jnp.nan))
+    for index in both("trak"):
+        with pytest.warns(ja.NonFiniteWarning, match="1 of 12 queries .* ids 7"):
+            prepared = ja.query_features(index, masked)
+        expected = ja.score(index, prepared)
+        groups = dict(queries_at_once=at_once)
+        with pytest.warns(ja.NonFiniteWarning, match="1 of 12 queries .* ids 7"):
+            scores = ja.score(index, masked, **groups)
+        np.testing.assert_allclose(scores, expected, rtol=1e-12)
+        path = tmp_path / str(index.rows.resident)
+        with pytest.warns(ja.NonFiniteWarning):
+            on_disk = ja.score(index, masked, path=path, **groups)
+        np.testing.assert_allclose(on_disk.read().result(), expected, rtol=1e-12)
+        for among in (None, np.random.default_rng(2).integers(37, size=(12, 20))):
+            best = ja.top_k(index, prepared, k=5, among=among)
+            with pytest.warns(ja.NonFiniteWarning):
+                found = ja.top_k(index, masked, k=5, among=among, **groups)
+            np.testing.assert_array_equal(found.ids, best.ids)
+            np.testing.assert_allclose(found.scores, best.scores, rtol=1e-12)
+
+
+def test_queries_draw_the_same_randomness_in_any_group():
+    def noisy(params, example, key):
+        return models.loss(params, example, key) * jax.random.normal(key)
+
+    index = ja.build_index(ja.tracin(noisy), CHECKPOINTS, TRAIN)
+    expected = ja.score(index, QUERIES)
+    np.testing.assert_allclose(ja.score(index, QUERIES, queries_at_once=5), expected, rtol=1e-12)
+
+
+def test_groups_are_as_large_as_their_features_have_room(monkeypatch):
+    from jaxattr.features import featurizer
+    from jaxattr.index import queries
+
+    index = both("tracin")[1]
+    expected, sizes, real = ja.score(index, QUERIES), [], queries._streamed
+
+    def counted(index, source, functions, role, group):
+        sizes.append(len(group))
+        return real(index, source, functions, role, group)
+
+    monkeypatch.setattr(queries, "_streamed", counted)
+    monkeypatch.setattr(featurizer, "_ROOM_OF_HOST", 5 * 2 * 8 * index.layout.total)  # float64
+    np.testing.assert_allclose(ja.score(index, QUERIES), expected, rtol=1e-12)
+    assert sizes == [5, 5, 2]
+
+
+def test_a_group_has_queries():
+    with pytest.raises(ValueError, match="queries_at_once"):
+        ja.score(both("tracin")[0], QUERIES, queries_at_once=0)

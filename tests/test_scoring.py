@@ -8,7 +8,7 @@ import pytest
 
 import jaxattr as ja
 from jaxattr.features import projections
-from jaxattr.scores import scoring
+from jaxattr.scores import weighting
 from tests import models
 
 CHECKPOINTS = [models.mlp_params(jax.random.key(i)) for i in range(2)]
@@ -40,7 +40,7 @@ def test_contributions_sum_to_scores(name):
 
 @BY_METHOD
 def test_uniform_weights_are_the_base_method_bit_for_bit(name):
-    uniform = scoring.uniform_weights(index(name))
+    uniform = weighting.uniform_weights(index(name))
     np.testing.assert_array_equal(
         ja.score(index(name), QUERIES), ja.score(index(name), QUERIES, weights=uniform)
     )

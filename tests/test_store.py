@@ -91,7 +91,7 @@ def test_bfloat16(path):
 
 
 def test_scores_into_a_zarr(finished_index, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxattr.scores.scoring.SLAB", 16)
+    monkeypatch.setattr("jaxattr.scores.writing.SLAB", 16)
     index = ja.open_index(finished_index, IDENTITY, CHECKPOINTS)
     scores = ja.score(index, QUERIES, path=tmp_path / "scores")
     np.testing.assert_array_equal(scores.read().result(), ja.score(index, QUERIES))
@@ -106,7 +106,7 @@ def test_weights_from_disk(finished_index, monkeypatch, signal):
     """With a shortlist so short, and slabs so small, that several passes are due."""
     monkeypatch.setattr("jaxattr.weights.learning._SHORTEST", 8)
     monkeypatch.setattr("jaxattr.weights.learning._PER_TOP", 1)
-    monkeypatch.setattr("jaxattr.scores.scoring.SLAB", 16)
+    monkeypatch.setattr("jaxattr.scores.writing.SLAB", 16)
     index = ja.open_index(finished_index, IDENTITY, CHECKPOINTS)
     options = {"steps": 20, "top_k": 5, "signal": signal}
     memory = ja.learn_weights(index, QUERIES, **options)

@@ -371,7 +371,7 @@ def test_a_page_that_a_crawl_holds_600_times_costs_no_passes(mesh):
 def short_lists(monkeypatch):
     """Lists of 64 and slabs of 128."""
     monkeypatch.setattr("jaxattr.weights.learning._SHORTEST", 64)
-    monkeypatch.setattr("jaxattr.scores.scoring.SLAB", 128)
+    monkeypatch.setattr("jaxattr.weights.learning.SLAB", 128)
 
 
 @QUIET

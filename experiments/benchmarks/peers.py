@@ -14,7 +14,7 @@ import functools
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -117,6 +117,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--examples", type=int, default=64, help="of the factor fit")
+    parser.add_argument("--queries", type=int, nargs="+", default=[16, 256])
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -124,6 +125,7 @@ def main() -> None:
     console.print(f"{timing.machine()}, torch {torch.__version__}")
     console.print(features_table(arguments.batch, arguments.repeats))
     console.print(ekfac_table(arguments.examples, arguments.batch))
+    console.print(without_store_table(arguments.examples, arguments.batch, arguments.queries))
 
 
 def features_table(batch: int, repeats: int) -> Table:
@@ -195,6 +197,37 @@ def ekfac_table(examples: int, batch: int) -> Table:
     return shown
 
 
+def without_store_table(examples: int, batch: int, queries: Sequence[int]) -> Table:
+    """Seconds of exact EK-FAC that keeps no gradients, and what it holds at most."""
+    subject = models.gpt(max(examples, *queries))
+    ids = torch.tensor(np.asarray(subject.batch)).long()
+    shown = Table(title=f"EK-FAC that keeps no gradients, {examples} examples, batch {batch}")
+    for heading in ("queries", "what", "jaxattr", "kronfluence", "ratio"):
+        shown.add_column(heading)
+    for count in queries:
+        theirs = [_kronfluence(ids[:examples], batch, ids[:count]) for _ in range(2)][1]
+        ours = [_without_store(subject, examples, batch, count) for _ in range(2)][1]
+        fit = theirs["covariances"] + theirs["eigenvectors"] + theirs["eigenvalues"]
+        rows = {"fit": (ours["fit"], fit), "scores": (ours["scores"], theirs["scores"])}
+        rows["both"] = (sum(row[0] for row in rows.values()), sum(row[1] for row in rows.values()))
+        for what, (mine, other) in rows.items():
+            shown.add_row(str(count), what, f"{mine:.2f}", f"{other:.2f}", f"{mine / other:.2f}")
+    return shown
+
+
+def _without_store(subject: models.Subject, examples: int, batch: int, queries: int) -> dict:
+    method = ja.ekfac(subject.loss, rank=1 << 20)
+    train = jax.tree.map(lambda x: x[:examples], subject.batch)
+    asked = jax.tree.map(lambda x: x[:queries], subject.batch)
+    started = time.perf_counter()
+    index = ja.build_index(
+        method, subject.params, train, groups=models.dense_layers, batch_size=batch, store=False
+    )
+    fitted = time.perf_counter()
+    jax.block_until_ready(ja.score(index, asked))
+    return {"fit": fitted - started, "scores": time.perf_counter() - fitted}
+
+
 def _bergson(model: GPT, ids: torch.Tensor) -> Callable[[], None]:
     data = Dataset.from_dict({"input_ids": ids.tolist(), "length": [ids.shape[1]] * len(ids)})
     config = IndexConfig(run_path=tempfile.mkdtemp())
@@ -239,7 +272,11 @@ def _dattri(model: GPT, ids: torch.Tensor) -> Callable[[], None]:
     return run
 
 
-def _kronfluence(ids: torch.Tensor, batch: int) -> dict[str, float]:
+def _kronfluence(
+    ids: torch.Tensor, batch: int, asked: torch.Tensor | None = None
+) -> dict[str, float]:
+    """Seconds of each stage; of the first training examples as queries, unless others are given."""
+    asked = ids[: ekfac.QUERIES] if asked is None else asked
     task, data = LanguageModelling(), TensorDataset(ids)
     model = prepare_model(GPT(), task)
     analyzer = Analyzer(
@@ -252,7 +289,7 @@ def _kronfluence(ids: torch.Tensor, batch: int) -> dict[str, float]:
         disable_model_save=True,
     )
     factors = FactorArguments(strategy="ekfac", use_empirical_fisher=True)
-    queries = TensorDataset(ids[: ekfac.QUERIES])
+    queries = TensorDataset(asked)
     shared: dict[str, Any] = {"factors_name": "f"}
     fit = shared | {"dataset": data, "per_device_batch_size": batch, "factor_args": factors}
     stages = {
@@ -266,7 +303,7 @@ def _kronfluence(ids: torch.Tensor, batch: int) -> dict[str, float]:
             scores_name="s",
             query_dataset=queries,
             train_dataset=data,
-            per_device_query_batch_size=ekfac.QUERIES,
+            per_device_query_batch_size=min(len(asked), 64),
             per_device_train_batch_size=batch,
             score_args=ScoreArguments(damping_factor=None),
             **shared,

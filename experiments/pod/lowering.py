@@ -10,7 +10,8 @@ import numpy as np
 import jaxattr as ja
 from jaxattr.features.bases import NOTHING
 from jaxattr.fitting import passes
-from jaxattr.scores import ranking, scoring
+from jaxattr.scores import ranking, weighting
+from jaxattr.store.rows import SLAB
 
 KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 
@@ -37,8 +38,8 @@ def steps(index: ja.Index, rows: Any, queries: Any) -> dict[str, dict[str, int]]
     features = featurizer.key, index.checkpoints[0], batch, ids, drawn, fitted
 
     found = ja.query_features(index, queries).features
-    w, phi, exponent = place.whole((scoring.weights_for(index, None), found, index.exponent))
-    slab = next(iter(index.rows.slabs(index.rows.layout.side, scoring.SLAB)))
+    w, phi, exponent = place.whole((weighting.weights_for(index, None), found, index.exponent))
+    slab = next(iter(index.rows.slabs(index.rows.layout.side, SLAB)))
     scores = w, phi, slab.arrays, exponent
     return {
         "feature step": _counted(passes._compiled_features(place, featurizer.step), features),

@@ -4,7 +4,7 @@ Queries go through the featurizer alone, so weights multiply raw query features.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.batches import leading_size, shapes_of_one
+from jaxattr.counts import whole_number
 from jaxattr.features.bases import Drawn, Fitted
 from jaxattr.features.expectations import refuse_unit_norm
-from jaxattr.features.featurizer import Featurized, Featurizer, unit_norm
+from jaxattr.features.featurizer import Featurized, Featurizer, room, unit_norm
 from jaxattr.identity import Program
 from jaxattr.index.index import Index, check_index, report_non_finite
 from jaxattr.inputs.data import as_batch, as_data
@@ -64,9 +65,51 @@ def query_features(index: Index, queries: Any) -> QueryFeatures:
     if isinstance(queries, QueryFeatures):
         return _checked(check_index(index), queries)
     source = as_source(queries, "queries", functools.partial(_takes, check_index(index)))
-    features, finite = _streamed(index, source, functions_of(index, source.example), "queries")
-    report_non_finite(np.flatnonzero(~finite), source.size, "queries")
-    return QueryFeatures(features, np.flatnonzero(~finite), index.query_side)
+    return _features_of(index, source, range(source.size))
+
+
+def in_groups(index: Index, queries: Any, at_once: int | None) -> "QueryGroups":
+    """Computes the features of some queries after the other, for what need not have all at once.
+
+    Args:
+      index: as in `query_features`.
+      queries: see there; features that were computed before are one group.
+      at_once: queries per group. Default: as many as have room in a quarter of the device's memory
+        (1 GiB on a CPU).
+    """
+    if at_once is not None:
+        at_once = whole_number("queries_at_once", at_once)
+    if isinstance(queries, QueryFeatures):
+        prepared = _checked(check_index(index), queries)
+        return QueryGroups(len(prepared.features), iter([prepared]))
+    source = as_source(queries, "queries", functools.partial(_takes, check_index(index)))
+    if at_once is None:
+        numbers = index.layout.total * index.rows.layout.checkpoints
+        at_once = max(1, room() // (numbers * index.rows.layout.wide.itemsize))
+    n = source.size
+    groups = [range(start, min(start + at_once, n)) for start in range(0, n, at_once)]
+    return QueryGroups(n, (_features_of(index, source, group) for group in groups))
+
+
+class QueryGroups(NamedTuple):
+    """Queries in groups.
+
+    Attributes:
+      size: number of queries in all.
+      each: the features of one group after the other.
+    """
+
+    size: int
+    each: Iterator[QueryFeatures]
+
+
+def _features_of(index: Index, source: Source, group: range) -> QueryFeatures:
+    """Features of consecutive queries."""
+    functions = functions_of(index, source.example)
+    features, finite = _streamed(index, source, functions, "queries", group)
+    lost = np.flatnonzero(~finite)
+    report_non_finite(group.start + lost, source.size, "queries")
+    return QueryFeatures(features, lost, index.query_side)
 
 
 def contrast(index: Index, better: Any, worse: Any) -> QueryFeatures:
@@ -272,19 +315,25 @@ def _block_of(size: int, index: Index) -> int:
 
 
 def _streamed(
-    index: Index, source: Source, functions: QueryFunctions, role: str
+    index: Index,
+    source: Source,
+    functions: QueryFunctions,
+    role: str,
+    group: range | None = None,
 ) -> tuple[Features, np.ndarray]:
-    """Features of all queries, zero where they are not finite; and which are, bool [q]."""
+    """Features of queries, by default of all, zero where not finite; and which are, bool [q]."""
+    group = range(source.size) if group is None else group
     step = _query_step(index.place, functions)
-    block = _block_of(source.size, index)
-    state, count = state_of(index), -(-source.size // block)
+    block = _block_of(len(group), index)
+    state, count = state_of(index), -(-len(group) // block)
     found = []
-    for each in track(source.blocks(block, index.place), role, count):
-        ids = index.place.numbers(lambda rows: rows, -1 - each.start - np.arange(block))
+    for each in track(source.part(group).blocks(block, index.place), role, count):
+        first = group.start + each.start
+        ids = index.place.numbers(lambda rows: rows, -1 - first - np.arange(block))
         features, finite = step(state, each.batch, ids)
         found.append((index.place.gathered(features), index.place.gathered(finite)))
-    features = jnp.concatenate([features for features, _ in found])[: source.size]
-    finite = np.concatenate([np.asarray(finite) for _, finite in found])[: source.size]
+    features = jnp.concatenate([features for features, _ in found])[: len(group)]
+    finite = np.concatenate([np.asarray(finite) for _, finite in found])[: len(group)]
     return features, finite
 
 

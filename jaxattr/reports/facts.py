@@ -13,7 +13,7 @@ from jaxattr.index.index import Index, first_ids
 from jaxattr.index.queries import QueryFeatures
 from jaxattr.kernels import Iterates, Kernel
 from jaxattr.methods.method import citation
-from jaxattr.scores.scoring import weight_array
+from jaxattr.scores.weighting import weight_array
 from jaxattr.typing import Weights
 from jaxattr.weights.report import UNKNOWN_GAIN, WeightFit
 

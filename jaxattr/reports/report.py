@@ -21,7 +21,8 @@ from jaxattr.reports.page import page
 from jaxattr.reports.pictures import encoder
 from jaxattr.reports.tokens import Pair
 from jaxattr.scores.ranking import TopK
-from jaxattr.scores.scoring import top_k, weight_array
+from jaxattr.scores.scoring import top_k
+from jaxattr.scores.weighting import weight_array
 from jaxattr.sources import Source, as_source
 from jaxattr.store import on_first_process
 from jaxattr.typing import Example, Weights

@@ -10,7 +10,7 @@ from jaxattr.index.index import Index
 from jaxattr.index.queries import QueryFeatures
 from jaxattr.kernels import Identity
 from jaxattr.language import token_features
-from jaxattr.scores.scoring import weight_array
+from jaxattr.scores.weighting import weight_array
 from jaxattr.sources import Source, track
 from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES
 from jaxattr.typing import Weights

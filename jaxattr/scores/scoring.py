@@ -3,8 +3,8 @@
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, overload
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxattr.index.queries import (
     QueryFunctions,
     features_of_batch,
     functions_of,
+    in_groups,
     query_features,
     state_of,
 )
@@ -33,29 +34,22 @@ from jaxattr.scores.candidates import (
     warn_of_non_finite,
 )
 from jaxattr.scores.ranking import TopK
-from jaxattr.scores.writing import COLUMNS as SLAB
+from jaxattr.scores.weighting import weights_for
 from jaxattr.scores.writing import written
 from jaxattr.sharding import DATA, Placement
 from jaxattr.store import Folder
-from jaxattr.store.rows import COLUMNS, EXAMPLES, SELF, Rows, Slab, blocks_at_once
-from jaxattr.typing import Batch, Features, LearnedWeights, Link, Weights
-
-
-def uniform_weights(index: Index) -> dict[str, float]:
-    """Returns weights of one, which give the base method's scores bit for bit.
-
-    Args:
-      index: the index.
-
-    Returns:
-      {group name: 1.0}.
-    """
-    return dict.fromkeys(index.layout.names, 1.0)
+from jaxattr.store.rows import COLUMNS, EXAMPLES, SELF, SLAB, Rows, Slab, blocks_at_once
+from jaxattr.typing import Batch, Features, Link, Weights
 
 
 @overload
 def score(
-    index: Index, queries: Any, *, weights: Weights | None = None, path: None = None
+    index: Index,
+    queries: Any,
+    *,
+    weights: Weights | None = None,
+    path: None = None,
+    queries_at_once: int | None = None,
 ) -> jax.Array: ...
 
 
@@ -66,6 +60,7 @@ def score(
     *,
     weights: Weights | None = None,
     path: str | os.PathLike[str],
+    queries_at_once: int | None = None,
 ) -> tensorstore.TensorStore: ...
 
 
@@ -75,6 +70,7 @@ def score(
     *,
     weights: Weights | None = None,
     path: str | os.PathLike[str] | None = None,
+    queries_at_once: int | None = None,
 ) -> jax.Array | tensorstore.TensorStore:
     r"""Scores every training example for every query.
 
@@ -89,6 +85,9 @@ def score(
         base method.
       path: a new folder, local or a URL, to write the scores to as a zarr array, block by block;
         for more than fit memory. What a killed run left there is replaced.
+      queries_at_once: whose features are in memory at once; each group of queries is a pass over
+        the index. Default: as many as have room in a quarter of the device's memory (1 GiB on a
+        CPU).
 
     Returns:
       Float [q, n], larger = stronger proponent; no hidden 1/n. Training examples that are not
@@ -104,21 +103,34 @@ def score(
     References:
       Li et al. (2025), arXiv:2506.05647, Eq. 6.
     """
-    w = weights_for(check_index(index), weights)
-    prepared = query_features(index, queries)
-    step = ranking.score_step(index.place, index.layout, index.link)
-    w, phi, exponent = index.place.whole((w, prepared.features, index.exponent))
-    blocks = (
-        (slab, index.place.gathered(step(w, phi, slab.arrays, exponent)))  # [q, g, b]
-        for slab in _slabs(index)
-    )
+    w = index.place.whole(weights_for(check_index(index), weights))
+    groups = in_groups(index, queries, queries_at_once)
+    scored = ((prepared, _scored(index, w, prepared)) for prepared in groups.each)
     if path is not None:
-        return written(index, prepared, blocks, Folder(path))
-    parts = [scores[:, slab.fresh :].reshape(len(phi), -1) for slab, scores in blocks]
-    scores = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-    scores = _mark_queries(scores[:, : index.size], prepared)
+        return written(index, groups.size, scored, Folder(path))
+    found = [_joined(index, *each) for each in scored]
+    scores = found[0] if len(found) == 1 else jnp.concatenate(found)
     _warn_of_overflow(scores)
     return scores
+
+
+def _scored(
+    index: Index, w: jax.Array, prepared: QueryFeatures
+) -> Iterator[tuple[Slab, jax.Array]]:
+    """Slabs of an index with their scores [q, g, b]."""
+    step = ranking.score_step(index.place, index.layout, index.link)
+    phi, exponent = index.place.whole((prepared.features, index.exponent))
+    for slab in _slabs(index):
+        yield slab, index.place.gathered(step(w, phi, slab.arrays, exponent))
+
+
+def _joined(
+    index: Index, prepared: QueryFeatures, blocks: Iterator[tuple[Slab, jax.Array]]
+) -> jax.Array:
+    """Scores [q, n] of a group of queries."""
+    parts = [scores[:, slab.fresh :].reshape(len(scores), -1) for slab, scores in blocks]
+    scores = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    return _mark_queries(scores[:, : index.size], prepared)
 
 
 def contributions(index: Index, queries: Any) -> jax.Array:
@@ -157,6 +169,7 @@ def top_k(
     opponents: bool = False,
     block_size: int = 8192,
     among: Any = None,
+    queries_at_once: int | None = None,
 ) -> TopK:
     """Finds the training examples with the largest scores; forms no [q, n] array.
 
@@ -176,6 +189,7 @@ def top_k(
       among: ranks for each query these training examples alone: ids, integers [q, c], or the
         `TopK` of another index. -1 stands for none, and an id twice counts once. Only their rows
         are read: from disk, the chunks of `batch_size` examples that hold one. k is then at most c.
+      queries_at_once: as in `score`.
 
     Returns:
       Ids and scores [q, k]. Ties go to the lower id. Examples that are not finite never appear.
@@ -193,14 +207,36 @@ def top_k(
     """
     ids = None if among is None else checked_candidates(among, check_index(index).size)
     k, block_size = _checked_counts(k, block_size, check_index(index), opponents, ids)
-    w = weights_for(index, weights)
-    prepared = query_features(index, queries)
+    w = index.place.whole(weights_for(index, weights))
+    groups = in_groups(index, queries, queries_at_once)
     if ids is not None:
-        check_queries(ids, len(prepared.features))
+        check_queries(ids, groups.size)
         warn_of_non_finite(index, ids)
-    sign = -1 if opponents else 1
-    place, layout = index.place, index.layout
-    w, phi, exponent = place.whole((w, prepared.features, index.exponent))
+    search = _Search(k, block_size, -1 if opponents else 1)
+    found: list[TopK] = []
+    for prepared in groups.each:
+        first = sum(len(each.ids) for each in found)
+        own = None if ids is None else ids[first : first + len(prepared.features)]
+        found.append(_best(index, w, prepared, search, own))
+    top = found[0] if len(found) == 1 else TopK(*map(jnp.concatenate, zip(*found, strict=True)))
+    _warn_of_overflow(top.scores)
+    return top
+
+
+class _Search(NamedTuple):
+    """What is searched for, as in `top_k`: the sign is -1 for opponents."""
+
+    k: int
+    block_size: int
+    sign: int
+
+
+def _best(
+    index: Index, w: jax.Array, prepared: QueryFeatures, search: _Search, ids: np.ndarray | None
+) -> TopK:
+    """The strongest for a group of queries, among candidates [q, c] if any are given."""
+    place, layout, (k, block_size, sign) = index.place, index.layout, search
+    phi, exponent = place.whole((prepared.features, index.exponent))
     if index.rows.resident and ids is None:
         count = blocks_at_once(index.rows.layout, block_size)
         top = _compiled_top_k(place, layout, index.link, k, count, sign)(
@@ -216,9 +252,7 @@ def top_k(
         else:
             best = _best_among(index, ids, block_size, sign, best, weighted)
         top = merging(best, weighted.exponents)
-    top = _mark_top(top, place.whole(_finite_rows(prepared)))
-    _warn_of_overflow(top.scores)
-    return top
+    return _mark_top(top, place.whole(_finite_rows(prepared)))
 
 
 def self_influence(index: Index, *, weights: Weights | None = None) -> jax.Array:
@@ -311,72 +345,6 @@ def _compiled_attributor(functions: QueryFunctions, search: Any) -> Any:
         return _mark_top(search(w, phi, train, exponent), finite)
 
     return run
-
-
-def weights_for(index: Index, weights: Weights | None) -> jax.Array:
-    """Orders weights as `weight_array` does, and warns of those that were learned on another index.
-
-    Args:
-      index: that they are for.
-      weights: as in `score`.
-    """
-    learned_on = getattr(weights, "learned_on", None)
-    if learned_on is not None and learned_on != index.query_side:
-        warnings.warn(
-            "These weights were learned on another index: with another method, other parameters or "
-            "another key. Learn them again, or pass fit.weights if that is meant.",
-            UserWarning,
-            stacklevel=3,
-        )
-    return weight_array(index.layout, weights)
-
-
-def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:
-    """Orders weights as the groups are ordered, after checking them.
-
-    Args:
-      layout: the groups.
-      weights: {group name: weight}, what `learn_weights` returned, or None for one each.
-
-    Returns:
-      Float [m].
-
-    Raises:
-      ValueError: if a weight is missing, unknown, complex, negative or not finite.
-    """
-    if weights is None:
-        return jnp.ones(len(layout.names))
-    if isinstance(weights, LearnedWeights):
-        weights = weights.weights
-    if not isinstance(weights, Mapping):
-        raise TypeError(
-            "weights must be {group name: weight}, or what ja.learn_weights returned; got "
-            f"{type(weights).__name__}. The groups are index.layout.names."
-        )
-    unknown = sorted(set(weights) - set(layout.names))
-    missing = sorted(set(layout.names) - set(weights))
-    if unknown or missing:
-        raise ValueError(
-            f"Weights must name exactly the index's groups. Missing: {missing}; unknown: {unknown}."
-        )
-    given = [weights[name] for name in layout.names]
-    values: Any
-    if any(isinstance(value, jax.core.Tracer) for value in given):
-        values = jnp.stack([jnp.asarray(value) for value in given])
-    else:
-        values = np.stack([np.asarray(value) for value in given])
-        values = values.astype(jax.dtypes.canonicalize_dtype(values.dtype))
-    if jnp.issubdtype(values.dtype, jnp.complexfloating):
-        raise ValueError(f"Weights must be real numbers, got {values.dtype}.")
-    values = values.astype(wide(values.dtype))
-    if values.ndim != 1:
-        raise ValueError(f"Each weight must be a scalar, got shape {values.shape[1:]}.")
-    if not isinstance(values, jax.core.Tracer):
-        bad = ~np.isfinite(values) | (np.asarray(values) < 0)
-        if bad.any():
-            got = {layout.names[i]: float(values[i]) for i in np.flatnonzero(bad)}
-            raise ValueError(f"Weights must be finite and at least 0, got {got}.")
-    return jnp.asarray(values)
 
 
 @functools.lru_cache(maxsize=32)

@@ -17,11 +17,11 @@ from jaxattr.scales import exponent_of, scaled, wide
 from jaxattr.scores import scoring
 from jaxattr.scores.ranking import counted_rows, slab_ids
 from jaxattr.sharding import DATA, Placement
-from jaxattr.store.rows import EXAMPLES
+from jaxattr.store.rows import EXAMPLES, SLAB
 from jaxattr.typing import Features
 
 # Contributions of so many bytes are in memory at once, and training examples read from disk.
-_SLAB_BYTES, _SLAB = 1 << 28, 8192
+_SLAB_BYTES = 1 << 28
 
 
 class Asked(NamedTuple):
@@ -87,7 +87,7 @@ def subset_sums(index: Index, *several: Asked) -> list[SubsetSums]:
     numbers = sum(len(asked.phi) for asked in several) * len(index.layout.names)
     affordable = _SLAB_BYTES // (numbers * several[0].phi.dtype.itemsize)
     states: list[Any] = [None] * len(given)
-    slabs = index.rows.slabs(stored.side, max(index.batch_size, min(affordable, _SLAB)))
+    slabs = index.rows.slabs(stored.side, max(index.batch_size, min(affordable, SLAB)))
     for slab in slabs:
         arrays, blocks = slab.arrays, slab.arrays[EXAMPLES].shape[0]
         first = slab.first // stored.block

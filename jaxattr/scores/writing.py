@@ -11,36 +11,42 @@ from jaxattr.index.index import Index
 from jaxattr.index.queries import QueryFeatures
 from jaxattr.sharding import barrier
 from jaxattr.store import Folder, finish_scores, on_first_process, score_array, write_scores
-from jaxattr.store.rows import Slab, blocks_at_once
+from jaxattr.store.rows import SLAB, Slab, blocks_at_once
 
-# Examples whose scores are written at once, a column each.
-COLUMNS = 8192
+Scored = tuple[QueryFeatures, Iterator[tuple[Slab, jax.Array]]]
+"""A group of queries, and slabs of at most `SLAB` examples with their scores [q, g, b]."""
 
 
-def written(
-    index: Index, prepared: QueryFeatures, blocks: Iterator[tuple[Slab, jax.Array]], folder: Folder
-) -> Any:
+def written(index: Index, queries: int, groups: Iterator[Scored], folder: Folder) -> Any:
     """Writes scores, block by block.
 
     Args:
       index: that they are of.
-      prepared: the queries' features.
-      blocks: slabs of at most `COLUMNS` examples, and their scores [q, g, b].
+      queries: how many there are in all groups.
+      groups: one after the other.
       folder: a new one.
 
     Returns:
       The array on disk, [q, n].
     """
-    q, dtype = len(prepared.features), prepared.features.dtype
-    columns = blocks_at_once(index.rows.layout, COLUMNS) * index.batch_size
-    make = functools.partial(score_array, folder, q, index.size, columns, dtype)
-    array = on_first_process(functools.partial(make, create=True))
-    array = make(create=False) if array is None else array
-    for slab, scores in blocks:
-        start = slab.first + slab.fresh * index.batch_size
-        part = np.array(scores[:, slab.fresh :]).reshape(q, -1)[:, : index.size - start]
-        part[prepared.non_finite] = np.nan
-        on_first_process(functools.partial(write_scores, folder, array, start, part))
+    array, row = None, 0
+    for prepared, blocks in groups:
+        if array is None:
+            array = _made(index, queries, prepared.features.dtype, folder)
+        for slab, scores in blocks:
+            first = slab.first + slab.fresh * index.batch_size
+            part = np.array(scores[:, slab.fresh :]).reshape(len(scores), -1)
+            part = part[:, : index.size - first]
+            part[prepared.non_finite] = np.nan
+            on_first_process(functools.partial(write_scores, folder, array, (row, first), part))
+        row += len(prepared.features)
     on_first_process(functools.partial(finish_scores, folder))
     barrier("scores written")
     return array
+
+
+def _made(index: Index, queries: int, dtype: Any, folder: Folder) -> Any:
+    columns = blocks_at_once(index.rows.layout, SLAB) * index.batch_size
+    make = functools.partial(score_array, folder, queries, index.size, columns, dtype)
+    array = on_first_process(functools.partial(make, create=True))
+    return make(create=False) if array is None else array

@@ -53,20 +53,21 @@ def score_array(
         raise cannot_write(folder.path, error) from None
 
 
-def write_scores(folder: Folder, array: Any, start: int, part: np.ndarray) -> None:
-    """Writes columns of what `score_array` made.
+def write_scores(folder: Folder, array: Any, start: tuple[int, int], part: np.ndarray) -> None:
+    """Writes a part of what `score_array` made.
 
     Args:
       folder: where it is.
       array: the array.
-      start: the first column.
-      part: scores [q, columns].
+      start: the first row and column.
+      part: scores [rows, columns].
 
     Raises:
       StoreError: if they cannot be written.
     """
     try:
-        array[:, start : start + part.shape[1]].write(part).result()
+        rows, columns = (slice(a, a + b) for a, b in zip(start, part.shape, strict=True))
+        array[rows, columns].write(part).result()
     except ValueError as error:
         raise StoreError(
             f"Cannot write scores to {folder.path}: {first_line(error)}. They are not whole: "

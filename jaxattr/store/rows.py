@@ -39,6 +39,9 @@ class SelfColumns(NamedTuple):
 
 
 SELF_COLUMNS = SelfColumns()
+SLAB = 8192
+"""Training examples that are read from disk, or scored, at once."""
+
 NO_SIZE = -4096
 
 

@@ -21,6 +21,7 @@ from jaxattr.index.queries import as_queries, query_features
 from jaxattr.keys import check_key
 from jaxattr.scales import exponent_of, scaled
 from jaxattr.scores import scoring
+from jaxattr.store.rows import SLAB
 from jaxattr.typing import Key
 from jaxattr.weights import optimising, shortlists
 from jaxattr.weights.loss import Signal, check_signal, signs_of
@@ -283,7 +284,7 @@ def _pass_over(
     length = max(top_k, min(affordable, max(_SHORTEST, _PER_TOP * top_k)) // place.shards)
     start, absorb, merge = shortlists.compiled_pass(place, layout, length, signs, top_k)
     state = start(place.whole(w), phi)
-    rows = max(index.batch_size, min(affordable, scoring.SLAB))
+    rows = max(index.batch_size, min(affordable, SLAB))
     for slab in index.rows.slabs(index.rows.layout.side, rows):
         state = absorb(state, phi, slab.arrays, slab.first, slab.fresh)
     return merge(state)

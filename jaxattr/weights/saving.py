@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxattr.index.index import Index
-from jaxattr.scores.scoring import weight_array
+from jaxattr.scores.weighting import weight_array
 from jaxattr.store import Folder, StoreError, on_first_process, reading
 from jaxattr.weights.report import Gain, WeightFit
 
