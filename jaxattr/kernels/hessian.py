@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.features.plans import FeatureLayout
+from jaxattr.kernels import conjugate_gradients
 from jaxattr.kernels.base import Damping, Surroundings, check_damping, no_sums
 from jaxattr.typing import Features
 
@@ -96,15 +97,6 @@ class Solver(NamedTuple):
     damping: jax.Array
 
 
-class _Solution(NamedTuple):
-    x: jax.Array
-    residual: jax.Array
-    direction: jax.Array
-    squared: jax.Array
-    running: jax.Array
-    iteration: jax.Array
-
-
 @dataclasses.dataclass(frozen=True)
 class ConjugateGradient:
     """Solves with the damped Hessian of the mean training loss, by conjugate gradients.
@@ -162,35 +154,12 @@ class ConjugateGradient:
 
     def apply(self, operator: Solver, phi: Features) -> Features:
         """See `Kernel`."""
-        goal = self.tolerance**2 * jnp.sum(phi**2, axis=1)  # [b]
-
-        def step(state: _Solution) -> _Solution:
-            product = _multiply(operator, state.direction)
-            curvature = jnp.sum(state.direction * product, axis=1)
-            running = state.running & (curvature > 0)
-            length = jnp.where(running, state.squared / jnp.where(running, curvature, 1), 0)[
-                :, None
-            ]
-            residual = state.residual - length * product
-            squared = jnp.sum(residual**2, axis=1)
-            ratio = jnp.where(running, squared / jnp.where(running, state.squared, 1), 0)[:, None]
-            return _Solution(
-                state.x + length * state.direction,
-                residual,
-                residual + ratio * state.direction,
-                squared,
-                running & (squared > goal),
-                state.iteration + 1,
-            )
-
-        squared = jnp.sum(phi**2, axis=1)
-        start = _Solution(
-            jnp.zeros_like(phi), phi, phi, squared, squared > goal, jnp.zeros((), jnp.int32)
+        return conjugate_gradients.solve(
+            functools.partial(_multiply, operator),
+            phi,
+            tolerance=self.tolerance,
+            iterations=self.iterations,
         )
-        solved = jax.lax.while_loop(
-            lambda state: jnp.any(state.running) & (state.iteration < self.iterations), step, start
-        )
-        return solved.x
 
     def residual(self, operator: Solver, phi: Features, mapped: Features) -> jax.Array:
         """See `Iterates`."""
