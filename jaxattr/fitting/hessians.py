@@ -1,11 +1,13 @@
-"""Products with the Hessian of the mean training loss, in the coordinates of the features."""
+"""Products with the curvature of the mean training loss, in the coordinates of the features."""
 
+import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxattr.features.bases import Fitted
 from jaxattr.features.expectations import refuse_unit_norm
@@ -17,15 +19,108 @@ from jaxattr.features.featurizer import (
 from jaxattr.features.plans import Plan
 from jaxattr.fitting.passes import TrainingPass
 from jaxattr.keys import example_keys
+from jaxattr.typing import Example, Key, OutputFn, Params
 
 # Examples whose second derivatives are in memory at once.
 _BLOCK = 64
 
+Leaves: TypeAlias = dict[str, jax.Array]
 
-def hessian_products(
-    over: TrainingPass, fitted: Fitted, kept: jax.Array
+
+class Weighted(NamedTuple):
+    """Some examples.
+
+    Attributes:
+      batch: a pytree of arrays [b, ...].
+      keys: of stochastic outputs, [b].
+      weights: of their losses in the sum, [b].
+    """
+
+    batch: Any
+    keys: Key
+    weights: jax.Array
+
+
+class Curvature(Protocol):
+    """A matrix like the Hessian of a sum of losses; hashable."""
+
+    def product(
+        self, params: Params, chosen: Collection[str]
+    ) -> tuple[Leaves, Callable[[Leaves, Weighted], Leaves]]:
+        """Returns the chosen leaves, and (vector, examples) -> product, of some leaves alone."""
+        ...
+
+    def __hash__(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Hessian:
+    """The Hessian itself; may have negative eigenvalues.
+
+    Attributes:
+      loss: (params, example, key) -> scalar.
+    """
+
+    loss: OutputFn
+
+    def product(
+        self, params: Params, chosen: Collection[str]
+    ) -> tuple[Leaves, Callable[[Leaves, Weighted], Leaves]]:
+        """See `Curvature`."""
+        loss, leaves = as_function_of(self.loss, chosen, params)
+
+        def of_block(tangent: Leaves, block: Weighted) -> Leaves:
+            def total(leaves: Leaves) -> jax.Array:
+                each = jax.vmap(loss, in_axes=(None, 0, 0))(leaves, block.batch, block.keys)
+                return jnp.sum(block.weights.astype(each.dtype) * each)
+
+            return jax.jvp(jax.grad(total), (leaves,), (tangent,))[1]
+
+        return leaves, of_block
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussNewton:
+    r"""The generalised Gauss-Newton matrix, which has no negative eigenvalue.
+
+    .. math:: G = \sum_n w_n J_n^\top \nabla^2_z \ell(z_n) J_n, \qquad z = f(\theta)
+
+    For cross-entropy of logits it is the Fisher matrix of all labels, not of some that are drawn.
+
+    Attributes:
+      outputs: f, (params, example, key) -> z, such as logits; a pytree of float arrays.
+      loss: (z, example) -> scalar, convex in z.
+    """
+
+    outputs: OutputFn
+    loss: Callable[[Any, Example], jax.Array]
+
+    def product(
+        self, params: Params, chosen: Collection[str]
+    ) -> tuple[Leaves, Callable[[Leaves, Weighted], Leaves]]:
+        """See `Curvature`."""
+        outputs, leaves = as_function_of(self.outputs, chosen, params)
+
+        def of_block(tangent: Leaves, block: Weighted) -> Leaves:
+            def every(leaves: Leaves) -> Any:
+                return jax.vmap(outputs, in_axes=(None, 0, 0))(leaves, block.batch, block.keys)
+
+            def curved(z: Any, change: Any, example: Example, weight: jax.Array) -> Any:
+                slope = jax.grad(lambda z: self.loss(z, example))
+                product = jax.jvp(slope, (z,), (change,))[1]
+                return jax.tree.map(lambda x: weight.astype(x.dtype) * x, product)
+
+            z, change = jax.jvp(every, (leaves,), (tangent,))
+            product = jax.vmap(curved)(z, change, block.batch, block.weights)
+            return jax.vjp(every, leaves)[1](product)[0]
+
+        return leaves, of_block
+
+
+def curvature_products(
+    over: TrainingPass, fitted: Fitted, kept: np.ndarray, curvature: Curvature | None = None
 ) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
-    r"""Makes the function that multiplies vectors by the Hessian.
+    r"""Makes the function that multiplies vectors by the curvature of the mean loss.
 
     The features are a linear map E^T of the gradient, so moving the parameters by E v changes the
     mean features by E^T H E v, which is the product that is returned.
@@ -34,51 +129,49 @@ def hessian_products(
       over: the checkpoint and the training data.
       fitted: what was fitted to the checkpoint.
       kept: which examples count, bool [n].
+      curvature: of what. Default: the Hessian of the function that is attributed.
 
     Returns:
       (products, operands): `products(operands, vectors [k, p]) -> [k, p]`, pure and jittable.
       Guarantees: exact. Cost: per vector, three gradients of the training set, read at once.
     """
-    featurizer, numbered = over.featurizer, over.whole()
+    featurizer = over.featurizer
     refuse_unit_norm(featurizer.rule.output, "A Hessian")
-    weights = kept / jnp.maximum(kept.sum(), 1)
+    curvature = Hessian(featurizer.rule.output) if curvature is None else curvature
+    # Those that do not count are not finite, perhaps: one that does stands in, with weight zero.
+    rows = np.where(kept, np.arange(len(kept)), np.flatnonzero(kept)[0])
+    numbered = over.at(rows)
+    weights = jnp.asarray(kept / kept.sum())
     drawn = featurizer.draw(over.number, fitted, over.place)
     operands = (
         featurizer.key, drawn, over.params, numbered.batch, numbered.ids, weights, fitted
     )  # fmt: skip
-    return _compiled_products(featurizer.rule, featurizer.plan), operands
+    return _compiled_products(featurizer.rule, featurizer.plan, curvature), operands
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_products(rule: FeatureRule, plan: Plan) -> Callable[[Any, jax.Array], jax.Array]:
+def _compiled_products(
+    rule: FeatureRule, plan: Plan, curvature: Curvature
+) -> Callable[[Any, jax.Array], jax.Array]:
     """The same function for all checkpoints and indexes of a method."""
 
     def products(operands: Any, vectors: jax.Array) -> jax.Array:
         key, drawn, params, batch, ids, weights, fitted = operands
         sides = fitted.sides or drawn.sides
-        of_leaves, leaves = as_function_of(rule.output, plan.rest | plan.covered, params)
+        leaves, of_block = curvature.product(params, plan.rest | plan.covered)
 
-        def to_features(gradients: dict[str, jax.Array]) -> jax.Array:
+        def to_features(gradients: Leaves) -> jax.Array:
             z, rest = project_gradients(plan, sides, fitted, gradients)
             z, rest = jax.tree.map(lambda x: x[None], (z, rest))
             return plan.assemble(rule.projection, drawn.rest, z, rest)[0]
 
         example, to_parameters = jax.vjp(to_features, leaves)
-
-        def mean_gradient(leaves: dict[str, jax.Array], block: Any) -> dict[str, jax.Array]:
-            batch, keys, weights = block
-            each = jax.vmap(jax.grad(of_leaves), in_axes=(None, 0, 0))(leaves, batch, keys)
-            return jax.tree.map(functools.partial(_weighted_sum, weights), each)
-
-        def of_block(tangent: dict[str, jax.Array], block: Any) -> dict[str, jax.Array]:
-            return jax.jvp(lambda x: mean_gradient(x, block), (leaves,), (tangent,))[1]
-
-        blocks = _in_blocks((batch, example_keys(key, ids), weights))
+        blocks = _in_blocks(Weighted(batch, example_keys(key, ids), weights))
 
         def product(vector: jax.Array) -> jax.Array:
             (tangent,) = to_parameters(vector.astype(example.dtype))
 
-            def add(total: Any, block: Any) -> tuple[Any, None]:
+            def add(total: Leaves, block: Weighted) -> tuple[Leaves, None]:
                 return jax.tree.map(jnp.add, total, of_block(tangent, block)), None
 
             start = jax.tree.map(jnp.zeros_like, leaves)
@@ -90,16 +183,9 @@ def _compiled_products(rule: FeatureRule, plan: Plan) -> Callable[[Any, jax.Arra
     return jax.jit(products)
 
 
-def _weighted_sum(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """Sum over examples [b, ...]; one of no weight need not be finite."""
-    counts = (weights > 0).reshape(-1, *(1,) * (x.ndim - 1))
-    return jnp.tensordot(weights.astype(x.dtype), jnp.where(counts, x, 0), 1)
-
-
-def _in_blocks(arrays: Any) -> Any:
+def _in_blocks(examples: Weighted) -> Weighted:
     """Reshapes [n, ...] to [blocks, size, ...]; padding repeats the first rows with weight zero."""
-    batch, keys, weights = arrays
-    n = keys.shape[0]
+    n = examples.keys.shape[0]
     blocks = -(-n // _BLOCK)
     size = -(-n // blocks)
     rows = jnp.arange(blocks * size)
@@ -107,5 +193,6 @@ def _in_blocks(arrays: Any) -> Any:
     def split(x: jax.Array) -> jax.Array:
         return x[rows % n].reshape(blocks, size, *x.shape[1:])
 
-    weights = jnp.where(rows < n, weights[rows % n], 0).reshape(blocks, size)
-    return jax.tree.map(split, (batch, keys)) + (weights,)
+    weights = jnp.where(rows < n, examples.weights[rows % n], 0).reshape(blocks, size)
+    batch, keys = jax.tree.map(split, (examples.batch, examples.keys))
+    return Weighted(batch, keys, weights)

@@ -166,11 +166,11 @@ class TrainingPass:
         block = source.block_size(self.block, self.place)
         return dataclasses.replace(self, source=source, block=block)
 
-    def whole(self) -> NumberedBatch:
-        """All examples at once, on every device."""
-        rows = np.arange(self.source.size)
-        real = jnp.ones(len(rows), bool)
-        return self.place.whole(NumberedBatch(self.source.read(rows), jnp.asarray(rows), real))
+    def at(self, positions: np.ndarray) -> NumberedBatch:
+        """Some examples at once, on every device."""
+        real = jnp.ones(len(positions), bool)
+        batch = self.source.read(positions)
+        return self.place.whole(NumberedBatch(batch, jnp.asarray(positions), real))
 
 
 def typical_exponent(place: Placement, phi: Features, kept: jax.Array) -> int:

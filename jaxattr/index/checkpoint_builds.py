@@ -16,7 +16,7 @@ import numpy as np
 from jaxattr.features.bases import NOTHING, Fits, Fitted
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.fitting.hessians import hessian_products
+from jaxattr.fitting.hessians import curvature_products
 from jaxattr.fitting.passes import (
     CleanFeatures,
     NumberedBatch,
@@ -281,7 +281,7 @@ def _surroundings(
         curvature=fitted.curvature_over(exponent),
         sums_of=sums_of,
         exponent=exponent,
-        hessian=lambda: hessian_products(over, fitted, jnp.asarray(finite)),
+        hessian=lambda: curvature_products(over, fitted, finite),
     )
 
 
