@@ -22,6 +22,7 @@ from .index.index import NonFiniteWarning as NonFiniteWarning
 from .index.opening import open_index as open_index
 from .index.queries import contrast as contrast
 from .index.queries import query_features as query_features
+from .index.refining import astra as astra
 from .inputs.data import without as without
 from .kernels import absolute as absolute
 from .kernels import relative as relative
@@ -68,6 +69,7 @@ __all__ = [
     "WeightWarning",
     "__version__",
     "absolute",
+    "astra",
     "attributor",
     "build_index",
     "by_layer",

@@ -145,7 +145,7 @@ class Eigenbasis(Basis):
         known = np.full(over.featurizer.layout.total, UNKNOWN)
         values = over.featurizer.plan.scatter(curvature) if self.eigenvalues else known
         if sampler is not None and (values == UNKNOWN).any():
-            known = _second_moments(over, fitted, sampler)
+            known = second_moments(over, fitted, sampler)
         return _with_curvature(fitted, np.where(values == UNKNOWN, known, values))
 
 
@@ -427,15 +427,23 @@ def _share(kept: np.ndarray, all_of_them: np.ndarray) -> float:
     return float(kept.sum() / total) if total > 0 else 1.0
 
 
-def _second_moments(
-    over: TrainingPass, fitted: Fitted, sampler: Callable[[NumberedBatch], NumberedBatch]
+def second_moments(
+    over: TrainingPass,
+    fitted: Fitted,
+    transform: Callable[[NumberedBatch], NumberedBatch] | None = None,
 ) -> np.ndarray:
-    """Mean square of each feature under sampled labels, [p]."""
+    """Mean square of each feature, float64 [p]; a pass over the data.
+
+    Args:
+      over: the checkpoint and the data.
+      fitted: what was fitted to the checkpoint.
+      transform: applied to each batch first, such as other labels.
+    """
     exponent: int | None = None
 
     def blocks() -> Iterator[tuple[jax.Array, jax.Array]]:
         nonlocal exponent
-        for each in over.features(over.place.whole(fitted), "eigenvalues", sampler):
+        for each in over.features(over.place.whole(fitted), "eigenvalues", transform):
             if exponent is None:
                 exponent = typical_exponent(over.place, each.features, each.kept)
             small = over_power(over.place, each.features.dtype)

@@ -35,11 +35,14 @@ class QueryFeatures(NamedTuple):
       features: phi_c(q), one block of columns per checkpoint, [q, c * p].
       non_finite: positions of queries that have no finite gradient; their rows are zero.
       query_side: what they were computed with, `index.query_side`.
+      residuals: of queries that were refined (`ja.astra`), relative errors of their solves [q], the
+        largest of all checkpoints; else None.
     """
 
     features: Features
     non_finite: np.ndarray
     query_side: str
+    residuals: np.ndarray | None = None
 
 
 def query_features(index: Index, queries: Any) -> QueryFeatures:

@@ -5,6 +5,7 @@ arXiv:2506.05647, Eq. 6). Statistics are sums over training examples, accumulate
 stream by; they are inverted on the host in float64.
 """
 
+from jaxattr.kernels import conjugate_gradients as conjugate_gradients
 from jaxattr.kernels.base import Damping as Damping
 from jaxattr.kernels.base import HasSpectrum as HasSpectrum
 from jaxattr.kernels.base import Identity as Identity

@@ -20,7 +20,7 @@ def solve(
     multiply: Callable[[jax.Array], jax.Array],
     right: jax.Array,
     *,
-    tolerance: float,
+    tolerance: float | jax.Array,
     iterations: int,
     precondition: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> jax.Array:

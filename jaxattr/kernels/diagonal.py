@@ -65,27 +65,50 @@ class SecondMoment:
     def finalize(self, statistics: Squares, surroundings: Surroundings) -> jax.Array:
         """See `Kernel`: what each feature is multiplied with, [p]."""
         means = np.asarray(statistics.total, np.float64) / max(float(statistics.examples), 1.0)
-        curvature = means
-        if surroundings.curvature is not None:
-            known = np.asarray(surroundings.curvature, np.float64)
-            curvature = np.where(known == UNKNOWN, means, known)
-        blocks = surroundings.layout.column_blocks
-        sizes = np.maximum(np.bincount(blocks), 1)  # a block of no column is never looked up
-        unit = surroundings.exponent
-        added = np.array(
-            [self.damping.of(mean, unit) for mean in np.bincount(blocks, curvature) / sizes]
-        )
-        if not np.all(added[blocks][means > 0] > 0):
-            largest = np.zeros(len(added))
+        curvature = eigenvalues(means, surroundings.curvature)
+        layout = surroundings.layout
+        added = added_to(curvature, layout, self.damping, surroundings.exponent)
+        if not np.all(added[means > 0] > 0):
+            blocks = layout.column_blocks
+            largest = np.zeros(blocks.max(initial=0) + 1)
             np.maximum.at(largest, blocks, curvature)
             _check(curvature, means, largest[blocks], statistics.total.dtype)
-        denominator = curvature + added[blocks]
+        denominator = curvature + added
         safe = np.where(denominator > 0, denominator, 1)
         return jnp.asarray(np.where(denominator > 0, 1 / safe, 0), statistics.total.dtype)
 
     def apply(self, operator: jax.Array, phi: Features) -> Features:
         """See `Kernel`."""
         return phi * operator[None]
+
+
+def eigenvalues(means: np.ndarray, known: np.ndarray | None) -> np.ndarray:
+    """Mean squares of features, or what is known in their place, float64 [p].
+
+    Args:
+      means: [p].
+      known: [p], `UNKNOWN` where it is not; or None.
+    """
+    if known is None:
+        return means
+    return np.where(known == UNKNOWN, means, np.asarray(known, np.float64))
+
+
+def added_to(
+    curvature: np.ndarray, layout: FeatureLayout, damping: Damping, exponent: int = 0
+) -> np.ndarray:
+    """What damping adds to each eigenvalue, float64 [p].
+
+    Args:
+      curvature: the eigenvalues, [p].
+      layout: which of them belong to one linear map.
+      damping: relative to the mean over those.
+      exponent: eigenvalues are of features over 2 to this power.
+    """
+    blocks = layout.column_blocks
+    sizes = np.maximum(np.bincount(blocks), 1)  # a block of no column is never looked up
+    means = np.bincount(blocks, curvature) / sizes
+    return np.array([damping.of(mean, exponent) for mean in means])[blocks]
 
 
 def sum_of_squares(phi: Features) -> jax.Array:

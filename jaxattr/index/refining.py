@@ -1,0 +1,252 @@
+"""Queries that are refined by iteration with the curvature itself, from EK-FAC's as a start."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxattr.counts import whole_number
+from jaxattr.fitting.eigenbases import second_moments
+from jaxattr.fitting.hessians import Curvature, GaussNewton, curvature_products
+from jaxattr.fitting.passes import TrainingPass
+from jaxattr.index.index import ConvergenceWarning, Index, check_index, first_ids, report_non_finite
+from jaxattr.index.queries import QueryFeatures, query_features
+from jaxattr.kernels import Damping, SecondMoment, conjugate_gradients
+from jaxattr.kernels.base import check_damping
+from jaxattr.kernels.diagonal import added_to, eigenvalues
+from jaxattr.scales import exponent_of, scaled
+from jaxattr.typing import Example, Features, OutputFn
+
+# Queries that are solved for at once: each has activations of a block of examples of its own.
+_AT_ONCE = 32
+
+
+def astra(
+    index: Index,
+    queries: Any,
+    *,
+    outputs: OutputFn | None = None,
+    loss: Callable[[Any, Example], jax.Array] | None = None,
+    damping: Damping | None = None,
+    iterations: int = 20,
+    tolerance: float = 1e-2,
+) -> QueryFeatures:
+    r"""Refines queries of an EK-FAC index: their inverse is that of the curvature itself.
+
+    .. math:: \tau(q, n) = v(q)^\top \phi(n), \qquad (C + D) \, v(q) = \phi(q)
+
+    C is the curvature of the mean training loss, between all layers, and D the damping. EK-FAC's
+    inverse is what the iteration starts from, and its preconditioner. Use the result wherever
+    queries go: `ja.top_k(index, ja.astra(index, queries))`; the index stays as it is, and so do its
+    `self_influence`s, which are EK-FAC's.
+
+    Guarantees: as `residuals` of the result say, which are never above those of EK-FAC itself;
+    exact influence as they go to zero. A solve stops where it meets negative curvature, which a
+    Gauss-Newton matrix has not.
+    Cost: a pass for EK-FAC's eigenvalues; then, per iteration and query, three gradients of the
+    training set, which is in memory at once.
+
+    Args:
+      index: of `ja.ekfac` or `ja.kfac`, which knows its training examples.
+      queries: as in `ja.score`, or `ja.query_features(index, ...)`.
+      outputs: (params, example, key) -> z, what the model puts out, such as logits; with `loss`, C
+        is the Gauss-Newton matrix. Default: the Hessian of the function that is attributed.
+      loss: (z, example) -> scalar: that function, of the outputs.
+      damping: D, in units of EK-FAC's eigenvalues. Default: that of the index.
+      iterations: at most so many. Fewer damp more: directions of low curvature come last.
+      tolerance: relative residual at which a solve ends.
+
+    Returns:
+      Features of the queries, with `residuals`.
+
+    Raises:
+      TypeError: if the index is something else.
+      ValueError: if it is of another method, or does not know its training examples; if `outputs`
+        come without `loss`, or the loss of the outputs is not what is attributed.
+
+    Warns:
+      ConvergenceWarning: with the positions of queries whose residual is above the tolerance.
+      NonFiniteWarning: with those whose gradient or solution is not finite.
+
+    References:
+      Wang et al. (2025), ASTRA, arXiv:2507.14740. Deviation: conjugate gradients with all training
+      examples, where the paper takes steps of one size along examples that are drawn.
+    """
+    kernel = _checked_kernel(check_index(index))
+    iterations = whole_number("iterations", iterations)
+    damping = kernel.damping if damping is None else check_damping(damping)
+    curvature = _curvature(index, outputs, loss)
+    prepared = query_features(index, queries)
+    finite = np.ones(index.size, bool)
+    finite[index.non_finite] = False
+    system = functools.partial(
+        _system, index, kernel=kernel, damping=damping, curvature=curvature, finite=finite
+    )
+    parts = jnp.split(prepared.features, len(index.checkpoints), axis=1)
+    solved = [
+        _refined(system(number), phi, iterations, tolerance) for number, phi in enumerate(parts)
+    ]
+    features = jnp.concatenate([phi for phi, _ in solved], axis=1)
+    residuals = np.max([np.asarray(residual) for _, residual in solved], axis=0)
+    lost = np.flatnonzero(~np.isfinite(np.asarray(features)).all(axis=1))
+    report_non_finite(lost, len(residuals), "refined queries")
+    _warn_of_residuals(residuals, tolerance)
+    return prepared._replace(
+        features=features.at[lost].set(0) if len(lost) else features,
+        non_finite=np.union1d(prepared.non_finite, lost),
+        residuals=residuals,
+    )
+
+
+class _System(NamedTuple):
+    """One checkpoint's equations, in the coordinates of the features.
+
+    Attributes:
+      products: vectors [k, p] -> C of them.
+      operands: its first argument.
+      added: D, [p].
+      damped: EK-FAC's eigenvalues with its damping [p]; zero where no example has a feature.
+    """
+
+    products: Any
+    operands: Any
+    added: jax.Array
+    damped: jax.Array
+
+
+def _system(
+    index: Index,
+    number: int,
+    kernel: SecondMoment,
+    damping: Damping,
+    curvature: Curvature | None,
+    finite: np.ndarray,
+) -> _System:
+    assert index.featurizer is not None and index.train is not None
+    fitted, layout, dtype = index.fitted[number], index.layout, index.rows.layout.wide
+    over = TrainingPass(
+        index.featurizer, index.checkpoints[number], number, index.train, index.batch_size,
+        index.place,
+    )  # fmt: skip
+    means = second_moments(over, fitted)
+    own = eigenvalues(means, fitted.curvature_over(0))
+    damped = np.where(means > 0, own + added_to(own, layout, kernel.damping), 0)
+    products, operands = curvature_products(over, fitted, finite, curvature)
+    added = added_to(own, layout, damping)
+    return _System(products, operands, jnp.asarray(added, dtype), jnp.asarray(damped, dtype))
+
+
+def _refined(
+    system: _System, phi: Features, iterations: int, tolerance: float
+) -> tuple[Features, jax.Array]:
+    """What EK-FAC's inverse makes of it is v; and relative residuals."""
+    # One program: the last queries are repeated to fill their block.
+    size = min(_AT_ONCE, len(phi))
+    found = []
+    for start in range(0, len(phi), size):
+        rows = np.minimum(np.arange(start, start + size), len(phi) - 1)
+        given = system.operands, system.added, system.damped, phi[rows]
+        found.append(_compiled_solve(system.products, iterations)(*given, tolerance))
+    features, residuals = (jnp.concatenate(each)[: len(phi)] for each in zip(*found, strict=True))
+    return features, residuals
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_solve(products: Any, iterations: int) -> Any:
+    @jax.jit
+    def run(
+        operands: Any, added: jax.Array, damped: jax.Array, phi: Features, tolerance: jax.Array
+    ) -> tuple[Features, jax.Array]:
+        exponents = exponent_of(phi, axis=1)[:, None]
+        added, damped = added[None], damped[None]
+        there = damped > 0
+        right = jnp.where(there, scaled(phi, -exponents), 0)
+
+        def multiply(x: jax.Array) -> jax.Array:
+            return jnp.where(there, products(operands, x) + added * x, 0)
+
+        def precondition(x: jax.Array) -> jax.Array:
+            return jnp.where(there, x / jnp.where(there, damped, 1), 0)
+
+        def residual(v: jax.Array) -> jax.Array:
+            size = jnp.linalg.norm(right, axis=1)
+            return jnp.linalg.norm(right - multiply(v), axis=1) / jnp.where(size == 0, 1, size)
+
+        start = precondition(right)
+        found = conjugate_gradients.solve(
+            multiply, right, tolerance=tolerance, iterations=iterations, precondition=precondition
+        )
+        of_start, of_found = residual(start), residual(found)
+        v = jnp.where((of_found < of_start)[:, None], found, start)
+        return scaled(v * damped, exponents), jnp.minimum(of_found, of_start)
+
+    return run
+
+
+def _checked_kernel(index: Index) -> SecondMoment:
+    if index.method is None:
+        raise ValueError(
+            "This index was opened without its method and checkpoints, which refining needs: "
+            "ja.open_index(path, method, checkpoints, train=train)."
+        )
+    kernel = index.method.kernel
+    if not isinstance(kernel, SecondMoment):
+        raise ValueError(
+            f"ja.astra refines queries of ja.ekfac or ja.kfac, and this index is of "
+            f"{index.method.name}."
+        )
+    if index.train is None:
+        raise ValueError(
+            "This index was opened without its training examples, which curvature is a mean over: "
+            "ja.open_index(path, method, checkpoints, train=train)."
+        )
+    return kernel
+
+
+def _curvature(
+    index: Index, outputs: OutputFn | None, loss: Callable[[Any, Example], jax.Array] | None
+) -> GaussNewton | None:
+    if (outputs is None) != (loss is None):
+        raise ValueError(
+            "The Gauss-Newton matrix needs both, outputs=(params, example, key) -> z and "
+            "loss=(z, example) -> scalar; got one of them."
+        )
+    if outputs is None or loss is None:
+        return None
+    _check_same(index, outputs, loss)
+    return GaussNewton(outputs, loss)
+
+
+def _check_same(index: Index, outputs: OutputFn, loss: Callable[[Any, Example], jax.Array]) -> None:
+    """Raises if the loss of the outputs is not the function that is attributed."""
+    assert index.featurizer is not None and index.train is not None
+    attributed, params = index.featurizer.rule.output, index.checkpoints[0]
+    batch = index.place.whole(index.train.read(np.zeros(1, np.int64)))
+    example = jax.tree.map(lambda x: x[0], batch)
+
+    @jax.jit
+    def both(params: Any, example: Example, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return attributed(params, example, key), loss(outputs(params, example, key), example)
+
+    expected, found = map(float, both(params, example, index.featurizer.key))
+    if not np.isclose(found, expected, rtol=1e-3, atol=1e-6, equal_nan=True):
+        raise ValueError(
+            "loss(outputs(params, example, key), example) must be the function that is attributed: "
+            f"for the first training example it is {found:.6g}, and that is {expected:.6g}."
+        )
+
+
+def _warn_of_residuals(residuals: np.ndarray, tolerance: float) -> None:
+    above = np.flatnonzero(residuals > 1.1 * tolerance)
+    if len(above):
+        warnings.warn(
+            f"{len(above)} of {len(residuals)} queries were refined to a relative residual above "
+            f"{tolerance:g}, the largest {residuals.max():.2g}: ids {first_ids(above)}. Allow more "
+            "iterations=, or more damping=.",
+            ConvergenceWarning,
+            stacklevel=3,
+        )

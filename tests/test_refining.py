@@ -1,0 +1,144 @@
+"""Queries refined with the curvature itself: exact influence where it can be formed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import jaxattr as ja
+from tests import models
+
+TRAIN, QUERIES = models.data(40), models.data(7, seed=3)
+CHECKPOINTS = [models.mlp_params(jax.random.key(seed)) for seed in range(2)]
+DAMPING = {"hessian": 3.0, "gauss_newton": 0.3}
+
+
+def outputs(params, example, key):
+    return models.mlp(params, example["x"])
+
+
+def loss_of(logits, example):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, example["y"])
+
+
+def index_of(method=None, **options):
+    method = ja.ekfac(models.loss) if method is None else method
+    return ja.build_index(method, CHECKPOINTS, TRAIN, batch_size=16, **options)
+
+
+def influence(kind, train=TRAIN, queries=QUERIES):
+    """Scores with the exact inverse, in the coordinates of the parameters."""
+    total = 0
+    for params in CHECKPOINTS:
+        flat, back = ravel_pytree(params)
+
+        def gradients(batch, flat=flat, back=back):
+            of_one = jax.grad(lambda x, example: models.loss(back(x), example, None))
+            return jax.vmap(of_one, in_axes=(None, 0))(flat, batch)
+
+        matrix = CURVATURES[kind](flat, back, train) + DAMPING[kind] * jnp.eye(flat.size)
+        total += gradients(queries) @ jnp.linalg.solve(matrix, gradients(train).T)
+    return total
+
+
+def hessian(flat, back, train):
+    def mean(x):
+        return jax.vmap(lambda e: models.loss(back(x), e, None))(train).mean()
+
+    return jax.hessian(mean)(flat)
+
+
+def gauss_newton(flat, back, train):
+    def of_one(example):
+        z = models.mlp(back(flat), example["x"])
+        slope = jax.jacobian(lambda x: models.mlp(back(x), example["x"]))(flat)
+        return slope.T @ jax.hessian(loss_of)(z, example) @ slope
+
+    return jax.vmap(of_one)(train).mean(axis=0)
+
+
+CURVATURES = {"hessian": hessian, "gauss_newton": gauss_newton}
+OPTIONS = {"hessian": {}, "gauss_newton": dict(outputs=outputs, loss=loss_of)}
+
+
+def refined_exactly(kind, index, queries=QUERIES):
+    damping = ja.absolute(DAMPING[kind])
+    return ja.astra(
+        index, queries, damping=damping, iterations=300, tolerance=1e-12, **OPTIONS[kind]
+    )
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("method", [ja.ekfac, ja.kfac])
+def test_scores_are_those_of_the_exact_inverse(kind, method):
+    index = index_of(method(models.loss))
+    refined = refined_exactly(kind, index)
+    assert refined.residuals.max() < 1e-11
+    expected = influence(kind)
+    np.testing.assert_allclose(ja.score(index, refined), expected, rtol=1e-8, atol=1e-10)
+    parts = ja.contributions(index, refined)
+    np.testing.assert_allclose(parts.sum(axis=2), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_residuals_fall_with_iterations_to_the_tolerance():
+    index, found = index_of(), []
+    options = dict(OPTIONS["gauss_newton"], damping=ja.absolute(0.3), tolerance=1e-8)
+    for iterations in (1, 4, 16):
+        with pytest.warns(ja.ConvergenceWarning, match="7 of 7 queries"):
+            found.append(ja.astra(index, QUERIES, iterations=iterations, **options).residuals.max())
+    found.append(ja.astra(index, QUERIES, iterations=120, **options).residuals.max())
+    assert found == sorted(found, reverse=True) and found[-1] <= 1e-8
+
+
+def test_no_residual_is_above_that_of_ekfac(monkeypatch):
+    index = index_of()
+    monkeypatch.setattr(
+        "jaxattr.kernels.conjugate_gradients.solve", lambda multiply, right, **_: 1e3 * right
+    )
+    with pytest.warns(ja.ConvergenceWarning):
+        refined = ja.astra(index, QUERIES, tolerance=1e-8, iterations=7)  # a program of its own
+    plain = ja.query_features(index, QUERIES).features
+    np.testing.assert_allclose(refined.features, plain, rtol=1e-12, atol=1e-15)
+
+
+def test_without_a_store_over_devices_and_from_disk(tmp_path):
+    index = index_of(path=tmp_path / "index")
+    expected = influence("gauss_newton")
+    others = [
+        index_of(store=False),
+        index_of(mesh=jax.make_mesh((8,), ("data",))),
+        ja.open_index(tmp_path / "index", index.method, CHECKPOINTS, train=TRAIN),
+    ]
+    for index in others:
+        scores = ja.score(index, refined_exactly("gauss_newton", index))
+        np.testing.assert_allclose(scores, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_examples_that_are_not_finite_have_no_part_in_it(kind):
+    broken = dict(TRAIN, x=TRAIN["x"].at[0].set(jnp.nan))
+    asked = dict(QUERIES, x=QUERIES["x"].at[2].set(jnp.inf))
+    with pytest.warns(ja.NonFiniteWarning, match="ids 0"):
+        index = ja.build_index(ja.ekfac(models.loss), CHECKPOINTS, broken, batch_size=16)
+    with pytest.warns(ja.NonFiniteWarning, match="ids 2"):
+        refined = refined_exactly(kind, index, asked)
+    scores = np.asarray(ja.score(index, refined))
+    assert np.isnan(scores[2]).all()
+    kept = jax.tree.map(lambda x: x[1:], TRAIN)
+    others = jax.tree.map(lambda x: jnp.delete(x, 2, axis=0), QUERIES)
+    expected = influence(kind, kept, others)
+    np.testing.assert_allclose(np.delete(scores, 2, 0)[:, 1:], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_what_cannot_be_refined_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"ja\.ekfac or ja\.kfac, and this index is of LoGRA"):
+        ja.astra(index_of(ja.logra(models.loss)), QUERIES)
+    with pytest.raises(ValueError, match="one of them"):
+        ja.astra(index_of(), QUERIES, outputs=outputs)
+    with pytest.raises(ValueError, match="must be the function that is attributed"):
+        ja.astra(index_of(), QUERIES, outputs=outputs, loss=lambda z, e: 2 * loss_of(z, e))
+    method = index_of(path=tmp_path / "index").method
+    with pytest.raises(ValueError, match="train=train"):
+        ja.astra(ja.open_index(tmp_path / "index", method, CHECKPOINTS), QUERIES)
