@@ -226,10 +226,8 @@ def _falls(
     q, count = len(scores), int(drawn[0].sum())
     own = [_removed(scores, count), _removed(-scores, count)]
     found = outputs_without(np.concatenate([*own, drawn]))  # [2 q + random, q]
-    random = found[2 * q :]
-    first, second = (
-        _fall(count, part.diagonal().copy(), random, draws) for part in (found[:q], found[q : 2 * q])
-    )
+    most, least, random = np.split(found, [q, 2 * q])
+    first, second = (_fall(count, part.diagonal().copy(), random, draws) for part in (most, least))
     return first, second
 
 
