@@ -9,12 +9,14 @@ lds.py            do scores predict what the retrained models do?
 mislabel.py       does self-influence find wrong labels?
 heterogeneity.py  how right is each parameter group by itself?
 tail_patch.py     does one more step on a proponent help the query?
+given_scores.py   scores that were made elsewhere, as an index
 retrieval.py      do the strongest proponents hold what the query asks for?
 """
 
 from jaxattr.evaluation.damping_paths import damping_path as damping_path
 from jaxattr.evaluation.gains import MeasuredGain as MeasuredGain
 from jaxattr.evaluation.gains import measured_gain as measured_gain
+from jaxattr.evaluation.given_scores import index_of_scores as index_of_scores
 from jaxattr.evaluation.heterogeneity import group_lds as group_lds
 from jaxattr.evaluation.lds import LDS as LDS
 from jaxattr.evaluation.lds import Difference as Difference
