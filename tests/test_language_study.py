@@ -1,9 +1,12 @@
 """The parts of the language study that a run does not check by itself."""
 
+import re
+
 import numpy as np
 import pytest
 
 from experiments.language import baselines, corpus, facts, figures, text
+from jaxattr import evaluation
 
 
 def test_each_fact_has_one_source_and_a_distractor_without_the_answer():
@@ -15,6 +18,71 @@ def test_each_fact_has_one_source_and_a_distractor_without_the_answer():
         assert prompt + answer in made.documents[number]
         subject = max(prompt.split(), key=lambda word: (word[0].isupper(), len(word)))
         assert subject in made.documents[9 + number]
+
+
+STOP = set("the a of in to by at is was are and with for up that who those".split())
+
+
+def words(sentence):
+    return set(re.findall(r"\w+", sentence)) - STOP
+
+
+def test_stated_facts_stay_what_the_figures_are_of():
+    assert facts.invent(32).documents[:2] == [
+        "Ferkastan is a country by the sea. The capital of Ferkastan is Zortanvia, where the "
+        "parliament meets.",
+        "The river Miferbury rises in the hills near Beldriloth. Boats on Miferbury sail from "
+        "Beldriloth to the coast.",
+    ]
+
+
+def test_hard_facts_are_what_they_say():
+    made = facts.invent(64, kinds=tuple(facts.KINDS))
+    assert len(set(made.documents)) == len(made.documents)
+    assert max(map(len, made.documents)) < 127  # whole in the study's rows
+    given = zip(made.kinds, made.prompts, made.answers, made.sources, strict=True)
+    for kind, prompt, answer, places in given:
+        sources = [made.documents[place] for place in places]
+        assert answer.strip() in words(sources[-1])
+        subject = next(word for word in prompt.split() if word[0].isupper() and len(word) > 6)
+        if kind == "reworded":
+            assert not words(prompt) & words(sources[0])
+            (alias,) = (text for text in made.documents if subject in words(text))
+            assert len(words(alias) & words(sources[0])) >= 1
+        elif kind == "joined":
+            first, second = map(words, sources)
+            assert subject in first and subject not in second and answer.strip() not in first
+            assert any(word[0].isupper() for word in first & second)
+        elif kind == "crowded":
+            named = [text for text in made.documents if subject in words(text)]
+            shared = [len(words(prompt) & words(text)) for text in named if text not in sources]
+            assert len(shared) == 2 and min(shared) > len(words(prompt) & words(sources[0]))
+
+
+@pytest.mark.parametrize("kind", facts.KINDS)
+def test_a_search_for_words_finds_what_is_stated_and_not_what_is_hard(kind):
+    made = facts.invent(64, kinds=tuple(facts.KINDS))
+    asked = [f"{p}{a}" for p, a in zip(made.prompts, made.answers, strict=True)]
+    scores = baselines.bm25(made.documents, asked)
+    relevant = np.zeros(scores.shape, bool)
+    for row, places in enumerate(made.sources):
+        relevant[row, places] = True
+    rows = np.array(made.kinds) == kind
+    found = evaluation.hit_at_k(scores[rows], relevant[rows], 1).mean()
+    assert found > 0.95 if kind == "stated" else found < 0.5
+
+
+def test_hard_facts_are_in_the_corpus_with_all_their_sources():
+    texts = [f"document number {i} says {i * i} and little else" for i in range(60)]
+    kinds = tuple(facts.KINDS)
+    made = corpus.assemble(
+        texts, text.Bytes(), context=128, train=40, queries=5, known=8, kinds=kinds
+    )
+    assert made.kinds == [*kinds, *kinds] and made.sources.sum(axis=1).tolist() == [1, 1, 2, 1] * 2
+    invented = facts.invent(8, kinds=kinds)
+    for row, places in zip(made.sources, invented.sources, strict=True):
+        found = [made.texts[place] for place in np.flatnonzero(row)]
+        assert found == [invented.documents[place] for place in places]
 
 
 def test_questions_ask_for_the_answer_alone_and_sources_are_where_they_should_be():

@@ -3,6 +3,7 @@
 python -m experiments.language                     # Python's documentation; under ten minutes on two cores
 python -m experiments.language --full              # three models, 48 half-subsets, two seeds each
 python -m experiments.language --data wiki.train.tokens --weights gpt2/ --full   # on a GPU
+python -m experiments.language --facts all         # also facts that a search for words does not find
 python -m experiments.language --plan              # what GPT-2 small on WikiText-103 takes
 """  # noqa: E501
 
@@ -23,7 +24,7 @@ from rich.table import Table
 
 import jaxattr as ja
 from experiments import command_line, ground_truth
-from experiments.language import corpus, costs, figures, pretrained, study, text
+from experiments.language import corpus, costs, facts, figures, pretrained, study, text
 from experiments.language.study import Config, Result, Retrieval, Subject
 from experiments.language.text import Tokenizer
 from experiments.language.training import Recipe, perplexity
@@ -31,6 +32,7 @@ from jaxattr import evaluation, files
 from jaxattr.fitting.eigenbases import TruncationWarning
 from jaxattr.weights.report import WeightWarning
 
+FACTS = {"stated": ("stated",), "all": tuple(facts.KINDS)}
 TITLE = "Which documents taught the model this?"
 
 
@@ -56,6 +58,7 @@ def main() -> None:
     found = corpus.assemble(
         text.deduplicated(texts, 80, longest), tokenizer,
         context=context, train=config.train, queries=config.queries, known=config.known,
+        kinds=FACTS[arguments.facts],
     )  # fmt: skip
     runs = []
     for run in range(config.runs):
@@ -69,7 +72,7 @@ def main() -> None:
         if run == 0:
             _draw(subject, runs[0].results, arguments.folder)
     console.print(lds_table(runs))
-    console.print(facts_table(runs))
+    console.print(facts_table(runs, found.kinds))
     name = "full.json" if arguments.full else "quick.json"
     with files.written_whole(arguments.folder / name) as partial:
         partial.write_text(json.dumps([as_json(run) for run in runs], indent=1))
@@ -182,11 +185,12 @@ def lds_table(runs: list[Run]) -> Table:
     return table
 
 
-def facts_table(runs: list[Run]) -> Table:
+def facts_table(runs: list[Run], kinds: list[str]) -> Table:
     """Makes the table of retrieval of the facts' sources, all runs together.
 
     Args:
       runs: one per model.
+      kinds: of the facts; if there are several, each has a column.
 
     Returns:
       A table for a terminal.
@@ -197,14 +201,17 @@ def facts_table(runs: list[Run]) -> Table:
         "facts",
         padding=(0, 0, 0, 1),
     )
-    for heading in ("method", "weights", "recall@1", "MRR", "tail-patch"):
+    several = list(dict.fromkeys(kinds)) if len(set(kinds)) > 1 else []
+    for heading in ("method", "weights", "recall@1", *several, "MRR", "tail-patch"):
         table.add_column(heading)
 
     def add(name: str, weights: str, found: list[Retrieval], patches: list[np.ndarray]) -> None:
         hits = np.concatenate([each.hits for each in found])
         mrr = np.mean([each.mrr for each in found])
         patch = _interval(np.concatenate(patches), 2)
-        table.add_row(name, weights, _interval(hits[:, None], 0), f"{mrr:.2f}", patch)
+        each_kind = np.tile(kinds, len(found))
+        by_kind = [f"{100 * hits[each_kind == kind].mean():.0f}" for kind in several]
+        table.add_row(name, weights, _interval(hits[:, None], 0), *by_kind, f"{mrr:.2f}", patch)
 
     for method in runs[0].results:
         for weights in ("uniform", "learned"):
@@ -272,6 +279,7 @@ def _arguments() -> argparse.Namespace:
     parser = command_line.parser("language", __doc__)
     parser.add_argument("--data", type=Path, help="text, WikiText or .jsonl file, or a folder")
     parser.add_argument("--weights", type=Path, help="a GPT-2 as Hugging Face stores it")
+    parser.add_argument("--facts", choices=FACTS, default="stated", help="kinds of facts")
     parser.add_argument("--plan", action="store_true", help="GPT-2 small on WikiText-103: the cost")
     return parser.parse_args()
 
