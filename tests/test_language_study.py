@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+import jaxattr as ja
 from experiments.language import baselines, corpus, facts, figures, text
 from jaxattr import evaluation
 
@@ -115,3 +116,61 @@ def test_weights_are_drawn_where_they_belong():
     rows = list(figures.ROWS)
     assert grid[rows.index("up")].tolist() == [1.0, 2.0] and grid[rows.index("key"), 1] == 3.0
     assert grid[-1, 0] == 4.0 and np.isnan(grid).sum() == grid.size - 4
+
+
+def test_kinds_of_facts_have_a_column_each_if_there_are_several():
+    from experiments.language import __main__ as study_main
+    from experiments.language.study import Retrieval
+
+    hits = np.array([True, False, True, True])
+    found = Retrieval(hits, 0.8, np.zeros((4, 3), int))
+    run = study_main.Run({}, {"BM25": found}, {"BM25": np.zeros((4, 3))}, {})
+    kinds = ["stated", "joined"] * 2
+    table = study_main.facts_table([run, run], kinds)
+    cells = {column.header: list(column.cells) for column in table.columns}
+    assert cells["stated"] == ["100"] and cells["joined"] == ["50"]
+    made = study_main.as_json(run, kinds)["baselines"]["BM25"]
+    assert made["recall_at_1_by_kind"] == {"stated": 1.0, "joined": 0.5}
+    plain = study_main.facts_table([run], ["stated"] * 4)
+    assert [column.header for column in plain.columns] == [
+        "method", "weights", "recall@1", "MRR", "tail-patch"
+    ]  # fmt: skip
+
+
+def test_activations_of_the_model_are_compared():
+    import jax
+    import jax.numpy as jnp
+
+    from experiments.language import gpt2, study
+
+    texts = [f"document number {i} says {i * i} and little else" for i in range(60)]
+    made = corpus.assemble(texts, text.Bytes(), context=64, train=16, queries=5, known=4)
+    model = gpt2.Config(
+        vocabulary=256, context=64, width=8, depth=1, heads=2, remat=False, dtype=jnp.float64
+    )
+    params = gpt2.initial(model, jax.random.key(0))
+    subject = study.Subject(
+        gpt2.logits_fn(model),
+        None,
+        made,
+        params,
+        params,
+        None,
+        None,
+        None,  # not trained
+    )
+    index = study.activations(subject, study.Config(model))
+    hidden = gpt2.hidden_fn(model)
+
+    def mean(rows, i):
+        row = {name: jnp.asarray(array[i]) for name, array in rows.items()}
+        logits = gpt2.logits_fn(model)(params, row)
+        np.testing.assert_allclose(
+            hidden(params, row) @ params["embed"]["embedding"].T, logits, rtol=1e-5
+        )
+        found = np.asarray(hidden(params, row))[row["mask"].astype(bool)].mean(axis=0)
+        return found / np.linalg.norm(found)
+
+    expected = np.array([[mean(made.questions, q) @ mean(made.train, n) for n in range(16)]
+                         for q in range(4)])  # fmt: skip
+    np.testing.assert_allclose(ja.score(index, made.questions), expected, atol=1e-5)

@@ -73,9 +73,10 @@ def main() -> None:
             _draw(subject, runs[0].results, arguments.folder)
     console.print(lds_table(runs))
     console.print(facts_table(runs, found.kinds))
-    name = "full.json" if arguments.full else "quick.json"
+    name = "full" if arguments.full else "quick"
+    name += ".json" if arguments.facts == "stated" else f"_{arguments.facts}_facts.json"
     with files.written_whole(arguments.folder / name) as partial:
-        partial.write_text(json.dumps([as_json(run) for run in runs], indent=1))
+        partial.write_text(json.dumps([as_json(run, found.kinds) for run in runs], indent=1))
     console.print(
         f"{time.monotonic() - started:.0f} s. In {arguments.folder}/: who_taught_it.html (tokens "
         f"coloured by influence), weights.png, {name}."
@@ -108,7 +109,7 @@ def _measure(subject: Subject, config: Config, console: Console) -> Run:
         name = f"{method}, by kind"
         console.print(f"  {name}")
         results[name] = study.measure(subject, method, config, study.by_kind)
-    found = study.measure_baselines(subject.corpus, config.top)
+    found = study.measure_baselines(subject, config)
     console.print("  tail-patch")
     pairs = [(m, w) for m in results for w in ("uniform", "learned")]
     facts = {(m, w): results[m].facts[w].top for m, w in pairs}
@@ -209,9 +210,9 @@ def facts_table(runs: list[Run], kinds: list[str]) -> Table:
         hits = np.concatenate([each.hits for each in found])
         mrr = np.mean([each.mrr for each in found])
         patch = _interval(np.concatenate(patches), 2)
-        each_kind = np.tile(kinds, len(found))
-        by_kind = [f"{100 * hits[each_kind == kind].mean():.0f}" for kind in several]
-        table.add_row(name, weights, _interval(hits[:, None], 0), *by_kind, f"{mrr:.2f}", patch)
+        by_kind = _by_kind(hits, kinds * len(found)) if several else {}
+        each = [f"{100 * by_kind[kind]:.0f}" for kind in several]
+        table.add_row(name, weights, _interval(hits[:, None], 0), *each, f"{mrr:.2f}", patch)
 
     for method in runs[0].results:
         for weights in ("uniform", "learned"):
@@ -223,14 +224,22 @@ def facts_table(runs: list[Run], kinds: list[str]) -> Table:
     return table
 
 
-def as_json(run: Run) -> dict[str, Any]:
-    """The figures of one model, for a file."""
+def as_json(run: Run, kinds: list[str]) -> dict[str, Any]:
+    """The figures of one model, for a file.
+
+    Args:
+      run: of the model.
+      kinds: of the facts.
+    """
     return {
         "methods": {
             method: {
                 "lds": {k: [lds.mean, lds.low, lds.high] for k, lds in result.lds.items()},
                 "learned_minus_uniform": vars(result.difference),
                 "recall_at_1": {k: float(r.hits.mean()) for k, r in result.facts.items()},
+                "recall_at_1_by_kind": {
+                    k: _by_kind(r.hits, kinds) for k, r in result.facts.items()
+                },
                 "mrr": {k: r.mrr for k, r in result.facts.items()},
                 "weights": result.weights,
                 "shares": result.shares,
@@ -239,7 +248,11 @@ def as_json(run: Run) -> dict[str, Any]:
             for method, result in run.results.items()
         },
         "baselines": {
-            name: {"recall_at_1": float(b.hits.mean()), "mrr": b.mrr}
+            name: {
+                "recall_at_1": float(b.hits.mean()),
+                "recall_at_1_by_kind": _by_kind(b.hits, kinds),
+                "mrr": b.mrr,
+            }
             for name, b in run.baselines.items()
         },
         "tail_patch": {
@@ -290,6 +303,11 @@ def _mean_of(found: list[Any], sign: str = "") -> str:
         100 * np.mean([getattr(each, name) for each in found]) for name in ("mean", "low", "high")
     )
     return f"{mean:{sign}.1f}\n[{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def _by_kind(hits: np.ndarray, kinds: list[str]) -> dict[str, float]:
+    """Share of the facts of each kind whose source comes first."""
+    return {kind: float(hits[np.array(kinds) == kind].mean()) for kind in dict.fromkeys(kinds)}
 
 
 def _interval(values: np.ndarray, digits: int) -> str:
