@@ -39,6 +39,7 @@ from .methods.inner_products import tracin as tracin
 from .methods.method import Method as Method
 from .methods.method import citation as citation
 from .methods.method import featurizer as featurizer
+from .methods.similarity import embedding as embedding
 from .methods.trak import d_trak as d_trak
 from .methods.trak import das as das
 from .methods.trak import journey_trak as journey_trak
@@ -84,6 +85,7 @@ __all__ = [
     "describe",
     "diffusion",
     "ekfac",
+    "embedding",
     "evaluation",
     "expectation",
     "featurizer",

@@ -3,6 +3,7 @@
 python -m experiments.language                     # Python's documentation; under ten minutes on two cores
 python -m experiments.language --full              # three models, 48 half-subsets, two seeds each
 python -m experiments.language --data wiki.train.tokens --weights gpt2/ --full   # on a GPU
+python -m experiments.language --facts all         # also facts that a search for words does not find
 python -m experiments.language --plan              # what GPT-2 small on WikiText-103 takes
 """  # noqa: E501
 
@@ -23,7 +24,7 @@ from rich.table import Table
 
 import jaxattr as ja
 from experiments import command_line, ground_truth
-from experiments.language import corpus, costs, figures, pretrained, study, text
+from experiments.language import corpus, costs, facts, figures, pretrained, study, text
 from experiments.language.study import Config, Result, Retrieval, Subject
 from experiments.language.text import Tokenizer
 from experiments.language.training import Recipe, perplexity
@@ -31,6 +32,7 @@ from jaxattr import evaluation, files
 from jaxattr.fitting.eigenbases import TruncationWarning
 from jaxattr.weights.report import WeightWarning
 
+FACTS = {"stated": ("stated",), "all": tuple(facts.KINDS)}
 TITLE = "Which documents taught the model this?"
 
 
@@ -56,6 +58,7 @@ def main() -> None:
     found = corpus.assemble(
         text.deduplicated(texts, 80, longest), tokenizer,
         context=context, train=config.train, queries=config.queries, known=config.known,
+        kinds=FACTS[arguments.facts],
     )  # fmt: skip
     runs = []
     for run in range(config.runs):
@@ -69,10 +72,11 @@ def main() -> None:
         if run == 0:
             _draw(subject, runs[0].results, arguments.folder)
     console.print(lds_table(runs))
-    console.print(facts_table(runs))
-    name = "full.json" if arguments.full else "quick.json"
+    console.print(facts_table(runs, found.kinds))
+    name = "full" if arguments.full else "quick"
+    name += ".json" if arguments.facts == "stated" else f"_{arguments.facts}_facts.json"
     with files.written_whole(arguments.folder / name) as partial:
-        partial.write_text(json.dumps([as_json(run) for run in runs], indent=1))
+        partial.write_text(json.dumps([as_json(run, found.kinds) for run in runs], indent=1))
     console.print(
         f"{time.monotonic() - started:.0f} s. In {arguments.folder}/: who_taught_it.html (tokens "
         f"coloured by influence), weights.png, {name}."
@@ -105,7 +109,7 @@ def _measure(subject: Subject, config: Config, console: Console) -> Run:
         name = f"{method}, by kind"
         console.print(f"  {name}")
         results[name] = study.measure(subject, method, config, study.by_kind)
-    found = study.measure_baselines(subject.corpus, config.top)
+    found = study.measure_baselines(subject, config)
     console.print("  tail-patch")
     pairs = [(m, w) for m in results for w in ("uniform", "learned")]
     facts = {(m, w): results[m].facts[w].top for m, w in pairs}
@@ -182,11 +186,12 @@ def lds_table(runs: list[Run]) -> Table:
     return table
 
 
-def facts_table(runs: list[Run]) -> Table:
+def facts_table(runs: list[Run], kinds: list[str]) -> Table:
     """Makes the table of retrieval of the facts' sources, all runs together.
 
     Args:
       runs: one per model.
+      kinds: of the facts; if there are several, each has a column.
 
     Returns:
       A table for a terminal.
@@ -197,14 +202,17 @@ def facts_table(runs: list[Run]) -> Table:
         "facts",
         padding=(0, 0, 0, 1),
     )
-    for heading in ("method", "weights", "recall@1", "MRR", "tail-patch"):
+    several = list(dict.fromkeys(kinds)) if len(set(kinds)) > 1 else []
+    for heading in ("method", "weights", "recall@1", *several, "MRR", "tail-patch"):
         table.add_column(heading)
 
     def add(name: str, weights: str, found: list[Retrieval], patches: list[np.ndarray]) -> None:
         hits = np.concatenate([each.hits for each in found])
         mrr = np.mean([each.mrr for each in found])
         patch = _interval(np.concatenate(patches), 2)
-        table.add_row(name, weights, _interval(hits[:, None], 0), f"{mrr:.2f}", patch)
+        by_kind = _by_kind(hits, kinds * len(found)) if several else {}
+        each = [f"{100 * by_kind[kind]:.0f}" for kind in several]
+        table.add_row(name, weights, _interval(hits[:, None], 0), *each, f"{mrr:.2f}", patch)
 
     for method in runs[0].results:
         for weights in ("uniform", "learned"):
@@ -216,14 +224,22 @@ def facts_table(runs: list[Run]) -> Table:
     return table
 
 
-def as_json(run: Run) -> dict[str, Any]:
-    """The figures of one model, for a file."""
+def as_json(run: Run, kinds: list[str]) -> dict[str, Any]:
+    """The figures of one model, for a file.
+
+    Args:
+      run: of the model.
+      kinds: of the facts.
+    """
     return {
         "methods": {
             method: {
                 "lds": {k: [lds.mean, lds.low, lds.high] for k, lds in result.lds.items()},
                 "learned_minus_uniform": vars(result.difference),
                 "recall_at_1": {k: float(r.hits.mean()) for k, r in result.facts.items()},
+                "recall_at_1_by_kind": {
+                    k: _by_kind(r.hits, kinds) for k, r in result.facts.items()
+                },
                 "mrr": {k: r.mrr for k, r in result.facts.items()},
                 "weights": result.weights,
                 "shares": result.shares,
@@ -232,7 +248,11 @@ def as_json(run: Run) -> dict[str, Any]:
             for method, result in run.results.items()
         },
         "baselines": {
-            name: {"recall_at_1": float(b.hits.mean()), "mrr": b.mrr}
+            name: {
+                "recall_at_1": float(b.hits.mean()),
+                "recall_at_1_by_kind": _by_kind(b.hits, kinds),
+                "mrr": b.mrr,
+            }
             for name, b in run.baselines.items()
         },
         "tail_patch": {
@@ -272,6 +292,7 @@ def _arguments() -> argparse.Namespace:
     parser = command_line.parser("language", __doc__)
     parser.add_argument("--data", type=Path, help="text, WikiText or .jsonl file, or a folder")
     parser.add_argument("--weights", type=Path, help="a GPT-2 as Hugging Face stores it")
+    parser.add_argument("--facts", choices=FACTS, default="stated", help="kinds of facts")
     parser.add_argument("--plan", action="store_true", help="GPT-2 small on WikiText-103: the cost")
     return parser.parse_args()
 
@@ -282,6 +303,11 @@ def _mean_of(found: list[Any], sign: str = "") -> str:
         100 * np.mean([getattr(each, name) for each in found]) for name in ("mean", "low", "high")
     )
     return f"{mean:{sign}.1f}\n[{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def _by_kind(hits: np.ndarray, kinds: list[str]) -> dict[str, float]:
+    """Share of the facts of each kind whose source comes first."""
+    return {kind: float(hits[np.array(kinds) == kind].mean()) for kind in dict.fromkeys(kinds)}
 
 
 def _interval(values: np.ndarray, digits: int) -> str:

@@ -1,5 +1,6 @@
 """The parts of a corpus: what is attributed to, what is asked, and what the model grew up on."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,8 @@ class Corpus(NamedTuple):
       questions: a row per fact, whose answer alone is asked for.
       sentences: prompt and answer of each fact, as text.
       prompts: the prompts alone.
-      sources: bool [facts, n], which document states the fact.
+      sources: bool [facts, n], which documents state the fact.
+      kinds: of each fact, as in `facts.KINDS`.
     """
 
     tokenizer: Tokenizer
@@ -36,10 +38,18 @@ class Corpus(NamedTuple):
     sentences: list[str]
     prompts: list[str]
     sources: np.ndarray
+    kinds: list[str]
 
 
 def assemble(
-    texts: list[str], tokenizer: Tokenizer, *, context: int, train: int, queries: int, known: int
+    texts: list[str],
+    tokenizer: Tokenizer,
+    *,
+    context: int,
+    train: int,
+    queries: int,
+    known: int,
+    kinds: Sequence[str] = ("stated",),
 ) -> Corpus:
     """Splits texts, and puts invented facts among those to train on.
 
@@ -50,6 +60,7 @@ def assemble(
       train: documents to attribute to, facts included.
       queries: to learn weights from, and as many others to measure on.
       known: facts.
+      kinds: of facts, as in `facts.KINDS`.
 
     Returns:
       The corpus.
@@ -57,7 +68,7 @@ def assemble(
     Raises:
       ValueError: if there are too few documents.
     """
-    invented = facts.invent(known)
+    invented = facts.invent(known, kinds=kinds)
     plain = train - len(invented.documents)
     needed = plain + 2 * queries + 1
     if plain < 1 or len(texts) < needed:
@@ -73,7 +84,8 @@ def assemble(
 
     sentences = [f"{p}{a}" for p, a in zip(invented.prompts, invented.answers, strict=True)]
     sources = np.zeros((known, train), bool)
-    sources[np.arange(known), plain + np.arange(known)] = True
+    for row, places in enumerate(invented.sources):
+        sources[row, plain + np.array(places)] = True
     background = [tokenizer.encode(text) for text in texts[2 * queries + plain :]]
     return Corpus(
         tokenizer,
@@ -86,6 +98,7 @@ def assemble(
         sentences,
         invented.prompts,
         sources,
+        invented.kinds,
     )
 
 

@@ -107,6 +107,12 @@ class GPT2(nnx.Module):
         Returns:
           Logits of the next tokens, float32 [t, vocabulary].
         """
+        return self.embed.attend(self.hidden(ids, segments, positions))
+
+    def hidden(
+        self, ids: jax.Array, segments: jax.Array | None, positions: jax.Array | None
+    ) -> jax.Array:
+        """Computes what the logits are made of, float32 [t, width]."""
         t = ids.shape[0]
         positions = jnp.arange(t) if positions is None else positions
         visible = jnp.tril(jnp.ones((t, t), bool))
@@ -119,7 +125,7 @@ class GPT2(nnx.Module):
 
         through = nnx.remat(through) if self.config.remat else through
         x = nnx.scan(through, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.blocks, x)
-        return self.embed.attend(_wide(self.norm(x)))
+        return _wide(self.norm(x))
 
 
 def initial(config: Config, key: jax.Array) -> dict[str, Any]:
@@ -145,12 +151,28 @@ def logits_fn(config: Config) -> Callable[[Any, Any], jax.Array]:
       (params, example) -> logits [t, vocabulary], for an example with `inputs` and, if documents
       are packed, `segments` and `positions`.
     """
+    return _pure(config, GPT2.__call__)
+
+
+def hidden_fn(config: Config) -> Callable[[Any, Any], jax.Array]:
+    """Makes the model's last activations a pure function.
+
+    Args:
+      config: the size.
+
+    Returns:
+      (params, example) -> activations [t, width], of examples as in `logits_fn`.
+    """
+    return _pure(config, GPT2.hidden)
+
+
+def _pure(config: Config, method: Callable[..., jax.Array]) -> Callable[[Any, Any], jax.Array]:
     model = nnx.eval_shape(lambda: GPT2(config, rngs=nnx.Rngs(0)))
     graph, _, *rest = nnx.split(model, nnx.Param, ...)
 
     def apply(params: Any, example: Any) -> jax.Array:
         model = nnx.merge(graph, nnx.State(params), *rest)
-        return model(example["inputs"], example.get("segments"), example.get("positions"))
+        return method(model, example["inputs"], example.get("segments"), example.get("positions"))
 
     return apply
 

@@ -238,24 +238,63 @@ def measure(subject: Subject, name: str, config: Config, groups: Any = ja.by_lay
     )
 
 
-def measure_baselines(corpus: Corpus, k: int) -> dict[str, Retrieval]:
-    """Retrieval of the facts' sources by text alone, and by chance.
+def measure_baselines(subject: Subject, config: Config) -> dict[str, Retrieval]:
+    """Retrieval of the facts' sources by similarity, of texts or of what the model makes of them.
 
     Args:
-      corpus: the data.
-      k: proponents to keep.
+      subject: the model.
+      config: size of the study.
 
     Returns:
-      {name: figures}.
+      {name: figures}; the last is chance.
     """
+    corpus = subject.corpus
     texts, asked = corpus.texts, corpus.sentences
+    of_train, of_questions = (_losses(subject, rows) for rows in (corpus.train, corpus.questions))
     scores = {
         "BM25": baselines.bm25(texts, asked),
         "BM25 without the answer": baselines.bm25(texts, corpus.prompts),
         "text embedding": baselines.embeddings(texts, asked),
+        "activations": ja.score(activations(subject, config), corpus.questions),
+        "loss similarity": -abs(of_questions[:, None] - of_train),
         "chance": np.random.default_rng(0).random((len(asked), len(texts))),
     }
-    return {name: _retrieval(found, corpus, k) for name, found in scores.items()}
+    return {name: _retrieval(found, corpus, config.top) for name, found in scores.items()}
+
+
+def activations(subject: Subject, config: Config) -> ja.Index:
+    """Makes an index of the model's last activations, means over the targets that count.
+
+    Args:
+      subject: the model.
+      config: size of the study.
+
+    Returns:
+      The index, whose scores are cosines.
+    """
+    hidden = gpt2.hidden_fn(config.model)
+
+    def embed(params: Any, row: Any) -> jax.Array:
+        mask = row["mask"].astype(jnp.float32)
+        return mask @ hidden(params, row) / mask.sum()
+
+    return ja.build_index(
+        ja.embedding(embed, name="activations"),
+        {"probe": jnp.zeros(config.model.width), "model": subject.params},
+        subject.corpus.train,
+        groups=ja.by_leaf(exclude="^model"),
+        batch_size=32,
+    )
+
+
+def _losses(subject: Subject, rows: Rows) -> np.ndarray:
+    """Mean loss per target of each row."""
+
+    def mean_loss(row: Any) -> jax.Array:
+        return subject.loss(subject.params, row, jax.random.key(0)) / row["mask"].sum()
+
+    given = jax.tree.map(jnp.asarray, rows)
+    return np.asarray(jax.jit(lambda rows: jax.lax.map(mean_loss, rows, batch_size=32))(given))
 
 
 def _retrieval(scores: Any, corpus: Corpus, k: int) -> Retrieval:

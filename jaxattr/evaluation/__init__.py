@@ -4,16 +4,19 @@ retraining.py     train on many subsets at once
 outcomes.py       small models on subsets, to learn weights from
 training.py       a training function for those who have none
 gains.py          what do learned weights gain on other queries?
+removal.py        is the model worse without what scores name?
 lds.py            do scores predict what the retrained models do?
 mislabel.py       does self-influence find wrong labels?
 heterogeneity.py  how right is each parameter group by itself?
 tail_patch.py     does one more step on a proponent help the query?
+given_scores.py   scores that were made elsewhere, as an index
 retrieval.py      do the strongest proponents hold what the query asks for?
 """
 
 from jaxattr.evaluation.damping_paths import damping_path as damping_path
 from jaxattr.evaluation.gains import MeasuredGain as MeasuredGain
 from jaxattr.evaluation.gains import measured_gain as measured_gain
+from jaxattr.evaluation.given_scores import index_of_scores as index_of_scores
 from jaxattr.evaluation.heterogeneity import group_lds as group_lds
 from jaxattr.evaluation.lds import LDS as LDS
 from jaxattr.evaluation.lds import Difference as Difference
@@ -23,6 +26,9 @@ from jaxattr.evaluation.lds import paired_difference as paired_difference
 from jaxattr.evaluation.mislabel import flip_labels as flip_labels
 from jaxattr.evaluation.mislabel import mislabel_auc as mislabel_auc
 from jaxattr.evaluation.outcomes import outcomes as outcomes
+from jaxattr.evaluation.removal import Fall as Fall
+from jaxattr.evaluation.removal import Removal as Removal
+from jaxattr.evaluation.removal import removal as removal
 from jaxattr.evaluation.retraining import outputs as outputs
 from jaxattr.evaluation.retraining import random_subsets as random_subsets
 from jaxattr.evaluation.retraining import retrain as retrain

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.counts import whole_number
 from jaxattr.evaluation.retraining import (
+    AT_ONCE,
     TrainFn,
     check_number,
     explaining_training,
@@ -31,9 +32,6 @@ from jaxattr.sharding import barrier
 from jaxattr.store import on_first_process
 from jaxattr.typing import Batch, Key, OutputFn, Params
 from jaxattr.weights.outcomes import Outcomes, digest_of_queries
-
-# Models in memory at once: few enough to show progress, and to resume.
-_AT_ONCE = 16
 
 
 def outcomes(
@@ -102,7 +100,7 @@ def outcomes(
     check_function(train_fn, "train_fn", ("key", "ids"))
     check_number(train_fn, n)
     place = models_over(mesh)
-    at_once = max(_AT_ONCE, place.shards) if at_once is None else whole_number("at_once", at_once)
+    at_once = max(AT_ONCE, place.shards) if at_once is None else whole_number("at_once", at_once)
     subset_key, train_key, output_key = jax.random.split(key, 3)
     masks = _subsets(subset_key, n, models, fraction, pool, strata)
     ids = jax.ShapeDtypeStruct((int(masks[0].sum()),), jnp.int32)

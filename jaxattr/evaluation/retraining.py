@@ -23,6 +23,9 @@ from jaxattr.sharding import DATA, Placement, check_mesh, placement, split_rows
 from jaxattr.sources import track
 from jaxattr.typing import Batch, Key, OutputFn, Params
 
+# Models in memory at once, where nothing is said: few enough to show progress, and to resume.
+AT_ONCE = 16
+
 TrainFn = Callable[[Key, jax.Array], Params]
 """(key, ids int [s]) -> params: trains from scratch on the examples that ids name. Pure."""
 

@@ -13,6 +13,7 @@ from jaxattr.index.index import Index, first_ids
 from jaxattr.index.queries import QueryFeatures
 from jaxattr.kernels import Iterates, Kernel
 from jaxattr.methods.method import citation
+from jaxattr.methods.similarity import compares
 from jaxattr.scores.weighting import weight_array
 from jaxattr.typing import Weights
 from jaxattr.weights.report import UNKNOWN_GAIN, WeightFit
@@ -44,6 +45,7 @@ class Facts(NamedTuple):
     Attributes:
       method: its name.
       link: as in `Method`.
+      compares: whether scores say how alike examples are, and not what training on them did.
       weighting: what the weights are, in a few words.
       gain: of the weights over uniform ones, in words; None where there are none.
       tiles: (what, value, more) that are worth a large number.
@@ -56,6 +58,7 @@ class Facts(NamedTuple):
 
     method: str
     link: str
+    compares: bool
     weighting: str
     gain: str | None
     tiles: tuple[tuple[str, str, str], ...]
@@ -84,6 +87,7 @@ def gather(index: Index, prepared: QueryFeatures, weights: Weights | None, versi
     return Facts(
         method="method not given" if method is None else method.name,
         link=index.link,
+        compares=compares(method),
         weighting="uniform weights"
         if weights is None
         else "learned weights"

@@ -72,6 +72,12 @@ def _sign(facts: Facts) -> str:
             "Scores of this method are squares: they say how much an example matters, and not "
             "which way. They compare within a query, not between queries."
         )
+    if facts.compares:
+        return (
+            'The training examples that are <b class="pro">most like</b> each query, and, of those '
+            'with negative scores, <b class="opp">least like</b> it. This is a baseline: it '
+            "compares examples, and knows nothing of what training on them did."
+        )
     return (
         'Training on a <b class="pro">proponent</b> made the model do more of what it did on the '
         'query; training on an <b class="opp">opponent</b>, less. Scores compare within a query, '

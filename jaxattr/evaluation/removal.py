@@ -1,0 +1,306 @@
+"""Removal: how much worse is a model at a query without the examples that scores name?"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxattr import markup
+from jaxattr.batches import leading_size
+from jaxattr.counts import whole_number
+from jaxattr.evaluation.retraining import (
+    AT_ONCE,
+    TrainFn,
+    check_number,
+    explaining_training,
+    models_over,
+    of_queries,
+    random_subsets,
+    trained,
+)
+from jaxattr.evaluation.retrieval import strongest
+from jaxattr.inputs.data import as_batch
+from jaxattr.inputs.outputs import check_function, runs
+from jaxattr.keys import check_key
+from jaxattr.typing import Batch, Key, OutputFn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fall:
+    """How far outputs fall when each query loses its own examples, beyond random ones.
+
+    Attributes:
+      count: examples removed for each query.
+      mean: over queries; positive: what was removed helped.
+      low: 2.5 % quantile of the mean over resampled queries and random draws.
+      high: 97.5 % quantile.
+      per_query: the mean output without random examples, minus that without the query's own; NaN
+        where skipped, [q].
+      flips: share of the queries with a positive output without random examples that have none
+        without their own: brittleness, if the output is a margin. NaN if no output is positive.
+      random_flips: the same share without random examples, by single draws.
+      skipped: queries that have an output which is not finite.
+      outputs: without the query's own examples, [q].
+      random: without random examples, the same for every method, [draws, q].
+    """
+
+    count: int
+    mean: float
+    low: float
+    high: float
+    per_query: np.ndarray
+    flips: float
+    random_flips: float
+    skipped: int
+    outputs: np.ndarray
+    random: np.ndarray
+
+    def __str__(self) -> str:
+        text = f"{self.mean:+.3g} [{self.low:+.3g}, {self.high:+.3g}]"
+        return text + (f" ({self.skipped} queries skipped)" if self.skipped else "")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Removal:
+    """What the removal of proponents and of opponents does, for each fraction.
+
+    Attributes:
+      fractions: of the training set, that were removed.
+      proponents: without the strongest proponents, for each fraction: outputs should fall.
+      opponents: without the strongest opponents: outputs should rise, and the mean be negative.
+    """
+
+    fractions: tuple[float, ...]
+    proponents: tuple[Fall, ...]
+    opponents: tuple[Fall, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"without {removed}: proponents {fall}{flips}; opponents {other}"
+            for removed, fall, flips, other in self._rows(", {} flip")
+        ]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a row for each fraction."""
+        headings = ("removed", "without proponents", "flips", "without opponents")
+        caption = "Fall of the outputs, beyond that of random removal"
+        return markup.table(headings, self._rows("{}"), caption)
+
+    def _rows(self, flips: str) -> list[tuple[str, Fall, str, Fall]]:
+        return [
+            (
+                f"{100 * fraction:g} % ({fall.count})",
+                fall,
+                "" if np.isnan(fall.flips) else flips.format(f"{100 * fall.flips:.0f} %"),
+                other,
+            )
+            for fraction, fall, other in zip(
+                self.fractions, self.proponents, self.opponents, strict=True
+            )
+        ]
+
+
+def removal(
+    train_fn: TrainFn,
+    output_fn: OutputFn,
+    scores: Any,
+    queries: Batch,
+    key: Key,
+    *,
+    fractions: Sequence[float] = (0.01, 0.05),
+    random: int = 16,
+    seeds: int = 1,
+    at_once: int | None = None,
+    mesh: Mesh | None = None,
+    axis: str = "data",
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Removal:
+    """Retrains without each query's strongest examples, and measures how far its output falls.
+
+    With minus a loss as output, the fall is the query loss difference (QLD): the rise of the
+    query's loss. With a margin, `flips` is brittleness: how many predictions turn. Outputs are
+    compared with those of models without as many random examples, so that it does not matter that
+    a model has less data.
+
+    With the same key, two methods are compared on the same random draws and from the same seeds, so
+    that their difference is known better than each: `mean_interval(first.proponents[0].per_query -
+    second.proponents[0].per_query)`.
+
+    Args:
+      train_fn: (key, ids int [s]) -> params, pure, as in `ja.retrain`; `ja.trainer` makes one.
+      output_fn: (params, example, key) -> scalar; larger = more of what scores attribute: minus a
+        loss, or a margin.
+      scores: float [q, n], larger = stronger proponent. The most negative are the opponents; where
+        there are fewer, as of squares, the smallest.
+      queries: a pytree of arrays [q, ...].
+      key: PRNG key.
+      fractions: of the training set, to remove.
+      random: draws of random examples, for each fraction.
+      seeds: models per subset, over which outputs are averaged; the same keys for all subsets.
+      at_once: models in memory at once. Default: 16, or one per device.
+      mesh: devices to spread the models over. Default: the default device.
+      axis: the axis of the mesh to spread them over.
+      resamples: of queries and random draws, for the intervals, which are of these seeds, and too
+        narrow with fewer than some 24 queries or draws.
+      seed: of the resamples.
+
+    Returns:
+      The falls, for each fraction.
+
+    Raises:
+      TypeError: if fractions are no sequence, or a count is no whole number.
+      ValueError: if scores are not finite or not [q, n], a fraction removes nothing or all, or the
+        train function ignores its ids or has another number of examples.
+
+    Warns:
+      UserWarning: if the train function ignores its key.
+
+    Cost: (2 q + random) * seeds trainings for each fraction, on all examples but those removed;
+      each model is asked all queries.
+
+    References:
+      Ilyas et al. (2022), Datamodels, arXiv:2202.00622 (brittleness). Deviation: there outputs are
+      compared with those of models of all examples.
+
+    Example:
+      >>> data = jax.numpy.arange(20.0)
+      >>> def mean(key, ids):
+      ...     return data[ids].mean() + 0 * jax.random.normal(key)
+      >>> found = removal(mean, lambda params, example, key: params * example, data[None],
+      ...                 np.ones(1), jax.random.key(0), fractions=[0.1])
+      >>> found.proponents[0].count, float(found.proponents[0].outputs[0])
+      (2, 8.5)
+    """
+    check_function(train_fn, "train_fn", ("key", "ids"))
+    check_function(output_fn, "output_fn")
+    key, seeds = check_key(key), whole_number("seeds", seeds)
+    scores = _checked_scores(scores)
+    q, n = scores.shape
+    check_number(train_fn, n)
+    subset_key, train_key, output_key = jax.random.split(key, 3)
+    drawn = _random_removals(subset_key, n, random, fractions)
+    place = models_over(mesh, axis)
+    at_once = max(AT_ONCE, place.shards) if at_once is None else whole_number("at_once", at_once)
+    whole_number("resamples", resamples)
+    with explaining_training():
+        shapes = jax.eval_shape(train_fn, train_key, np.arange(n))
+    queries = as_batch(queries, "queries", functools.partial(runs, output_fn, shapes))
+    if leading_size(queries) != q:
+        raise ValueError(
+            f"scores must be [q, n] of the {leading_size(queries)} queries, got {[q, n]}."
+        )
+    ask = of_queries(output_fn, shapes, queries, output_key)
+    keys = jax.random.split(train_key, seeds)
+
+    def outputs_without(removed: np.ndarray) -> np.ndarray:
+        """Outputs of models on all queries, a model for each row of bool [m, n]: float [m, q]."""
+        chunks = trained(
+            train_fn, ~removed, keys[np.tile(np.arange(seeds), len(removed))],
+            seeds=seeds, at_once=at_once, place=place, then=ask,
+        )  # fmt: skip
+        found = np.concatenate([np.asarray(chunk, np.float64) for chunk in chunks])
+        return found.reshape(len(removed), seeds, q).mean(axis=1)
+
+    draws = functools.partial(_resamples, resamples, seed)
+    falls = [_falls(outputs_without, scores, masks, draws) for masks in drawn]
+    return Removal(
+        fractions=tuple(map(float, fractions)),
+        proponents=tuple(proponents for proponents, _ in falls),
+        opponents=tuple(opponents for _, opponents in falls),
+    )
+
+
+def _falls(
+    outputs_without: Callable[[np.ndarray], np.ndarray],
+    scores: np.ndarray,
+    drawn: np.ndarray,
+    draws: Callable[..., np.ndarray],
+) -> tuple[Fall, Fall]:
+    """Of proponents and of opponents; all models of one size are trained together."""
+    q, count = len(scores), int(drawn[0].sum())
+    own = [_removed(scores, count), _removed(-scores, count)]
+    found = outputs_without(np.concatenate([*own, drawn]))  # [2 q + random, q]
+    most, least, random = np.split(found, [q, 2 * q])
+    first, second = (_fall(count, part.diagonal().copy(), random, draws) for part in (most, least))
+    return first, second
+
+
+def _fall(
+    count: int, outputs: np.ndarray, random: np.ndarray, draws: Callable[..., np.ndarray]
+) -> Fall:
+    usual = random.mean(axis=0)
+    finite = np.isfinite(outputs) & np.isfinite(usual)
+    per_query = np.where(finite, usual - outputs, np.nan)
+    mean = low = high = flips = random_flips = float("nan")
+    if finite.any():
+        mean = float(per_query[finite].mean())
+        resampled = draws(outputs[finite], random[:, finite])
+        low, high = map(float, np.quantile(resampled, [0.025, 0.975]))
+    positive = finite & (usual > 0)
+    if positive.any():
+        flips = float((outputs[positive] <= 0).mean())
+        random_flips = float((random[:, positive] <= 0).mean())
+    return Fall(
+        count=count,
+        mean=mean,
+        low=low,
+        high=high,
+        per_query=per_query,
+        flips=flips,
+        random_flips=random_flips,
+        skipped=int((~finite).sum()),
+        outputs=outputs,
+        random=random,
+    )
+
+
+def _resamples(count: int, seed: int, outputs: np.ndarray, random: np.ndarray) -> np.ndarray:
+    """Means over resampled queries and draws, [count]: all queries share the luck of the draws."""
+    generator = np.random.default_rng(seed)
+    draws = generator.integers(len(random), size=(count, len(random)))
+    queries = generator.integers(len(outputs), size=(count, len(outputs)))
+    return np.array(
+        [
+            (random[rows].mean(axis=0) - outputs)[columns].mean()
+            for rows, columns in zip(draws, queries, strict=True)
+        ]
+    )
+
+
+def _removed(scores: np.ndarray, count: int) -> np.ndarray:
+    masks = np.zeros(scores.shape, bool)
+    np.put_along_axis(masks, strongest(scores, count), True, axis=1)
+    return masks
+
+
+def _random_removals(key: Key, n: int, random: int, fractions: Sequence[float]) -> list[np.ndarray]:
+    """Masks [random, n] of what is removed, for each fraction."""
+    if np.ndim(fractions) != 1 or not len(fractions):
+        raise TypeError(
+            f"fractions must be a list, of one fraction [{fractions!r}], got {fractions!r}."
+        )
+    random = whole_number("random", random)
+    return [random_subsets(key, n, random, fraction=fraction) for fraction in fractions]
+
+
+def _checked_scores(scores: Any) -> np.ndarray:
+    scores = np.asarray(scores)
+    if scores.ndim != 2 or not scores.size or scores.dtype.kind not in "iuf":
+        raise ValueError(
+            f"scores must be real numbers [q, n], got {scores.dtype} {list(scores.shape)}: those "
+            "of ja.score(index, queries)."
+        )
+    scores = scores.astype(np.float64)
+    lost = np.flatnonzero(~np.isfinite(scores).all(axis=1))
+    if len(lost):
+        raise ValueError(
+            f"{len(lost)} queries have scores that are not finite, at positions "
+            f"{lost[:10].tolist()}: leave them out, of the queries too."
+        )
+    return scores
