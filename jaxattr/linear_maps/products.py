@@ -93,7 +93,7 @@ class Product(abc.ABC):
           matrix: what spans the outputs, or None for the identity.
         """
         if matrix is not None:
-            compressed = compressed @ jnp.swapaxes(matrix, -1, -2)  # [*layers, t, out]
+            compressed = _multiply(compressed, matrix, 1)  # [*layers, t, out]
         return rearrange(compressed, self._canonical(self.outs), self.y)
 
     def cotangents(self, y: jax.Array) -> jax.Array:
@@ -121,7 +121,7 @@ class Product(abc.ABC):
         else:
             compressed = self.project(x, a).astype(z.dtype)
             compressed = compressed if bias is None else compressed + bias.astype(z.dtype)
-            compressed = compressed @ z  # [*layers, t, r']
+            compressed = _multiply(compressed, z, 0)  # [*layers, t, r']
         return self.expand(compressed.astype(dtype), b if b is None else b.astype(dtype))
 
     def _canonical(self, features: Dim) -> Dims:
@@ -139,7 +139,7 @@ class _Dense(Product):
         return rearrange(x, self.x, self._canonical(self.ins)).astype(self.dtype)
 
     def project(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
-        return self.inputs(x) @ matrix.astype(self.dtype)
+        return _multiply(self.inputs(x), matrix.astype(self.dtype), 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -436,3 +436,13 @@ def _new(number: int, size: int) -> Dim:
 
 def _compute_dtype(eqn: JaxprEqn) -> Any:
     return widest(*(aval(v).dtype for v in eqn.invars[-2:]))
+
+
+def _multiply(rows: jax.Array, matrix: jax.Array, summed: int) -> jax.Array:
+    """Returns rows [*layers, t, f] times a matrix, [*layers, f, g] or transposed.
+
+    As one operation: `jnp.matmul` is a program of its own, which is traced and derived at each use.
+    """
+    layers = tuple(range(rows.ndim - 2))
+    contracting = (rows.ndim - 1,), (len(layers) + summed,)
+    return jax.lax.dot_general(rows, matrix, (contracting, (layers, layers)))
