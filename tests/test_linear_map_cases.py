@@ -30,6 +30,19 @@ def in_blocks(x, blocks, wrapped=lambda body: body):
     return jnp.concatenate([*pieces, total[:, None]], 1)
 
 
+def cut_in_a_scan(w, x, places, start=lambda i: i, wrapped=lambda body: body, reverse=False):
+    """As `in_blocks`, where the block is cut out at a place that is computed."""
+
+    def body(total, i):
+        block = jax.lax.dynamic_slice(w, (start(i), 0), (4, 6))
+        logits = jnp.exp(0.1 * x) @ block.T
+        return total + jnp.exp(logits).sum(1), jnp.tanh(logits) * (i + 1)
+
+    init = jnp.zeros(len(x))
+    total, pieces = jax.lax.scan(wrapped(body), init, places, reverse=reverse)
+    return jnp.concatenate([*pieces, total[:, None]], 1)
+
+
 def filled(w, ids):
     return w.at[ids].get(mode="fill", fill_value=0)
 
@@ -122,6 +135,7 @@ def straight_through(w):
     return w + jax.lax.stop_gradient(jnp.clip(jnp.round(w / unit), -7, 7) * unit - w)
 
 
+PRUNED = np.random.default_rng(0).integers(2, size=(6, 5)).astype(float)
 MASK = np.ones((3, 3, 4, 5))
 MASK[1, 1:] = MASK[2] = 0
 
@@ -1114,9 +1128,114 @@ CASES = {
         {"a": "used by dot_general with b", "b": "used by dot_general with a"},
     ),
     "picked by a traced index in a loop": (
-        {"w": (3, 6, 6)},
-        lambda p, e: jax.lax.fori_loop(0, 3, lambda i, x: x @ p["w"][i], e["x"]),
-        {"w": "used by dynamic_slice|carried by a scan"},
+        {"w": (3, 6, 6), "b": (3, 6)},
+        lambda p, e: jax.lax.fori_loop(
+            0, 3, lambda i, x: jnp.tanh(x @ p["w"][i] + p["b"][i]), e["x"]
+        ),
+        {"w": "dense 6 6 b x3"},
+    ),
+    "picked by a traced index along the last axis": (
+        {"w": (6, 6, 3), "v": (3, 6, 6)},
+        lambda p, e: jax.lax.scan(
+            lambda x, i: (jnp.tanh(x @ jax.checkpoint(lambda w: w[..., i])(p["w"])) @ p["v"][i], i),
+            e["x"],
+            jnp.arange(3),
+        )[0],
+        {"w": "dense 6 6 x3", "v": "dense 6 6 x3"},
+    ),
+    "picked by a traced index, not in its order": (
+        {"w": (3, 6, 6), "v": (3, 6, 6)},
+        lambda p, e: jax.lax.fori_loop(
+            0, 3, lambda i, x: x @ p["w"][2 - i] @ p["v"][jnp.minimum(i, 1)], e["x"]
+        ),
+        {"w": "used by dynamic_slice", "v": "used by dynamic_slice"},
+    ),
+    "picked by a traced index of another scan": (
+        {"w": (2, 6, 6), "v": (2, 6, 6)},
+        lambda p, e: jax.lax.fori_loop(
+            0,
+            2,
+            lambda i, x: jax.lax.fori_loop(0, 2, lambda j, x: x @ p["w"][i] @ p["v"][j], x),
+            e["x"],
+        ),
+        {"w": "used by dynamic_slice", "v": "dense 6 6 x2"},
+    ),
+    "blocks of rows that a scan cuts out": (
+        {"w": (12, 6)},
+        lambda p, e: cut_in_a_scan(p["w"], e["x"], jnp.arange(3), lambda i: 4 * i),
+        {"w": "dense 6 12"},
+    ),
+    "blocks of rows that a scan cuts out, at places with remat": (
+        {"w": (12, 6)},
+        lambda p, e: cut_in_a_scan(p["w"], e["x"], jnp.arange(0, 12, 4), wrapped=jax.checkpoint),
+        {"w": "dense 6 12"},
+    ),
+    "blocks of columns that a loop cuts out": (
+        {"w": (6, 12)},
+        lambda p, e: jax.lax.fori_loop(
+            0,
+            4,
+            lambda i, total: (
+                total
+                + jnp.exp(e["x"][:, ::-1] @ jax.lax.dynamic_slice_in_dim(p["w"], 3 * i, 3, axis=1))
+            ),
+            jnp.zeros((4, 3)),
+        ),
+        {"w": "dense 6 12"},
+    ),
+    "blocks of rows that a scan cuts out, also looked up": (
+        {"w": (12, 6)},
+        lambda p, e: cut_in_a_scan(p["w"], p["w"][e["ids"]], jnp.arange(3), lambda i: i * 4),
+        {"w": "tied 12 6"},
+    ),
+    "blocks of rows that a scan cuts out backwards": (
+        {"w": (12, 6)},
+        lambda p, e: cut_in_a_scan(p["w"], e["x"], jnp.arange(3), lambda i: 8 - 4 * i),
+        {"w": "used by dynamic_slice"},
+    ),
+    "blocks of rows that overlap": (
+        {"w": (12, 6)},
+        lambda p, e: cut_in_a_scan(p["w"], e["x"], jnp.arange(3), lambda i: 3 * i),
+        {"w": "used by dynamic_slice"},
+    ),
+    "blocks of rows at places that wrap around": (
+        {"w": (12, 6)},
+        lambda p, e: cut_in_a_scan(
+            p["w"],
+            e["x"],
+            jnp.arange(3, dtype=jnp.uint8),
+            lambda i: 4 * ((i + jnp.uint8(255)).astype(int) - 255),
+        ),
+        {"w": "used by dynamic_slice"},
+    ),
+    "blocks of rows of which the last is moved": (
+        {"w": (10, 6)},
+        lambda p, e: cut_in_a_scan(p["w"], e["x"], jnp.arange(3), lambda i: 4 * i),
+        {"w": "used by dynamic_slice"},
+    ),
+    "blocks of rows at a place that the example says": (
+        {"w": (12, 6)},
+        lambda p, e: cut_in_a_scan(p["w"], e["x"], e["ids"][:3]),
+        {"w": "used by dynamic_slice"},
+    ),
+    "blocks of rows of a scan from its end": (
+        {"w": (12, 6)},
+        lambda p, e: cut_in_a_scan(p["w"], e["x"], jnp.arange(3), lambda i: 4 * i, reverse=True),
+        {"w": "dense 6 12"},
+    ),
+    "mask along inputs and outputs": (
+        {"w": (6, 5), "v": (6, 5), "u": (3, 5, 5), "b": (5,)},
+        lambda p, e: jax.lax.scan(
+            lambda x, layer: (jnp.tanh(x @ (layer * MASK[0, 0, 0]) + p["b"]), None),
+            e["x"] @ (p["w"] * PRUNED) + e["x"] @ jnp.where(PRUNED > 0, p["v"], 0),
+            p["u"],
+        )[0],
+        {
+            "w": "multiplied elementwise, .*",
+            "v": "used by select_n",
+            "u": "dense 5 5 x3",
+            "b": "added to products, but not to each .*",
+        },
     ),
     "bias to different products": (
         {"w": (6, 5), "v": (6, 5), "b": (5,)},
@@ -1180,6 +1299,9 @@ def test_case(name):
         "low-rank adapter over two axes",
         "scanned in blocks of rows, with remat, also looked up",
         "scanned in blocks in each layer",
+        "picked by a traced index along the last axis",
+        "blocks of columns that a loop cuts out",
+        "blocks of rows that a scan cuts out, also looked up",
     ],
 )
 def test_the_identity_on_both_sides_gives_the_gradient(name):

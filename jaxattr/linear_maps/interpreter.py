@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from jaxattr.linear_maps import chains, declaring, labels, products, sums, views
+from jaxattr.linear_maps import chains, counters, declaring, labels, products, sums, views
 from jaxattr.linear_maps.chains import Chain, Steps
+from jaxattr.linear_maps.counters import Counted
 from jaxattr.linear_maps.labels import Dims
 from jaxattr.linear_maps.products import Product
 from jaxattr.linear_maps.sums import Sum, views_of
@@ -194,6 +195,8 @@ def _used(
     operand = args[number]
     if moved := sums.follow(eqn, operand, results):
         return moved, {}
+    if part := counters.follow(eqn, args, results[0]):
+        return [part], {}
     if scaled := sums.multiply(eqn, args, number, results[0]):
         return [scaled], {}
     if isinstance(operand, Sum):
@@ -312,7 +315,8 @@ _STOPS = frozenset({"stop_gradient", "round", "floor", "ceil", "sign"})
 
 def plain(value: Any) -> Any:
     """Strips what is known of an array."""
-    return value.value if isinstance(value, View | Sum | Constant | Fixed | Output) else value
+    known = View | Sum | Constant | Fixed | Output | Counted
+    return value.value if isinstance(value, known) else value
 
 
 def _untouched(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
@@ -322,7 +326,8 @@ def _untouched(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
         dims = views.renamed(eqn, output.dims)
         if dims is not None:
             return [dataclasses.replace(output, value=results[0], dims=dims)]
-    return sums.untouched(eqn, args, results)
+    counted = counters.computed(eqn, args, results[0]) if len(results) == 1 else None
+    return [counted] if counted else sums.untouched(eqn, args, results)
 
 
 def _bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
@@ -365,6 +370,7 @@ def _scan(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
             xs[i] = plain(x)
     stepping = dataclasses.replace(walk, loops=(*walk.loops, (walk.site, params["length"])))
     layers = [x.scanned(walk.site) if isinstance(x, View) else None for x in xs]
+    counts = [*counters.carried(eqn, args[first:last]), *map(counters.in_scan, xs)]
     returned: list[Any] = []
 
     def body(carry: list[Any], step: tuple[list[Any], Taps, jax.Array]) -> tuple[list[Any], Any]:
@@ -374,7 +380,11 @@ def _scan(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
             for layer, x in zip(layers, given, strict=True)
         ]
         inside = dataclasses.replace(stepping, sinks=sinks)
-        results, taps = _evaluate_inside(params["jaxpr"], [*consts, *carry, *rows], inside)
+        given = [
+            x if known is None else Counted(value=x, step=number, site=walk.site, entries=known)
+            for x, known in zip((*carry, *rows), counts, strict=True)
+        ]
+        results, taps = _evaluate_inside(params["jaxpr"], [*consts, *given], inside)
         for result in results[: len(init)]:
             _reject(result, "carried by a scan", walk)
         for result in results[len(init) :]:
