@@ -34,7 +34,7 @@ def cut_in_a_scan(w, x, places, start=lambda i: i, wrapped=lambda body: body, re
     """As `in_blocks`, where the block is cut out at a place that is computed."""
 
     def body(total, i):
-        block = jax.lax.dynamic_slice(w, (start(i), 0), (4, 6))
+        block = jax.lax.dynamic_slice_in_dim(w, start(i), 4)
         logits = jnp.exp(0.1 * x) @ block.T
         return total + jnp.exp(logits).sum(1), jnp.tanh(logits) * (i + 1)
 
@@ -124,6 +124,60 @@ def declared_with_more(scale, weight, bias, e):
 
     product = linear_maps.linear_map(product, x="x", w="weight")
     return product(scale, weight=weight, x=e["x"][:, :2], bias=bias)
+
+
+@jax.custom_vjp
+def rounded(w):
+    return jnp.round(4 * w) / 4
+
+
+rounded.defvjp(lambda w: (rounded(w), None), lambda _, g: (g,))
+
+
+@jax.custom_vjp
+def saturated(w):
+    """Its gradient is stopped where it clips, which depends on the entries."""
+    return jnp.clip(w, -0.5, 0.5)
+
+
+saturated.defvjp(lambda w: (saturated(w), w), lambda w, g: (g * (jnp.abs(w) < 0.5),))
+
+
+@jax.custom_vjp
+def calibrated(x, w, largest):
+    """As quantised training writes it: what is calibrated has no gradient."""
+    return x @ (jnp.round(w / largest * 7) * largest / 7)
+
+
+calibrated.defvjp(
+    lambda x, w, largest: (calibrated(x, w, largest), (x, w)),
+    lambda saved, g: (g @ saved[1].T, saved[0].T @ g, None),
+)
+
+
+def quantised(formula):
+    """An einsum with rounded weights, whose derivatives are those of the einsum."""
+
+    @jax.custom_vjp
+    def product(x, w):
+        return jnp.einsum(formula, x, jnp.round(4 * w) / 4)
+
+    def backwards(saved, g):
+        return jax.vjp(functools.partial(jnp.einsum, formula), *saved)[1](g)
+
+    product.defvjp(lambda x, w: (product(x, w), (x, w)), backwards)
+    return product
+
+
+@jax.custom_jvp
+def precise(x, w):
+    return x @ w
+
+
+@precise.defjvp
+def _precise_jvp(primals, tangents):
+    (x, w), (dx, dw) = primals, tangents
+    return x @ w, dx @ w + jnp.matmul(x, dw, precision="highest")
 
 
 def square(x):
@@ -1011,6 +1065,102 @@ CASES = {
         {"w": (6, 5), "b": (5,)},
         lambda p, e: declared_with_more(e["x"][0, 0], p["w"][::-1][2:4], p["b"], e),
         {"w": "dense 6 5", "b": "passed to a declared linear map, .*"},
+    ),
+    "rounded with a derivative of its own": (
+        {"w": (6, 5), "v": (5, 6), "u": (3, 5, 5), "b": (5,)},
+        lambda p, e: (
+            jax.lax.scan(
+                lambda x, u: (jnp.tanh(x @ rounded(u / 2).T), x),
+                e["x"] @ rounded(p["w"][:, ::-1]) + p["b"],
+                p["u"],
+            )[0]
+            @ rounded(jnp.concatenate([p["v"], p["w"].T]))[2:7]
+        ),
+        {"w": "tied 6 5", "v": "dense 5 6", "u": "dense 5 5 x3", "b": "added to products, .*"},
+    ),
+    "rounded with a derivative of its own, in a vmap": (
+        {"w": (4, 5, 6)},
+        lambda p, e: jax.vmap(lambda x, w: x @ rounded(w).T)(e["x"], p["w"]),
+        {"w": "dense 6 5 x4"},
+    ),
+    "clipped with a derivative of its own": (
+        {"w": (6, 5)},
+        lambda p, e: e["x"] @ saturated(p["w"]),
+        {"w": "used by custom_vjp_call"},
+    ),
+    "product with a derivative of its own": (
+        {"w": (6, 5), "v": (5, 6)},
+        lambda p, e: sign_flipped(sign_flipped(e["x"], p["w"]), p["v"]),
+        {"w": "dense 6 5", "v": "dense 5 6"},
+    ),
+    "product with a derivative of its own, twice with the same": (
+        {"w": (6, 6)},
+        lambda p, e: sign_flipped(p["w"], p["w"]) @ e["x"].T,
+        {"w": "used by custom_vjp_call with itself"},
+    ),
+    "product with a calibrated weight": (
+        {"w": (6, 5), "v": (3, 5, 5)},
+        lambda p, e: jax.lax.scan(
+            jax.checkpoint(lambda x, w: (calibrated(x, w, jnp.abs(w).max()), None)),
+            calibrated(e["x"], p["w"], jnp.abs(p["w"]).max(0, keepdims=True)),
+            p["v"],
+        )[0],
+        {"w": "dense 6 5", "v": "dense 5 5 x3"},
+    ),
+    "product with a calibrated weight, which is also used by itself": (
+        {"w": (6, 5)},
+        lambda p, e: (top := jnp.abs(p["w"]).max()) * calibrated(e["x"], p["w"], top),
+        {"w": "used by abs"},
+    ),
+    "product of any precision": (
+        {"w": (6, 5), "v": (4, 4)},
+        lambda p, e: precise(p["v"], precise(e["x"], p["w"])),
+        {"w": "dense 6 5", "v": "dense 4 4"},
+    ),
+    "quantised ti,io->to": (
+        {"w": (6, 5)},
+        lambda p, e: quantised("ti,io->to")(e["x"], p["w"]),
+        {"w": "dense 6 5"},
+    ),
+    "quantised ti,oi->to": (
+        {"w": (5, 6)},
+        lambda p, e: quantised("ti,oi->to")(e["x"], p["w"]),
+        {"w": "dense 6 5"},
+    ),
+    "quantised ti,oi->ot": (
+        {"w": (5, 6)},
+        lambda p, e: quantised("ti,oi->ot")(e["x"], p["w"]),
+        {"w": "dense 6 5"},
+    ),
+    "quantised ti,ihk->htk": (
+        {"w": (6, 2, 3)},
+        lambda p, e: quantised("ti,ihk->htk")(e["x"], p["w"]),
+        {"w": "used by custom_vjp_call"},
+    ),
+    "quantised ti,tio->to": (
+        {"w": (4, 6, 5)},
+        lambda p, e: quantised("ti,tio->to")(e["x"], p["w"]),
+        {"w": "dense 6 5 x4"},
+    ),
+    "quantised ti,tio->ot": (
+        {"w": (4, 6, 5)},
+        lambda p, e: quantised("ti,tio->ot")(e["x"], p["w"]),
+        {"w": "used by custom_vjp_call"},
+    ),
+    "quantised ti,tio->o": (
+        {"w": (4, 6, 5)},
+        lambda p, e: quantised("ti,tio->o")(e["x"], p["w"]),
+        {"w": "dense 24 5"},
+    ),
+    "quantised ti,it->t": (
+        {"w": (6, 4)},
+        lambda p, e: quantised("ti,it->t")(e["x"], p["w"]),
+        {"w": "dense 6 1 x4"},
+    ),
+    "quantised over two axes": (
+        {"w": (3, 5, 2)},
+        lambda p, e: quantised("tij,ioj->to")(e["x"].reshape(4, 3, 2), p["w"]),
+        {"w": "dense 6 5"},
     ),
     "declared, in a scan with remat": (
         {"w": (3, 6, 12)},

@@ -18,7 +18,16 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from jaxattr.linear_maps import chains, counters, declaring, labels, products, sums, views
+from jaxattr.linear_maps import (
+    chains,
+    counters,
+    declaring,
+    derivatives,
+    labels,
+    products,
+    sums,
+    views,
+)
 from jaxattr.linear_maps.chains import Chain, Steps
 from jaxattr.linear_maps.counters import Counted
 from jaxattr.linear_maps.labels import Dims
@@ -125,10 +134,13 @@ def evaluate(
     known = [c if isinstance(c, View | Sum | Constant) else sums.constant(c) for c in consts]
     for v, value in zip((*jaxpr.constvars, *jaxpr.invars), (*known, *args), strict=True):
         write(v, value)
-    live, computed = _live(jaxpr, gradients=True), _live(jaxpr, gradients=False)
+    followed = [v for v in (*jaxpr.constvars, *jaxpr.invars) if views_of(env[v])]
+    live, computed = derivatives.live(jaxpr, followed), derivatives.live(jaxpr)
     for number, eqn in enumerate(jaxpr.eqns):
         values = [read(v) for v in eqn.invars]
-        if eqn.primitive.name in _STOPS or (live.isdisjoint(eqn.outvars) and not eqn.effects):
+        if eqn.primitive.name in derivatives.STOPS or (
+            live.isdisjoint(eqn.outvars) and not eqn.effects
+        ):
             is_used = not computed.isdisjoint(eqn.outvars)
             values = [_still(value, walk.visitor if is_used else None) for value in values]
         results, recorded = _equation(eqn, values, walk.at(number))
@@ -136,20 +148,6 @@ def evaluate(
         for v, value in zip(eqn.outvars, results, strict=True):
             write(v, value)
     return [read(v) for v in jaxpr.outvars], taps
-
-
-def _live(jaxpr: Jaxpr, gradients: bool) -> set[Var]:
-    """The variables that the results depend on, or that a gradient of the results may reach."""
-    live = {v for v in jaxpr.outvars if isinstance(v, Var)}
-    for eqn in reversed(jaxpr.eqns):
-        needless = live.isdisjoint(eqn.outvars) and not eqn.effects
-        if needless or (gradients and eqn.primitive.name in _STOPS):
-            continue
-        needed = {v for v in eqn.invars if isinstance(v, Var)}
-        if gradients:
-            needed = {v for v in needed if jnp.issubdtype(views.aval(v).dtype, jnp.inexact)}
-        live |= needed
-    return live
 
 
 def _still(value: Any, visitor: "Visitor | None") -> Any:
@@ -171,7 +169,13 @@ def _equation(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Ta
         found = found[-1:]
     elif enter := _ENTERED.get(eqn.primitive.name):
         return enter(eqn, args, walk)
+    custom = derivatives.derivative(eqn)
+    for i in custom.nothing.intersection(found):
+        args[i] = _still(args[i], walk.visitor)
+    found = [i for i in found if i not in custom.nothing]
     results = _bind(eqn, args)
+    if len(found) == 1 and found[0] in custom.passed:
+        return [dataclasses.replace(args[found[0]], value=results[0])], {}
     if not any(view.lost for i in found for view in views_of(args[i])):
         found = _without_expressions(eqn, args, found, walk)
         if joined := sums.join(eqn, args, results[0]):
@@ -309,10 +313,6 @@ def _without_expressions(eqn: JaxprEqn, args: list[Any], found: list[int], walk:
     return bare
 
 
-_STOPS = frozenset({"stop_gradient", "round", "floor", "ceil", "sign"})
-"""Operations whose derivative is zero."""
-
-
 def plain(value: Any) -> Any:
     """Strips what is known of an array."""
     known = View | Sum | Constant | Fixed | Output | Counted
@@ -331,11 +331,7 @@ def _untouched(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
 
 
 def _bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
-    bound = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # a pair before jax 0.9
-    with eqn.ctx.manager:
-        results = eqn.primitive.bind(*functions, *map(plain, args), **params)
-    return list(results) if eqn.primitive.multiple_results else [results]
+    return derivatives.bind(eqn, [plain(arg) for arg in args])
 
 
 def _call(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:

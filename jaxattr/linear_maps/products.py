@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jax.lax import GatherScatterMode
 
-from jaxattr.linear_maps import declaring
+from jaxattr.linear_maps import declaring, derivatives
 from jaxattr.linear_maps.labels import Dim, Dims, Label, axes, extent, flat, ordered, rearrange
 from jaxattr.linear_maps.views import Factors, View, aval
 from jaxattr.scales import widest
@@ -260,6 +260,8 @@ def describe(eqn: JaxprEqn, view: View, number: int) -> Product | None:
         "add_any": _addition,
         "jit": _declared,
         "pjit": _declared,
+        "custom_jvp_call": _by_derivative,
+        "custom_vjp_call": _by_derivative,
     }
     rule = rules.get(eqn.primitive.name)
     return rule(eqn, view, number) if rule else None
@@ -272,6 +274,16 @@ def _declared(eqn: JaxprEqn, view: View, number: int) -> Product | None:
         return None
     contracting = ((len(aval(eqn.invars[x]).shape) - 1,), (0,))
     return _dense(eqn, view, 1, x, (contracting, ((), ())))
+
+
+def _by_derivative(eqn: JaxprEqn, view: View, number: int) -> Product | None:
+    """A product with derivatives of its own, of which that in the weight is a product's."""
+    found = derivatives.derivative(eqn).multiplied.get(number)
+    if found is None:
+        return None
+    described = _dense(eqn, view, found.side, found.x, found.dimensions)
+    dtype = widest(*(aval(eqn.invars[i]).dtype for i in (found.x, number)))
+    return described and dataclasses.replace(described, dtype=dtype)
 
 
 def _dot_general(eqn: JaxprEqn, view: View, number: int) -> Product | None:
