@@ -155,6 +155,32 @@ calibrated.defvjp(
 )
 
 
+@jax.custom_vjp
+def rounded_both_ways(x, w, unit):
+    """What comes back for the weight is rounded too, and scaled after its product."""
+    return x @ (jnp.round(w / unit) * unit)
+
+
+rounded_both_ways.defvjp(
+    lambda x, w, unit: (rounded_both_ways(x, w, unit), (x, w, unit)),
+    lambda saved, g: (
+        jnp.sin(g) @ saved[1].T,
+        (jnp.round(20 * g).T @ saved[0]).T * jnp.broadcast_to(saved[2], saved[1].shape),
+        None,
+    ),
+)
+
+
+@jax.custom_vjp
+def decayed(x, w):
+    return x @ w
+
+
+decayed.defvjp(
+    lambda x, w: (x @ w, (x, w)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g + saved[1])
+)
+
+
 def quantised(formula):
     """An einsum with rounded weights, whose derivatives are those of the einsum."""
 
@@ -1111,6 +1137,27 @@ CASES = {
         {"w": (6, 5)},
         lambda p, e: (top := jnp.abs(p["w"]).max()) * calibrated(e["x"], p["w"], top),
         {"w": "used by abs"},
+    ),
+    "product whose gradient is rounded": (
+        {"w": (6, 5), "v": (3, 5, 5), "b": (5,)},
+        lambda p, e: jax.lax.scan(
+            jax.checkpoint(
+                lambda x, w: (rounded_both_ways(x, w[:, ::-1], jnp.ones((1, 1)) / 8) + p["b"], None)
+            ),
+            rounded_both_ways(e["x"], p["w"], jnp.abs(p["w"]).max()),
+            p["v"],
+        )[0],
+        {"w": "dense 6 5", "v": "dense 5 5 x3", "b": "used by add"},
+    ),
+    "product whose gradient is rounded, with a sum": (
+        {"w": (6, 5), "v": (6, 5)},
+        lambda p, e: rounded_both_ways(e["x"], p["w"] + p["v"], 1.0),
+        {"w": "used by custom_vjp_call", "v": "used by custom_vjp_call"},
+    ),
+    "product whose gradient has another term": (
+        {"w": (6, 5)},
+        lambda p, e: decayed(e["x"], p["w"]),
+        {"w": "used by custom_vjp_call"},
     ),
     "product of any precision": (
         {"w": (6, 5), "v": (4, 4)},

@@ -334,6 +334,27 @@ def test_linen_eight_bit_floats(operation):
     assert set(found.maps) == kernels, found.exact
 
 
+def test_linen_eight_bit_einsum():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for size in (6, CLASSES):
+                kernel = self.param(f"kernel_{size}", nn.initializers.ones, (size, x.shape[-1]))
+                x = jnp.tanh(nn.Fp8Einsum(name=f"product_{size}")("ti,oi->to", x, kernel))
+            return x[-1]
+
+    data = sequences()
+    variables = jax.jit(Model().init)(jax.random.key(0), data[0][0])
+    scales = {name: each for name, each in variables.items() if name != "params"}
+
+    def logits(params, x):
+        return Model().apply({**scales, "params": params}, x)
+
+    params = jax.tree.map(lambda x: x.astype(float), architectures.filled(variables["params"]))
+    found, _, _ = held(class_loss(logits), params, data)
+    assert set(found.maps) == {"kernel_6", f"kernel_{CLASSES}"}, found.exact
+
+
 @pytest.mark.filterwarnings("ignore:.*VariableState:DeprecationWarning")
 @pytest.mark.parametrize("backwards, covered", [(None, True), (jnp.int8, False)])
 def test_qwix_quantised_training(backwards, covered):

@@ -5,12 +5,14 @@ computes; a quantised product hands its weight what a product would. Both show i
 maps the cotangents of the results to those of the operands.
 """
 
-from collections.abc import Collection, Sequence
+import functools
+import math
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 from jaxattr.linear_maps.views import aval
 
@@ -27,11 +29,14 @@ class Multiplied(NamedTuple):
       x: number of the operand that is multiplied by the weight.
       side: which operand of a `dot_general` the weight would be.
       dimensions: dimension numbers of that.
+      back: (operands, cotangent) -> by what x is multiplied in the weight's gradient, where that is
+        not the cotangent as it came, but one that is rounded, say; else None.
     """
 
     x: int
     side: int
     dimensions: Any
+    back: Callable[[Sequence[Any], jax.Array], jax.Array] | None
 
 
 class Derivative(NamedTuple):
@@ -102,31 +107,63 @@ def derivative(eqn: JaxprEqn) -> Derivative:
         (result,) = jax.vjp(function, {i: operands[i] for i in floats})[1](cotangents)
         return [result[i] for i in floats]
 
-    program = jax.make_jaxpr(handed_back)(operands, cotangents).jaxpr
+    closed = jax.make_jaxpr(handed_back)(operands, cotangents)
+    program = closed.jaxpr
     makers = {v: each for each in program.eqns for v in each.outvars}
     given, g = program.invars[: len(operands)], program.invars[len(operands)]
     results = dict(zip(floats, program.outvars, strict=True))
     nothing = frozenset(i for i, v in results.items() if _is_zero(v, makers))
-    if len(cotangents) > 1:
+    if len(cotangents) > 1 or not _is_fine(g):
         return Derivative(nothing)
     passed = frozenset(i for i, v in results.items() if _source(v, makers) is g)
-    products = {i: _product(v, makers, given, g) for i, v in results.items() if isinstance(v, Var)}
+    products = {
+        i: _product(v, makers, given, g, closed) for i, v in results.items() if isinstance(v, Var)
+    }
     multiplied = {i: each for i, each in products.items() if each is not None}
     same = frozenset(i for i in passed if operands[i].shape == cotangents[0].shape)
     return Derivative(nothing, same, multiplied)
 
 
-def _product(v: Any, makers: dict[Var, JaxprEqn], operands: list[Var], g: Var) -> Multiplied | None:
-    """The product of which a cotangent is that of the weight: g^T x, in all its layouts."""
-    v, order = _untransposed(v, makers)
-    eqn = makers.get(v)
+def passing(back: Callable, operands: Sequence[Any], y: jax.Array) -> jax.Array:
+    """Returns y, whose cotangent becomes what `back` makes of it."""
+
+    @jax.custom_vjp
+    def same(y: jax.Array, operands: list[Any]) -> jax.Array:
+        del operands
+        return y
+
+    def backwards(operands: list[Any], g: jax.Array) -> tuple[jax.Array, None]:
+        return back(operands, g), None
+
+    same.defvjp(lambda y, operands: (y, operands), backwards)
+    return same(y, list(operands))
+
+
+def _product(
+    v: Any, makers: dict[Var, JaxprEqn], operands: list[Var], g: Var, closed: ClosedJaxpr
+) -> Multiplied | None:
+    """The product of which a cotangent is that of the weight: g^T x, in all its layouts.
+
+    Instead of g there may be anything of its shape, and a scalar may multiply it all.
+    """
+    scales, (v, order) = [], _untransposed(v, makers)
+    while (eqn := makers.get(v)) is not None and eqn.primitive.name == "mul":
+        spread = [_scalar(each, makers) for each in eqn.invars]
+        if spread.count(None) != 1:
+            return None
+        scales.append(spread[1 - spread.index(None)])
+        v, inner = _untransposed(eqn.invars[spread.index(None)], makers)
+        order = tuple(inner[i] for i in order)
     if eqn is None or eqn.primitive.name != "dot_general":
         return None
     factors, axes = zip(*(_untransposed(each, makers) for each in eqn.invars), strict=True)
-    if factors.count(g) != 1 or not {*factors} <= {*operands, g}:
+    from_outside = [factor in operands for factor in factors]
+    if from_outside.count(True) != 1:
         return None
-    of_g = factors.index(g)
-    of_x, (summed, shared) = 1 - of_g, eqn.params["dimension_numbers"]
+    of_x, (summed, shared) = from_outside.index(True), eqn.params["dimension_numbers"]
+    of_g = 1 - of_x
+    if aval(factors[of_g]).shape != aval(g).shape:
+        return None
     kept = [
         [axis for i, axis in enumerate(axes[side]) if i not in (*summed[side], *shared[side])]
         for side in (0, 1)
@@ -146,8 +183,31 @@ def _product(v: Any, makers: dict[Var, JaxprEqn], operands: list[Var], g: Var) -
     for side, after in enumerate([[*outs, *positions], [*positions, *outs]]):
         if [*layers[of_g], *after] == [*range(len(layers[of_g]) + len(after))]:
             pairs = (ins, stack) if side else (ins[::-1], stack[::-1])
-            return Multiplied(operands.index(factors[of_x]), side, pairs)
+            parts = [factors[of_g], *scales]
+            back = None if parts == [g] else functools.partial(_evaluated, closed, parts)
+            return Multiplied(operands.index(factors[of_x]), side, pairs, back)
     return None
+
+
+def _evaluated(
+    closed: ClosedJaxpr, parts: Sequence[Var], operands: Sequence[Any], g: jax.Array
+) -> jax.Array:
+    """The first of some variables of a program, times the others, which are scalars."""
+    program = ClosedJaxpr(closed.jaxpr.replace(outvars=list(parts)), closed.consts)
+    first, *scales = jaxpr_as_fun(program)(*operands, g)
+    result = first.astype(g.dtype)
+    for scale in scales:
+        result = result * scale.reshape(()).astype(g.dtype)
+    return result
+
+
+def _scalar(v: Any, makers: dict[Var, JaxprEqn]) -> Var | None:
+    """What a variable repeats, if that is one number."""
+    eqn = makers.get(v) if isinstance(v, Var) else None
+    if eqn is None or eqn.primitive.name != "broadcast_in_dim":
+        return None
+    (given,) = eqn.invars
+    return given if isinstance(given, Var) and math.prod(aval(given).shape) == 1 else None
 
 
 def _untransposed(v: Any, makers: dict[Var, JaxprEqn]) -> tuple[Any, tuple[int, ...]]:

@@ -214,8 +214,12 @@ def _used(
             walk.visitor.reject(operand, "multiplied in blocks, with inputs that change")
             return results, {}
         x = plain(args[product.operand])
-        y, taps = walk.visitor.product(operand, product, x, results[0], walk)
-        return [plain(y) if adds else y], taps
+        if product.back is None:
+            y, taps = walk.visitor.product(operand, product, x, results[0], walk)
+            return [plain(y) if adds else y], taps
+        part, taps = walk.visitor.product(operand, product, x, jnp.zeros_like(results[0]), walk)
+        arrays = [plain(arg) for arg in args]
+        return [results[0] + derivatives.passing(product.back, arrays, plain(part))], taps
     return None
 
 
@@ -245,7 +249,7 @@ def _product_with_sum(
     for term in operand.terms:
         view = term.spread(y.shape) if adds else term
         product = products.describe(eqn, view, number)
-        if product is None or not _is_fixed(args[product.operand], view):
+        if product is None or product.back or not _is_fixed(args[product.operand], view):
             return None
         narrowed = product.between(view.margins, plain(args[product.operand]), y)
         if narrowed is None:

@@ -10,7 +10,7 @@ with s numbering layers, t positions, i inputs and o outputs, by naming the axes
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,7 @@ class Product(abc.ABC):
       groups: feature groups of a convolution.
       x_axes: for each axis of the weight that of x which is paired with it, or None.
       y_axes: for each axis of the weight that of the result which it becomes, or None.
+      back: what the weight's gradient takes for the cotangent; see `derivatives.Multiplied`.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Product(abc.ABC):
     groups: int = 1
     x_axes: tuple[int | None, ...]
     y_axes: tuple[int | None, ...]
+    back: Callable[[Sequence[Any], jax.Array], jax.Array] | None = None
 
     def between(
         self, margins: Sequence[tuple[int, int]], x: jax.Array, y: jax.Array
@@ -282,8 +284,8 @@ def _by_derivative(eqn: JaxprEqn, view: View, number: int) -> Product | None:
     if found is None:
         return None
     described = _dense(eqn, view, found.side, found.x, found.dimensions)
-    dtype = widest(*(aval(eqn.invars[i]).dtype for i in (found.x, number)))
-    return described and dataclasses.replace(described, dtype=dtype)
+    dtype = widest(aval(eqn.invars[number]).dtype, aval(eqn.outvars[0]).dtype)
+    return described and dataclasses.replace(described, dtype=dtype, back=found.back)
 
 
 def _dot_general(eqn: JaxprEqn, view: View, number: int) -> Product | None:
