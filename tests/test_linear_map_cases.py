@@ -135,6 +135,16 @@ rounded.defvjp(lambda w: (rounded(w), None), lambda _, g: (g,))
 
 
 @jax.custom_vjp
+def rounded_if_known(w):
+    return jnp.round(4 * w) / 4
+
+
+rounded_if_known.defvjp(
+    lambda w: (rounded_if_known(w.value), None), lambda _, g: (g,), symbolic_zeros=True
+)
+
+
+@jax.custom_vjp
 def saturated(w):
     """Its gradient is stopped where it clips, which depends on the entries."""
     return jnp.clip(w, -0.5, 0.5)
@@ -1108,6 +1118,11 @@ CASES = {
         {"w": (4, 5, 6)},
         lambda p, e: jax.vmap(lambda x, w: x @ rounded(w).T)(e["x"], p["w"]),
         {"w": "dense 6 5 x4"},
+    ),
+    "rounded with a derivative of its own that sees zeros": (
+        {"w": (6, 5)},
+        lambda p, e: e["x"] @ rounded_if_known(p["w"]),
+        {"w": "used by custom_vjp_call"},
     ),
     "clipped with a derivative of its own": (
         {"w": (6, 5)},

@@ -92,7 +92,8 @@ def live(jaxpr: Jaxpr, followed: Collection[Var] | None = None) -> set[Var]:
 
 def derivative(eqn: JaxprEqn) -> Derivative:
     """Returns what an equation with a derivative of its own hands back; nothing of others."""
-    if eqn.primitive.name not in _CUSTOM:
+    # With symbolic zeros it may depend on what else is differentiated.
+    if eqn.primitive.name not in _CUSTOM or eqn.params.get("symbolic_zeros"):
         return Derivative()
     operands, cotangents = (
         [jax.ShapeDtypeStruct(aval(v).shape, aval(v).dtype) for v in variables]
@@ -160,32 +161,41 @@ def _product(
     from_outside = [factor in operands for factor in factors]
     if from_outside.count(True) != 1:
         return None
-    of_x, (summed, shared) = from_outside.index(True), eqn.params["dimension_numbers"]
-    of_g = 1 - of_x
-    if aval(factors[of_g]).shape != aval(g).shape:
+    of_x = from_outside.index(True)
+    if aval(factors[1 - of_x]).shape != aval(g).shape:
         return None
-    kept = [
-        [axis for i, axis in enumerate(axes[side]) if i not in (*summed[side], *shared[side])]
-        for side in (0, 1)
-    ]
-    both = [[[axes[side][i] for i in pair[side]] for side in (0, 1)] for pair in (summed, shared)]
-    rows, layers = both
-    made = [
-        *(("layer", i) for i in layers[of_x]),
-        *((side, i) for side in (0, 1) for i in kept[side]),
-    ]
+    found = _layout(eqn, axes, of_x, order)
+    if found is None:
+        return None
+    parts = [factors[1 - of_x], *scales]
+    back = None if parts == [g] else functools.partial(_evaluated, closed, parts)
+    return Multiplied(operands.index(factors[of_x]), *found, back)
+
+
+def _layout(
+    eqn: JaxprEqn, axes: Sequence[tuple[int, ...]], of_x: int, order: Sequence[int]
+) -> tuple[int, Any] | None:
+    """Side and dimension numbers of the product whose weight has a gradient from a `dot_general`.
+
+    Args:
+      eqn: the `dot_general` of x and g.
+      axes: for each of its operands, which axis of x or g each of its axes is.
+      of_x: which of them x is.
+      order: which axis of its result each axis of the weight is.
+    """
+    (summed, shared), of_g = eqn.params["dimension_numbers"], 1 - of_x
+    rows, layers = ([[axes[s][i] for i in pair[s]] for s in (0, 1)] for pair in (summed, shared))
+    kept = [[i for i in axes[s] if i not in (*rows[s], *layers[s])] for s in (0, 1)]
+    made = [("layer", i) for i in layers[of_x]] + [(str(s), i) for s in (0, 1) for i in kept[s]]
     place = {made[axis]: i for i, axis in enumerate(order)}  # of each of them in the weight
-    ins = tuple(kept[of_x]), tuple(place[of_x, i] for i in kept[of_x])
+    ins = tuple(kept[of_x]), tuple(place[str(of_x), i] for i in kept[of_x])
     stack = tuple(layers[of_x]), tuple(place["layer", i] for i in layers[of_x])
     positions = [i for _, i in sorted(zip(rows[of_x], rows[of_g], strict=True))]
-    outs = sorted(kept[of_g], key=lambda i: place[of_g, i])
+    outs = sorted(kept[of_g], key=lambda i: place[str(of_g), i])
     # The axes of the result lie as those of a dot_general, with the weight before x or behind it.
     for side, after in enumerate([[*outs, *positions], [*positions, *outs]]):
         if [*layers[of_g], *after] == [*range(len(layers[of_g]) + len(after))]:
-            pairs = (ins, stack) if side else (ins[::-1], stack[::-1])
-            parts = [factors[of_g], *scales]
-            back = None if parts == [g] else functools.partial(_evaluated, closed, parts)
-            return Multiplied(operands.index(factors[of_x]), side, pairs, back)
+            return side, (ins, stack) if side else (ins[::-1], stack[::-1])
     return None
 
 
