@@ -30,6 +30,19 @@ def in_blocks(x, blocks, wrapped=lambda body: body):
     return jnp.concatenate([*pieces, total[:, None]], 1)
 
 
+def cut_in_a_scan(w, x, places, start=lambda i: i, wrapped=lambda body: body, reverse=False):
+    """As `in_blocks`, where the block is cut out at a place that is computed."""
+
+    def body(total, i):
+        block = jax.lax.dynamic_slice_in_dim(w, start(i), 4)
+        logits = jnp.exp(0.1 * x) @ block.T
+        return total + jnp.exp(logits).sum(1), jnp.tanh(logits) * (i + 1)
+
+    init = jnp.zeros(len(x))
+    total, pieces = jax.lax.scan(wrapped(body), init, places, reverse=reverse)
+    return jnp.concatenate([*pieces, total[:, None]], 1)
+
+
 def filled(w, ids):
     return w.at[ids].get(mode="fill", fill_value=0)
 
@@ -113,6 +126,96 @@ def declared_with_more(scale, weight, bias, e):
     return product(scale, weight=weight, x=e["x"][:, :2], bias=bias)
 
 
+@jax.custom_vjp
+def rounded(w):
+    return jnp.round(4 * w) / 4
+
+
+rounded.defvjp(lambda w: (rounded(w), None), lambda _, g: (g,))
+
+
+@jax.custom_vjp
+def rounded_if_known(w):
+    return jnp.round(4 * w) / 4
+
+
+rounded_if_known.defvjp(
+    lambda w: (rounded_if_known(w.value), None), lambda _, g: (g,), symbolic_zeros=True
+)
+
+
+@jax.custom_vjp
+def saturated(w):
+    """Its gradient is stopped where it clips, which depends on the entries."""
+    return jnp.clip(w, -0.5, 0.5)
+
+
+saturated.defvjp(lambda w: (saturated(w), w), lambda w, g: (g * (jnp.abs(w) < 0.5),))
+
+
+@jax.custom_vjp
+def calibrated(x, w, largest):
+    """As quantised training writes it: what is calibrated has no gradient."""
+    return x @ (jnp.round(w / largest * 7) * largest / 7)
+
+
+calibrated.defvjp(
+    lambda x, w, largest: (calibrated(x, w, largest), (x, w)),
+    lambda saved, g: (g @ saved[1].T, saved[0].T @ g, None),
+)
+
+
+@jax.custom_vjp
+def rounded_both_ways(x, w, unit):
+    """What comes back for the weight is rounded too, and scaled after its product."""
+    return x @ (jnp.round(w / unit) * unit)
+
+
+rounded_both_ways.defvjp(
+    lambda x, w, unit: (rounded_both_ways(x, w, unit), (x, w, unit)),
+    lambda saved, g: (
+        jnp.sin(g) @ saved[1].T,
+        (jnp.round(20 * g).T @ saved[0]).T * jnp.broadcast_to(saved[2], saved[1].shape),
+        None,
+    ),
+)
+
+
+@jax.custom_vjp
+def decayed(x, w):
+    return x @ w
+
+
+decayed.defvjp(
+    lambda x, w: (x @ w, (x, w)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g + saved[1])
+)
+
+
+def quantised(formula):
+    """An einsum with rounded weights, whose derivatives are those of the einsum."""
+
+    @jax.custom_vjp
+    def product(x, w):
+        return jnp.einsum(formula, x, jnp.round(4 * w) / 4)
+
+    def backwards(saved, g):
+        return jax.vjp(functools.partial(jnp.einsum, formula), *saved)[1](g)
+
+    product.defvjp(lambda x, w: (product(x, w), (x, w)), backwards)
+    return product
+
+
+@jax.custom_jvp
+def precise(x, w):
+    return x @ w
+
+
+@precise.defjvp
+def _precise_jvp(primals, tangents):
+    (x, w), (dx, dw) = primals, tangents
+    return x @ w, dx @ w + jnp.matmul(x, dw, precision="highest")
+
+
 def square(x):
     return jnp.resize(x, (6, 6))
 
@@ -122,6 +225,7 @@ def straight_through(w):
     return w + jax.lax.stop_gradient(jnp.clip(jnp.round(w / unit), -7, 7) * unit - w)
 
 
+PRUNED = np.random.default_rng(0).integers(2, size=(6, 5)).astype(float)
 MASK = np.ones((3, 3, 4, 5))
 MASK[1, 1:] = MASK[2] = 0
 
@@ -998,6 +1102,128 @@ CASES = {
         lambda p, e: declared_with_more(e["x"][0, 0], p["w"][::-1][2:4], p["b"], e),
         {"w": "dense 6 5", "b": "passed to a declared linear map, .*"},
     ),
+    "rounded with a derivative of its own": (
+        {"w": (6, 5), "v": (5, 6), "u": (3, 5, 5), "b": (5,)},
+        lambda p, e: (
+            jax.lax.scan(
+                lambda x, u: (jnp.tanh(x @ rounded(u / 2).T), x),
+                e["x"] @ rounded(p["w"][:, ::-1]) + p["b"],
+                p["u"],
+            )[0]
+            @ rounded(jnp.concatenate([p["v"], p["w"].T]))[2:7]
+        ),
+        {"w": "tied 6 5", "v": "dense 5 6", "u": "dense 5 5 x3", "b": "added to products, .*"},
+    ),
+    "rounded with a derivative of its own, in a vmap": (
+        {"w": (4, 5, 6)},
+        lambda p, e: jax.vmap(lambda x, w: x @ rounded(w).T)(e["x"], p["w"]),
+        {"w": "dense 6 5 x4"},
+    ),
+    "rounded with a derivative of its own that sees zeros": (
+        {"w": (6, 5)},
+        lambda p, e: e["x"] @ rounded_if_known(p["w"]),
+        {"w": "used by custom_vjp_call"},
+    ),
+    "clipped with a derivative of its own": (
+        {"w": (6, 5)},
+        lambda p, e: e["x"] @ saturated(p["w"]),
+        {"w": "used by custom_vjp_call"},
+    ),
+    "product with a derivative of its own": (
+        {"w": (6, 5), "v": (5, 6)},
+        lambda p, e: sign_flipped(sign_flipped(e["x"], p["w"]), p["v"]),
+        {"w": "dense 6 5", "v": "dense 5 6"},
+    ),
+    "product with a derivative of its own, twice with the same": (
+        {"w": (6, 6)},
+        lambda p, e: sign_flipped(p["w"], p["w"]) @ e["x"].T,
+        {"w": "used by custom_vjp_call with itself"},
+    ),
+    "product with a calibrated weight": (
+        {"w": (6, 5), "v": (3, 5, 5)},
+        lambda p, e: jax.lax.scan(
+            jax.checkpoint(lambda x, w: (calibrated(x, w, jnp.abs(w).max()), None)),
+            calibrated(e["x"], p["w"], jnp.abs(p["w"]).max(0, keepdims=True)),
+            p["v"],
+        )[0],
+        {"w": "dense 6 5", "v": "dense 5 5 x3"},
+    ),
+    "product with a calibrated weight, which is also used by itself": (
+        {"w": (6, 5)},
+        lambda p, e: (top := jnp.abs(p["w"]).max()) * calibrated(e["x"], p["w"], top),
+        {"w": "used by abs"},
+    ),
+    "product whose gradient is rounded": (
+        {"w": (6, 5), "v": (3, 5, 5), "b": (5,)},
+        lambda p, e: jax.lax.scan(
+            jax.checkpoint(
+                lambda x, w: (rounded_both_ways(x, w[:, ::-1], jnp.ones((1, 1)) / 8) + p["b"], None)
+            ),
+            rounded_both_ways(e["x"], p["w"], jnp.abs(p["w"]).max()),
+            p["v"],
+        )[0],
+        {"w": "dense 6 5", "v": "dense 5 5 x3", "b": "used by add"},
+    ),
+    "product whose gradient is rounded, with a sum": (
+        {"w": (6, 5), "v": (6, 5)},
+        lambda p, e: rounded_both_ways(e["x"], p["w"] + p["v"], 1.0),
+        {"w": "used by custom_vjp_call", "v": "used by custom_vjp_call"},
+    ),
+    "product whose gradient has another term": (
+        {"w": (6, 5)},
+        lambda p, e: decayed(e["x"], p["w"]),
+        {"w": "used by custom_vjp_call"},
+    ),
+    "product of any precision": (
+        {"w": (6, 5), "v": (4, 4)},
+        lambda p, e: precise(p["v"], precise(e["x"], p["w"])),
+        {"w": "dense 6 5", "v": "dense 4 4"},
+    ),
+    "quantised ti,io->to": (
+        {"w": (6, 5)},
+        lambda p, e: quantised("ti,io->to")(e["x"], p["w"]),
+        {"w": "dense 6 5"},
+    ),
+    "quantised ti,oi->to": (
+        {"w": (5, 6)},
+        lambda p, e: quantised("ti,oi->to")(e["x"], p["w"]),
+        {"w": "dense 6 5"},
+    ),
+    "quantised ti,oi->ot": (
+        {"w": (5, 6)},
+        lambda p, e: quantised("ti,oi->ot")(e["x"], p["w"]),
+        {"w": "dense 6 5"},
+    ),
+    "quantised ti,ihk->htk": (
+        {"w": (6, 2, 3)},
+        lambda p, e: quantised("ti,ihk->htk")(e["x"], p["w"]),
+        {"w": "used by custom_vjp_call"},
+    ),
+    "quantised ti,tio->to": (
+        {"w": (4, 6, 5)},
+        lambda p, e: quantised("ti,tio->to")(e["x"], p["w"]),
+        {"w": "dense 6 5 x4"},
+    ),
+    "quantised ti,tio->ot": (
+        {"w": (4, 6, 5)},
+        lambda p, e: quantised("ti,tio->ot")(e["x"], p["w"]),
+        {"w": "used by custom_vjp_call"},
+    ),
+    "quantised ti,tio->o": (
+        {"w": (4, 6, 5)},
+        lambda p, e: quantised("ti,tio->o")(e["x"], p["w"]),
+        {"w": "dense 24 5"},
+    ),
+    "quantised ti,it->t": (
+        {"w": (6, 4)},
+        lambda p, e: quantised("ti,it->t")(e["x"], p["w"]),
+        {"w": "dense 6 1 x4"},
+    ),
+    "quantised over two axes": (
+        {"w": (3, 5, 2)},
+        lambda p, e: quantised("tij,ioj->to")(e["x"].reshape(4, 3, 2), p["w"]),
+        {"w": "dense 6 5"},
+    ),
     "declared, in a scan with remat": (
         {"w": (3, 6, 12)},
         lambda p, e: jax.lax.scan(
@@ -1114,9 +1340,114 @@ CASES = {
         {"a": "used by dot_general with b", "b": "used by dot_general with a"},
     ),
     "picked by a traced index in a loop": (
-        {"w": (3, 6, 6)},
-        lambda p, e: jax.lax.fori_loop(0, 3, lambda i, x: x @ p["w"][i], e["x"]),
-        {"w": "used by dynamic_slice|carried by a scan"},
+        {"w": (3, 6, 6), "b": (3, 6)},
+        lambda p, e: jax.lax.fori_loop(
+            0, 3, lambda i, x: jnp.tanh(x @ p["w"][i] + p["b"][i]), e["x"]
+        ),
+        {"w": "dense 6 6 b x3"},
+    ),
+    "picked by a traced index along the last axis": (
+        {"w": (6, 6, 3), "v": (3, 6, 6)},
+        lambda p, e: jax.lax.scan(
+            lambda x, i: (jnp.tanh(x @ jax.checkpoint(lambda w: w[..., i])(p["w"])) @ p["v"][i], i),
+            e["x"],
+            jnp.arange(3),
+        )[0],
+        {"w": "dense 6 6 x3", "v": "dense 6 6 x3"},
+    ),
+    "picked by a traced index, not in its order": (
+        {"w": (3, 6, 6), "v": (3, 6, 6)},
+        lambda p, e: jax.lax.fori_loop(
+            0, 3, lambda i, x: x @ p["w"][2 - i] @ p["v"][jnp.minimum(i, 1)], e["x"]
+        ),
+        {"w": "used by dynamic_slice", "v": "used by dynamic_slice"},
+    ),
+    "picked by a traced index of another scan": (
+        {"w": (2, 6, 6), "v": (2, 6, 6)},
+        lambda p, e: jax.lax.fori_loop(
+            0,
+            2,
+            lambda i, x: jax.lax.fori_loop(0, 2, lambda j, x: x @ p["w"][i] @ p["v"][j], x),
+            e["x"],
+        ),
+        {"w": "used by dynamic_slice", "v": "dense 6 6 x2"},
+    ),
+    "blocks of rows that a scan cuts out": (
+        {"w": (12, 6)},
+        lambda p, e: cut_in_a_scan(p["w"], e["x"], jnp.arange(3), lambda i: 4 * i),
+        {"w": "dense 6 12"},
+    ),
+    "blocks of rows that a scan cuts out, at places with remat": (
+        {"w": (12, 6)},
+        lambda p, e: cut_in_a_scan(p["w"], e["x"], jnp.arange(0, 12, 4), wrapped=jax.checkpoint),
+        {"w": "dense 6 12"},
+    ),
+    "blocks of columns that a loop cuts out": (
+        {"w": (6, 12)},
+        lambda p, e: jax.lax.fori_loop(
+            0,
+            4,
+            lambda i, total: (
+                total
+                + jnp.exp(e["x"][:, ::-1] @ jax.lax.dynamic_slice_in_dim(p["w"], 3 * i, 3, axis=1))
+            ),
+            jnp.zeros((4, 3)),
+        ),
+        {"w": "dense 6 12"},
+    ),
+    "blocks of rows that a scan cuts out, also looked up": (
+        {"w": (12, 6)},
+        lambda p, e: cut_in_a_scan(p["w"], p["w"][e["ids"]], jnp.arange(3), lambda i: i * 4),
+        {"w": "tied 12 6"},
+    ),
+    "blocks of rows that a scan cuts out backwards": (
+        {"w": (12, 6)},
+        lambda p, e: cut_in_a_scan(p["w"], e["x"], jnp.arange(3), lambda i: 8 - 4 * i),
+        {"w": "used by dynamic_slice"},
+    ),
+    "blocks of rows that overlap": (
+        {"w": (12, 6)},
+        lambda p, e: cut_in_a_scan(p["w"], e["x"], jnp.arange(3), lambda i: 3 * i),
+        {"w": "used by dynamic_slice"},
+    ),
+    "blocks of rows at places that wrap around": (
+        {"w": (12, 6)},
+        lambda p, e: cut_in_a_scan(
+            p["w"],
+            e["x"],
+            jnp.arange(3, dtype=jnp.uint8),
+            lambda i: 4 * ((i + jnp.uint8(255)).astype(int) - 255),
+        ),
+        {"w": "used by dynamic_slice"},
+    ),
+    "blocks of rows of which the last is moved": (
+        {"w": (10, 6)},
+        lambda p, e: cut_in_a_scan(p["w"], e["x"], jnp.arange(3), lambda i: 4 * i),
+        {"w": "used by dynamic_slice"},
+    ),
+    "blocks of rows at a place that the example says": (
+        {"w": (12, 6)},
+        lambda p, e: cut_in_a_scan(p["w"], e["x"], e["ids"][:3]),
+        {"w": "used by dynamic_slice"},
+    ),
+    "blocks of rows of a scan from its end": (
+        {"w": (12, 6)},
+        lambda p, e: cut_in_a_scan(p["w"], e["x"], jnp.arange(3), lambda i: 4 * i, reverse=True),
+        {"w": "dense 6 12"},
+    ),
+    "mask along inputs and outputs": (
+        {"w": (6, 5), "v": (6, 5), "u": (3, 5, 5), "b": (5,)},
+        lambda p, e: jax.lax.scan(
+            lambda x, layer: (jnp.tanh(x @ (layer * MASK[0, 0, 0]) + p["b"]), None),
+            e["x"] @ (p["w"] * PRUNED) + e["x"] @ jnp.where(PRUNED > 0, p["v"], 0),
+            p["u"],
+        )[0],
+        {
+            "w": "multiplied elementwise, .*",
+            "v": "used by select_n",
+            "u": "dense 5 5 x3",
+            "b": "added to products, but not to each .*",
+        },
     ),
     "bias to different products": (
         {"w": (6, 5), "v": (6, 5), "b": (5,)},
@@ -1180,6 +1511,9 @@ def test_case(name):
         "low-rank adapter over two axes",
         "scanned in blocks of rows, with remat, also looked up",
         "scanned in blocks in each layer",
+        "picked by a traced index along the last axis",
+        "blocks of columns that a loop cuts out",
+        "blocks of rows that a scan cuts out, also looked up",
     ],
 )
 def test_the_identity_on_both_sides_gives_the_gradient(name):

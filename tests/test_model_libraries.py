@@ -307,3 +307,74 @@ def test_linen_recurrent(cell):
     loss = class_loss(Recurrent().apply)
     found, names, factored = held(loss, architectures.filled(shapes), data)
     assert factored > 0.85, found.exact
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    "operation",
+    ["Fp8DotGeneralOp", "NANOOFp8DotGeneralOp", "Fp8DirectDotGeneralOp"],
+)
+def test_linen_eight_bit_floats(operation):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            make = getattr(nn, operation)
+            hidden = nn.Dense(6, param_dtype=float, dot_general_cls=make)(x)
+            return nn.Dense(CLASSES, param_dtype=float, dot_general_cls=make)(jnp.tanh(hidden))[-1]
+
+    data = sequences()
+    variables = jax.jit(Model().init)(jax.random.key(0), data[0][0])
+    params, scales = variables["params"], variables["_overwrite_with_gradient"]
+
+    def logits(params, x):
+        return Model().apply({"params": params, "_overwrite_with_gradient": scales}, x)
+
+    found, _, _ = held(class_loss(logits), architectures.filled(params), data)
+    kernels = {"Dense_0/kernel", "Dense_1/kernel"}
+    assert set(found.maps) == kernels, found.exact
+
+
+def test_linen_eight_bit_einsum():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            for size in (6, CLASSES):
+                kernel = self.param(f"kernel_{size}", nn.initializers.ones, (size, x.shape[-1]))
+                x = jnp.tanh(nn.Fp8Einsum(name=f"product_{size}")("ti,oi->to", x, kernel))
+            return x[-1]
+
+    data = sequences()
+    variables = jax.jit(Model().init)(jax.random.key(0), data[0][0])
+    scales = {name: each for name, each in variables.items() if name != "params"}
+
+    def logits(params, x):
+        return Model().apply({**scales, "params": params}, x)
+
+    params = jax.tree.map(lambda x: x.astype(float), architectures.filled(variables["params"]))
+    found, _, _ = held(class_loss(logits), params, data)
+    assert set(found.maps) == {"kernel_6", f"kernel_{CLASSES}"}, found.exact
+
+
+@pytest.mark.filterwarnings("ignore:.*VariableState:DeprecationWarning")
+@pytest.mark.parametrize("backwards, covered", [(None, True), (jnp.int8, False)])
+def test_qwix_quantised_training(backwards, covered):
+    qwix = pytest.importorskip("qwix", reason=WHY)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            hidden = nn.Dense(6, param_dtype=float)(x)
+            hidden = nn.DenseGeneral((2, 3), param_dtype=float)(jnp.tanh(hidden))
+            return nn.DenseGeneral(CLASSES, axis=(-2, -1), param_dtype=float)(hidden)[-1]
+
+    rule = qwix.QtRule(weight_qtype=jnp.int8, act_qtype=jnp.int8, bwd_qtype=backwards)
+    model, data = qwix.quantize_model(Model(), qwix.QtProvider([rule])), sequences()
+    variables = jax.jit(model.init)(jax.random.key(0), data[0][0])
+
+    def logits(params, x):
+        return model.apply({**variables, "params": params}, x)
+
+    params = architectures.filled(variables["params"])
+    found, _, _ = held(class_loss(logits), params, data)
+    kernels = {"Dense_0/kernel", "DenseGeneral_0/kernel", "DenseGeneral_1/kernel"}
+    assert kernels & set(found.maps) == (kernels if covered else set()), found.exact

@@ -1,5 +1,7 @@
 """Ways in which models write their parameters: what the features of each come to."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -193,6 +195,78 @@ def test_what_is_written_into_a_reference_is_a_use():
 
     found = linear_maps.find(loss, {"w": normal(0, 6, 5)}, normal(1, 4, 6))
     assert found.exact == {"w": "used by swap"}
+
+
+def assert_gradients_are_exact(loss, params, batch):
+    """The features without a projection are the gradients, of each leaf alone."""
+    groups = {leaf: leaf for leaf in params}
+    method = ja.tracin(loss, projection=ja.projections.identity())
+    featurize = ja.featurizer(method, params, batch[0], groups=groups)
+    got = featurize(params, batch)
+    gradients = jit(jax.vmap(jax.grad(loss), (None, 0, None)))(params, batch, None)
+    for leaf, gradient in gradients.items():
+        rows = np.asarray(gradient).reshape(len(batch), -1)
+        assert_close(got[:, featurize.layout.slices[leaf]], rows, leaf)
+
+
+def test_a_mask_along_both_sides_makes_a_leaf_exact():
+    """Pruned weights: A^T (mask * (x^T d)) B is no product of what a side makes of x and of d."""
+    mask = np.random.default_rng(0).integers(2, size=(6, 5)).astype(float)
+
+    def loss(params, x, key):
+        del key
+        pruned = x @ (params["pruned"] * mask) + x @ jnp.where(mask > 0, params["where"], 0)
+        return jnp.sum(jnp.tanh(pruned @ params["dense"]) ** 2)
+
+    shapes = {"pruned": (6, 5), "where": (6, 5), "dense": (5, 4)}
+    params = {leaf: normal(i, *shape) for i, (leaf, shape) in enumerate(shapes.items())}
+    batch = normal(3, 3, 4, 6)
+    featurize = assert_features_are_exact(loss, params, batch)
+    reasons = dict(featurize.plan.reasons)
+    assert set(reasons) == {"pruned", "where"}
+    assert "along its inputs and outputs" in reasons["pruned"]
+    assert_gradients_are_exact(loss, params, batch)
+    gradient = jax.vmap(jax.grad(loss), (None, 0, None))(params, batch, None)
+    assert (np.asarray(gradient["pruned"])[:, mask == 0] == 0).all()
+
+
+SHARDED = {
+    "positions": (("d",), (), ("d",), jnp.matmul, {}),
+    "positions, unchecked": (("d",), (), ("d",), jnp.matmul, {"check_vma": False}),
+    "outputs": ((), (None, "d"), (None, "d"), jnp.matmul, {}),
+    "inputs": ((None, "d"), ("d",), (), lambda x, w: jax.lax.psum(x @ w, "d"), {}),
+    "gathered": (
+        ("d",),
+        ("d",),
+        ("d",),
+        lambda x, w: x @ jax.lax.all_gather(w, "d", axis=0, tiled=True),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_shard_map_makes_the_leaves_inside_exact(name):
+    x_spec, w_spec, y_spec, product, options = SHARDED[name]
+    x_spec, w_spec, y_spec = (jax.sharding.PartitionSpec(*s) for s in (x_spec, w_spec, y_spec))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("d",))
+    inside = jax.shard_map(
+        product, mesh=mesh, in_specs=(x_spec, w_spec), out_specs=y_spec, **options
+    )
+
+    def loss(params, x, key, product=inside):
+        del key
+        return jnp.sum(jnp.tanh(product(x, params["inside"]) @ params["after"]) ** 2)
+
+    params, batch = {"inside": normal(0, 8, 12), "after": normal(1, 12, 3)}, normal(2, 3, 4, 8)
+    featurize = assert_features_are_exact(loss, params, batch)
+    assert dict(featurize.plan.reasons) == {"inside": "used by shard_map"}
+    assert_gradients_are_exact(loss, params, batch)
+    plain = functools.partial(loss, product=jnp.matmul)
+    got, expected = (
+        jax.vmap(jax.grad(f), (None, 0, None))(params, batch, None) for f in (loss, plain)
+    )
+    assert_close(got["inside"], expected["inside"], "inside")
 
 
 def expression(numbers, params):

@@ -43,7 +43,7 @@ from jaxattr.features.projections import Projection
 from jaxattr.features.random_maps import draw_groups
 from jaxattr.groups import GroupLayout, Groups
 from jaxattr.inputs.outputs import check_function, check_output
-from jaxattr.inputs.traces import activation_bytes, shapes_of, trace, traced_once
+from jaxattr.inputs.traces import activation_bytes, shapes_of, traced_once
 from jaxattr.keys import check_key, example_keys
 from jaxattr.scales import wide
 from jaxattr.sharding import Placement
@@ -458,7 +458,7 @@ def _default_microbatch(
     if basis is not None and not basis.materialize:
         rest = {member for group in plan.groups for member in group.rest}
         numbers = sum(member.size for member in rest) + plan.layout.total
-    program, _ = trace(at_one_draw(rule.output), shapes)
+    program = identity.program_of(at_one_draw(rule.output), shapes)
     each = 4 * numbers + activation_bytes(program.jaxpr)
     return max(1, min(_LARGEST_MICROBATCH, room() // max(each, 1)))
 

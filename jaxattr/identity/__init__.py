@@ -15,6 +15,7 @@ from jaxattr.identity.arrays import mixed as mixed
 from jaxattr.identity.arrays import row_digests as row_digests
 from jaxattr.identity.arrays import sum_of_rows as sum_of_rows
 from jaxattr.identity.programs import Program as Program
+from jaxattr.identity.programs import program_of as program_of
 from jaxattr.identity.values import Contents as Contents
 from jaxattr.identity.values import describe as describe
 from jaxattr.identity.values import digest as digest

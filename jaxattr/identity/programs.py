@@ -54,11 +54,14 @@ class Program:
         Raises:
           ValueError: if that is due, and the function no longer computes the same.
         """
+        program, tree = self._traced(arguments)
+        return jax.tree.unflatten(tree, jaxpr_as_fun(program)(*jax.tree.leaves(arguments)))
+
+    def _traced(self, arguments: tuple[Any, ...]) -> tuple[ClosedJaxpr, Any]:
         signature = _signature(arguments)
         if signature not in self._programs:
             self._programs[signature] = self._traced_anew(arguments)
-        program, tree = self._programs[signature]
-        return jax.tree.unflatten(tree, jaxpr_as_fun(program)(*jax.tree.leaves(arguments)))
+        return self._programs[signature]
 
     def _traced_anew(self, arguments: tuple[Any, ...]) -> tuple[ClosedJaxpr, Any]:
         program, _ = _trace(self._function, self._shapes)
@@ -83,6 +86,18 @@ class Program:
 
     def __repr__(self) -> str:
         return f"Program({self.name}, {self.digest[:8]})"
+
+
+def program_of(function: Callable, shapes: tuple[Any, ...]) -> ClosedJaxpr:
+    """Returns the trace of a function; that of a `Program` is at hand, and not made again.
+
+    Args:
+      function: a user's, or a `Program`.
+      shapes: its arguments, `jax.ShapeDtypeStruct` at the leaves.
+    """
+    return (function._traced(shapes) if isinstance(function, Program) else trace(function, shapes))[
+        0
+    ]
 
 
 def _signature(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

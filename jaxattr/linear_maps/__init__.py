@@ -20,6 +20,8 @@ labelled as such. `find` says which leaves are such matrices, and why the others
     views.py        arrays that are a rearranged leaf
     sums.py         parts, sums and constant multiples of leaves
     chains.py       products of two leaves, which are a matrix together
+    counters.py     blocks and layers that a loop cuts out at the place of its step
+    derivatives.py  equations with derivatives of their own: which of them round or multiply
     declaring.py    products that the user declares to be linear maps
     products.py     matrix products, convolutions and look-ups: y = x W in all its layouts
     interpreter.py  the walk through the program, into jit, scan, remat and cond

@@ -11,7 +11,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr
 
 from jaxattr import groups as groups_lib
-from jaxattr.identity import Program
+from jaxattr.identity import Program, program_of
 from jaxattr.inputs.traces import shapes_of
 from jaxattr.linear_maps import interpreter, labels
 from jaxattr.linear_maps.interpreter import Output, Taps, Walk
@@ -165,14 +165,10 @@ def trace(loss: OutputFn, params: Params, example: Example, key: Key | None) -> 
 
 def _trace(loss: OutputFn, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Traced:
     params, example, key = jax.tree.unflatten(structure, leaves)
-
-    # A function of its own, since JAX remembers traces: what the loss closes over may have changed.
-    def fresh(params: Params, example: Example, key: Key) -> jax.Array:
-        return loss(params, example, key)
-
-    program, result = jax.make_jaxpr(fresh, return_shape=True)(params, example, key)
-    if [leaf.shape for leaf in jax.tree.leaves(result)] != [()]:
-        raise ValueError(f"The loss must return one scalar, got {result}.")
+    program = program_of(loss, (params, example, key))
+    if [aval.shape for aval in program.out_avals] != [()]:
+        got = ", ".join(aval.str_short() for aval in program.out_avals)
+        raise ValueError(f"The loss must return one scalar, got {got or 'nothing'}.")
     names = tuple(groups_lib.leaf_names(params))
     finder = _Finder({}, {}, {}, {}, set())
     sources = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in program.in_avals]

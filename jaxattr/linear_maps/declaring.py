@@ -15,8 +15,9 @@ _NAME = "jaxattr_linear_map"
 def linear_map(function: Callable[..., Any], *, x: str | int, w: str | int) -> Callable[..., Any]:
     """Declares that a function with derivatives of its own multiplies by a weight.
 
-    A product with a `custom_vjp` (in 8-bit floats, with straight-through rounding, in a kernel) is
-    opaque: without this, the gradient of its weight is formed for each example.
+    A product with a `custom_vjp` is followed if the trace of that shows a product (8-bit floats,
+    straight-through rounding). One that does not, such as a kernel, is opaque: without this, the
+    gradient of its weight is formed for each example.
 
     Args:
       function: returns y [..., out], of x [..., in], a weight w [in, out], and anything else.

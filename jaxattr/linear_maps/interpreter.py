@@ -18,8 +18,18 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from jaxattr.linear_maps import chains, declaring, labels, products, sums, views
+from jaxattr.linear_maps import (
+    chains,
+    counters,
+    declaring,
+    derivatives,
+    labels,
+    products,
+    sums,
+    views,
+)
 from jaxattr.linear_maps.chains import Chain, Steps
+from jaxattr.linear_maps.counters import Counted
 from jaxattr.linear_maps.labels import Dims
 from jaxattr.linear_maps.products import Product
 from jaxattr.linear_maps.sums import Sum, views_of
@@ -124,10 +134,13 @@ def evaluate(
     known = [c if isinstance(c, View | Sum | Constant) else sums.constant(c) for c in consts]
     for v, value in zip((*jaxpr.constvars, *jaxpr.invars), (*known, *args), strict=True):
         write(v, value)
-    live, computed = _live(jaxpr, gradients=True), _live(jaxpr, gradients=False)
+    followed = [v for v in (*jaxpr.constvars, *jaxpr.invars) if views_of(env[v])]
+    live, computed = derivatives.live(jaxpr, followed), derivatives.live(jaxpr)
     for number, eqn in enumerate(jaxpr.eqns):
         values = [read(v) for v in eqn.invars]
-        if eqn.primitive.name in _STOPS or (live.isdisjoint(eqn.outvars) and not eqn.effects):
+        if eqn.primitive.name in derivatives.STOPS or (
+            live.isdisjoint(eqn.outvars) and not eqn.effects
+        ):
             is_used = not computed.isdisjoint(eqn.outvars)
             values = [_still(value, walk.visitor if is_used else None) for value in values]
         results, recorded = _equation(eqn, values, walk.at(number))
@@ -135,20 +148,6 @@ def evaluate(
         for v, value in zip(eqn.outvars, results, strict=True):
             write(v, value)
     return [read(v) for v in jaxpr.outvars], taps
-
-
-def _live(jaxpr: Jaxpr, gradients: bool) -> set[Var]:
-    """The variables that the results depend on, or that a gradient of the results may reach."""
-    live = {v for v in jaxpr.outvars if isinstance(v, Var)}
-    for eqn in reversed(jaxpr.eqns):
-        needless = live.isdisjoint(eqn.outvars) and not eqn.effects
-        if needless or (gradients and eqn.primitive.name in _STOPS):
-            continue
-        needed = {v for v in eqn.invars if isinstance(v, Var)}
-        if gradients:
-            needed = {v for v in needed if jnp.issubdtype(views.aval(v).dtype, jnp.inexact)}
-        live |= needed
-    return live
 
 
 def _still(value: Any, visitor: "Visitor | None") -> Any:
@@ -170,7 +169,13 @@ def _equation(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Ta
         found = found[-1:]
     elif enter := _ENTERED.get(eqn.primitive.name):
         return enter(eqn, args, walk)
+    custom = derivatives.derivative(eqn)
+    for i in custom.nothing.intersection(found):
+        args[i] = _still(args[i], walk.visitor)
+    found = [i for i in found if i not in custom.nothing]
     results = _bind(eqn, args)
+    if len(found) == 1 and found[0] in custom.passed:
+        return [dataclasses.replace(args[found[0]], value=results[0])], {}
     if not any(view.lost for i in found for view in views_of(args[i])):
         found = _without_expressions(eqn, args, found, walk)
         if joined := sums.join(eqn, args, results[0]):
@@ -194,6 +199,8 @@ def _used(
     operand = args[number]
     if moved := sums.follow(eqn, operand, results):
         return moved, {}
+    if part := counters.follow(eqn, args, results[0]):
+        return [part], {}
     if scaled := sums.multiply(eqn, args, number, results[0]):
         return [scaled], {}
     if isinstance(operand, Sum):
@@ -207,8 +214,12 @@ def _used(
             walk.visitor.reject(operand, "multiplied in blocks, with inputs that change")
             return results, {}
         x = plain(args[product.operand])
-        y, taps = walk.visitor.product(operand, product, x, results[0], walk)
-        return [plain(y) if adds else y], taps
+        if product.back is None:
+            y, taps = walk.visitor.product(operand, product, x, results[0], walk)
+            return [plain(y) if adds else y], taps
+        part, taps = walk.visitor.product(operand, product, x, jnp.zeros_like(results[0]), walk)
+        arrays = [plain(arg) for arg in args]
+        return [results[0] + derivatives.passing(product.back, arrays, plain(part))], taps
     return None
 
 
@@ -238,7 +249,7 @@ def _product_with_sum(
     for term in operand.terms:
         view = term.spread(y.shape) if adds else term
         product = products.describe(eqn, view, number)
-        if product is None or not _is_fixed(args[product.operand], view):
+        if product is None or product.back or not _is_fixed(args[product.operand], view):
             return None
         narrowed = product.between(view.margins, plain(args[product.operand]), y)
         if narrowed is None:
@@ -306,13 +317,10 @@ def _without_expressions(eqn: JaxprEqn, args: list[Any], found: list[int], walk:
     return bare
 
 
-_STOPS = frozenset({"stop_gradient", "round", "floor", "ceil", "sign"})
-"""Operations whose derivative is zero."""
-
-
 def plain(value: Any) -> Any:
     """Strips what is known of an array."""
-    return value.value if isinstance(value, View | Sum | Constant | Fixed | Output) else value
+    known = View | Sum | Constant | Fixed | Output | Counted
+    return value.value if isinstance(value, known) else value
 
 
 def _untouched(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
@@ -322,15 +330,12 @@ def _untouched(eqn: JaxprEqn, args: list[Any]) -> list[Any]:
         dims = views.renamed(eqn, output.dims)
         if dims is not None:
             return [dataclasses.replace(output, value=results[0], dims=dims)]
-    return sums.untouched(eqn, args, results)
+    counted = counters.computed(eqn, args, results[0]) if len(results) == 1 else None
+    return [counted] if counted else sums.untouched(eqn, args, results)
 
 
 def _bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
-    bound = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = bound if isinstance(bound, tuple) else ((), bound)  # a pair before jax 0.9
-    with eqn.ctx.manager:
-        results = eqn.primitive.bind(*functions, *map(plain, args), **params)
-    return list(results) if eqn.primitive.multiple_results else [results]
+    return derivatives.bind(eqn, [plain(arg) for arg in args])
 
 
 def _call(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
@@ -365,6 +370,7 @@ def _scan(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
             xs[i] = plain(x)
     stepping = dataclasses.replace(walk, loops=(*walk.loops, (walk.site, params["length"])))
     layers = [x.scanned(walk.site) if isinstance(x, View) else None for x in xs]
+    counts = [*counters.carried(eqn, args[first:last]), *map(counters.in_scan, xs)]
     returned: list[Any] = []
 
     def body(carry: list[Any], step: tuple[list[Any], Taps, jax.Array]) -> tuple[list[Any], Any]:
@@ -374,7 +380,11 @@ def _scan(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
             for layer, x in zip(layers, given, strict=True)
         ]
         inside = dataclasses.replace(stepping, sinks=sinks)
-        results, taps = _evaluate_inside(params["jaxpr"], [*consts, *carry, *rows], inside)
+        given = [
+            x if known is None else Counted(value=x, step=number, site=walk.site, entries=known)
+            for x, known in zip((*carry, *rows), counts, strict=True)
+        ]
+        results, taps = _evaluate_inside(params["jaxpr"], [*consts, *given], inside)
         for result in results[: len(init)]:
             _reject(result, "carried by a scan", walk)
         for result in results[len(init) :]:

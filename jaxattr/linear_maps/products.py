@@ -10,7 +10,7 @@ with s numbering layers, t positions, i inputs and o outputs, by naming the axes
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 from jax.lax import GatherScatterMode
 
-from jaxattr.linear_maps import declaring
+from jaxattr.linear_maps import declaring, derivatives
 from jaxattr.linear_maps.labels import Dim, Dims, Label, axes, extent, flat, ordered, rearrange
 from jaxattr.linear_maps.views import Factors, View, aval
 from jaxattr.scales import widest
@@ -40,6 +40,7 @@ class Product(abc.ABC):
       groups: feature groups of a convolution.
       x_axes: for each axis of the weight that of x which is paired with it, or None.
       y_axes: for each axis of the weight that of the result which it becomes, or None.
+      back: what the weight's gradient takes for the cotangent; see `derivatives.Multiplied`.
     """
 
     kind: str
@@ -53,6 +54,7 @@ class Product(abc.ABC):
     groups: int = 1
     x_axes: tuple[int | None, ...]
     y_axes: tuple[int | None, ...]
+    back: Callable[[Sequence[Any], jax.Array], jax.Array] | None = None
 
     def between(
         self, margins: Sequence[tuple[int, int]], x: jax.Array, y: jax.Array
@@ -93,7 +95,7 @@ class Product(abc.ABC):
           matrix: what spans the outputs, or None for the identity.
         """
         if matrix is not None:
-            compressed = compressed @ jnp.swapaxes(matrix, -1, -2)  # [*layers, t, out]
+            compressed = _multiply(compressed, matrix, 1)  # [*layers, t, out]
         return rearrange(compressed, self._canonical(self.outs), self.y)
 
     def cotangents(self, y: jax.Array) -> jax.Array:
@@ -121,7 +123,7 @@ class Product(abc.ABC):
         else:
             compressed = self.project(x, a).astype(z.dtype)
             compressed = compressed if bias is None else compressed + bias.astype(z.dtype)
-            compressed = compressed @ z  # [*layers, t, r']
+            compressed = _multiply(compressed, z, 0)  # [*layers, t, r']
         return self.expand(compressed.astype(dtype), b if b is None else b.astype(dtype))
 
     def _canonical(self, features: Dim) -> Dims:
@@ -139,7 +141,7 @@ class _Dense(Product):
         return rearrange(x, self.x, self._canonical(self.ins)).astype(self.dtype)
 
     def project(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
-        return self.inputs(x) @ matrix.astype(self.dtype)
+        return _multiply(self.inputs(x), matrix.astype(self.dtype), 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -260,6 +262,8 @@ def describe(eqn: JaxprEqn, view: View, number: int) -> Product | None:
         "add_any": _addition,
         "jit": _declared,
         "pjit": _declared,
+        "custom_jvp_call": _by_derivative,
+        "custom_vjp_call": _by_derivative,
     }
     rule = rules.get(eqn.primitive.name)
     return rule(eqn, view, number) if rule else None
@@ -272,6 +276,16 @@ def _declared(eqn: JaxprEqn, view: View, number: int) -> Product | None:
         return None
     contracting = ((len(aval(eqn.invars[x]).shape) - 1,), (0,))
     return _dense(eqn, view, 1, x, (contracting, ((), ())))
+
+
+def _by_derivative(eqn: JaxprEqn, view: View, number: int) -> Product | None:
+    """A product with derivatives of its own, of which that in the weight is a product's."""
+    found = derivatives.derivative(eqn).multiplied.get(number)
+    if found is None:
+        return None
+    described = _dense(eqn, view, found.side, found.x, found.dimensions)
+    dtype = widest(aval(eqn.invars[number]).dtype, aval(eqn.outvars[0]).dtype)
+    return described and dataclasses.replace(described, dtype=dtype, back=found.back)
 
 
 def _dot_general(eqn: JaxprEqn, view: View, number: int) -> Product | None:
@@ -436,3 +450,13 @@ def _new(number: int, size: int) -> Dim:
 
 def _compute_dtype(eqn: JaxprEqn) -> Any:
     return widest(*(aval(v).dtype for v in eqn.invars[-2:]))
+
+
+def _multiply(rows: jax.Array, matrix: jax.Array, summed: int) -> jax.Array:
+    """Returns rows [*layers, t, f] times a matrix, [*layers, f, g] or transposed.
+
+    As one operation: `jnp.matmul` is a program of its own, which is traced and derived at each use.
+    """
+    layers = tuple(range(rows.ndim - 2))
+    contracting = (rows.ndim - 1,), (len(layers) + summed,)
+    return jax.lax.dot_general(rows, matrix, (contracting, (layers, layers)))

@@ -1,6 +1,7 @@
 """What is known of an array that was derived from one parameter leaf by renaming axes alone."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -59,10 +60,12 @@ class Constant:
     Attributes:
       value: the array.
       axes: its axes that it may vary along.
+      entries: its entries if they are whole numbers that are known, and lie along one axis.
     """
 
     value: Any
     axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    entries: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -283,6 +286,38 @@ class View:
         factors = self.factors if sliced.factors is None else sliced.factors
         steps = self.steps if len(self.steps) == len(self.blocks) else (*self.steps, step)
         return dataclasses.replace(self, value=sliced.value, factors=factors, steps=steps)
+
+    def in_turn(self, value: Any, position: int, site: Site, step: jax.Array) -> "View | None":
+        """The view of one of the parts that a scan's body takes of one axis of the array, in order.
+
+        Parts of one entry are layers, as if the scan ran over them.
+        """
+        dim, size = self.dims[position], value.shape[position]
+        if len(dim) != 1 or not isinstance(axis := dim[0].axis, int):
+            return None
+        scaled = any(axis in scale.axes for scale in self.scales)
+        taken = any(block.axis == axis for block in self.blocks)
+        if scaled or taken or dim[0].size != self.shape[axis] or not self.is_whole([axis]):
+            return None
+        part = (dim[0]._replace(size=size),) if size > 1 else ()
+        view = dataclasses.replace(
+            self, value=value, dims=(*self.dims[:position], part, *self.dims[position + 1 :])
+        )
+        if size > 1:
+            blocks = (*self.blocks, Block(axis, site, self.shape[axis] // size))
+            return dataclasses.replace(view, blocks=blocks, steps=(*self.steps, step))
+        factors = self.factors
+        if factors and axis in self.stack:
+            at = functools.partial(
+                jax.lax.dynamic_index_in_dim,
+                index=step,
+                axis=self.stack.index(axis),
+                keepdims=False,
+            )
+            factors = factors.map(at)
+        stack = tuple(other for other in self.stack if other != axis)
+        scans = (*self.scans, (axis, site))
+        return dataclasses.replace(view, scans=scans, stack=stack, factors=factors)
 
     def lose(self, value: Any, reason: str) -> "View":
         """An array that stems from the leaf in a way that is not followed; fatal if it is used."""
