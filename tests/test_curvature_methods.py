@@ -118,6 +118,22 @@ def test_influence_in_a_subspace_is_that_of_the_subspace():
     np.testing.assert_allclose(ja.score(index, QUERIES), expected, rtol=1e-6)
 
 
+def test_influence_by_the_fisher_matrix_is_between_all_layers():
+    method = ja.influence(models.loss, damping=ja.absolute(2.0), curvature="fisher")
+    index = FEW(method, PARAMS, TRAIN)
+
+    def of_one(x):
+        return jax.flatten_util.ravel_pytree(jax.grad(models.loss)(PARAMS, x, None))[0]
+
+    phi, q = jax.vmap(of_one)(TRAIN), jax.vmap(of_one)(QUERIES)
+    expected = q @ np.linalg.solve(phi.T @ phi + 2 * np.eye(phi.shape[1]), phi.T)
+    np.testing.assert_allclose(ja.score(index, QUERIES), expected, rtol=1e-8)
+    with pytest.raises(ValueError, match="leave out solver="):
+        ja.influence(models.loss, damping=ja.absolute(2.0), curvature="fisher", solver="cg")
+    with pytest.raises(ValueError, match="'hessian' or 'fisher', got 'ntk'"):
+        ja.influence(models.loss, damping=ja.absolute(2.0), curvature="ntk")
+
+
 def test_bad_arguments():
     loss = models.loss
     with pytest.raises(ValueError, match="needs labels drawn from the model: pass sample="):

@@ -14,7 +14,7 @@ from jaxattr.features.projections import Projection
 from jaxattr.fitting import eigenbases, optimizer_moments
 from jaxattr.fitting.eigenbases import MaskFn, SampleFn
 from jaxattr.identity import Contents
-from jaxattr.kernels import Damping
+from jaxattr.kernels import Damping, Kernel
 from jaxattr.methods.method import Method
 from jaxattr.sources import as_source
 from jaxattr.typing import Batch, OutputFn, Params
@@ -266,26 +266,32 @@ def influence(
     loss: OutputFn,
     *,
     damping: Damping,
+    curvature: Literal["hessian", "fisher"] = "hessian",
     solver: Literal["exact", "cg"] = "exact",
     tolerance: float = 1e-4,
     iterations: int = 100,
     positive_only: bool = False,
     projection: Projection | None = None,
 ) -> Method:
-    r"""Influence functions with the Hessian of the mean training loss.
+    r"""Influence functions with the Hessian of the mean training loss, or its empirical Fisher.
 
     .. math:: \tau = \nabla\ell(q)^\top (H + \lambda I)^{-1} \nabla\ell(n)
 
-    Positive where up-weighting n lowers the query's loss; no 1/n.
+    Positive where up-weighting n lowers the query's loss; no 1/n with the Hessian. The Fisher matrix
+    is the sum over training examples, `F = \sum_n \nabla\ell(n) \nabla\ell(n)^T`, as in LoGRA and
+    TRAK: scores are those of its mean, over n. It is between all layers, where EK-FAC's is of each
+    by itself. For large models, `ja.astra` solves with the Hessian or Gauss-Newton matrix.
 
     Guarantees: exact up to rounding, or up to `tolerance`.
-    Cost: exact, p Hessian products and p^3, for some thousands of parameters; by conjugate
-    gradients, a Hessian product with the training set per iteration and training example, since
-    the kernel acts on the training side.
+    Cost: of the Hessian, exact, p products with it and p^3, for some thousands of parameters; by
+    conjugate gradients, a product with the training set per iteration and training example, since
+    the kernel acts on the training side. Of the Fisher matrix, n p numbers and 2 n^2 p operations
+    where there are fewer examples than parameters, else p^2 and 2 n p^2.
 
     Args:
       loss: (params, example, key) -> scalar, summed over the example's tokens or pixels.
       damping: added to the eigenvalues of H, which may be negative; `absolute(x)` for "cg".
+      curvature: "hessian", or "fisher", of the data's own labels, whose eigenvalues are not.
       solver: "exact", or "cg", whose convergence is in `index.solve_errors`.
       tolerance: relative residual at which conjugate gradients end.
       iterations: at most so many.
@@ -311,13 +317,22 @@ def influence(
     """
     if solver not in ("exact", "cg"):
         raise ValueError(f"solver must be 'exact' or 'cg', got {solver!r}.")
+    if curvature not in ("hessian", "fisher"):
+        raise ValueError(f"curvature must be 'hessian' or 'fisher', got {curvature!r}.")
+    if curvature == "fisher" and (solver, positive_only) != ("exact", False):
+        raise ValueError(
+            "The Fisher matrix is inverted exactly and has no negative eigenvalue: leave out solver= "
+            "and positive_only=."
+        )
     if positive_only and solver == "cg":
         raise ValueError("positive_only needs eigenvectors: use solver='exact'.")
-    kernel = (
-        kernels.InverseHessian(damping, positive_only=positive_only)
-        if solver == "exact"
-        else kernels.ConjugateGradient(damping, tolerance=tolerance, iterations=iterations)
-    )
+    kernel: Kernel
+    if curvature == "fisher":
+        kernel = kernels.Gram(damping, dense=True)
+    elif solver == "exact":
+        kernel = kernels.InverseHessian(damping, positive_only=positive_only)
+    else:
+        kernel = kernels.ConjugateGradient(damping, tolerance=tolerance, iterations=iterations)
     rule = FeatureRule(loss, projections.identity() if projection is None else projection)
     return Method("Influence", rule, kernel, references=("influence",))
 
