@@ -15,7 +15,7 @@ from jaxattr.fitting.hessians import Curvature, GaussNewton, curvature_products
 from jaxattr.fitting.passes import TrainingPass
 from jaxattr.index.index import ConvergenceWarning, Index, check_index, first_ids, report_non_finite
 from jaxattr.index.queries import QueryFeatures, query_features
-from jaxattr.kernels import Damping, SecondMoment, conjugate_gradients
+from jaxattr.kernels import Damping, SecondMoment, conjugate_gradients, relative
 from jaxattr.kernels.base import check_damping
 from jaxattr.kernels.diagonal import added_to, eigenvalues
 from jaxattr.scales import exponent_of, scaled
@@ -39,7 +39,8 @@ def astra(
 
     .. math:: \tau(q, n) = v(q)^\top \phi(n), \qquad (C + D) \, v(q) = \phi(q)
 
-    C is the curvature of the mean training loss, between all layers, and D the damping. EK-FAC's
+    C is the curvature of the mean training loss, between all layers, and D the damping, the same
+    for all. EK-FAC's
     inverse is what the iteration starts from, and its preconditioner. Use the result wherever
     queries go: `ja.top_k(index, ja.astra(index, queries))`; the index stays as it is, and so do its
     `self_influence`s, which are EK-FAC's.
@@ -56,7 +57,8 @@ def astra(
       outputs: (params, example, key) -> z, what the model puts out, such as logits; with `loss`, C
         is the Gauss-Newton matrix. Default: the Hessian of the function that is attributed.
       loss: (z, example) -> scalar: that function, of the outputs.
-      damping: D, in units of EK-FAC's eigenvalues. Default: that of the index.
+      damping: D; relative to the mean of EK-FAC's eigenvalues over all layers. Default:
+        `relative(1)`.
       iterations: at most so many. Fewer damp more: directions of low curvature come last.
       tolerance: relative residual at which a solve ends.
 
@@ -78,7 +80,7 @@ def astra(
     """
     kernel = _checked_kernel(check_index(index))
     iterations = whole_number("iterations", iterations)
-    damping = kernel.damping if damping is None else check_damping(damping)
+    damping = relative(1) if damping is None else check_damping(damping)
     curvature = _curvature(index, outputs, loss)
     prepared = query_features(index, queries)
     finite = np.ones(index.size, bool)
@@ -108,7 +110,7 @@ class _System(NamedTuple):
     Attributes:
       products: vectors [k, p] -> C of them.
       operands: its first argument.
-      added: D, [p].
+      added: D.
       damped: EK-FAC's eigenvalues with its damping [p]; zero where no example has a feature.
     """
 
@@ -136,8 +138,8 @@ def _system(
     own = eigenvalues(means, fitted.curvature_over(0))
     damped = np.where(means > 0, own + added_to(own, layout, kernel.damping), 0)
     products, operands = curvature_products(over, fitted, finite, curvature)
-    added = added_to(own, layout, damping)
-    return _System(products, operands, jnp.asarray(added, dtype), jnp.asarray(damped, dtype))
+    added = jnp.asarray(damping.of(own.mean()), dtype)
+    return _System(products, operands, added, jnp.asarray(damped, dtype))
 
 
 def _refined(
@@ -162,7 +164,7 @@ def _compiled_solve(products: Any, iterations: int) -> Any:
         operands: Any, added: jax.Array, damped: jax.Array, phi: Features, tolerance: jax.Array
     ) -> tuple[Features, jax.Array]:
         exponents = exponent_of(phi, axis=1)[:, None]
-        added, damped = added[None], damped[None]
+        damped = damped[None]
         there = damped > 0
         right = jnp.where(there, scaled(phi, -exponents), 0)
 

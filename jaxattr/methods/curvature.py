@@ -277,10 +277,10 @@ def influence(
 
     .. math:: \tau = \nabla\ell(q)^\top (H + \lambda I)^{-1} \nabla\ell(n)
 
-    Positive where up-weighting n lowers the query's loss; no 1/n with the Hessian. The Fisher matrix
-    is the sum over training examples, `F = \sum_n \nabla\ell(n) \nabla\ell(n)^T`, as in LoGRA and
-    TRAK: scores are those of its mean, over n. It is between all layers, where EK-FAC's is of each
-    by itself. For large models, `ja.astra` solves with the Hessian or Gauss-Newton matrix.
+    Positive where up-weighting n lowers the query's loss; no 1/n with the Hessian. The Fisher
+    matrix is a sum over training examples, as LoGRA's and TRAK's: scores are those of its mean,
+    over n. It is between all layers, where EK-FAC's is of each by itself. For large models,
+    `ja.astra` solves with the Hessian or Gauss-Newton matrix.
 
     Guarantees: exact up to rounding, or up to `tolerance`.
     Cost: of the Hessian, exact, p products with it and p^3, for some thousands of parameters; by
@@ -321,8 +321,8 @@ def influence(
         raise ValueError(f"curvature must be 'hessian' or 'fisher', got {curvature!r}.")
     if curvature == "fisher" and (solver, positive_only) != ("exact", False):
         raise ValueError(
-            "The Fisher matrix is inverted exactly and has no negative eigenvalue: leave out solver= "
-            "and positive_only=."
+            "The Fisher matrix is inverted exactly and has no negative eigenvalue: leave out "
+            "solver= and positive_only=."
         )
     if positive_only and solver == "cg":
         raise ValueError("positive_only needs eigenvectors: use solver='exact'.")
