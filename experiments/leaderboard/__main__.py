@@ -1,0 +1,109 @@
+"""Every method beside each other, one model per domain: LDS, QLD, cost, bytes.
+
+python -m experiments.leaderboard                  # ViT and ResNet on digits
+python -m experiments.leaderboard vit resnet gpt unet
+"""
+
+import argparse
+import os
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+import jaxattr as ja
+from experiments.leaderboard import domains, figures, measuring
+from experiments.leaderboard.domains import Domain
+from experiments.leaderboard.measuring import Figures
+
+DOMAINS: dict[str, Callable[[Path], Domain]] = {
+    "vit": lambda folder: domains.classifier("vit", folder),
+    "resnet": lambda folder: domains.classifier("resnet", folder),
+    "gpt": domains.gpt,
+    "unet": domains.unet,
+}
+
+
+def main() -> None:
+    """Measures, prints and draws."""
+    # A device per core, for retraining: XLA leaves cores idle in the many small steps of one.
+    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    given, console, started = _arguments(), Console(width=130), time.monotonic()
+    warnings.simplefilter("ignore", ja.WeightWarning)
+    warnings.simplefilter("ignore", ja.ConvergenceWarning)  # residuals are what iterations buy
+    found: list[Figures] = []
+    for name in given.domains:
+        console.print(f"[bold]{name}[/bold]: training")
+        domain = DOMAINS[name](given.folder)
+        results = given.folder / "leaderboard"
+        for entry in domain.entries:
+            if given.only and entry.name not in given.only:
+                continue
+            row = measuring.measure(
+                domain, entry, results, removed=given.removed, asked=given.queries
+            )
+            console.print(f"  {row.method}: LDS {row.lds}, QLD {row.qld}, {row.passes:.1f} passes")
+            found.append(row)
+    for name in given.domains:
+        own = [row for row in found if row.domain == name]
+        if own:
+            console.print(table(own))
+    figures.draw(found, given.folder / "leaderboard.png")
+    console.print(
+        f"{time.monotonic() - started:.0f} s. In {given.folder}/: leaderboard.png, and a .json for "
+        "each row in leaderboard/."
+    )
+
+
+def table(found: list[Figures]) -> Table:
+    """Makes the table of one model, from cheap to dear.
+
+    Args:
+      found: its rows.
+    """
+    shown = Table(title=f"{found[0].domain}: percent, with 95 % intervals")
+    headings = (
+        "method", "passes", "bytes", "LDS", "learned adds", "QLD", "QLD, learned"
+    )  # fmt: skip
+    for heading in headings:
+        shown.add_column(heading)
+    for row in sorted(found, key=lambda row: row.passes):
+        shown.add_row(
+            row.method, f"{row.passes:.1f}", f"{row.bytes:,.0f}",
+            _percent(row.lds["uniform"], ""), _percent(row.gain, "+"),
+            _plain(row.qld.get("uniform")), _plain(row.qld.get("learned")),
+        )  # fmt: skip
+    return shown
+
+
+def _percent(values: list[float] | None, sign: str) -> str:
+    if values is None:
+        return ""
+    mean, low, high = (f"{100 * value:{sign}.1f}" for value in values)
+    return f"{mean} [{low}, {high}]"
+
+
+def _plain(values: list[float] | None) -> str:
+    return "" if values is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*values)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.leaderboard",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("domains", nargs="*", choices=[*DOMAINS, []], default=["vit", "resnet"])
+    parser.add_argument("--folder", type=Path, default=Path("runs/leaderboard"))
+    parser.add_argument("--only", nargs="+", help="names of methods")
+    parser.add_argument("--queries", type=int, default=24, help="of QLD; 0 for none")
+    parser.add_argument("--removed", type=float, default=0.05, help="share removed, for QLD")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

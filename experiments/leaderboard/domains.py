@@ -1,0 +1,334 @@
+"""One model per domain, with everything that methods are measured by."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxattr as ja
+from experiments.diffusion import data as pictures
+from experiments.diffusion import study as diffusion
+from experiments.diffusion import training as denoising
+from experiments.digits import study as digits
+from experiments.digits import training
+from experiments.ground_truth import Truth
+from experiments.language import baselines, corpus, text
+from experiments.language import study as language
+from experiments.language import training as tuning
+from experiments.weights import cells
+from jaxattr import evaluation
+from jaxattr.evaluation.retraining import TrainFn
+from jaxattr.typing import OutputFn
+
+
+class Asked(NamedTuple):
+    """An index and its queries.
+
+    Attributes:
+      made: the index of a method, or of scores that were made elsewhere.
+      learning: queries to learn weights from; None for what has no weights.
+      evaluation: queries that everything is measured on.
+    """
+
+    made: ja.Index
+    learning: Any
+    evaluation: Any
+
+
+class Entry(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+      name: of the method.
+      ask: makes it ready, all of its cost but the scores themselves.
+    """
+
+    name: str
+    ask: Callable[[], Asked]
+
+
+class Domain(NamedTuple):
+    """A model.
+
+    Attributes:
+      name: of it.
+      entries: the methods.
+      truth: outputs of models retrained on halves.
+      outcomes: of models retrained on quarters, on the learning queries.
+      queries: what everything is measured on.
+      train_fn: as in `ja.retrain`.
+      output: (params, example, key) -> scalar; larger = more of it.
+      gradient_pass: gradients of all training examples at all checkpoints.
+    """
+
+    name: str
+    entries: list[Entry]
+    truth: Truth
+    outcomes: ja.Outcomes
+    queries: Any
+    train_fn: TrainFn
+    output: OutputFn
+    gradient_pass: Callable[[], Any]
+
+
+EVERYTHING = 1 << 20
+"""A rank that no side of a layer here is above."""
+
+
+def classifier(name: str, folder: Path) -> Domain:
+    """A classifier of digits.
+
+    Args:
+      name: "vit" or "resnet".
+      folder: for all that is trained.
+    """
+    config = digits.Config((name,))
+    found = digits.prepare(name, config, folder)
+    model, train = found.model, found.digits.train
+    learning, asked = found.digits.learning, found.digits.evaluation
+    loss = training.loss(model)
+
+    def logits(params: Any, example: Any, key: Any = None) -> jax.Array:
+        return model.apply(params, example["image"][None])[0]
+
+    def of_logits(z: jax.Array, example: Any) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(z, example["label"])
+
+    def entry(name: str, method: ja.Method, groups: Any = ja.by_layer, **options: Any) -> Entry:
+        build = functools.partial(
+            digits.index_of, method, found.checkpoints, train, groups
+        )  # fmt: skip
+        return Entry(name, functools.partial(_asked, build, learning, asked, **options))
+
+    def pixels(params: Any, example: Any) -> jax.Array:
+        return example["image"].reshape(-1)
+
+    exact = digits.EXACT
+    refine = functools.partial(ja.astra, outputs=logits, loss=of_logits, iterations=10)
+    everything = ja.ekfac(loss, rank=EVERYTHING)
+    embedded = [
+        Entry(label, functools.partial(_embedded, embed, found.checkpoints, train, asked, label))
+        for label, embed in (("logits", logits), ("pixels", pixels))
+    ]
+    entries = [
+        *embedded,
+        entry("TracIn", ja.tracin(loss, projection=exact), ja.by_leaf),
+        entry("GradCos", ja.grad_cos(loss, projection=exact), ja.by_leaf),
+        entry("TRAK", digits.METHODS["TRAK"].make(found), ja.by_leaf),
+        entry("LoGRA", ja.logra(loss, rank=16)),
+        entry("EK-FAC", everything),
+        entry("EK-FAC, 0.01", ja.ekfac(loss, rank=EVERYTHING, damping=ja.relative(0.01))),
+        entry(
+            "Fisher, all layers",
+            ja.influence(loss, damping=ja.relative(0.5), curvature="fisher"),
+        ),
+        entry("ASTRA", everything, refine=refine),
+    ]  # fmt: skip
+    n = config.train
+    return Domain(
+        name=name,
+        entries=entries,
+        truth=found.truth,
+        outcomes=found.outcomes,
+        queries=asked,
+        train_fn=training.trainer(model, train),
+        output=training.margin(model),
+        gradient_pass=_gradient_pass(loss, found.checkpoints, train, n),
+    )
+
+
+def gpt(folder: Path) -> Domain:
+    """A small GPT-2, pretrained and then tuned on the documents that are attributed to.
+
+    Args:
+      folder: for all that is trained.
+    """
+    config = language.QUICK
+    found = corpus.assemble(
+        text.deduplicated(text.documentation(), 80, config.model.context - 1), text.Bytes(),
+        context=config.model.context, train=config.train, queries=config.queries,
+        known=config.known,
+    )  # fmt: skip
+    subject = language.prepare(config, found, folder)
+    loss, learning, asked = subject.loss, found.learning, found.evaluation
+    tuned = tuning.make_train(subject.logits_fn, found.train, config.tuning, config.train // 4)
+    output = _minus(loss)
+
+    def logits(params: Any, example: Any, key: Any = None) -> jax.Array:
+        return subject.logits_fn(params, example)
+
+    def of_logits(z: jax.Array, example: Any) -> jax.Array:
+        each = optax.softmax_cross_entropy_with_integer_labels(z, example["targets"])
+        return jnp.sum(each * example["mask"])
+
+    def entry(name: str, method: ja.Method, **options: Any) -> Entry:
+        build = functools.partial(
+            ja.build_index, method, subject.params, found.train, groups=ja.by_layer, batch_size=32
+        )
+        return Entry(name, functools.partial(_asked, build, learning, asked, **options))
+
+    refine = functools.partial(ja.astra, outputs=logits, loss=of_logits, iterations=10)
+    everything = ja.ekfac(loss, rank=EVERYTHING, mask=lambda row: row["mask"])
+    entries = [
+        *_of_words(found, asked),
+        Entry("activations", functools.partial(_activations, subject, config, asked)),
+        *(entry(name, language.METHODS[name](subject)) for name in language.METHODS),
+        entry("EK-FAC, whole", everything),
+        entry(
+            "Fisher, all layers",
+            ja.influence(
+                loss, damping=ja.relative(0.5), curvature="fisher", projection=language.TWO_SIDED
+            ),
+        ),
+        entry("ASTRA", everything, refine=refine),
+    ]
+    return Domain(
+        name="gpt",
+        entries=entries,
+        truth=subject.truth,
+        outcomes=cells.quarters(
+            lambda key, ids: tuned(key, ids, subject.start)[0], output, learning, asked,
+            config.train, folder / "quarters-gpt", at_once=4 * jax.device_count(),
+        ).outcomes,
+        queries=asked,
+        train_fn=_any_size(subject, config),
+        output=output,
+        gradient_pass=_gradient_pass(loss, [subject.params], found.train, config.train),
+    )  # fmt: skip
+
+
+def unet(folder: Path) -> Domain:
+    """A diffusion model of digits, asked about images that it has not seen.
+
+    Args:
+      folder: for all that is trained.
+    """
+    config = diffusion.QUICK
+    found = pictures.load(None, config.train, config.queries)
+    subject = diffusion.prepare("UNet", found, config, folder)
+    learning, asked = (
+        diffusion.images_of(each["held-out"]) for each in (subject.learning, subject.evaluation)
+    )
+    methods = diffusion.methods(subject.denoiser, config)
+    loss = methods["TracIn"].rule.output
+
+    def entry(name: str, method: ja.Method) -> Entry:
+        build = functools.partial(diffusion.index_of, subject, method)
+        return Entry(name, functools.partial(_asked, build, learning, asked))
+
+    def pixels(params: Any, example: Any) -> jax.Array:
+        return example["image"].reshape(-1)
+
+    output = diffusion.minus_loss(subject.denoiser, config)
+    entries = [
+        Entry("pixels", functools.partial(
+            _embedded, pixels, subject.checkpoints, subject.train, asked, "pixels"
+        )),
+        *(entry(name, methods[name]) for name in ("TracIn", "TRAK", "D-TRAK", "DAS")),
+        entry("LoGRA", ja.logra(loss, rank=16)),
+        entry("EK-FAC", ja.ekfac(loss, rank=64)),
+    ]  # fmt: skip
+    quarter = config.recipe._replace(steps=config.recipe.steps // 4)
+    return Domain(
+        name="unet",
+        entries=entries,
+        truth=subject.truth["held-out"],
+        outcomes=cells.quarters(
+            denoising.trainer(subject.model, found.train, quarter), output, learning,
+            asked, config.train, folder / "quarters-unet", at_once=config.at_once,
+        ).outcomes,
+        queries=asked,
+        train_fn=subject.train_fn,
+        output=output,
+        gradient_pass=_gradient_pass(loss, subject.checkpoints, subject.train, config.train),
+    )  # fmt: skip
+
+
+def _asked(
+    build: Callable[[], ja.Index],
+    learning: Any,
+    evaluated: Any,
+    refine: Callable[[ja.Index, Any], Any] = ja.query_features,
+) -> Asked:
+    index = build()
+    return Asked(index, refine(index, learning), refine(index, evaluated))
+
+
+def _embedded(embed: Any, checkpoints: list[Any], train: Any, asked: Any, name: str) -> Asked:
+    """Cosines of embeddings, of the first model."""
+    one = jax.tree.map(lambda x: x[0], train)
+    probe = jnp.zeros(jax.eval_shape(embed, checkpoints[0], one).shape)
+    index = ja.build_index(
+        ja.embedding(embed, name=name), {"probe": probe, "model": checkpoints[0]}, train,
+        groups=ja.by_leaf(exclude="^model"),
+    )  # fmt: skip
+    return Asked(index, None, ja.query_features(index, asked))
+
+
+def _activations(subject: language.Subject, config: language.Config, asked: Any) -> Asked:
+    index = language.activations(subject, config)
+    return Asked(index, None, ja.query_features(index, asked))
+
+
+def _of_words(found: corpus.Corpus, asked: Any) -> list[Entry]:
+    """What looks at the texts alone."""
+    decoded = ["".join(found.tokenizer.pieces(row)) for row in _documents(asked)]
+
+    def ask(name: str, scores: Callable[..., np.ndarray]) -> Asked:
+        made = scores(found.texts, decoded)
+        index, queries = evaluation.index_of_scores(made, found.train, asked, name=name)
+        return Asked(index, None, ja.query_features(index, queries))
+
+    return [
+        Entry("BM25", functools.partial(ask, "BM25", baselines.bm25)),
+        Entry("text embedding", functools.partial(ask, "text embedding", baselines.embeddings)),
+    ]
+
+
+def _documents(rows: Any) -> list[list[int]]:
+    """The tokens of each row that are targets."""
+    pairs = zip(rows["targets"], rows["mask"], strict=True)
+    return [np.asarray(ids)[np.asarray(mask) > 0].tolist() for ids, mask in pairs]
+
+
+def _any_size(subject: language.Subject, config: language.Config) -> TrainFn:
+    """Tuning on any number of documents."""
+
+    def train_fn(key: jax.Array, ids: jax.Array) -> Any:
+        train = tuning.make_train(subject.logits_fn, subject.corpus.train, config.tuning, len(ids))
+        return train(key, ids, subject.start)[0]
+
+    return train_fn
+
+
+def _minus(loss: OutputFn) -> OutputFn:
+    def output(params: Any, example: Any, key: jax.Array) -> jax.Array:
+        return -loss(params, example, key)
+
+    return output
+
+
+def _gradient_pass(loss: OutputFn, checkpoints: list[Any], train: Any, n: int) -> Any:
+    key, size = jax.random.key(0), 50
+
+    @jax.jit
+    def total(params: Any, batch: Any) -> Any:
+        keys = jax.random.split(key, size)
+        return jax.grad(
+            lambda params: jax.vmap(loss, (None, 0, 0))(params, batch, keys).sum()
+        )(params)  # fmt: skip
+
+    def run() -> Any:
+        for params in checkpoints:
+            for start in range(0, n, size):
+                rows = np.minimum(np.arange(start, start + size), n - 1)
+                batch = jax.tree.map(lambda x, rows=rows: jnp.asarray(x[rows]), train)
+                found = total(params, batch)
+        return jax.block_until_ready(found)
+
+    return run

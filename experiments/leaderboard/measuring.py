@@ -1,0 +1,137 @@
+"""A row of the table: quality with and without weights, and what it costs."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxattr as ja
+from experiments import ground_truth
+from experiments.leaderboard.domains import Asked, Domain, Entry
+from jaxattr import evaluation, files
+from jaxattr.store.rows import FEATURES
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """A method on a model.
+
+    Attributes:
+      domain: name of the model.
+      method: name of the method.
+      lds: {kind of weights: [mean, low, high]}.
+      gain: LDS of learned weights minus that of uniform ones, [mean, low, high]; None without.
+      qld: {kind of weights: fall of the output without the strongest, [mean, low, high]}.
+      passes: seconds of it, without compiling, over those of a gradient pass.
+      bytes: stored for each training example.
+    """
+
+    domain: str
+    method: str
+    lds: dict[str, list[float]]
+    gain: list[float] | None
+    qld: dict[str, list[float]]
+    passes: float
+    bytes: float
+
+    @property
+    def best(self) -> float:
+        """LDS with learned weights where there are any."""
+        return self.lds.get("learned", self.lds["uniform"])[0]
+
+
+def measure(domain: Domain, entry: Entry, folder: Path, *, removed: float, asked: int) -> Figures:
+    """Measures one method; what was measured before is read.
+
+    Args:
+      domain: the model.
+      entry: the method.
+      folder: where figures are kept.
+      removed: share of the training set that is removed for QLD.
+      asked: queries of QLD; 0 for none.
+    """
+    path = folder / f"{domain.name}-{entry.name.replace(', ', '-').replace(' ', '-')}.json"
+    if path.exists():
+        return Figures(**json.loads(path.read_text()))
+    with timed() as spent:
+        ready = entry.ask()
+        scores = jax.block_until_ready(ja.score(ready.made, ready.evaluation))
+    each = {"uniform": np.asarray(scores)}
+    if ready.learning is not None and len(ready.made.layout.names) > 1:
+        fit = ja.learn_weights(ready.made, ready.learning, outcomes=domain.outcomes)
+        each["learned"] = np.asarray(ja.score(ready.made, ready.evaluation, weights=fit))
+    truth = domain.truth
+    lds = {kind: ja.lds(found, truth.masks, truth.evaluation) for kind, found in each.items()}
+    gain = None
+    if "learned" in lds:
+        change = evaluation.paired_difference(lds["learned"], lds["uniform"])
+        gain = [change.mean, change.low, change.high]
+    found = Figures(
+        domain=domain.name,
+        method=entry.name,
+        lds={kind: [value.mean, value.low, value.high] for kind, value in lds.items()},
+        gain=gain,
+        qld={kind: _qld(domain, found, removed, asked) for kind, found in each.items() if asked},
+        passes=spent() / _seconds_of_pass(domain),
+        bytes=_bytes(ready),
+    )
+    with files.written_whole(path) as partial:
+        partial.write_text(json.dumps(dataclasses.asdict(found), indent=1))
+    return found
+
+
+def _qld(domain: Domain, scores: np.ndarray, removed: float, asked: int) -> list[float]:
+    queries = jax.tree.map(lambda x: x[:asked], domain.queries)
+    found = evaluation.removal(
+        domain.train_fn, domain.output, scores[:asked], queries, jax.random.key(8),
+        fractions=(removed,), at_once=16, mesh=ground_truth.mesh_of_devices(),
+    ).proponents[0]  # fmt: skip
+    return [found.mean, found.low, found.high]
+
+
+def _bytes(asked: Asked) -> float:
+    layout = asked.made.rows.layout
+    width = layout.widths[FEATURES] * np.dtype(layout.dtypes[FEATURES]).itemsize
+    return float(width * layout.checkpoints)
+
+
+_PASSES: dict[str, float] = {}
+
+
+def _seconds_of_pass(domain: Domain) -> float:
+    """The shorter of two gradient passes, after one that compiles; measured once."""
+    if domain.name not in _PASSES:
+        domain.gradient_pass()
+        _PASSES[domain.name] = min(_seconds(domain.gradient_pass) for _ in range(2))
+    return _PASSES[domain.name]
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+@contextmanager
+def timed() -> Iterator[Callable[[], float]]:
+    """Seconds of what is done inside, less those in which JAX traced and compiled."""
+    compiling = [0.0]
+
+    def note(event: str, duration_secs: float, **kwargs: Any) -> None:
+        del kwargs
+        if event.startswith("/jax/core/compile/"):
+            compiling[0] += duration_secs
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    started, ended = time.perf_counter(), [0.0]
+    try:
+        yield lambda: max(ended[0] - started - compiling[0], 0.0)
+    finally:
+        ended[0] = time.perf_counter()
+        jax.monitoring.unregister_event_duration_listener(note)
