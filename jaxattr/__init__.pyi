@@ -49,6 +49,8 @@ from .scores.scoring import score as score
 from .scores.scoring import self_influence as self_influence
 from .scores.scoring import top_k as top_k
 from .store import StoreError as StoreError
+from .unrolling.backward import unroll as unroll
+from .unrolling.runs import TrainingRun as TrainingRun
 from .weights.copies import noised as noised
 from .weights.learning import learn_weights as learn_weights
 from .weights.outcomes import Outcomes as Outcomes
@@ -64,6 +66,7 @@ __all__ = [
     "OneAtATimeWarning",
     "Outcomes",
     "StoreError",
+    "TrainingRun",
     "TruncationWarning",
     "WeightWarning",
     "__version__",
@@ -110,5 +113,6 @@ __all__ = [
     "trackstar",
     "trainer",
     "trak",
+    "unroll",
     "without",
 ]
