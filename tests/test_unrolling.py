@@ -348,3 +348,48 @@ def test_a_step_is_compiled_once():
 def test_the_examples_of_docstrings():
     assert doctest.testmod(runs).failed == 0
     assert doctest.testmod(backward).failed == 0
+
+
+@pytest.mark.filterwarnings("ignore::jaxattr.weights.report.WeightWarning")
+def test_weights_fitted_to_a_reference_are_those_that_made_it():
+    def output(params, example, key):
+        return sum(params[name] @ example[name] for name in params)
+
+    def data(n, seed):
+        return {f"g{i}": np.random.default_rng([seed, i]).normal(size=(n, 5)) for i in range(5)}
+
+    train, queries = data(80, 0), data(13, 1)
+    index = ja.build_index(ja.tracin(output), {name: jnp.zeros(5) for name in train}, train)
+    parts = np.asarray(ja.contributions(index, queries))
+    true = np.array([0.5, 0.8, 1.0, 1.2, 2.0])
+    reference = parts @ true
+    reference[3, 5] = np.nan
+    fit = ja.learn_weights(index, queries, reference=reference)
+    found = np.array([fit.weights[name] for name in index.layout.names])
+    # Not quite: the pull to uniform weights and the caution of the objective remain.
+    np.testing.assert_allclose(found / found.mean(), true / true.mean(), rtol=0.15)
+    assert fit.gain.low > 0 and fit.gain.skipped == 1
+    kept = np.arange(13) != 3
+
+    def least(scores):
+        return min(
+            np.corrcoef(*each)[0, 1] for each in zip(scores[kept], reference[kept], strict=True)
+        )
+
+    assert least(np.asarray(ja.score(index, queries, weights=fit))) > 0.995
+    assert least(parts.sum(axis=2)) < 0.95
+
+
+@pytest.mark.parametrize(
+    ("reference", "options", "message"),
+    [
+        (np.zeros((5, N + 1)), {}, "reference must be scores [q, n] with n = 7"),
+        (np.zeros((4, N)), {}, "Outcomes are of 4 queries"),
+        (np.zeros((5, N)), {"outcomes": ja.Outcomes(np.eye(8, N) > 0, np.eye(8))}, "leave one out"),
+        (np.zeros((5, N)), {"l2": 1.0}, "l2 belong to the objective without outcomes"),
+    ],
+)
+def test_a_reference_that_does_not_fit_is_refused(reference, options, message):
+    index = ja.build_index(ja.tracin(models.loss), START, TRAIN)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ja.learn_weights(index, QUERIES, reference=reference, **options)

@@ -12,6 +12,8 @@ from jaxattr.index.queries import QueryFeatures
 
 # Fewer models cannot be split into some to fit to and some to check on.
 FEWEST_MODELS = 8
+# Halves that scores are summed over, where they stand in for models.
+_HALVES = 256
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,6 +29,8 @@ class Outcomes:
         attribute: a margin, or minus a loss.
       queries: digest of the learning queries, where it is known.
       reference: what the real model does on them, where it is known, [q].
+      exact: whether outputs are sums of scores, which have no noise: weights are then fitted to
+        their values, and to ranks otherwise.
 
     Raises:
       ValueError: if shapes do not match, there are fewer than 8 models, or the subsets are all the
@@ -43,6 +47,7 @@ class Outcomes:
     outputs: Any
     queries: str | None = None
     reference: np.ndarray | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         masks, outputs = np.asarray(self.masks), np.asarray(self.outputs)
@@ -85,6 +90,33 @@ class Outcomes:
         return (
             f"{text}; their mean output is {mean:.3g}, the real model's {self.reference.mean():.3g}"
         )
+
+
+def outcomes_of_scores(scores: Any, n: int) -> Outcomes:
+    """What scores say that models of random halves do: sums over each, without noise.
+
+    Args:
+      scores: float [q, n], such as those of `ja.unroll`.
+      n: number of training examples of the index.
+
+    Returns:
+      Outcomes, the same for the same scores; NaN for a query whose scores are not all finite, which
+      is then skipped and counted.
+
+    Raises:
+      ValueError: if scores are of another number of examples, or no numbers.
+    """
+    scores = np.asarray(scores)
+    if scores.ndim != 2 or scores.shape[1] != n or scores.dtype.kind not in "fiu":
+        raise ValueError(
+            f"reference must be scores [q, n] with n = {n}, the training examples of the index; "
+            f"got {scores.dtype} {list(scores.shape)}."
+        )
+    finite = np.isfinite(scores).all(axis=1, keepdims=True)
+    scores = np.where(finite, scores, np.nan).astype(np.float64)
+    order = np.random.default_rng(0).random((_HALVES, n)).argsort(axis=1)
+    masks = order < n // 2
+    return Outcomes(masks, masks @ scores.T, exact=True)
 
 
 def check_queries(outcomes: Outcomes, queries: Any) -> None:
@@ -149,8 +181,8 @@ class Agreed(NamedTuple):
 
     Attributes:
       masks: of the models that are finite, bool [s, n].
-      ranks: of each model's output among the models, centred, of unit variance; zero for a query
-        that says nothing, [s, q].
+      ranks: of each model's output among the models, or its value if outcomes are exact; centred,
+        of unit variance; zero for a query that says nothing, [s, q].
       dropped: models that are not finite on all queries that others are finite on.
       skipped: queries on which no model is finite, or all do the same.
     """
@@ -185,7 +217,8 @@ def agreed(outcomes: Outcomes, queries: np.ndarray) -> Agreed:
             f"{np.flatnonzero(~kept)[:10].tolist()}. Lower its learning rate."
         )
     ranks = np.zeros((int(kept.sum()), outputs.shape[1]))
-    ranks[:, known] = stats.rankdata(outputs[kept][:, known], axis=0)
+    counted = outputs[kept][:, known]
+    ranks[:, known] = counted if outcomes.exact else stats.rankdata(counted, axis=0)
     ranks = ranks - ranks.mean(axis=0)
     deviation = ranks.std(axis=0)
     if not deviation.any():
