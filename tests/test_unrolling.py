@@ -345,6 +345,12 @@ def test_a_step_is_compiled_once():
         assert count() <= 1  # the gradient of the output
 
 
+def test_it_is_cited():
+    assert re.findall(r"@\w+{(\w+),", ja.citation(ja.unroll)) == [
+        "ilyas2025magic", "engstrom2025optimizing", "li2026learning"
+    ]  # fmt: skip
+
+
 def test_the_examples_of_docstrings():
     assert doctest.testmod(runs).failed == 0
     assert doctest.testmod(backward).failed == 0

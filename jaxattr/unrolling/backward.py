@@ -116,6 +116,9 @@ def unroll(
     return scores
 
 
+unroll.references = ("magic", "replay")  # type: ignore[attr-defined]
+
+
 class _Segment(NamedTuple):
     """Steps from `first` up to `last`, which is left out, and the state before them."""
 
