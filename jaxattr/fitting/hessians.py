@@ -12,7 +12,7 @@ from jaxattr.features.expectations import refuse_unit_norm
 from jaxattr.features.featurizer import (
     FeatureRule,
     as_function_of,
-    project_gradients,
+    coordinates,
 )
 from jaxattr.features.plans import Plan
 from jaxattr.fitting.passes import TrainingPass
@@ -55,14 +55,8 @@ def _compiled_products(rule: FeatureRule, plan: Plan) -> Callable[[Any, jax.Arra
 
     def products(operands: Any, vectors: jax.Array) -> jax.Array:
         key, drawn, params, batch, ids, weights, fitted = operands
-        sides = fitted.sides or drawn.sides
         of_leaves, leaves = as_function_of(rule.output, plan.rest | plan.covered, params)
-
-        def to_features(gradients: dict[str, jax.Array]) -> jax.Array:
-            z, rest = project_gradients(plan, sides, fitted, gradients)
-            z, rest = jax.tree.map(lambda x: x[None], (z, rest))
-            return plan.assemble(rule.projection, drawn.rest, z, rest)[0]
-
+        to_features = coordinates(rule.projection, plan, drawn, fitted)
         example, to_parameters = jax.vjp(to_features, leaves)
 
         def mean_gradient(leaves: dict[str, jax.Array], block: Any) -> dict[str, jax.Array]:

@@ -64,11 +64,7 @@ class SecondMoment:
 
     def finalize(self, statistics: Squares, surroundings: Surroundings) -> jax.Array:
         """See `Kernel`: what each feature is multiplied with, [p]."""
-        means = np.asarray(statistics.total, np.float64) / max(float(statistics.examples), 1.0)
-        curvature = means
-        if surroundings.curvature is not None:
-            known = np.asarray(surroundings.curvature, np.float64)
-            curvature = np.where(known == UNKNOWN, means, known)
+        means, curvature = eigenvalues(statistics, surroundings)
         blocks = surroundings.layout.column_blocks
         sizes = np.maximum(np.bincount(blocks), 1)  # a block of no column is never looked up
         unit = surroundings.exponent
@@ -86,6 +82,15 @@ class SecondMoment:
     def apply(self, operator: jax.Array, phi: Features) -> Features:
         """See `Kernel`."""
         return phi * operator[None]
+
+
+def eigenvalues(statistics: Squares, surroundings: Surroundings) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean squares of the features, and what their basis knows in place of those, [p]."""
+    means = np.asarray(statistics.total, np.float64) / max(float(statistics.examples), 1.0)
+    if surroundings.curvature is None:
+        return means, means
+    known = np.asarray(surroundings.curvature, np.float64)
+    return means, np.where(known == UNKNOWN, means, known)
 
 
 def sum_of_squares(phi: Features) -> jax.Array:

@@ -89,6 +89,13 @@ BIBTEX = {
   journal={arXiv:2503.13751},
   year={2025}
 }""",
+    "source": """@inproceedings{bae2024training,
+  title={Training Data Attribution via Approximate Unrolled Differentiation},
+  author={Bae, Juhan and Lin, Wu and Lorraine, Jonathan and Grosse, Roger},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2024},
+  note={arXiv:2405.12186}
+}""",
     "influence": """@inproceedings{koh2017understanding,
   title={Understanding Black-box Predictions via Influence Functions},
   author={Koh, Pang Wei and Liang, Percy},
