@@ -65,7 +65,7 @@ def subject(setting: Setting, model: models.Model, digits: data.Digits) -> Subje
         schedule = optax.cosine_onecycle_schedule(steps, setting.learning_rate)
         return optax.adamw(schedule, eps_root=setting.eps_root, weight_decay=1e-3)
 
-    fit: Any = ja.trainer(
+    fit = ja.trainer(
         training.loss(model), model.init, digits.train, optimizer=optimizer, batch_size=25,
         epochs=model.recipe.epochs,
     )  # fmt: skip

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ import optax
 
 from jaxattr.batches import leading_size
 from jaxattr.counts import whole_number
-from jaxattr.evaluation.retraining import TrainFn
 from jaxattr.groups import batch_statistics, by_leaf, leaf_names, resolve
 from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function
@@ -22,6 +21,24 @@ from jaxattr.inputs.wording import brief, name_of
 from jaxattr.keys import check_key
 from jaxattr.typing import Batch, Key, OutputFn, Params
 from jaxattr.unrolling.runs import StepFn, TrainingRun, checked_ids, rows_of
+
+
+class Trainer(Protocol):
+    """A training function, as `ja.trainer` makes it.
+
+    Attributes:
+      examples: how many it can train on.
+    """
+
+    examples: int
+
+    def __call__(self, key: Key, ids: jax.Array) -> Params:
+        """Trains from the key on the examples that ids name."""
+        ...
+
+    def run(self, key: Key, ids: Any = None) -> TrainingRun:
+        """Returns the same training as steps, for `ja.unroll`; of all examples without ids."""
+        ...
 
 
 def trainer(
@@ -33,7 +50,7 @@ def trainer(
     batch_size: int,
     epochs: int,
     exclude: str | None = None,
-) -> TrainFn:
+) -> Trainer:
     """Makes a pure training function of a loss, for `ja.outcomes` and `ja.retrain`.
 
     Args:
@@ -127,7 +144,7 @@ def trainer(
     examples = leading_size(data)
     train_fn.examples = examples  # type: ignore[attr-defined]
     train_fn.run = run  # type: ignore[attr-defined]
-    return train_fn
+    return cast(Trainer, train_fn)
 
 
 class _Parts(NamedTuple):
