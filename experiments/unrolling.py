@@ -1,6 +1,6 @@
 """Unrolled influence on digits: does it say what models do that are trained again, weighted?
 
-python -m experiments.unrolling            # four minutes of one core
+python -m experiments.unrolling            # five minutes of one core
 
 Prints the LDS of unrolled scores, of EK-FAC and of TracIn against models of the very run that was
 unrolled, with some examples left out of their batches, and against models of other runs.
