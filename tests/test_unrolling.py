@@ -372,8 +372,8 @@ def test_weights_fitted_to_a_reference_are_those_that_made_it():
     reference[3, 5] = np.nan
     fit = ja.learn_weights(index, queries, reference=reference)
     found = np.array([fit.weights[name] for name in index.layout.names])
-    # Not quite: the pull to uniform weights and the caution of the objective remain.
-    np.testing.assert_allclose(found / found.mean(), true / true.mean(), rtol=0.15)
+    # Not quite: of halves ranks alone are compared, and the pull to uniform weights remains.
+    np.testing.assert_allclose(found / found.mean(), true / true.mean(), rtol=0.1)
     assert fit.gain.low > 0 and fit.gain.skipped == 1
     kept = np.arange(13) != 3
 

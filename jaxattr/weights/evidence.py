@@ -67,7 +67,7 @@ def gather(
         asked.append(_of_copies(index, copies))
     sums, *own = subset_sums(index, *asked)
     evidence = Evidence(
-        _sums(sums, found.masks, outcomes.exact),
+        _sums(sums, found.masks),
         found.ranks,
         LinearSums(own[0].own[None], own[0].gram / own[0].examples) if own else None,
     )
@@ -81,13 +81,11 @@ def _only(prepared: QueryFeatures, kept: np.ndarray) -> jax.Array:
     return prepared.features if every else prepared.features[kept]
 
 
-def _sums(found: SubsetSums, masks: np.ndarray, exact: bool) -> Sums:
+def _sums(found: SubsetSums, masks: np.ndarray) -> Sums:
     if found.products is not None:
         return SquaredSums(found.products - found.products.mean(axis=0))
-    sums = found.sums - found.sums.mean(axis=0)
-    if exact:  # the very subsets, so that the right weights agree in full
-        return LinearSums(sums, np.einsum("sqm,sqk->qmk", sums, sums, optimize=True) / len(sums))
-    return LinearSums(sums, found.gram * variance_of_sums(masks, found.examples))
+    gram = found.gram * variance_of_sums(masks, found.examples)
+    return LinearSums(found.sums - found.sums.mean(axis=0), gram)
 
 
 def _check_queries(prepared: QueryFeatures, queries: Any, outcomes: Outcomes) -> None:

@@ -29,8 +29,6 @@ class Outcomes:
         attribute: a margin, or minus a loss.
       queries: digest of the learning queries, where it is known.
       reference: what the real model does on them, where it is known, [q].
-      exact: whether outputs are sums of scores, which have no noise: weights are then fitted to
-        their values, and to ranks otherwise.
 
     Raises:
       ValueError: if shapes do not match, there are fewer than 8 models, or the subsets are all the
@@ -47,7 +45,6 @@ class Outcomes:
     outputs: Any
     queries: str | None = None
     reference: np.ndarray | None = None
-    exact: bool = False
 
     def __post_init__(self) -> None:
         masks, outputs = np.asarray(self.masks), np.asarray(self.outputs)
@@ -116,7 +113,7 @@ def outcomes_of_scores(scores: Any, n: int) -> Outcomes:
     scores = np.where(finite, scores, np.nan).astype(np.float64)
     order = np.random.default_rng(0).random((_HALVES, n)).argsort(axis=1)
     masks = order < n // 2
-    return Outcomes(masks, masks @ scores.T, exact=True)
+    return Outcomes(masks, masks @ scores.T)
 
 
 def check_queries(outcomes: Outcomes, queries: Any) -> None:
@@ -181,8 +178,8 @@ class Agreed(NamedTuple):
 
     Attributes:
       masks: of the models that are finite, bool [s, n].
-      ranks: of each model's output among the models, or its value if outcomes are exact; centred,
-        of unit variance; zero for a query that says nothing, [s, q].
+      ranks: of each model's output among the models, centred, of unit variance; zero for a query
+        that says nothing, [s, q].
       dropped: models that are not finite on all queries that others are finite on.
       skipped: queries on which no model is finite, or all do the same.
     """
@@ -217,8 +214,7 @@ def agreed(outcomes: Outcomes, queries: np.ndarray) -> Agreed:
             f"{np.flatnonzero(~kept)[:10].tolist()}. Lower its learning rate."
         )
     ranks = np.zeros((int(kept.sum()), outputs.shape[1]))
-    counted = outputs[kept][:, known]
-    ranks[:, known] = counted if outcomes.exact else stats.rankdata(counted, axis=0)
+    ranks[:, known] = stats.rankdata(outputs[kept][:, known], axis=0)
     ranks = ranks - ranks.mean(axis=0)
     deviation = ranks.std(axis=0)
     if not deviation.any():
