@@ -32,6 +32,7 @@ from .methods.curvature import ekfac as ekfac
 from .methods.curvature import influence as influence
 from .methods.curvature import kfac as kfac
 from .methods.curvature import logra as logra
+from .methods.curvature import source as source
 from .methods.curvature import trackstar as trackstar
 from .methods.describing import describe as describe
 from .methods.inner_products import grad_cos as grad_cos
@@ -51,6 +52,9 @@ from .scores.scoring import score as score
 from .scores.scoring import self_influence as self_influence
 from .scores.scoring import top_k as top_k
 from .store import StoreError as StoreError
+from .unrolling.backward import unroll as unroll
+from .unrolling.runs import TrainingRun as TrainingRun
+from .unrolling.segments import score_segments as score_segments
 from .weights.copies import noised as noised
 from .weights.learning import learn_weights as learn_weights
 from .weights.outcomes import Outcomes as Outcomes
@@ -66,6 +70,7 @@ __all__ = [
     "OneAtATimeWarning",
     "Outcomes",
     "StoreError",
+    "TrainingRun",
     "TruncationWarning",
     "WeightWarning",
     "__version__",
@@ -108,11 +113,14 @@ __all__ = [
     "report",
     "retrain",
     "score",
+    "score_segments",
     "self_influence",
+    "source",
     "top_k",
     "tracin",
     "trackstar",
     "trainer",
     "trak",
+    "unroll",
     "without",
 ]

@@ -24,6 +24,7 @@ ROOMS = (
     ("index",),
     ("scores",),
     ("weights",),
+    ("unrolling",),
     ("evaluation",),
     ("language",),
     ("reports",),

@@ -1,23 +1,44 @@
 """A training function for those who have none at hand."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxattr.batches import leading_size
 from jaxattr.counts import whole_number
-from jaxattr.evaluation.retraining import TrainFn
 from jaxattr.groups import batch_statistics, by_leaf, leaf_names, resolve
 from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function
 from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.inputs.wording import brief, name_of
+from jaxattr.keys import check_key
 from jaxattr.typing import Batch, Key, OutputFn, Params
+from jaxattr.unrolling.runs import StepFn, TrainingRun, checked_ids, rows_of
+
+
+class Trainer(Protocol):
+    """A training function, as `ja.trainer` makes it.
+
+    Attributes:
+      examples: how many it can train on.
+    """
+
+    examples: int
+
+    def __call__(self, key: Key, ids: jax.Array) -> Params:
+        """Trains from the key on the examples that ids name."""
+        ...
+
+    def run(self, key: Key, ids: Any = None) -> TrainingRun:
+        """Returns the same training as steps, for `ja.unroll`; of all examples without ids."""
+        ...
 
 
 def trainer(
@@ -29,7 +50,7 @@ def trainer(
     batch_size: int,
     epochs: int,
     exclude: str | None = None,
-) -> TrainFn:
+) -> Trainer:
     """Makes a pure training function of a loss, for `ja.outcomes` and `ja.retrain`.
 
     Args:
@@ -45,7 +66,8 @@ def trainer(
 
     Returns:
       (key, ids int [s]) -> params. The order of batches, the start and the loss's randomness come
-      from the key. Its attribute `examples` is n.
+      from the key. Its attribute `examples` is n; `run(key)`, or `run(key, ids)`, is the same
+      training as a `ja.TrainingRun`, for `ja.unroll`.
 
     Raises:
       TypeError: if an argument is none of what it may be.
@@ -74,7 +96,7 @@ def trainer(
     begin = _as_function(start)
     trained = _trained(jax.eval_shape(begin, jax.random.key(0)), exclude)
 
-    def train_fn(key: Key, ids: jax.Array) -> Params:
+    def parts(key: Key, ids: jax.Array) -> _Parts:
         start_key, order_key, loss_key = jax.random.split(key, 3)
         moving, whole = _split(begin(start_key), trained)
         size = min(batch_size, len(ids))
@@ -89,23 +111,81 @@ def trainer(
             chosen = optimizer(steps)
             _check_optimizer(chosen)
 
-        def mean_loss(moving: Params, rows: jax.Array, key: Key) -> jax.Array:
-            batch = jax.tree.map(lambda x: x[rows], data)
-            keys = jax.random.split(key, len(rows))
-            return jax.vmap(loss, in_axes=(None, 0, 0))(whole(moving), batch, keys).mean()
+        def mean_loss(moving: Params, batch: Batch, key: Key, weights: jax.Array) -> jax.Array:
+            keys = jax.random.split(key, len(weights))
+            losses = jax.vmap(loss, in_axes=(None, 0, 0))(whole(moving), batch, keys)
+            return (weights.astype(losses.dtype) * losses).mean()
 
-        def step(state: tuple, given: tuple) -> tuple[tuple, None]:
+        def step(state: tuple, given: tuple, weights: jax.Array) -> tuple:
             moving, optimizer_state = state
-            gradient = jax.grad(mean_loss)(moving, *given)
+            gradient = jax.grad(mean_loss)(moving, *given, weights)
             updates, optimizer_state = chosen.update(gradient, optimizer_state, moving)
-            return (optax.apply_updates(moving, updates), optimizer_state), None
+            return optax.apply_updates(moving, updates), optimizer_state
 
-        state = moving, chosen.init(moving)
         keys = jax.random.split(loss_key, steps)
-        return whole(jax.lax.scan(step, state, (batches, keys))[0][0])
+        return _Parts(step, (moving, chosen.init(moving)), _Steps(data, batches, keys), whole)
 
-    train_fn.examples = leading_size(data)  # type: ignore[attr-defined]
-    return train_fn
+    def train_fn(key: Key, ids: jax.Array) -> Params:
+        step, start, steps, whole = parts(key, ids)
+        ones = jnp.ones(steps.ids.shape[1])
+
+        def next_state(state: tuple, each: tuple) -> tuple[tuple, None]:
+            return step(state, steps.batch(*each), ones), None
+
+        return whole(jax.lax.scan(next_state, start, (steps.ids, steps.keys))[0][0])
+
+    def run(key: Key, ids: Any = None) -> TrainingRun:
+        chosen = np.arange(examples) if ids is None else checked_ids(ids, examples, "ids")
+        step, start, steps, whole = parts(check_key(key), jnp.asarray(chosen))
+        return TrainingRun(
+            step, start, steps, examples=examples, params=lambda state: whole(state[0])
+        )
+
+    examples = leading_size(data)
+    train_fn.examples = examples  # type: ignore[attr-defined]
+    train_fn.run = run  # type: ignore[attr-defined]
+    return cast(Trainer, train_fn)
+
+
+class _Parts(NamedTuple):
+    """What training from a key is made of.
+
+    Attributes:
+      step: as in `TrainingRun`, of batches (rows, key).
+      start: the parameters that move, and the optimizer's state.
+      steps: the batches.
+      whole: parameters that move -> all.
+    """
+
+    step: StepFn
+    start: tuple
+    steps: "_Steps"
+    whole: Callable[[Params], Params]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """The batches of all steps, one by one, with the ids of their examples.
+
+    Attributes:
+      data: the training set.
+      ids: [steps, b].
+      keys: of the losses, [steps].
+    """
+
+    data: Batch
+    ids: jax.Array
+    keys: Key
+
+    def batch(self, ids: jax.Array, key: Key) -> tuple[Batch, Key]:
+        return rows_of(self.data, ids), key
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, number: int) -> tuple[tuple[Batch, Key], jax.Array]:
+        ids = self.ids[number]
+        return self.batch(ids, self.keys[number]), ids
 
 
 def _is_optimizer(value: Any) -> bool:

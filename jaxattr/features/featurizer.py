@@ -325,6 +325,30 @@ def project_gradients(
     return z, {name: scaled[name] for name in plan.rest}
 
 
+def coordinates(
+    projection: Projection, plan: Plan, drawn: Drawn, fitted: Fitted
+) -> Callable[[Mapping[str, jax.Array]], jax.Array]:
+    """Makes the linear map from whole gradients of one example to its features.
+
+    Args:
+      projection: of the method's rule.
+      plan: which parameter becomes which features.
+      drawn: what is drawn for the checkpoint.
+      fitted: what is fitted to it.
+
+    Returns:
+      {leaf: of the leaf's shape} -> [p].
+    """
+    sides = fitted.sides or drawn.sides
+
+    def to_features(gradients: Mapping[str, jax.Array]) -> jax.Array:
+        z, rest = project_gradients(plan, sides, fitted, gradients)
+        z, rest = jax.tree.map(lambda x: x[None], (z, rest))
+        return plan.assemble(projection, drawn.rest, z, rest)[0]
+
+    return to_features
+
+
 def as_function_of(
     output: OutputFn, chosen: Collection[str], params: Params
 ) -> tuple[Callable[..., jax.Array], dict[str, jax.Array]]:

@@ -14,7 +14,7 @@ from jaxattr.features.expectations import refuse_unit_norm
 from jaxattr.features.featurizer import (
     FeatureRule,
     as_function_of,
-    project_gradients,
+    coordinates,
 )
 from jaxattr.features.plans import Plan
 from jaxattr.fitting.passes import TrainingPass
@@ -157,14 +157,8 @@ def _compiled_products(
 
     def products(operands: Any, vectors: jax.Array) -> jax.Array:
         key, drawn, params, batch, ids, weights, fitted = operands
-        sides = fitted.sides or drawn.sides
         leaves, of_block = curvature.product(params, plan.rest | plan.covered)
-
-        def to_features(gradients: Leaves) -> jax.Array:
-            z, rest = project_gradients(plan, sides, fitted, gradients)
-            z, rest = jax.tree.map(lambda x: x[None], (z, rest))
-            return plan.assemble(rule.projection, drawn.rest, z, rest)[0]
-
+        to_features = coordinates(rule.projection, plan, drawn, fitted)
         example, to_parameters = jax.vjp(to_features, leaves)
         blocks = _in_blocks(Weighted(batch, example_keys(key, ids), weights))
 

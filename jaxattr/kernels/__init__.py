@@ -20,4 +20,5 @@ from jaxattr.kernels.example_inverses import DataInf as DataInf
 from jaxattr.kernels.gram_matrix import Gram as Gram
 from jaxattr.kernels.hessian import ConjugateGradient as ConjugateGradient
 from jaxattr.kernels.hessian import InverseHessian as InverseHessian
+from jaxattr.kernels.segment import Segment as Segment
 from jaxattr.kernels.whitening import Whitening as Whitening

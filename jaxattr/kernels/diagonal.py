@@ -24,6 +24,10 @@ class Squares(NamedTuple):
     total: jax.Array
     examples: jax.Array
 
+    def means(self) -> np.ndarray:
+        """Mean squares of the features, float64 [p]."""
+        return np.asarray(self.total, np.float64) / max(float(self.examples), 1.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class SecondMoment:
@@ -64,7 +68,7 @@ class SecondMoment:
 
     def finalize(self, statistics: Squares, surroundings: Surroundings) -> jax.Array:
         """See `Kernel`: what each feature is multiplied with, [p]."""
-        means = np.asarray(statistics.total, np.float64) / max(float(statistics.examples), 1.0)
+        means = statistics.means()
         curvature = eigenvalues(means, surroundings.curvature)
         layout = surroundings.layout
         added = added_to(curvature, layout, self.damping, surroundings.exponent)

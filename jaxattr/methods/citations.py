@@ -76,6 +76,26 @@ BIBTEX = {
   year={2025},
   note={arXiv:2410.17413}
 }""",
+    "magic": """@article{ilyas2025magic,
+  title={{MAGIC}: Near-Optimal Data Attribution for Deep Learning},
+  author={Ilyas, Andrew and Engstrom, Logan},
+  journal={arXiv:2504.16430},
+  year={2025}
+}""",
+    "replay": """@article{engstrom2025optimizing,
+  title={Optimizing {ML} Training with Metagradient Descent},
+  author={Engstrom, Logan and Ilyas, Andrew and Chen, Benjamin and Feldmann, Axel and
+          Moses, William and Madry, Aleksander},
+  journal={arXiv:2503.13751},
+  year={2025}
+}""",
+    "source": """@inproceedings{bae2024training,
+  title={Training Data Attribution via Approximate Unrolled Differentiation},
+  author={Bae, Juhan and Lin, Wu and Lorraine, Jonathan and Grosse, Roger},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2024},
+  note={arXiv:2405.12186}
+}""",
     "influence": """@inproceedings{koh2017understanding,
   title={Understanding Black-box Predictions via Influence Functions},
   author={Koh, Pang Wei and Liang, Percy},

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from jaxattr import kernels
+from jaxattr.counts import whole_number
 from jaxattr.features import projections
 from jaxattr.features.featurizer import FeatureRule
 from jaxattr.features.projections import Projection
@@ -193,6 +194,54 @@ def ekfac(
     rule = _eigen_rule(loss, False, rank, fisher, sample, mask, bands)
     kernel = kernels.SecondMoment(_or_relative(damping))
     return Method("EK-FAC", rule, kernel, references=("ekfac", "kfac"))
+
+
+def source(
+    loss: OutputFn,
+    *,
+    learning_rate: float,
+    steps: int,
+    momentum: float = 0.0,
+    rank: int = 128,
+    fisher: Fisher = "empirical",
+    sample: SampleFn | None = None,
+    mask: MaskFn | None = None,
+) -> Method:
+    r"""SOURCE: what one segment of training did, as gradient descent on a quadratic.
+
+    .. math:: \tau = \nabla\ell(q)^\top \big(I - e^{-tH}\big) H^{-1} \nabla\ell(n), \qquad
+              t = \frac{\eta K}{1 - \beta}
+
+    with the curvature H of EK-FAC: TracIn times t where t H is small, influence where it is large,
+    so there is no damping, and training need not have converged. An index of one segment is scored
+    as any other; several, each at a checkpoint of its own, by `ja.score_segments`.
+
+    Guarantees and cost: as `ekfac`. Scores carry no 1/n.
+
+    Args:
+      loss: (params, example, key) -> scalar, summed over the example's tokens or pixels.
+      learning_rate: eta, the mean over the segment.
+      steps: K, the number of steps in it.
+      momentum: beta of heavy-ball momentum.
+      rank: eigenvectors per side, at most.
+      fisher: as in `ekfac`.
+      sample: as in `ekfac`.
+      mask: as in `ekfac`.
+
+    Returns:
+      The method.
+
+    Raises:
+      ValueError: if the segment takes no time, or momentum is not at least 0 and below 1.
+
+    References:
+      Bae et al. (2024), arXiv:2405.12186.
+    """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}.")
+    rule = _eigen_rule(loss, False, rank, fisher, sample, mask, bands=1)
+    kernel = kernels.Segment(learning_rate * whole_number("steps", steps) / (1 - momentum))
+    return Method("SOURCE", rule, kernel, references=("source", "ekfac", "kfac"))
 
 
 def trackstar(

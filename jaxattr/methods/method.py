@@ -142,11 +142,11 @@ def featurizer(
     )
 
 
-def citation(method: Method) -> str:
+def citation(method: Any) -> str:
     """Returns BibTeX for the method and for learned weights.
 
     Args:
-      method: the attribution method.
+      method: the attribution method; or `ja.unroll`, which is none, and says itself whose it is.
 
     Returns:
       BibTeX entries, separated by blank lines.
@@ -156,6 +156,5 @@ def citation(method: Method) -> str:
       >>> print(ja.citation(ja.tracin(lambda params, example, key: 0.0)).splitlines()[0])
       @inproceedings{pruthi2020tracin,
     """
-    return "\n\n".join(
-        BIBTEX[reference] for reference in (*check_method(method).references, "weights")
-    )
+    references = getattr(method, "references", None) or check_method(method).references
+    return "\n\n".join(BIBTEX[reference] for reference in (*references, "weights"))

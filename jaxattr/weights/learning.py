@@ -27,7 +27,7 @@ from jaxattr.weights import optimising, shortlists
 from jaxattr.weights.loss import Signal, check_signal, signs_of
 from jaxattr.weights.optimising import AtWeights, FitOptions, Start
 from jaxattr.weights.outcome_fits import fit_to_outcomes
-from jaxattr.weights.outcomes import Outcomes, digests_of_queries
+from jaxattr.weights.outcomes import Outcomes, digests_of_queries, outcomes_of_scores
 from jaxattr.weights.report import ContributionStatistics, Optimised, WeightFit, named, report
 from jaxattr.weights.shortlists import Shortlist
 
@@ -52,6 +52,7 @@ def learn_weights(
     queries: Any,
     *,
     outcomes: Outcomes | None = None,
+    reference: Any = None,
     copies: tuple[Any, Any] | None = None,
     top_k: int | None = None,
     l2: float = 0.1,
@@ -72,10 +73,15 @@ def learn_weights(
     are safer. Of the options only `copies`, `optimizer` (default: Optax's
     L-BFGS) and `steps` apply then.
 
-    Without, the objective is the paper's, which is not safe: it can make a method worse, and cannot
-    say whether it does. Weights are :math:`w_j \propto g_j \, \mathrm{softmax}(\theta)_j` from
-    :math:`\theta = 0`, where g is one (`start="uniform"`, the paper) or scales each group to unit
-    root mean square (`start="unit_rms"`). The objective is the loss relative to its start,
+    With `reference`, scores that are held to be right and cost more than the index, such as those
+    of `ja.unroll`, weights are fitted to their sums over random halves, as if those were models
+    that did what the reference says: `fit.gain` is then one of agreement with the reference, and
+    knows nothing of how right that is.
+
+    Without either, the objective is the paper's, which is not safe: it can make a method worse, and
+    cannot say whether it does. Weights are :math:`w_j \propto g_j \, \mathrm{softmax}(\theta)_j`
+    from :math:`\theta = 0`, where g is one (`start="uniform"`, the paper) or scales each group to
+    unit root mean square (`start="unit_rms"`). The objective is the loss relative to its start,
     plus l2 times the squared coefficient of variation of the softmax: a unit that depends on
     neither m, n nor k.
 
@@ -84,6 +90,7 @@ def learn_weights(
       queries: a pytree of arrays, a random-access source, or `query_features(index, ...)`; not
         those that the weights will be evaluated on.
       outcomes: of models retrained on subsets, on these queries; see `ja.outcomes`.
+      reference: scores [q, n] of these queries, larger = stronger proponent, in place of outcomes.
       copies: noised copies of training examples and the ids of those, `(batch, ids)`; with
         outcomes alone, which they complement. See `ja.noised`.
       top_k: number of training examples taken for the signal, at most n; no more than two or three
@@ -109,8 +116,9 @@ def learn_weights(
       The weights with diagnostics.
 
     Raises:
-      ValueError: if an argument is out of its range, or no query is finite; if outcomes are of
-        other queries or another training set, or an option does not go with them.
+      ValueError: if an argument is out of its range, or no query is finite; if outcomes or
+        a reference are of other queries or another training set, or an option does not go with
+        them.
 
     Warns:
       WeightWarning: for each entry of `WeightFit.warnings`.
@@ -125,6 +133,10 @@ def learn_weights(
     if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(f"optimizer must be one of Optax, optax.adam(0.05) say, got {optimizer!r}.")
     queries = as_queries(index, queries)
+    if reference is not None:
+        if outcomes is not None:
+            raise ValueError("Weights are fitted to outcomes or to a reference: leave one out.")
+        outcomes = outcomes_of_scores(reference, check_index(index).size)
     if outcomes is not None:
         _check_outcomes(outcomes)
         _check_goes_with_outcomes(

@@ -12,6 +12,8 @@ from jaxattr.index.queries import QueryFeatures
 
 # Fewer models cannot be split into some to fit to and some to check on.
 FEWEST_MODELS = 8
+# Halves that scores are summed over, where they stand in for models.
+_HALVES = 256
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,6 +87,33 @@ class Outcomes:
         return (
             f"{text}; their mean output is {mean:.3g}, the real model's {self.reference.mean():.3g}"
         )
+
+
+def outcomes_of_scores(scores: Any, n: int) -> Outcomes:
+    """What scores say that models of random halves do: sums over each, without noise.
+
+    Args:
+      scores: float [q, n], such as those of `ja.unroll`.
+      n: number of training examples of the index.
+
+    Returns:
+      Outcomes, the same for the same scores; NaN for a query whose scores are not all finite, which
+      is then skipped and counted.
+
+    Raises:
+      ValueError: if scores are of another number of examples, or no numbers.
+    """
+    scores = np.asarray(scores)
+    if scores.ndim != 2 or scores.shape[1] != n or scores.dtype.kind not in "fiu":
+        raise ValueError(
+            f"reference must be scores [q, n] with n = {n}, the training examples of the index; "
+            f"got {scores.dtype} {list(scores.shape)}."
+        )
+    finite = np.isfinite(scores).all(axis=1, keepdims=True)
+    scores = np.where(finite, scores, np.nan).astype(np.float64)
+    order = np.random.default_rng(0).random((_HALVES, n)).argsort(axis=1)
+    masks = order < n // 2
+    return Outcomes(masks, masks @ scores.T)
 
 
 def check_queries(outcomes: Outcomes, queries: Any) -> None:

@@ -39,6 +39,7 @@ def start(key: jax.Array) -> Any:
 
 
 train_fn = ja.trainer(loss, start, train, optimizer=optax.adam(1e-2), batch_size=4, epochs=1)
+exact: np.ndarray = ja.unroll(train_fn.run(jax.random.key(0)), loss, train)
 outcomes: ja.Outcomes = ja.outcomes(train_fn, loss, train, 40, key=jax.random.key(0), models=8)
 measured = ja.lds(np.zeros((40, 40)), outcomes.masks, outcomes.outputs)
 mean: float = measured.mean
