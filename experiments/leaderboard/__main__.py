@@ -28,6 +28,10 @@ DOMAINS: dict[str, Callable[[Path], Domain]] = {
 }
 
 
+BEYOND = ("ASTRA", "Fisher, all layers", "EShampoo")
+"""Methods that are compared with EK-FAC."""
+
+
 def main() -> None:
     """Measures, prints and draws."""
     # A device per core, for retraining: XLA leaves cores idle in the many small steps of one.
@@ -43,11 +47,15 @@ def main() -> None:
         for entry in domain.entries:
             if given.only and entry.name not in given.only:
                 continue
-            row = measuring.measure(
-                domain, entry, results, removed=given.removed, asked=given.queries
-            )
-            console.print(f"  {row.method}: LDS {row.lds}, QLD {row.qld}, {row.passes:.1f} passes")
+            row = measuring.measure(domain, entry, results)
+            console.print(f"  {row.method}: LDS {_percent(row.lds['uniform'], '')}")
+            if given.queries:
+                row = measuring.with_qld(
+                    domain, entry, row, results, removed=given.removed, asked=given.queries
+                )
             found.append(row)
+        for line in against_ekfac(domain, results, given.only):
+            console.print(f"  {line}")
     for name in given.domains:
         own = [row for row in found if row.domain == name]
         if own:
@@ -57,6 +65,27 @@ def main() -> None:
         f"{time.monotonic() - started:.0f} s. In {given.folder}/: leaderboard.png, and a .json for "
         "each row in leaderboard/."
     )
+
+
+def against_ekfac(domain: Domain, results: Path, only: list[str] | None) -> list[str]:
+    """What dearer methods add to EK-FAC.
+
+    Args:
+      domain: the model.
+      results: folder of the rows.
+      only: names of the methods that were measured; None for all.
+    """
+    entries = {entry.name: entry for entry in domain.entries if not only or entry.name in only}
+    base = entries.get("EK-FAC")
+    others = [entries[name] for name in BEYOND if name in entries]
+    if base is None:
+        return []
+    return [
+        f"{entry.name}, {kind}, minus EK-FAC, uniform: "
+        f"{measuring.difference(domain, (entry, base), results, kind)}"
+        for entry in others
+        for kind in ("uniform", "learned")
+    ]
 
 
 def table(found: list[Figures]) -> Table:

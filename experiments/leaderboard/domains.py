@@ -79,6 +79,9 @@ class Domain(NamedTuple):
 EVERYTHING = 1 << 20
 """A rank that no side of a layer here is above."""
 
+ITERATIONS = 15
+"""Of ASTRA."""
+
 
 def classifier(name: str, folder: Path) -> Domain:
     """A classifier of digits.
@@ -109,7 +112,7 @@ def classifier(name: str, folder: Path) -> Domain:
         return example["image"].reshape(-1)
 
     exact = digits.EXACT
-    refine = functools.partial(ja.astra, outputs=logits, loss=of_logits, iterations=10)
+    refine = functools.partial(ja.astra, outputs=logits, loss=of_logits, iterations=ITERATIONS)
     everything = ja.ekfac(loss, rank=EVERYTHING)
     embedded = [
         Entry(label, functools.partial(_embedded, embed, found.checkpoints, train, asked, label))
@@ -172,7 +175,7 @@ def gpt(folder: Path) -> Domain:
         )
         return Entry(name, functools.partial(_asked, build, learning, asked, **options))
 
-    refine = functools.partial(ja.astra, outputs=logits, loss=of_logits, iterations=10)
+    refine = functools.partial(ja.astra, outputs=logits, loss=of_logits, iterations=ITERATIONS)
     everything = ja.ekfac(loss, rank=EVERYTHING, mask=lambda row: row["mask"])
     entries = [
         *_of_words(found, asked),

@@ -46,17 +46,15 @@ class Figures:
         return self.lds.get("learned", self.lds["uniform"])[0]
 
 
-def measure(domain: Domain, entry: Entry, folder: Path, *, removed: float, asked: int) -> Figures:
-    """Measures one method; what was measured before is read.
+def measure(domain: Domain, entry: Entry, folder: Path) -> Figures:
+    """Measures one method, all but QLD; what was measured before is read.
 
     Args:
       domain: the model.
       entry: the method.
-      folder: where figures are kept.
-      removed: share of the training set that is removed for QLD.
-      asked: queries of QLD; 0 for none.
+      folder: where figures and scores are kept.
     """
-    path = folder / f"{domain.name}-{entry.name.replace(', ', '-').replace(' ', '-')}.json"
+    path = _path(domain, entry, folder, "json")
     if path.exists():
         return Figures(**json.loads(path.read_text()))
     with timed() as spent:
@@ -77,13 +75,68 @@ def measure(domain: Domain, entry: Entry, folder: Path, *, removed: float, asked
         method=entry.name,
         lds={kind: [value.mean, value.low, value.high] for kind, value in lds.items()},
         gain=gain,
-        qld={kind: _qld(domain, found, removed, asked) for kind, found in each.items() if asked},
+        qld={},
         passes=spent() / _seconds_of_pass(domain),
         bytes=_bytes(ready),
     )
-    with files.written_whole(path) as partial:
-        partial.write_text(json.dumps(dataclasses.asdict(found), indent=1))
+    with files.written_whole(_path(domain, entry, folder, "npz")) as partial:
+        np.savez(partial, **each)
+    _keep(found, path)
     return found
+
+
+def with_qld(
+    domain: Domain, entry: Entry, figures: Figures, folder: Path, *, removed: float, asked: int
+) -> Figures:
+    """Retrains without each query's strongest, for scores that `measure` kept; once.
+
+    Args:
+      domain: the model.
+      entry: the method.
+      figures: its own so far.
+      folder: as in `measure`.
+      removed: share of the training set that is removed.
+      asked: queries.
+    """
+    kept = np.load(_path(domain, entry, folder, "npz"))
+    missing = [kind for kind in kept.files if kind not in figures.qld]
+    if not missing:
+        return figures
+    fall = {kind: _qld(domain, kept[kind], removed, asked) for kind in missing}
+    figures = dataclasses.replace(figures, qld=figures.qld | fall)
+    _keep(figures, _path(domain, entry, folder, "json"))
+    return figures
+
+
+def difference(domain: Domain, entries: tuple[Entry, Entry], folder: Path, kind: str) -> str:
+    """The LDS of one method minus that of another, with a paired interval.
+
+    Args:
+      domain: the model.
+      entries: both methods.
+      folder: as in `measure`.
+      kind: of the first one's weights; the other's are uniform.
+    """
+    kinds = (kind, "uniform")
+    first, second = (
+        ja.lds(
+            np.load(_path(domain, entry, folder, "npz"))[kind],
+            domain.truth.masks,
+            domain.truth.evaluation,
+        )
+        for entry, kind in zip(entries, kinds, strict=True)
+    )
+    return str(evaluation.paired_difference(first, second))
+
+
+def _path(domain: Domain, entry: Entry, folder: Path, ending: str) -> Path:
+    name = entry.name.replace(", ", "-").replace(" ", "-")
+    return folder / f"{domain.name}-{name}.{ending}"
+
+
+def _keep(figures: Figures, path: Path) -> None:
+    with files.written_whole(path) as partial:
+        partial.write_text(json.dumps(dataclasses.asdict(figures), indent=1))
 
 
 def _qld(domain: Domain, scores: np.ndarray, removed: float, asked: int) -> list[float]:
