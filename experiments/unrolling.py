@@ -1,15 +1,19 @@
-"""Unrolled influence on digits: does it say what models do that are trained again, weighted?
+"""Unrolled influence: does it say what models do that are trained again, with other weights?
 
-python -m experiments.unrolling            # five minutes of one core
+python -m experiments.unrolling            # MLP and ViT on digits; five minutes of one core
+python -m experiments.unrolling gpt        # a small GPT-2, tuned from its pretrained start
 
 Prints the LDS of unrolled scores, of EK-FAC and of TracIn against models of the very run that was
 unrolled, with some examples left out of their batches, and against models of other runs.
 """
 
+import argparse
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
@@ -17,86 +21,136 @@ from rich.table import Table
 
 import jaxattr as ja
 from experiments.digits import data, models, training
+from experiments.language import corpus, text
+from experiments.language import study as language
+from jaxattr.typing import OutputFn
 
-TRAIN, QUERIES, SUBSETS = 300, 32, 48
 LEFT_OUT = (0.05, 0.5)
-
-
-class Setting(NamedTuple):
-    """How a model is trained, and how much is unrolled.
-
-    Attributes:
-      model: key of `models.RECIPES`.
-      learning_rate: of Adam, at its peak; the recipe's is 5e-3 for the MLP, 1.5e-2 for the ViT.
-      eps_root: what is added under Adam's root.
-      unrolled: runs whose scores are averaged too, the explained one among them.
-    """
-
-    model: str
-    learning_rate: float
-    eps_root: float
-    unrolled: int = 1
-
-
-SETTINGS = (
-    Setting("mlp", 5e-3, 1e-8, unrolled=3),
-    Setting("mlp", 2e-3, 1e-5, unrolled=3),
-    Setting("vit", 1.5e-2, 1e-8),
-    Setting("vit", 2e-3, 1e-5),
-)
 
 
 class Subject(NamedTuple):
     """A model to explain.
 
     Attributes:
-      run: its training.
-      others: the same training from other keys.
+      name: of it, with its settings.
+      runs: the training that is explained, and the same from other keys; the last but for one run
+        is unrolled too, and the last is what others are measured on.
+      output: (params, example, key) -> scalar; larger = more of it.
+      loss: of a training example.
+      queries: that outputs are of.
+      subsets: models to train again, for each share that is left out.
     """
 
-    run: ja.TrainingRun
-    others: list[ja.TrainingRun]
+    name: str
+    runs: list[ja.TrainingRun]
+    output: OutputFn
+    loss: OutputFn
+    queries: Any
+    subsets: int
 
 
-def subject(setting: Setting, model: models.Model, digits: data.Digits) -> Subject:
-    """Trains by Adam whose root has a derivative everywhere."""
+def classifier(name: str, learning_rate: float, eps_root: float, unrolled: int = 1) -> Subject:
+    """A classifier of digits, trained by Adam whose root has a derivative everywhere.
+
+    Args:
+      name: key of `models.RECIPES`.
+      learning_rate: at its peak; the recipe's is 5e-3 for the MLP, 1.5e-2 for the ViT.
+      eps_root: what is added under Adam's root.
+      unrolled: runs whose scores are averaged.
+    """
 
     def optimizer(steps: int) -> Any:
-        schedule = optax.cosine_onecycle_schedule(steps, setting.learning_rate)
-        return optax.adamw(schedule, eps_root=setting.eps_root, weight_decay=1e-3)
+        schedule = optax.cosine_onecycle_schedule(steps, learning_rate)
+        return optax.adamw(schedule, eps_root=eps_root, weight_decay=1e-3)
 
+    digits, model = data.load(train=300, evaluation=32), models.make_model(name)
+    loss = training.loss(model)
     fit = ja.trainer(
-        training.loss(model), model.init, digits.train, optimizer=optimizer, batch_size=25,
+        loss, model.init, digits.train, optimizer=optimizer, batch_size=25,
         epochs=model.recipe.epochs,
     )  # fmt: skip
-    run, *others = (fit.run(jax.random.key(seed)) for seed in range(setting.unrolled + 1))
-    return Subject(run, others)
+    runs = [fit.run(jax.random.key(seed)) for seed in range(unrolled + 1)]
+    title = f"{name}, learning rate {learning_rate:g}, eps_root {eps_root:g}"
+    return Subject(title, runs, training.margin(model), loss, digits.evaluation, 48)
 
 
-def study(setting: Setting, console: Console) -> Table:
+def gpt(folder: Path, learning_rate: float = 5e-4, eps_root: float = 1e-6) -> Subject:
+    """A small GPT-2, pretrained on the background and tuned on documents.
+
+    Args:
+      folder: where the pretrained parameters are kept.
+      learning_rate: at its peak; that of the language study is 2e-3.
+      eps_root: what is added under Adam's root.
+    """
+    config = language.QUICK
+    found = corpus.assemble(
+        text.deduplicated(text.documentation(), 80, config.model.context - 1), text.Bytes(),
+        context=config.model.context, train=config.train, queries=config.queries,
+        known=config.known,
+    )  # fmt: skip
+    subject = language.prepare(config, found, folder)
+    count, size, epochs = 256, 16, 3
+    rows = jax.tree.map(lambda x: jnp.asarray(x[:count]), found.train)
+    steps = epochs * count // size
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, eps_root=eps_root, weight_decay=0.01)
+    )
+    key = jax.random.key(0)  # not used: the model is deterministic
+
+    def step(state: Any, batch: Any, weights: jax.Array) -> Any:
+        params, optimizer_state = state
+
+        def mean_loss(params: Any) -> jax.Array:
+            losses = jax.vmap(subject.loss, (None, 0, None))(params, batch, key)
+            return (weights * losses).sum() / batch["mask"].sum()
+
+        updates, optimizer_state = optimizer.update(
+            jax.grad(mean_loss)(params), optimizer_state, params
+        )
+        return optax.apply_updates(params, updates), optimizer_state
+
+    def run(seed: int) -> ja.TrainingRun:
+        orders = np.random.default_rng(seed).permuted(
+            np.tile(np.arange(count), (epochs, 1)), axis=1
+        )
+        state = subject.start, optimizer.init(subject.start)
+        return ja.TrainingRun(
+            step, state, orders.reshape(-1, size), rows, params=lambda state: state[0]
+        )
+
+    queries = jax.tree.map(lambda x: x[:16], found.evaluation)
+    title = f"gpt, learning rate {learning_rate:g}, eps_root {eps_root:g}, {steps} steps"
+    return Subject(title, [run(0), run(1)], _minus(subject.loss), subject.loss, queries, 24)
+
+
+def study(subject: Subject, console: Console) -> Table:
     """Measures one model."""
-    digits = data.load(train=TRAIN, evaluation=QUERIES)
-    model = models.make_model(setting.model)
-    margin, queries = training.margin(model), digits.evaluation
-    run, others = subject(setting, model, digits)
+    run, *others = subject.runs
     began = time.perf_counter()
-    scores = {"unrolled": ja.unroll(run, margin, queries)}
-    console.print(f"{setting}: {len(run)} steps unrolled in {time.perf_counter() - began:.0f} s")
-    if others[1:]:
-        each = [scores["unrolled"], *(ja.unroll(other, margin, queries) for other in others[1:])]
-        scores[f"unrolled, mean of {len(each)} runs"] = np.mean(each, axis=0)
+    scores = {"unrolled": ja.unroll(run, subject.output, subject.queries)}
+    spent = time.perf_counter() - began
+    console.print(f"{subject.name}: {len(run)} steps unrolled in {spent:.0f} s")
+    more = [ja.unroll(each, subject.output, subject.queries) for each in others[:-1]]
+    if more:
+        mean = np.mean([scores["unrolled"], *more], axis=0)
+        scores[f"unrolled, mean of {1 + len(more)} runs"] = mean
     params = run.params(run.trained())
     for method in (ja.ekfac, ja.tracin):
-        index = ja.build_index(method(training.loss(model)), params, digits.train)
-        scores[index.method.name if index.method else ""] = np.asarray(ja.score(index, queries))
-    table = Table("LDS in %", *(f"{run}, {share:.0%} out" for share in LEFT_OUT for run in RUNS))
+        index = ja.build_index(method(subject.loss), params, run.train, batch_size=32)
+        scores[index.method.name if index.method else ""] = np.asarray(
+            ja.score(index, subject.queries)
+        )
+    table = Table("LDS in %", *(f"{name}, {share:.0%} out" for share in LEFT_OUT for name in RUNS))
     found: dict[str, list[str]] = {name: [] for name in scores}
     for share in LEFT_OUT:
-        masks = ja.evaluation.random_subsets(jax.random.key(5), TRAIN, SUBSETS, fraction=1 - share)
-        for trained in (run, others[0]):
+        masks = ja.evaluation.random_subsets(
+            jax.random.key(5), run.size, subject.subsets, fraction=1 - share
+        )
+        for trained in (run, others[-1]):
             params = jax.vmap(trained.params)(trained.trained(masks))
             of_one = jax.tree.map(lambda leaf: leaf[:, None], params)
-            outputs = ja.evaluation.outputs(margin, of_one, queries)
+            outputs = ja.evaluation.outputs(subject.output, of_one, subject.queries)
             for method_name, values in scores.items():
                 found[method_name].append(str(ja.lds(values, masks, outputs)))
     for method_name, cells in found.items():
@@ -106,7 +160,33 @@ def study(setting: Setting, console: Console) -> Table:
 
 RUNS = ("same run", "other run")
 
+
+def main() -> None:
+    """Runs the study."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.unrolling",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("subject", nargs="?", choices=("digits", "gpt"), default="digits")
+    parser.add_argument("--folder", type=Path, default=Path("runs/unrolling"))
+    given, console = parser.parse_args(), Console(width=140)
+    if given.subject == "gpt":
+        console.print(study(gpt(given.folder), console))
+        return
+    settings: tuple[tuple[Any, ...], ...] = (
+        ("mlp", 5e-3, 1e-8, 3), ("mlp", 2e-3, 1e-5, 3), ("vit", 1.5e-2, 1e-8), ("vit", 2e-3, 1e-5)
+    )  # fmt: skip
+    for setting in settings:
+        console.print(study(classifier(*setting), console))
+
+
+def _minus(loss: OutputFn) -> OutputFn:
+    def output(params: Any, example: Any, key: jax.Array) -> jax.Array:
+        return -loss(params, example, key)
+
+    return output
+
+
 if __name__ == "__main__":
-    console = Console(width=140)
-    for setting in SETTINGS:
-        console.print(study(setting, console))
+    main()
