@@ -104,6 +104,9 @@ def astra(
     )
 
 
+astra.references = ("astra", "ekfac", "kfac")  # type: ignore[attr-defined]
+
+
 class _System(NamedTuple):
     """One checkpoint's equations, in the coordinates of the features.
 

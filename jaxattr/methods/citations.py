@@ -96,6 +96,13 @@ BIBTEX = {
   year={2024},
   note={arXiv:2405.12186}
 }""",
+    "astra": """@article{wang2025better,
+  title={Better Training Data Attribution via Better Inverse {Hessian}-Vector Products},
+  author={Wang, Andrew and Nguyen, Elisa and Yang, Runshi and Bae, Juhan and McIlraith, Sheila A.
+          and Grosse, Roger},
+  journal={arXiv:2507.14740},
+  year={2025}
+}""",
     "influence": """@inproceedings{koh2017understanding,
   title={Understanding Black-box Predictions via Influence Functions},
   author={Koh, Pang Wei and Liang, Percy},
