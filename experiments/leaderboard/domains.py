@@ -79,7 +79,7 @@ class Domain(NamedTuple):
 EVERYTHING = 1 << 20
 """A rank that no side of a layer here is above."""
 
-ITERATIONS = 15
+ITERATIONS = 10
 """Of ASTRA."""
 
 
@@ -128,7 +128,7 @@ def classifier(name: str, folder: Path) -> Domain:
         entry("EK-FAC, 0.01", ja.ekfac(loss, rank=EVERYTHING, damping=ja.relative(0.01))),
         entry(
             "Fisher, all layers",
-            ja.influence(loss, damping=ja.relative(0.5), curvature="fisher"),
+            ja.influence(loss, damping=ja.relative(4), curvature="fisher"),
         ),
         entry("ASTRA", everything, refine=refine),
     ]  # fmt: skip
@@ -185,7 +185,7 @@ def gpt(folder: Path) -> Domain:
         entry(
             "Fisher, all layers",
             ja.influence(
-                loss, damping=ja.relative(0.5), curvature="fisher", projection=language.TWO_SIDED
+                loss, damping=ja.relative(4), curvature="fisher", projection=language.TWO_SIDED
             ),
         ),
         entry("ASTRA", everything, refine=refine),

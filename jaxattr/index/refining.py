@@ -58,7 +58,7 @@ def astra(
         is the Gauss-Newton matrix. Default: the Hessian of the function that is attributed.
       loss: (z, example) -> scalar: that function, of the outputs.
       damping: D; relative to the mean of EK-FAC's eigenvalues over all layers. Default:
-        `relative(1)`.
+        `relative(10)`.
       iterations: at most so many. Fewer damp more: directions of low curvature come last.
       tolerance: relative residual at which a solve ends.
 
@@ -80,7 +80,7 @@ def astra(
     """
     kernel = _checked_kernel(check_index(index))
     iterations = whole_number("iterations", iterations)
-    damping = relative(1) if damping is None else check_damping(damping)
+    damping = relative(10) if damping is None else check_damping(damping)
     curvature = _curvature(index, outputs, loss)
     prepared = query_features(index, queries)
     finite = np.ones(index.size, bool)
