@@ -13,7 +13,8 @@ from jaxattr.features import projections
 from jaxattr.features.featurizer import FeatureRule
 from jaxattr.features.projections import Projection
 from jaxattr.fitting import eigenbases, optimizer_moments
-from jaxattr.fitting.eigenbases import MaskFn, SampleFn
+from jaxattr.fitting.covariances import MaskFn
+from jaxattr.fitting.eigenbases import SampleFn
 from jaxattr.identity import Contents
 from jaxattr.kernels import Damping, Kernel
 from jaxattr.methods.method import Method
