@@ -29,6 +29,7 @@ from .kernels import relative as relative
 from .linear_maps.declaring import linear_map as linear_map
 from .methods.curvature import data_inf as data_inf
 from .methods.curvature import ekfac as ekfac
+from .methods.curvature import eshampoo as eshampoo
 from .methods.curvature import influence as influence
 from .methods.curvature import kfac as kfac
 from .methods.curvature import logra as logra
@@ -91,6 +92,7 @@ __all__ = [
     "diffusion",
     "ekfac",
     "embedding",
+    "eshampoo",
     "evaluation",
     "expectation",
     "featurizer",

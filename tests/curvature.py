@@ -47,6 +47,8 @@ METHODS = {
     "K-FAC": lambda: ja.kfac(models.loss),
     "EK-FAC": lambda: ja.ekfac(models.loss),
     "EK-FAC, true": lambda: ja.ekfac(models.loss, fisher="true", sample=sampled),
+    "EShampoo": lambda: ja.eshampoo(models.loss),
+    "EShampoo, true": lambda: ja.eshampoo(models.loss, fisher="true", sample=sampled),
     "TrackStar": lambda: ja.trackstar(models.loss, adam_state(), PARAMS, rank=4, queries=QUERIES),
     "Influence": lambda: ja.influence(models.loss, damping=ja.absolute(0.5)),
     "CG": lambda: ja.influence(models.loss, damping=ja.absolute(0.5), solver="cg", tolerance=1e-9),

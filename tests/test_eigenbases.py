@@ -13,7 +13,7 @@ from tests import models
 from tests.curvature import FEW, PARAMS, QUERIES, TRAIN, sampled
 
 
-@pytest.mark.parametrize("method", [ja.kfac, ja.ekfac])
+@pytest.mark.parametrize("method", [ja.kfac, ja.ekfac, ja.eshampoo])
 def test_signs_of_eigenvectors_do_not_matter(method, monkeypatch):
     expected = ja.score(FEW(method(models.loss), PARAMS, TRAIN), QUERIES)
     eigen = eigenbases._eigen
@@ -45,7 +45,7 @@ def unrolled_loss(params, example, key):
     return optax.softmax_cross_entropy_with_integer_labels(x @ params["head"], example["y"])
 
 
-@pytest.mark.parametrize("method", [ja.kfac, ja.ekfac, ja.logra])
+@pytest.mark.parametrize("method", [ja.kfac, ja.ekfac, ja.eshampoo, ja.logra])
 def test_layers_in_a_scan_are_as_layers_apart(method):
     keys = jax.random.split(jax.random.key(7), 3)
     layers = {

@@ -97,6 +97,7 @@ FACTORIES = {
     ja.logra: {"loss": LOSSES, "rank": (4, 5), "basis": ("random", "pca"), "damping": DAMPINGS},
     ja.kfac: FACTORED,
     ja.ekfac: FACTORED,
+    ja.eshampoo: {name: values for name, values in FACTORED.items() if name != "mask"},
     ja.trackstar: {
         "loss": LOSSES,
         "optimizer_states": (moments(1.0), moments(2.0)),
@@ -184,7 +185,7 @@ def test_every_factory_and_argument_is_in_the_table():
     public = {
         value
         for name in ("tracin", "grad_cos", "trak", "d_trak", "journey_trak", "das", "logra", "kfac",
-                     "ekfac", "trackstar", "influence", "data_inf", "expectation")
+                     "ekfac", "eshampoo", "trackstar", "influence", "data_inf", "expectation")
         for value in [getattr(ja, name)]
     }  # fmt: skip
     makers = {

@@ -106,6 +106,7 @@ MAKERS = {
     "LoGRA": lambda: ja.logra(linear),
     "K-FAC": lambda: ja.kfac(linear),
     "EK-FAC": lambda: ja.ekfac(linear),
+    "EShampoo": lambda: ja.eshampoo(linear),
     "DataInf": lambda: ja.data_inf(linear),
     "TrackStar": lambda: ja.trackstar(linear, jax.tree.map(jnp.ones_like, PARAMS), PARAMS),
 }

@@ -1,8 +1,14 @@
-"""Covariances of what linear maps are applied to and of its cotangents, summed over batches."""
+"""The two matrices of each linear map whose eigenvectors are a basis, summed over the data.
 
+What they are sums of is a strategy: `Covariances` of inputs and cotangents at each position, or
+`shampoo.GradientFactors`.
+"""
+
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -34,29 +40,131 @@ class Exponents(NamedTuple):
 
 
 class Covariance(NamedTuple):
-    """Sums over positions, for one leaf.
+    """Sums for one leaf.
 
     Attributes:
-      inputs: of x^T x, [in, in], or [stack, in, in].
-      cotangents: of d^T d, [out, out], or [stack, out, out].
-      positions: how many, [], or [stack].
+      inputs: of the inputs' matrix, [in, in], or [stack, in, in].
+      cotangents: of the cotangents' matrix, [out, out], or [stack, out, out].
+      counts: how many each is a sum over, [2], or [2, stack].
       sizes: sums over examples of the exponents of their largest input and cotangent, and how many
         were not zero, [2, 2].
     """
 
     inputs: jax.Array
     cotangents: jax.Array
-    positions: jax.Array
+    counts: jax.Array
     sizes: jax.Array
+
+
+class Use(NamedTuple):
+    """A use of a linear map in a batch; zero for examples that do not count.
+
+    Attributes:
+      inputs: over 2 to their exponent, [b, *stack, t, in].
+      cotangents: over 2 to theirs, [b, *stack, t, out].
+      applied: which layers it applies, bool [], or [stack].
+    """
+
+    inputs: jax.Array
+    cotangents: jax.Array
+    applied: jax.Array
+
+
+class Factors(Protocol):
+    """What the two matrices of a linear map are: a frozen dataclass."""
+
+    def __hash__(self) -> int:
+        """Equal ones are compiled once."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """What `describe` shows."""
+        ...
+
+    @property
+    def far(self) -> int:
+        """Inputs and cotangents up to 2 to this power, and down to its inverse, add up."""
+        ...
+
+    @property
+    def multiply(self) -> bool:
+        """Whether products of their eigenvalues are a curvature."""
+        ...
+
+    def weights(self, batch: Batch) -> jax.Array | None:
+        """Returns how much each position counts, [b, t]; None if all do."""
+        ...
+
+    def in_range(self, inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
+        """Which examples with such squared norms [b] can be summed up, bool [b]."""
+        ...
+
+    def sums(
+        self, factored: Factored, uses: Sequence[Use], kept: jax.Array, weights: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns the first three of `Covariance`; `kept` is which examples count, bool [b]."""
+        ...
+
+
+def fits(squares: jax.Array) -> jax.Array:
+    """Which numbers can be summed up by the million within the range of their type.
+
+    Args:
+      squares: float, NaN where that is not known.
+
+    Returns:
+      bool.
+    """
+    return squares < jnp.finfo(squares.dtype).max * 2.0**-40
+
+
+@dataclasses.dataclass(frozen=True)
+class Covariances:
+    """K-FAC's: x^T x and d^T d, means over positions.
+
+    Attributes:
+      mask: which positions count. Applied to maps with as many positions as the mask.
+    """
+
+    mask: MaskFn | None = identity.function("example", default=None)
+    name: ClassVar[str] = "K-FAC"
+    far: ClassVar[int] = 30
+    multiply: ClassVar[bool] = True
+
+    def weights(self, batch: Batch) -> jax.Array | None:
+        """See `Factors`."""
+        return None if self.mask is None else jax.vmap(self.mask)(batch)
+
+    def in_range(self, inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
+        """See `Factors`."""
+        return fits(inputs) & fits(cotangents)
+
+    def sums(
+        self, factored: Factored, uses: Sequence[Use], kept: jax.Array, weights: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """See `Factors`."""
+        totals = []
+        for use in uses:
+            t = use.cotangents.shape[-2]
+            counted = jnp.broadcast_to(kept[:, None], (kept.shape[0], t)).astype(factored.dtype)
+            if weights is not None and weights.shape[1:] == (t,):
+                counted = counted * weights.astype(counted.dtype)
+            positions = jnp.sum(counted) * use.applied.astype(counted.dtype)
+            # A convolution's feature groups share a position's cotangents.
+            counts = jnp.stack([positions, positions / factored.map.groups])
+            inputs = _weighted_gram(use.inputs, counted, factored)
+            totals.append((inputs, _weighted_gram(use.cotangents, counted, factored), counts))
+        return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), totals)
 
 
 @functools.lru_cache(maxsize=16)
 def covariance_sums(
-    rule: FeatureRule, factored: tuple[Factored, ...], mask: MaskFn | None
+    rule: FeatureRule, factored: tuple[Factored, ...], factors: Factors
 ) -> Callable[..., tuple[dict[str, Covariance], jax.Array]]:
     """One function for all checkpoints, so that it is compiled once."""
     by_leaf = {each.map.leaf: each for each in factored}
-    sums = functools.partial(_sums_of_batch, rule.output, by_leaf, mask)
+    sums = functools.partial(_sums_of_batch, rule.output, by_leaf, factors)
 
     def with_digest(shared: Any, numbered: NumberedBatch, digests: jax.Array) -> tuple:
         total = identity.sum_of_rows(digests, numbered.ids, numbered.real)
@@ -68,29 +176,30 @@ def covariance_sums(
 def _sums_of_batch(
     output: OutputFn,
     factored: Mapping[str, Factored],
-    mask: MaskFn | None,
+    factors: Factors,
     shared: tuple[Key, Params, Mapping[str, Narrow], Mapping[str, Exponents]],
     numbered: NumberedBatch,
 ) -> dict[str, Covariance]:
     key, params, projected, exponents = shared
     keys = example_keys(key, numbered.ids)
-    counted = None if mask is None else jax.vmap(mask)(numbered.batch)
+    weights = factors.weights(numbered.batch)
 
     def sums(output: OutputFn, batch: Batch, keys: Key) -> dict[str, Covariance]:
         shapes = shapes_of_one((batch, keys))
         captured = linear_maps.capture(output, params, *shapes, leaves=list(factored))
         uses = each_example(functools.partial(captured, params))(batch, keys)
         finite = numbered.real & _all_finite(uses)
-        kept = finite & _in_range(uses, exponents)
-        return {
-            leaf: _covariance(
-                factored[leaf], each, kept, counted, projected[leaf], exponents[leaf]
-            )._replace(sizes=_sizes(each, finite))
-            for leaf, each in uses.items()
-        }
+        kept = finite & _in_range(uses, exponents, factors)
+        found = {}
+        for leaf, captured_uses in uses.items():
+            own, narrow, over = factored[leaf], projected[leaf], exponents[leaf]
+            given = [_use(own, each, kept, narrow, over) for each in captured_uses]
+            sums = factors.sums(own, given, kept, weights)
+            found[leaf] = Covariance(*sums, sizes=_sizes(captured_uses, finite))
+        return found
 
-    refuse_unit_norm(output, "A basis of covariances (ja.kfac, ja.ekfac, ja.logra)")
-    # Each draw counts as a position, like the tokens of a text.
+    refuse_unit_norm(output, "A basis of covariances (ja.kfac, ja.ekfac, ja.eshampoo, ja.logra)")
+    # Each draw counts as a position, like the tokens of a text, or as an example.
     return sum_over_draws(output, numbered.batch, keys, sums)
 
 
@@ -105,18 +214,26 @@ def _all_finite(uses: Mapping[str, tuple[Captured, ...]]) -> jax.Array:
 
 
 def _in_range(
-    uses: Mapping[str, tuple[Captured, ...]], exponents: Mapping[str, Exponents]
+    uses: Mapping[str, tuple[Captured, ...]], exponents: Mapping[str, Exponents], factors: Factors
 ) -> jax.Array:
-    """Which examples have squares that sums of many can hold, [b]."""
-    kept = []
-    for leaf, each in uses.items():
-        for use in each:
-            for x, exponent in zip((use.inputs, use.cotangents), exponents[leaf], strict=True):
-                if jnp.issubdtype(x.dtype, jnp.floating):
-                    x = scaled(x.astype(wide(x.dtype)), -exponent)
-                    squares = jnp.sum(x**2, axis=tuple(range(1, x.ndim)))
-                    kept.append(squares < jnp.finfo(x.dtype).max * 2.0**-40)
+    """Which examples have sums that those of many can hold, [b]."""
+    kept = [
+        factors.in_range(
+            _squares(use.inputs, exponents[leaf].inputs),
+            _squares(use.cotangents, exponents[leaf].cotangents),
+        )
+        for leaf, each in uses.items()
+        for use in each
+    ]
     return functools.reduce(jnp.logical_and, kept)
+
+
+def _squares(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """Squared norms of x over 2 to a power, [b]; an id stands for a one."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.full(x.shape[0], math.prod(x.shape[1:]), jnp.float32)
+    x = scaled(x.astype(wide(x.dtype)), -exponent)
+    return jnp.sum(x**2, axis=tuple(range(1, x.ndim)))
 
 
 def _sizes(uses: tuple[Captured, ...], finite: jax.Array) -> jax.Array:
@@ -134,32 +251,19 @@ def _sizes(uses: tuple[Captured, ...], finite: jax.Array) -> jax.Array:
     return jnp.stack(columns, axis=1)
 
 
-def _covariance(
-    factored: Factored,
-    uses: tuple[Captured, ...],
-    kept: jax.Array,
-    counted: jax.Array | None,
-    narrow: Narrow,
-    exponents: Exponents,
-) -> Covariance:
-    """Sums of one leaf over the positions of all its uses, [*stack, ...] each."""
-    totals = []
-    for use in uses:
-        t = use.cotangents.shape[-2]
-        weights = jnp.broadcast_to(kept[:, None], (kept.shape[0], t)).astype(factored.dtype)
-        if counted is not None and counted.shape[1:] == (t,):
-            weights = weights * counted.astype(weights.dtype)
-        inputs = _inputs(factored, use.inputs, narrow[0])
-        cotangents = _project(use.cotangents, narrow[1])
-        totals.append(
-            Covariance(
-                _weighted_gram(inputs, weights, factored, exponents.inputs),
-                _weighted_gram(cotangents, weights, factored, exponents.cotangents),
-                jnp.sum(weights) * use.applied[0].astype(weights.dtype),
-                jnp.zeros(()),
-            )
-        )
-    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), totals)
+def _use(
+    factored: Factored, use: Captured, kept: jax.Array, narrow: Narrow, exponents: Exponents
+) -> Use:
+    inputs = _inputs(factored, use.inputs, narrow[0])
+    cotangents = _project(use.cotangents, narrow[1])
+
+    def clean(x: jax.Array, exponent: jax.Array) -> jax.Array:
+        # Not finite times zero is not zero, so what does not count is taken out.
+        counts = kept.reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.where(counts, scaled(x.astype(factored.dtype), -exponent), 0)
+
+    sides = clean(inputs, exponents.inputs), clean(cotangents, exponents.cotangents)
+    return Use(*sides, use.applied[0])
 
 
 def _inputs(factored: Factored, inputs: jax.Array, narrow: jax.Array | None) -> jax.Array:
@@ -181,27 +285,37 @@ def _project(x: jax.Array, narrow: jax.Array | None) -> jax.Array:
     return x if narrow is None else x @ narrow.astype(x.dtype)
 
 
-def _weighted_gram(
-    x: jax.Array, weights: jax.Array, factored: Factored, exponent: jax.Array
-) -> jax.Array:
+def _weighted_gram(x: jax.Array, weights: jax.Array, factored: Factored) -> jax.Array:
     """Sum over examples and positions of w x^T x, for x [b, *stack, t, f]; [*stack, f, f]."""
-    x = scaled(x.astype(factored.dtype), -exponent)
     weights = weights.reshape(weights.shape[0], *(1 for _ in factored.lead), -1, 1)
-    # Not finite times zero is not zero, so what does not count is taken out before.
-    x = jnp.where(weights > 0, x, 0)
-    x = jnp.moveaxis(x * jnp.sqrt(weights), 0, -3)  # [*stack, b, t, f]
-    rows = x.reshape(*factored.lead, -1, x.shape[-1])
+    x = jnp.where(weights > 0, x, 0) * jnp.sqrt(weights)
+    return products(x, x, factored)
+
+
+def products(x: jax.Array, y: jax.Array, factored: Factored) -> jax.Array:
+    """Sum over examples and positions of x^T y.
+
+    Args:
+      x: [b, *stack, t, f].
+      y: [b, *stack, t, g].
+      factored: the linear map.
+
+    Returns:
+      [*stack, f, g].
+    """
+    x, y = (jnp.moveaxis(side, 0, -3) for side in (x, y))  # [*stack, b, t, f]
+    x, y = (side.reshape(*factored.lead, -1, side.shape[-1]) for side in (x, y))
     layers = tuple(range(len(factored.lead)))
     positions = (len(layers),)
     # Not einsum, which transposes first: 40 ms against 27 for [2048, 1024] on two cores.
     dimensions = ((positions, positions), (layers, layers))
-    return jax.lax.dot_general(rows, rows, dimensions, precision="highest")  # [*stack, f, f]
+    return jax.lax.dot_general(x, y, dimensions, precision="highest")  # [*stack, f, g]
 
 
-def means(covariance: Covariance, groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """Means over positions; a convolution's feature groups share a position's cotangents."""
-    positions = np.maximum(np.asarray(covariance.positions, np.float64), 1.0)[..., None, None]
+def means(covariance: Covariance) -> tuple[np.ndarray, np.ndarray]:
+    """The matrices as means, [*stack, f, f], in float64."""
+    counts = np.maximum(np.asarray(covariance.counts, np.float64), 1.0)[..., None, None]
     return (
-        np.asarray(covariance.inputs, np.float64) / positions,
-        np.asarray(covariance.cotangents, np.float64) / (positions / groups),
+        np.asarray(covariance.inputs, np.float64) / counts[0],
+        np.asarray(covariance.cotangents, np.float64) / counts[1],
     )

@@ -1,4 +1,4 @@
-"""K-FAC's eigenbasis: eigenvectors of the covariances of each linear map's inputs and cotangents.
+"""Eigenbases of linear maps: K-FAC's, of the covariances of inputs and cotangents, and others.
 
 For y = x W, with gradient sum over t of x_t^T d_t, K-FAC takes A = E[x x^T] and S = E[d d^T] over
 positions t as the two factors of the Fisher matrix of W. Their eigenvectors are a basis in which it
@@ -19,8 +19,9 @@ from jaxattr import identity
 from jaxattr.features.bases import UNKNOWN, Basis, Factored, Fitted, Sides
 from jaxattr.fitting.covariances import (
     Covariance,
+    Covariances,
     Exponents,
-    MaskFn,
+    Factors,
     Narrow,
     covariance_sums,
     means,
@@ -42,8 +43,6 @@ SampleFn = Callable[[Params, Example, Key], Example]
 # A side with more inputs or outputs than this, such as a vocabulary, is projected at random to
 # `_NARROW` dimensions before its covariance is taken.
 _WIDE, _NARROW = 4096, 1024
-# Squares of numbers up to 2 to this power, and down to its inverse, add up within float32.
-_FAR = 30
 # Examples whose activations are in memory at once, where the user does not say.
 _MICROBATCH = 64
 
@@ -64,7 +63,7 @@ class Eigenbasis(Basis):
         features (K-FAC); otherwise that is left to the kernel, or, with `sample`, measured in a
         second pass (EK-FAC).
       sample: draws labels from the model; or None for the labels of the data.
-      mask: which positions count. Applied to maps with as many positions as the mask.
+      factors: what the two matrices are; K-FAC's covariances.
 
     References:
       Martens and Grosse (2015), arXiv:1503.05671; George et al. (2018), arXiv:1806.03884.
@@ -72,16 +71,21 @@ class Eigenbasis(Basis):
 
     eigenvalues: bool
     sample: SampleFn | None = identity.function("params", "example", "key", default=None)
-    mask: MaskFn | None = identity.function("example", default=None)
+    factors: Factors = Covariances()
 
     def __post_init__(self) -> None:
         if self.bands < 1:
             raise ValueError(f"bands must be at least 1, got {self.bands}.")
+        if self.eigenvalues and not self.factors.multiply:
+            raise ValueError(
+                f"Products of {self.factors.name}'s eigenvalues are no curvature: use "
+                "eigenvalues=False, with a kernel that measures it."
+            )
 
     @property
     def name(self) -> str:
         """See `Basis`."""
-        return "K-FAC eigenbasis"
+        return f"{self.factors.name} eigenbasis"
 
     @property
     def narrow(self) -> tuple[int, int]:
@@ -91,12 +95,12 @@ class Eigenbasis(Basis):
     def fit(self, over: TrainingPass) -> Fitted:
         """See `Fits`."""
         sampler = None if self.sample is None else _sampler(self.sample, over)
-        covariances, data, exponents, projected = _covariances(over, sampler, self.mask)
+        covariances, data, exponents, projected = _covariances(over, sampler, self.factors)
         sides: dict[str, Sides] = {}
         captured, curvature = {}, {}
         for factored in over.featurizer.plan.factored:
             leaf = factored.map.leaf
-            found = [_eigen(matrix) for matrix in means(covariances[leaf], factored.map.groups)]
+            found = [_eigen(matrix) for matrix in means(covariances[leaf])]
             ranks = (factored.left, factored.right)
             kept = [
                 (values[..., :rank], vectors[..., :rank])
@@ -173,7 +177,7 @@ def _compiled_sampler(
 def _covariances(
     over: TrainingPass,
     sampler: Callable[[NumberedBatch], NumberedBatch] | None,
-    mask: MaskFn | None,
+    factors: Factors,
 ) -> tuple[dict[str, Covariance], jax.Array | None, dict[str, Exponents], dict[str, Narrow]]:
     """Sums over the data, its digest, the units of the sums, what wide sides are projected with."""
     featurizer = over.featurizer
@@ -192,7 +196,7 @@ def _covariances(
     size = min(over.block, featurizer.microbatch, _MICROBATCH * over.place.shards)
     smaller = dataclasses.replace(over, block=over.source.block_size(size, over.place))
     digests = row_digests(over.place)
-    function = covariance_sums(featurizer.rule, featurizer.plan.factored, mask)
+    function = covariance_sums(featurizer.rule, featurizer.plan.factored, factors)
 
     def sums(exponents: dict[str, Exponents]) -> tuple[dict[str, Covariance], jax.Array]:
         given = (
@@ -206,8 +210,8 @@ def _covariances(
     exponents = dict.fromkeys(factored, none)
     found, data = sums(exponents)
     typical = {leaf: _typical(covariance) for leaf, covariance in found.items()}
-    if any(abs(int(each)) > _FAR for both in typical.values() for each in both):
-        # Squares of numbers as large or small as these leave the range of float32: once more.
+    if any(abs(int(each)) > factors.far for both in typical.values() for each in both):
+        # Sums of numbers as large or small as these leave the range of float32: once more.
         exponents = typical
         found, data = sums(exponents)
     return found, data, exponents, projected

@@ -68,6 +68,21 @@ BIBTEX = {
   journal={arXiv:2308.03296},
   year={2023}
 }""",
+    "eshampoo": """@inproceedings{eschenhagen2025purifying,
+  title={Purifying {Shampoo}: Investigating {Shampoo}'s Heuristics by Decomposing its
+         Preconditioner},
+  author={Eschenhagen, Runa and Defazio, Aaron and Lee, Tsung-Hsien and Turner, Richard E. and
+          Shi, Hao-Jun Michael},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2025},
+  note={arXiv:2506.03595}
+}""",
+    "shampoo": """@inproceedings{gupta2018shampoo,
+  title={{Shampoo}: Preconditioned Stochastic Tensor Optimization},
+  author={Gupta, Vineet and Koren, Tomer and Singer, Yoram},
+  booktitle={International Conference on Machine Learning},
+  year={2018}
+}""",
     "trackstar": """@inproceedings{chang2025trackstar,
   title={Scalable Influence and Fact Tracing for Large Language Model Pretraining},
   author={Chang, Tyler A. and Rajagopal, Dheeraj and Bolukbasi, Tolga and Dixon, Lucas and

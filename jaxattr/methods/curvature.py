@@ -1,4 +1,4 @@
-"""Methods whose kernel is the curvature of the loss: LoGRA, K-FAC, EK-FAC, TrackStar and others.
+"""Methods whose kernel is the curvature of the loss: LoGRA, K-FAC, EK-FAC, EShampoo and others.
 
 As in `methods`, each is a composition of an output function, a projection and a kernel.
 """
@@ -13,8 +13,9 @@ from jaxattr.features import projections
 from jaxattr.features.featurizer import FeatureRule
 from jaxattr.features.projections import Projection
 from jaxattr.fitting import eigenbases, optimizer_moments
-from jaxattr.fitting.covariances import MaskFn
+from jaxattr.fitting.covariances import Covariances, Factors, MaskFn
 from jaxattr.fitting.eigenbases import SampleFn
+from jaxattr.fitting.shampoo import GradientFactors
 from jaxattr.identity import Contents
 from jaxattr.kernels import Damping, Kernel
 from jaxattr.methods.method import Method
@@ -130,7 +131,7 @@ def kfac(
     References:
       Martens and Grosse (2015), arXiv:1503.05671, section 3.
     """
-    rule = _eigen_rule(loss, True, rank, fisher, sample, mask, bands)
+    rule = _eigen_rule(loss, True, rank, fisher, sample, Covariances(mask), bands)
     kernel = kernels.SecondMoment(_or_relative(damping))
     return Method("K-FAC", rule, kernel, references=("kfac",))
 
@@ -192,7 +193,7 @@ def ekfac(
     References:
       Grosse et al. (2023), arXiv:2308.03296, section 2; George et al. (2018), arXiv:1806.03884.
     """
-    rule = _eigen_rule(loss, False, rank, fisher, sample, mask, bands)
+    rule = _eigen_rule(loss, False, rank, fisher, sample, Covariances(mask), bands)
     kernel = kernels.SecondMoment(_or_relative(damping))
     return Method("EK-FAC", rule, kernel, references=("ekfac", "kfac"))
 
@@ -240,9 +241,68 @@ def source(
     """
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}.")
-    rule = _eigen_rule(loss, False, rank, fisher, sample, mask, bands=1)
+    rule = _eigen_rule(loss, False, rank, fisher, sample, Covariances(mask), bands=1)
     kernel = kernels.Segment(learning_rate * whole_number("steps", steps) / (1 - momentum))
     return Method("SOURCE", rule, kernel, references=("source", "ekfac", "kfac"))
+
+
+def eshampoo(
+    loss: OutputFn,
+    *,
+    damping: Damping | None = None,
+    rank: int = 128,
+    fisher: Fisher = "empirical",
+    sample: SampleFn | None = None,
+    bands: int = 1,
+) -> Method:
+    r"""Eigenvalue-corrected Shampoo: as `ekfac`, in the eigenbasis of the examples' gradients.
+
+    .. math:: L = \tfrac1N \sum_n G_n G_n^\top, \qquad R = \tfrac1N \sum_n G_n^\top G_n,
+              \qquad \phi = \mathrm{vec}(Q_L^\top \nabla_{[W; b]}\ell\; Q_R)
+
+    G is the gradient of an example, summed over positions. EK-FAC's basis comes of inputs and
+    cotangents apart, as if positions were independent of one another; with one position and
+    independent inputs and cotangents the two are the same.
+
+    Guarantees: as `ekfac`.
+    Cost: as `ekfac`, and in out (in + out) operations per example and map for L and R; see
+    `shampoo.GradientFactors`.
+
+    Args:
+      loss: (params, example, key) -> scalar, summed over the example's tokens or pixels.
+      damping: added to Lambda; relative to its mean, layer by layer. Default: `relative(0.1)`.
+      rank: eigenvectors per side, at most.
+      fisher: "empirical", of the data's own labels; or "true", of labels drawn from the model.
+      sample: (params, example, key) -> the example with labels drawn from the model, for
+        `fisher="true"`. Default: the loss's attribute `sample`.
+      bands: splits each side of each layer's eigenbasis into so many groups, from large to small
+        eigenvalues: groups `layer[i,j]`, for weights by curvature.
+
+    Returns:
+      The method.
+
+    Raises:
+      ValueError: if `fisher="true"` without a way to sample.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jaxattr import absolute, build_index, score
+      >>> def loss(params, example, key):
+      ...     return 0.5 * jnp.sum((example["x"] @ params["w"] - example["y"]) ** 2)
+      >>> data = {"x": jnp.eye(3), "y": jnp.ones((3, 1))}
+      >>> params = {"w": jnp.zeros((3, 1))}
+      >>> method = eshampoo(loss, damping=absolute(2 / 3))
+      >>> [round(x, 3) + 0.0 for x in score(build_index(method, params, data), data)[0].tolist()]
+      [1.0, 0.0, 0.0]
+
+    References:
+      Eschenhagen et al. (2025), arXiv:2506.03595; Gupta et al. (2018), arXiv:1802.09568.
+      Deviations: an optimizer there, influence functions here; so L, R and Lambda are means over
+      examples at fixed parameters, not running averages over batches, and Lambda is not rooted.
+    """
+    rule = _eigen_rule(loss, False, rank, fisher, sample, GradientFactors(), bands)
+    kernel = kernels.SecondMoment(_or_relative(damping))
+    return Method("EShampoo", rule, kernel, references=("eshampoo", "shampoo"))
 
 
 def trackstar(
@@ -436,7 +496,7 @@ def _eigen_rule(
     rank: int,
     fisher: Fisher,
     sample: SampleFn | None,
-    mask: MaskFn | None,
+    factors: Factors,
     bands: int,
 ) -> FeatureRule:
     if fisher not in ("empirical", "true"):
@@ -450,7 +510,7 @@ def _eigen_rule(
     basis = eigenbases.Eigenbasis(
         eigenvalues=eigenvalues,
         sample=sample if fisher == "true" else None,
-        mask=mask,
+        factors=factors,
         bands=bands,
     )
     return FeatureRule(loss, projections.two_sided(rank, basis=basis))
