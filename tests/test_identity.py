@@ -130,6 +130,8 @@ FACTORIES = {
     projections.gaussian: {"dim": (8, 9)},
     projections.srht: {"dim": (8, 9)},
     projections.sjlt: {"dim": (8, 9), "nonzeros": (2, 3)},
+    projections.grass: {"size": (8, 9), "mask": (2, 3)},
+    projections.factgrass: {"rank": (4, 5), "mask": (2, 3)},
     projections.two_sided: {
         "rank": (4, 5),
         "basis": (bases.Signs(), Eigenbasis(eigenvalues=True)),
@@ -155,7 +157,7 @@ FACTORIES = {
 REQUIRED = {
     "loss": models.loss, "margin": models.margin, "output": models.margin, "journey": journey,
     "optimizer_states": moments(1.0), "params": PARAMS, "timesteps": (1, 2), "dim": 8, "rank": 4,
-    "damping": ja.absolute(0.1), "tolerance": 1e-3, "iterations": 5,
+    "size": 8, "damping": ja.absolute(0.1), "tolerance": 1e-3, "iterations": 5,
 }  # fmt: skip
 CASES = [(f, argument) for f, table in FACTORIES.items() for argument in table]
 

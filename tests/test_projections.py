@@ -12,6 +12,8 @@ RANDOM = [
     projections.sjlt(64),
     projections.sjlt(64, nonzeros=1),
     projections.srht(64),
+    projections.grass(64),
+    projections.grass(64, mask=1),
 ]
 BY_NAME = pytest.mark.parametrize("projection", RANDOM, ids=lambda p: p.name)
 
@@ -139,7 +141,9 @@ def test_group_keys_differ():
     assert len({tuple(np.asarray(jax.random.key_data(key))) for key in keys}) == 4
 
 
-@pytest.mark.parametrize("make", [projections.rademacher, projections.sjlt, projections.srht])
+@pytest.mark.parametrize(
+    "make", [projections.rademacher, projections.sjlt, projections.srht, projections.grass]
+)
 def test_bad_dimension(make):
     with pytest.raises(ValueError, match="dim >= 1, got 0"):
         make(0)

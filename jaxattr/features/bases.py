@@ -7,7 +7,7 @@ them (the eigenbasis of K-FAC and EK-FAC), or random signs scaled by an optimize
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -30,12 +30,14 @@ class Factored(NamedTuple):
       bias: whether its bias is one more input, that is always 1.
       left: features of the input side.
       right: features of the output side.
+      inner: of both, before they are mixed.
     """
 
     map: LinearMap
     bias: bool
     left: int
     right: int
+    inner: tuple[int, int]
 
     @property
     def rows(self) -> int:
@@ -59,10 +61,12 @@ class Drawn(NamedTuple):
     Attributes:
       sides: {leaf: A and B}; empty where they are fitted, or nothing is factored.
       rest: what projects the parameters that belong to no linear map.
+      mixing: what mixes the features of linear maps, of `Basis.draw_mixing`.
     """
 
     sides: dict[str, Sides]
     rest: Any
+    mixing: Any = ()
 
 
 class Fitted(NamedTuple):
@@ -133,6 +137,31 @@ class Basis:
         if self.narrow is not None and size > self.narrow[0]:
             kept = min(kept, self.narrow[1])
         return kept
+
+    def inner(self, size: int) -> int:
+        """Returns the number of features of such a side before they are mixed."""
+        return self.side(size)
+
+    def draw_mixing(self, seed: bytes, factored: Sequence[Factored]) -> Any:
+        """Returns what `mix` takes, a pytree; on the host."""
+        del seed, factored
+        return ()
+
+    def mix(
+        self, drawn: Any, factored: Sequence[Factored], z: Mapping[str, jax.Array]
+    ) -> Mapping[str, jax.Array]:
+        """Maps A^T G B to features; linear, and here nothing is done.
+
+        Args:
+          drawn: of `draw_mixing`.
+          factored: the linear maps.
+          z: {leaf: [b, *stack, *inner]}.
+
+        Returns:
+          {leaf: [b, *stack, left, right]}.
+        """
+        del drawn, factored
+        return z
 
 
 @runtime_checkable

@@ -156,7 +156,9 @@ class Featurizer:
         drawn = not fitted.sides and isinstance(basis, Draws)
         sides = basis.draw(seed, self.plan.factored) if drawn else {}
         sides = {f.map.leaf: cut_sides(f, sides[f.map.leaf]) for f in self.plan.factored if drawn}
-        found = Drawn(sides, draw_groups(self.rule.projection, seed, self.plan.rest_sizes))
+        rest = draw_groups(self.rule.projection, seed, self.plan.rest_sizes)
+        mixing = () if basis is None else basis.draw_mixing(seed, self.plan.factored)
+        found = Drawn(sides, rest, mixing)
         if place is None or place.mesh is None:
             return jax.device_put(found)
         return place.whole(found)
@@ -288,7 +290,7 @@ def _compiled_step(rule: FeatureRule, plan: Plan, microbatch: int) -> Step:
         def chunk(batch: Batch, ids: jax.Array) -> Featurized:
             keys = example_keys(key, ids)
             gradients_of = functools.partial(_gradients, rule, plan, params, sides, fitted)
-            assemble = functools.partial(plan.assemble, rule.projection, drawn.rest)
+            assemble = functools.partial(plan.assemble, rule.projection, drawn)
             phi = _features(rule.output, batch, keys, gradients_of, assemble)
             phi = unit_norm(phi) if rule.normalize else phi
             return Featurized(phi, _residual(rule.residual, params, batch, keys))
@@ -313,7 +315,7 @@ def project_gradients(
       gradients: {leaf: of the leaf's shape}.
 
     Returns:
-      {leaf of a linear map: [r, r'] or [stack, r, r']}, and {any other leaf: gradient}.
+      {leaf of a linear map: [*stack, *inner]}, and {any other leaf: gradient}.
     """
     scaled = _scaled(fitted, gradients)
     z = {}
@@ -344,7 +346,7 @@ def coordinates(
     def to_features(gradients: Mapping[str, jax.Array]) -> jax.Array:
         z, rest = project_gradients(plan, sides, fitted, gradients)
         z, rest = jax.tree.map(lambda x: x[None], (z, rest))
-        return plan.assemble(projection, drawn.rest, z, rest)[0]
+        return plan.assemble(projection, drawn, z, rest)[0]
 
     return to_features
 
@@ -448,7 +450,7 @@ def _gradients(
 
     of_rest, rest = as_function_of(rewritten_output, plan.rest, params)
 
-    zeros = {f.map.leaf: jnp.zeros((*f.lead, f.left, f.right), f.dtype) for f in plan.factored}
+    zeros = {f.map.leaf: jnp.zeros((*f.lead, *f.inner), f.dtype) for f in plan.factored}
 
     def factored(example: Example, key: Key) -> tuple[dict, dict, jax.Array]:
         def of_both(z: dict[str, jax.Array], rest: dict[str, jax.Array]) -> jax.Array:

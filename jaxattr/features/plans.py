@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.features.bases import UNKNOWN, Basis, Factored
+from jaxattr.features.bases import UNKNOWN, Basis, Drawn, Factored
 from jaxattr.features.projections import Projection
 from jaxattr.features.random_maps import project_groups
 from jaxattr.groups import GroupLayout, Member
@@ -181,16 +181,16 @@ class Plan:
     def assemble(
         self,
         projection: Projection,
-        drawn: Any,
+        drawn: Drawn,
         z: Mapping[str, jax.Array],
         rest: Mapping[str, jax.Array],
     ) -> Features:
         """Puts features together; linear in `z` and `rest`.
 
         Args:
-          projection: of the rest.
-          drawn: what it drew for `rest_sizes`.
-          z: {leaf of a linear map: [b, r, r'], or [b, stack, r, r']}.
+          projection: of all.
+          drawn: what it drew.
+          z: {leaf of a linear map: [b, *stack, *inner]}.
           rest: {leaf: gradients [b, *shape]}.
 
         Returns:
@@ -201,7 +201,9 @@ class Plan:
             for group in self.groups
             if group.rest
         }
-        projected = project_groups(projection, drawn, members)
+        projected = project_groups(projection, drawn.rest, members)
+        if projection.basis is not None:
+            z = projection.basis.mix(drawn.mixing, self.factored, z)
         columns = []
         for group in self.groups:
             columns += [_wide(piece.of(z[piece.leaf])) for piece in group.pieces]
@@ -260,8 +262,10 @@ def _factored(
             reasons[leaf] = "its groups split an axis that does not number its layers"
             continue
         bias = linear_map.bias is not None and places.get(linear_map.bias) == places[leaf]
-        left, right = basis.side(linear_map.size_in + bias), basis.side(linear_map.size_out)
-        factored[leaf] = Factored(linear_map, bias, left, right)
+        sizes = linear_map.size_in + bias, linear_map.size_out
+        left, right = (basis.side(size) for size in sizes)
+        inner = basis.inner(sizes[0]), basis.inner(sizes[1])
+        factored[leaf] = Factored(linear_map, bias, left, right, inner)
         if linear_map.bias in places and not bias:
             reasons[str(linear_map.bias)] = f"the bias of {leaf}, which is in another group"
     for leaf, linear_map in found.maps.items():

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 
 from jaxattr.features import bases
 from jaxattr.features.bases import Basis
+from jaxattr.features.grass import Masks
 from jaxattr.features.random_maps import (
     Gaussian,
+    Grass,
     Rademacher,
     Sjlt,
     Srht,
@@ -129,6 +131,60 @@ def srht(dim: int) -> Projection:
       The projection.
     """
     return Srht(dim)
+
+
+def grass(size: int, mask: int = 4) -> Projection:
+    r"""GraSS: keeps some coordinates at random, and adds them, with signs, to `size` features.
+
+    .. math:: \phi = S M g, \qquad M g = \sqrt{D / k'} \, (g_{i_1}, \dots, g_{i_{k'}}), \qquad
+              k' = \mathrm{mask} \cdot \mathrm{size}
+
+    Guarantees: inner products are unbiased; a group of at most `size` parameters is kept exactly.
+    What is not kept does not count: where gradients are sparse, their inner products vary much more
+    than with `sjlt`.
+    Cost: k' additions per example, whatever D is; the gradient is formed. On GPUs the additions
+    come in no fixed order, so the last bits may differ from run to run.
+
+    Args:
+      size: largest number of features per group, >= 1.
+      mask: times `size` coordinates are kept, >= 1.
+
+    Returns:
+      The projection.
+
+    References:
+      Hu et al. (2025), arXiv:2505.18976, section 3. Deviations: scaled to be unbiased; one
+      coordinate of each of k' equal parts is kept, not k' of all; no mask is learned.
+    """
+    return Grass(size, mask)
+
+
+def factgrass(rank: int, mask: int = 2) -> Projection:
+    r"""FactGraSS: `grass` for linear maps, from some of their inputs and outputs.
+
+    .. math:: \phi = S \, \mathrm{vec}(M_i^\top \, \nabla_W \ell \; M_o)
+
+    M keep mask * rank of the inputs and of the outputs at random, the bias among the inputs; S adds
+    the (mask * rank)^2 products, with random signs, to rank^2 features. Parameters that belong to
+    no linear map are projected by `rademacher(rank ** 2)`.
+
+    Guarantees: inner products are unbiased; a side of at most mask * rank is kept whole, and a map
+    with at most `rank` inputs and outputs exactly. No weight gradient is formed.
+    Cost: as `two_sided(mask * rank)`: M are products with columns of the identity, since that is
+    what linear maps of all kinds take. So it saves features beside that, and no time beside
+    `two_sided(rank)`.
+
+    Args:
+      rank: largest number of features per side, >= 1.
+      mask: times `rank` inputs and outputs are kept, >= 1.
+
+    Returns:
+      The projection.
+
+    References:
+      Hu et al. (2025), arXiv:2505.18976, section 3. Deviations: as `grass`.
+    """
+    return TwoSided(rank, Masks(rank=rank, mask=mask))
 
 
 def two_sided(rank: int, *, basis: Basis | None = None) -> Projection:

@@ -328,11 +328,69 @@ class Srht(_Randomised):
         return mixed[:, rows] / math.sqrt(self.width)
 
 
+@dataclasses.dataclass(frozen=True)
+class Grass(_Randomised):
+    """See `grass`: maps that are drawn on the host, once for each checkpoint."""
+
+    mask: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_mask(self.mask)
+
+    @property
+    def name(self) -> str:
+        """See `Projection`."""
+        return f"grass({self.mask})({self.width})"
+
+    def draw(self, seed: bytes, sizes: Mapping[str, Mapping[str, int]]) -> Any:
+        """See `ProjectsTogether`: the coordinates, factors and features of each leaf."""
+        drawn = []
+        for name, (group, leaf) in self._projected(sizes).items():
+            size, total = sizes[group][leaf], sum(sizes[group].values())
+            # By size, so that each coordinate of the group is as likely.
+            count = min(size, math.ceil(self.mask * self.width * size / total))
+            ids, scales = signs.coordinates(seed, f"{name}\0mask", size, count)
+            buckets, drawn_signs = signs.hashed(seed, f"{name}\0hash", count, self.width)
+            drawn.append((ids, scales * drawn_signs, buckets))
+        return drawn
+
+    def _sums(self, drawn: Any, leaves: Sequence[Leaf], count: int) -> jax.Array:
+        kept, buckets = [], []
+        dtype = widest(*(leaf.x.dtype for leaf in leaves))
+        for leaf in leaves:
+            ids, factors, of_leaf = drawn[leaf.number]
+            kept.append(leaf.x[:, ids].astype(dtype) * jnp.asarray(factors, dtype)[None])
+            buckets.append(of_leaf + leaf.group * self.width)
+        sums = added_up(jnp.concatenate(kept, axis=1), jnp.concatenate(buckets), count * self.width)
+        return sums.reshape(-1, count, self.width).swapaxes(0, 1)  # [groups, b, p]
+
+
 # Entries of P that are drawn at once, as 32-bit floats: 4 MiB, whatever the sizes.
 _BLOCK_ENTRIES = 1 << 20
 # Signs of leaves of at most so many blocks of so many rows are held; they take p / 8 bytes per
 # coordinate. Those of larger leaves are drawn again for each batch.
 _HELD_BLOCKS, _HELD_ROWS = 64, 256
+
+
+def added_up(x: jax.Array, buckets: jax.Array, width: int) -> jax.Array:
+    """Adds columns up.
+
+    Args:
+      x: [b, n].
+      buckets: which result each column belongs to, int [n].
+      width: number of results.
+
+    Returns:
+      [b, width].
+    """
+    return jnp.zeros((width, x.shape[0]), x.dtype).at[buckets].add(x.T).T
+
+
+def check_mask(mask: int) -> None:
+    """Raises where a mask keeps fewer coordinates than there are features."""
+    if mask < 1:
+        raise ValueError(f"mask must be at least 1, got {mask}.")
 
 
 def _zeros(leaves: Sequence[Leaf], groups: int, width: int) -> jax.Array:

@@ -55,8 +55,7 @@ def packed(seed: bytes, name: str, rows: int, columns: int) -> np.ndarray:
       uint32 [rows, words_of(columns)].
     """
     width = words_of(columns)
-    generator = np.random.Philox(key=np.frombuffer(_hash(seed, name)[:16], "<u8"))
-    raw = generator.random_raw(-(-rows * width // 2)).astype("<u8")
+    raw = _words(seed, name, -(-rows * width // 2))
     return raw.view("<u4")[: rows * width].reshape(rows, width).astype(np.uint32)
 
 
@@ -96,10 +95,52 @@ def unpacked(words: jax.Array, columns: int, dtype: Any) -> jax.Array:
     return signs.reshape(words.shape[0], -1)[:, :columns]
 
 
+def coordinates(seed: bytes, name: str, size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws coordinates, one of each of as many cells of equal size (up to one).
+
+    Args:
+      seed: of `seed_of`.
+      name: what they are for.
+      size: number of all coordinates.
+      count: how many are drawn, at most `size`.
+
+    Returns:
+      int32 [count], ascending, and the roots of the cells' sizes, float64 [count]: with entries
+      times those, inner products are unbiased.
+    """
+    edges = size * np.arange(count + 1, dtype=np.int64) // count
+    sizes = np.diff(edges)
+    within = _words(seed, name, count) % sizes.astype(np.uint64)
+    return (edges[:-1] + within.astype(np.int64)).astype(np.int32), np.sqrt(sizes)
+
+
+def hashed(seed: bytes, name: str, count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws a feature and a sign for each coordinate.
+
+    Args:
+      seed: of `seed_of`.
+      name: what they are for.
+      count: number of coordinates.
+      width: number of features.
+
+    Returns:
+      int32 [count], below `width`, and int8 [count], 1 or -1.
+    """
+    raw = _words(seed, name, count)
+    buckets = ((raw >> np.uint64(1)) % np.uint64(width)).astype(np.int32)
+    return buckets, 1 - 2 * (raw & np.uint64(1)).astype(np.int8)
+
+
 def keys_of(seed: bytes, names: Sequence[str]) -> Key:
     """Returns keys [n] that depend on a seed and names alone, for what is drawn in a program."""
     data = np.stack([np.frombuffer(_hash(seed, name)[:8], "<u4") for name in names])
     return jax.random.wrap_key_data(jnp.asarray(data.astype(np.uint32)), impl="threefry2x32")
+
+
+def _words(seed: bytes, name: str, count: int) -> np.ndarray:
+    """Random words, uint64 [count], little-endian."""
+    generator = np.random.Philox(key=np.frombuffer(_hash(seed, name)[:16], "<u8"))
+    return generator.random_raw(count).astype("<u8")
 
 
 def _hash(seed: bytes, name: str) -> bytes:
