@@ -161,3 +161,10 @@ def test_influence_in_the_subspace_of_factgrass():
 def test_bad_masks(make):
     with pytest.raises(ValueError, match="mask must be at least 1, got 0"):
         make(8, mask=0)
+
+
+def test_methods_with_these_projections_cite_them():
+    for projection in (projections.grass(8), projections.factgrass(2)):
+        text = ja.citation(ja.tracin(models.loss, projection=projection))
+        assert [name in text for name in ("pruthi2020", "hu2025grass", "2506.05647")] == [True] * 3
+    assert "hu2025grass" not in ja.citation(ja.logra(models.loss))

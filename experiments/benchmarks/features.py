@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, action="append", help="default: several")
     parser.add_argument("--repeats", type=int, default=5, help="turns")
     parser.add_argument("--dense", action="store_true", help="beside vmap(grad) and dense signs")
+    parser.add_argument("--grass", action="store_true", help="beside GraSS, FactGraSS and sjlt")
     arguments = parser.parse_args()
     console = Console(width=120)
     console.print(timing.machine())
@@ -80,6 +81,16 @@ def measure(
         functions[dim, "vmap(grad), dense signs"] = _featurize(
             subject, projection, ja.by_layer, None
         )
+    if arguments.grass:
+        rank = max(ranks)
+        for called, projection in (
+            ("FactGraSS", ja.projections.factgrass(rank)),
+            ("GraSS", ja.projections.grass(rank**2)),
+            ("sjlt", ja.projections.sjlt(rank**2, nonzeros=1)),
+        ):
+            functions[rank, f"all, {called}"] = _featurize(
+                subject, projection, ja.by_layer, microbatch
+            )
     return timing.take_turns(functions, arguments.repeats)
 
 

@@ -8,7 +8,7 @@ them (the eigenbasis of K-FAC and EK-FAC), or random signs scaled by an optimize
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -115,11 +115,13 @@ class Basis:
       bands: into how many groups each side is split.
       materialize: whether the gradient of a linear map must be formed, because it is scaled
         elementwise.
+      references: keys of the citations of a basis that methods share.
     """
 
     rank: int | None = None
     bands: int = 1
     materialize: bool = False
+    references: ClassVar[tuple[str, ...]] = ()
 
     @property
     def name(self) -> str:

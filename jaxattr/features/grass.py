@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ class Masks(Basis):
     """
 
     mask: int = 2
+    references: ClassVar[tuple[str, ...]] = ("grass",)
 
     def __post_init__(self) -> None:
         check_mask(self.mask)

@@ -249,6 +249,11 @@ class TwoSided:
         return f"{self.basis.name}, rank {self.rank}"
 
     @property
+    def references(self) -> tuple[str, ...]:
+        """Keys of the citations of the basis."""
+        return self.basis.references
+
+    @property
     def rest(self) -> Projection:
         """The projection of parameters that belong to no linear map."""
         return Rademacher(self.rank**2)

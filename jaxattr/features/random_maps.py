@@ -333,6 +333,7 @@ class Grass(_Randomised):
     """See `grass`: maps that are drawn on the host, once for each checkpoint."""
 
     mask: int = 4
+    references: ClassVar[tuple[str, ...]] = ("grass",)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""BibTeX of the methods."""
+"""BibTeX of the methods and of what they share."""
 
 BIBTEX = {
     "weights": """@inproceedings{li2026learning,
@@ -130,5 +130,12 @@ BIBTEX = {
   author={Kwon, Yongchan and Wu, Eric and Wu, Kevin and Zou, James},
   booktitle={International Conference on Learning Representations},
   year={2024}
+}""",
+    "grass": """@inproceedings{hu2025grass,
+  title={{GraSS}: Scalable Data Attribution with Gradient Sparsification and Sparse Projection},
+  author={Hu, Pingbang and Melkonian, Joseph and Tang, Weijing and Zhao, Han and Ma, Jiaqi W.},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2025},
+  note={arXiv:2505.18976}
 }""",
 }

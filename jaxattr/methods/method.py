@@ -143,10 +143,10 @@ def featurizer(
 
 
 def citation(method: Any) -> str:
-    """Returns BibTeX for the method and for learned weights.
+    """Returns BibTeX for the method, its projection and learned weights.
 
     Args:
-      method: the attribution method; or `ja.unroll`, which is none, and says itself whose it is.
+      method: the attribution method; or `ja.unroll` or `ja.astra`, which are functions, themselves.
 
     Returns:
       BibTeX entries, separated by blank lines.
@@ -156,5 +156,14 @@ def citation(method: Any) -> str:
       >>> print(ja.citation(ja.tracin(lambda params, example, key: 0.0)).splitlines()[0])
       @inproceedings{pruthi2020tracin,
     """
-    references = getattr(method, "references", None) or check_method(method).references
-    return "\n\n".join(BIBTEX[reference] for reference in (*references, "weights"))
+    if callable(method) and hasattr(method, "references"):
+        return _bibtex(method.references)
+    # Projections that users write have none.
+    projected = getattr(check_method(method).rule.projection, "references", ())
+    return _bibtex((*method.references, *projected))
+
+
+def _bibtex(references: tuple[str, ...]) -> str:
+    return "
+
+".join(BIBTEX[name] for name in (*references, "weights"))
