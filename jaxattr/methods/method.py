@@ -164,6 +164,4 @@ def citation(method: Any) -> str:
 
 
 def _bibtex(references: tuple[str, ...]) -> str:
-    return "
-
-".join(BIBTEX[name] for name in (*references, "weights"))
+    return "\n\n".join(BIBTEX[name] for name in (*references, "weights"))
