@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.index.index import Index
-from jaxattr.index.queries import QueryFeatures, part_features
+from jaxattr.index.parts import part_features
+from jaxattr.index.queries import QueryFeatures
 from jaxattr.scales import wide
 from jaxattr.typing import Example, Key, OutputFn, Params
 

@@ -173,14 +173,21 @@ class Featurizer:
         """Returns the featurizer of another output function, with the same columns.
 
         Args:
-          output: scalar function of one example, in which the same leaves are linear maps.
+          output: scalar function of one example. Where it uses a leaf in another way than the
+            function that this was made for, the gradient of that leaf is formed.
           params: parameters, or their shapes.
           example: ONE example, or its shapes.
         """
         check_output(output, params, example, self.key)
-        rule = dataclasses.replace(self.rule, output=output).traced(params, example, self.key)
-        step = _compiled_step(rule, self.plan, self.microbatch)
-        return dataclasses.replace(self, rule=rule, step=step)
+        # The residual is of training examples, whose fields this one may lack.
+        rule = dataclasses.replace(self.rule, output=output, residual=None)
+        rule, plan = rule.traced(params, example, self.key), self.plan
+        if plan.factored:
+            one = example_at_one_draw(rule.output, example)
+            found = linear_maps.find(at_one_draw(rule.output), params, one, self.key)
+            plan = plan.for_output(found)
+        step = _compiled_step(rule, plan, self.microbatch)
+        return dataclasses.replace(self, rule=rule, plan=plan, step=step)
 
     def __call__(
         self,
@@ -440,24 +447,27 @@ def _gradients(
         return each_example(exact)(batch, keys)
 
     # Traced here, and not once for all, since shapes of examples may differ between batches.
-    maps = [factored.map.leaf for factored in plan.factored]
+    zeros = {f.map.leaf: jnp.zeros((*f.lead, *f.inner), f.dtype) for f in plan.factored}
+    unused = {leaf: zeros.pop(leaf) for leaf in plan.unused}
+    formed = tuple(f for f in plan.factored if f.map.leaf in plan.formed)
+    whole = dataclasses.replace(plan, factored=formed)
+    zeros = {leaf: z for leaf, z in zeros.items() if leaf not in plan.formed}
     shapes = shapes_of_one((batch, keys))
-    rewritten = linear_maps.bottleneck(output, params, *shapes, leaves=maps)
+    rewritten = linear_maps.bottleneck(output, params, *shapes, leaves=zeros)
 
     def rewritten_output(params: Params, example: Example, key: Key) -> jax.Array:
         z, example = example
         return rewritten(params, sides, z, example, key)
 
-    of_rest, rest = as_function_of(rewritten_output, plan.rest, params)
-
-    zeros = {f.map.leaf: jnp.zeros((*f.lead, *f.inner), f.dtype) for f in plan.factored}
+    of_rest, rest = as_function_of(rewritten_output, whole.rest | whole.covered, params)
 
     def factored(example: Example, key: Key) -> tuple[dict, dict, jax.Array]:
         def of_both(z: dict[str, jax.Array], rest: dict[str, jax.Array]) -> jax.Array:
             return of_rest(rest, (z, example), key)
 
-        value, (z, exact_rest) = jax.value_and_grad(of_both, argnums=(0, 1))(zeros, rest)
-        return z, _scaled(fitted, exact_rest), value
+        value, (z, exact) = jax.value_and_grad(of_both, argnums=(0, 1))(zeros, rest)
+        of_formed, exact_rest = project_gradients(whole, sides, fitted, exact)
+        return z | of_formed | unused, exact_rest, value
 
     return each_example(factored)(batch, keys)
 

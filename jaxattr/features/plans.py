@@ -12,7 +12,7 @@ from jaxattr.features.bases import UNKNOWN, Basis, Drawn, Factored
 from jaxattr.features.projections import Projection
 from jaxattr.features.random_maps import project_groups
 from jaxattr.groups import GroupLayout, Member
-from jaxattr.linear_maps import LinearMaps
+from jaxattr.linear_maps import STOPPED, UNUSED, LinearMap, LinearMaps
 from jaxattr.scales import wide, widest
 from jaxattr.typing import Features
 
@@ -115,11 +115,16 @@ class Plan:
       groups: in the order of the features.
       factored: the linear maps whose features are taken from both sides.
       reasons: (leaf, why it is not one of them), where linear maps were looked for.
+      formed: those of the linear maps, by leaf, whose gradient is formed and then multiplied from
+        both sides, since the output at hand uses them in another way.
+      unused: those that the output at hand does not use, whose features are zero.
     """
 
     groups: tuple[PlannedGroup, ...]
     factored: tuple[Factored, ...]
     reasons: tuple[tuple[str, str], ...]
+    formed: frozenset[str] = frozenset()
+    unused: frozenset[str] = frozenset()
 
     @property
     def layout(self) -> FeatureLayout:
@@ -158,6 +163,22 @@ class Plan:
             for group in self.groups
             if group.rest
         }
+
+    def for_output(self, found: LinearMaps) -> "Plan":
+        """Returns the plan for an output other than the one that it was made for.
+
+        Args:
+          found: the linear maps of that output.
+        """
+        still = {leaf for leaf, why in found.exact.items() if why in (STOPPED, UNUSED)}
+        formed, unused = set(), set()
+        for factored in self.factored:
+            leaf = factored.map.leaf
+            if {leaf, *([factored.map.bias] if factored.bias else [])} <= still:
+                unused.add(leaf)
+            elif not _is_same(factored, found.maps.get(leaf)):
+                formed.add(leaf)
+        return dataclasses.replace(self, formed=frozenset(formed), unused=frozenset(unused))
 
     def scatter(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
         """Lays values of linear maps out as the features are.
@@ -331,6 +352,15 @@ def _pieces(member: Member, factored: Factored, bands: int) -> list[tuple[tuple[
 def _cuts(size: int, bands: int) -> list[tuple[int, int]]:
     edges = [round(size * i / bands) for i in range(bands + 1)]
     return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+
+
+def _is_same(factored: Factored, other: LinearMap | None) -> bool:
+    """Whether an output multiplies by the same matrix, and adds the same bias."""
+    if other is None:
+        return False
+    names = ["in_axes", "out_axes", "stack_axes"]
+    names += ["bias", "bias_stack_axes"] if factored.bias else []
+    return all(getattr(factored.map, name) == getattr(other, name) for name in names)
 
 
 def _flat(member: Member, leaves: Mapping[str, jax.Array]) -> jax.Array:

@@ -4,28 +4,28 @@ Queries go through the featurizer alone, so weights multiply raw query features.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.counts import whole_number
 from jaxattr.features.bases import Drawn, Fitted
 from jaxattr.features.expectations import refuse_unit_norm
-from jaxattr.features.featurizer import Featurized, Featurizer, room, unit_norm
-from jaxattr.identity import Program
+from jaxattr.features.featurizer import Featurizer, room, unit_norm
 from jaxattr.index.index import Index, check_index, report_non_finite
-from jaxattr.inputs.data import as_batch, as_data
+from jaxattr.inputs.data import Accepts, as_data
 from jaxattr.inputs.matching import check_match
 from jaxattr.inputs.outputs import check_output, read_leaves, runs
-from jaxattr.kernels import Kernel, MapsQueries
+from jaxattr.inputs.wording import name_of
+from jaxattr.kernels import MapsQueries
 from jaxattr.methods.method import Method
 from jaxattr.sharding import DATA, Placement, split_rows
 from jaxattr.sources import Source, as_source, track
-from jaxattr.typing import Batch, Example, Features, Key, OutputFn, Params
+from jaxattr.typing import Example, Features, Key, OutputFn, Params
 
 
 class QueryFeatures(NamedTuple):
@@ -45,30 +45,70 @@ class QueryFeatures(NamedTuple):
     residuals: np.ndarray | None = None
 
 
-def query_features(index: Index, queries: Any) -> QueryFeatures:
-    """Computes the queries' features once, for use in several calls.
+def query_features(index: Index, queries: Any, *, output: OutputFn | None = None) -> QueryFeatures:
+    r"""Computes the queries' features once, for use in several calls.
+
+    With `output` they ask about another function than the one that the index was built for: what
+    made the model represent a concept, if it is a direction times activations, or the logit of a
+    probe. Positive scores are then of training examples that raise it:
+
+    .. math:: \mathrm{score}(q, n) \approx \tfrac{1}{\epsilon} \big[f(\theta + \epsilon u_n, q)
+              - f(\theta, q)\big]
+
+    with u_n where the method has training on n move the parameters: against the gradient of its
+    loss, times an inverse curvature for those that have one. So it is the features of -f that are
+    returned where the index is of a loss, and those of f where it is of a margin (`ja.trak`).
 
     Args:
       index: the index that they will be scored against.
       queries: arrays, a list of examples or a random-access source, as in `build_index`, with the
         fields that the function reads; or the result of an earlier call, returned as it is.
+      output: f, (params, example, key) -> scalar. Default: the function of the index.
 
     Returns:
       The features. Queries draw their randomness, where the output is stochastic, from ids of
       their own: -1, -2, ... On a mesh they are computed on all devices, and every device gets all.
 
     Raises:
-      TypeError: if the index, or the queries, are something else.
+      TypeError: if the index, the queries or the output are something else.
       ValueError: if the index was opened without its method and checkpoints, or queries are no such
-        examples as the training set's: says which fields differ.
+        examples as the training set's: says which fields differ; if the output is no float scalar
+        or does not depend on the parameters, or is given with features that are there already.
 
     Warns:
       NonFiniteWarning: with the positions of queries whose gradient is not finite.
+      UserWarning: if the gradient of `output` is zero for all queries.
+
+    Cost: a gradient per query. Of matrices that `output` does not use as the index's function does,
+      as what they are multiplied by, a whole gradient per query is in memory, a microbatch of them
+      at a time.
+
+    Example:
+      >>> import jaxattr as ja
+      >>> def hidden(params, example):
+      ...     return jnp.tanh(params["a"] @ example["x"])
+      >>> def loss(params, example, key):
+      ...     return (params["b"] @ hidden(params, example) - example["y"]) ** 2
+      >>> def concept(params, example, key):
+      ...     return jnp.array([1.0, -1.0]) @ hidden(params, example)
+      >>> train = {"x": jnp.array([[1.0, 0.0], [0.0, 1.0]]), "y": jnp.array([1.0, -1.0])}
+      >>> params = {"a": jnp.array([[0.1, 0.0], [0.0, 0.1]]), "b": jnp.array([1.0, -1.0])}
+      >>> index = ja.build_index(ja.tracin(loss), params, train)
+      >>> queries = ja.query_features(index, {"x": jnp.array([[1.0, 1.0]])}, output=concept)
+      >>> print(ja.score(index, queries).round(1))  # the first raises it, the second lowers it
+      [[ 3.5 -3.5]]
     """
+    accepts = accepted_by(index, output)
     if isinstance(queries, QueryFeatures):
-        return _checked(check_index(index), queries)
-    source = as_source(queries, "queries", functools.partial(_takes, check_index(index)))
-    return _features_of(index, source, range(source.size))
+        if output is not None:
+            raise ValueError(
+                "output is of queries whose features are to be computed, and these are "
+                "QueryFeatures already: pass the queries themselves."
+            )
+        return _checked(index, queries)
+    source = as_source(queries, "queries", accepts)
+    found = _features_of(index, source, range(source.size), output)
+    return found if output is None else _raising(index, output, found)
 
 
 def in_groups(index: Index, queries: Any, at_once: int | None) -> "QueryGroups":
@@ -85,7 +125,7 @@ def in_groups(index: Index, queries: Any, at_once: int | None) -> "QueryGroups":
     if isinstance(queries, QueryFeatures):
         prepared = _checked(check_index(index), queries)
         return QueryGroups(len(prepared.features), iter([prepared]))
-    source = as_source(queries, "queries", functools.partial(_takes, check_index(index)))
+    source = as_source(queries, "queries", accepted_by(index))
     if at_once is None:
         numbers = index.layout.total * index.rows.layout.checkpoints
         at_once = max(1, room() // (numbers * index.rows.layout.wide.itemsize))
@@ -106,16 +146,33 @@ class QueryGroups(NamedTuple):
     each: Iterator[QueryFeatures]
 
 
-def _features_of(index: Index, source: Source, group: range) -> QueryFeatures:
+def _features_of(
+    index: Index, source: Source, group: range, output: OutputFn | None = None
+) -> QueryFeatures:
     """Features of consecutive queries."""
-    functions = functions_of(index, source.example)
+    functions = functions_of(index, source.example, output)
     features, finite = _streamed(index, source, functions, "queries", group)
     lost = np.flatnonzero(~finite)
     report_non_finite(group.start + lost, source.size, "queries")
     return QueryFeatures(features, lost, index.query_side)
 
 
-def contrast(index: Index, better: Any, worse: Any) -> QueryFeatures:
+def _raising(index: Index, output: OutputFn, found: QueryFeatures) -> QueryFeatures:
+    """Features of another output, with the sign that makes scores positive where it is raised."""
+    assert index.method is not None
+    if len(found.non_finite) < len(found.features) and not found.features.any():
+        warnings.warn(
+            f"The gradient of {name_of(output)!r} is zero for all queries, and so are all scores: "
+            "it uses no parameters that are in a group, or stops their gradients.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return found if index.method.raised else found._replace(features=-found.features)
+
+
+def contrast(
+    index: Index, better: Any, worse: Any, *, output: OutputFn | None = None
+) -> QueryFeatures:
     """Makes queries of differences: why this, and not that?
 
     Each asks what made the model prefer `better[i]` to `worse[i]`, such as two answers to one
@@ -126,6 +183,7 @@ def contrast(index: Index, better: Any, worse: Any) -> QueryFeatures:
       index: that it will be scored against.
       better: q queries, as in `ja.score`.
       worse: as many, in the same order; their shapes may differ from those of `better`.
+      output: f, as in `query_features`; proponents then raise f(better) - f(worse).
 
     Returns:
       Features [q, c * p] of f(better) - f(worse), f the function that is attributed: a pair draws
@@ -156,13 +214,13 @@ def contrast(index: Index, better: Any, worse: Any) -> QueryFeatures:
                 f"{role} is QueryFeatures, which may have been scaled already: pass the queries "
                 "themselves."
             )
-    takes = functools.partial(_takes, index)
-    sources = [as_source(queries, role, takes) for role, queries in sides.items()]
+    accepts = accepted_by(index, output)
+    sources = [as_source(queries, role, accepts) for role, queries in sides.items()]
     sizes = [source.size for source in sources]
     if sizes[0] != sizes[1]:
         raise ValueError(f"better and worse must be pairs, got {sizes[0]} and {sizes[1]} examples.")
     (first, finite), (second, also_finite) = (
-        _streamed(index, source, _linear_functions(index, source.example), role)
+        _streamed(index, source, _linear_functions(index, source.example, output), role)
         for role, source in zip(sides, sources, strict=True)
     )
     difference = first - second
@@ -173,43 +231,8 @@ def contrast(index: Index, better: Any, worse: Any) -> QueryFeatures:
         each = jnp.split(difference, len(index.checkpoints), axis=1)
         difference = jnp.concatenate([unit_norm(phi) for phi in each], axis=1)
     report_non_finite(np.flatnonzero(~kept), len(kept), "pairs of queries")
-    return QueryFeatures(difference, np.flatnonzero(~kept), index.query_side)
-
-
-def part_features(index: Index, queries: Any, split: Callable[[Example], Batch]) -> QueryFeatures:
-    """Features of the parts of each query, such as its tokens, to be scored like queries.
-
-    Args:
-      index: the index that they will be scored against.
-      queries: a pytree of arrays [q, ...].
-      split: one query -> a pytree of arrays [t, ...], t parts whose outputs add up to the query's.
-
-    Returns:
-      Features [q * t, c * p], the parts of the first query first; those of a query add up to its
-      own features. Where the method scales queries to unit norm, the parts of a query are scaled
-      together. Queries that are not finite are marked in all of their parts.
-
-    Raises:
-      ValueError: if the index was opened without its method and checkpoints, or parts do not add
-        up: squared scores, unit norm per draw.
-    """
-    queries = as_batch(queries, "queries", functools.partial(_takes, check_index(index)))
-    one = shapes_of_one(jax.tree.map(jnp.asarray, queries))
-    featurize, method = _functions(index, one)
-    refuse_unit_norm(featurize.rule.output, "Scoring the parts of a query")
-    if index.link == "square":
-        raise ValueError("Squares of parts do not add up: scores of this index are squares.")
-    state, q = state_of(index), leading_size(queries)
-    cut = Program(split, (one,))
-    step = _part_step(featurize.unscaled(), featurize.rule.normalize, method.kernel, cut)
-    found, finite = [], []
-    for number in track(iter(range(q)), "queries by parts", q):
-        one = jax.tree.map(lambda x, number=number: jnp.asarray(x[number]), queries)
-        features, whole = step(state, one, jnp.asarray(-1 - number))
-        found.append(features)
-        finite.append(np.full(len(features), bool(whole)))
-    lost = np.flatnonzero(~np.concatenate(finite))
-    return QueryFeatures(jnp.concatenate(found), lost, index.query_side)
+    found = QueryFeatures(difference, np.flatnonzero(~kept), index.query_side)
+    return found if output is None else _raising(index, output, found)
 
 
 def as_queries(index: Index, queries: Any) -> Any:
@@ -221,7 +244,7 @@ def as_queries(index: Index, queries: Any) -> Any:
     """
     if isinstance(queries, QueryFeatures):
         return queries
-    return as_data(queries, "queries", functools.partial(_takes, check_index(index)))
+    return as_data(queries, "queries", accepted_by(index))
 
 
 class QueryArrays(NamedTuple):
@@ -262,21 +285,22 @@ class QueryFunctions(NamedTuple):
     kernel: MapsQueries | None
 
 
-def functions_of(index: Index, example: Example) -> QueryFunctions:
+def functions_of(index: Index, example: Example, output: OutputFn | None = None) -> QueryFunctions:
     """Returns the functions of an index that queries need.
 
     Args:
       index: the index.
       example: ONE query, or its shapes.
+      output: of queries, if it is another than the index's.
     """
-    featurize, method = _functions(index, example)
+    featurize, method = featurizer_of(index, example, output)
     kernel = method.kernel if isinstance(method.kernel, MapsQueries) else None
     return QueryFunctions(featurize.step, kernel)
 
 
-def _linear_functions(index: Index, example: Example) -> QueryFunctions:
+def _linear_functions(index: Index, example: Example, output: OutputFn | None) -> QueryFunctions:
     """Those of `functions_of` without unit norm: features are linear in the output."""
-    featurize, method = _functions(index, example)
+    featurize, method = featurizer_of(index, example, output)
     refuse_unit_norm(featurize.rule.output, "A contrast")
     kernel = _Whitens(method.kernel) if isinstance(method.kernel, MapsQueries) else None
     return QueryFunctions(featurize.unscaled(), kernel)
@@ -340,18 +364,26 @@ def _streamed(
     return features, finite
 
 
-def _functions(index: Index, example: Example) -> tuple[Featurizer, Method]:
-    """The featurizer of queries, and the method."""
+def featurizer_of(
+    index: Index, example: Example, output: OutputFn | None = None
+) -> tuple[Featurizer, Method]:
+    """Returns the featurizer of queries, and the method.
+
+    Args:
+      index: the index.
+      example: ONE query, or its shapes.
+      output: of queries, if it is another than the index's.
+    """
     if index.featurizer is None or index.method is None:
         raise _without_method()
-    featurize, method = index.featurizer, index.method
-    if method.query_output is None:
-        output, params = featurize.rule.output, index.checkpoints[0]
-        takes = functools.partial(_check_takes, index, output)
-        reads = functools.partial(read_leaves, output, params)
-        check_match(featurize.example, example, takes, reads)
-        return featurize, method
-    return featurize.of(method.query_output, index.checkpoints[0], example), method
+    featurize, method, params = index.featurizer, index.method, index.checkpoints[0]
+    other = method.query_output if output is None else output
+    if other is not None:
+        return featurize.of(other, params, example), method
+    own = featurize.rule.output
+    takes = functools.partial(_check_takes, index, own)
+    check_match(featurize.example, example, takes, functools.partial(read_leaves, own, params))
+    return featurize, method
 
 
 def _check_takes(index: Index, output: OutputFn, example: Example) -> None:
@@ -359,11 +391,21 @@ def _check_takes(index: Index, output: OutputFn, example: Example) -> None:
     check_output(output, index.checkpoints[0], example, index.featurizer.key)
 
 
-def _takes(index: Index, example: Example) -> bool:
+def accepted_by(index: Index, output: OutputFn | None = None) -> Accepts:
+    """Returns the function that says whether an index can be scored with a query of some shapes.
+
+    Args:
+      index: that it would be scored with.
+      output: of queries, if it is another than the index's.
+    """
+    return functools.partial(_takes, check_index(index), output)
+
+
+def _takes(index: Index, output: OutputFn | None, example: Example) -> bool:
     """Whether the index can be scored with such a query."""
     if index.featurizer is None or index.method is None:
         return False
-    output = index.method.query_output or index.featurizer.rule.output
+    output = output or index.method.query_output or index.featurizer.rule.output
     return runs(output, index.checkpoints[0], example)
 
 
@@ -390,27 +432,6 @@ def _checked(index: Index, queries: QueryFeatures) -> QueryFeatures:
     return queries
 
 
-@functools.lru_cache(maxsize=16)
-def _part_step(step: Any, normalize: bool, kernel: Kernel, split: Any) -> Any:
-    """The jitted (state, one query, id) -> features of its parts, and whether they are finite."""
-
-    def scaled_step(*arguments: Any) -> Featurized:
-        got = step(*arguments)
-        return got._replace(features=_unit_sum(got.features)) if normalize else got
-
-    together = _ScaledTogether(kernel) if isinstance(kernel, MapsQueries) else None
-    functions = QueryFunctions(scaled_step, together)
-
-    @jax.jit
-    def run(state: QueryArrays, query: Example, number: jax.Array) -> tuple[Features, jax.Array]:
-        parts = split(query)
-        ids = jnp.full(leading_size(parts), number)
-        features, finite = features_of_batch(functions, state, parts, ids)
-        return features, finite.all()
-
-    return run
-
-
 class _Whitens(NamedTuple):
     """A kernel that does not scale queries."""
 
@@ -421,24 +442,6 @@ class _Whitens(NamedTuple):
 
     def whiten(self, operator: Any, phi: Features) -> Features:
         return self.kernel.whiten(operator, phi)
-
-
-class _ScaledTogether(NamedTuple):
-    """A kernel that scales the parts of a query together."""
-
-    kernel: MapsQueries
-
-    def of_queries(self, operator: Any, phi: Features) -> Features:
-        return _unit_sum(self.whiten(operator, phi))
-
-    def whiten(self, operator: Any, phi: Features) -> Features:
-        return self.kernel.whiten(operator, phi)
-
-
-def _unit_sum(phi: Features) -> Features:
-    """Scales rows together, so that their sum has unit norm; a sum of zero stays."""
-    norm = jnp.linalg.norm(phi.sum(axis=0))
-    return phi / jnp.where(norm == 0, 1, norm)
 
 
 @functools.lru_cache(maxsize=16)

@@ -31,6 +31,7 @@ labelled as such. `find` says which leaves are such matrices, and why the others
 """
 
 from jaxattr.linear_maps.analysis import STOPPED as STOPPED
+from jaxattr.linear_maps.analysis import UNUSED as UNUSED
 from jaxattr.linear_maps.analysis import LinearMap as LinearMap
 from jaxattr.linear_maps.analysis import LinearMaps as LinearMaps
 from jaxattr.linear_maps.capturing import Captured as Captured

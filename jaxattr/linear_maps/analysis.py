@@ -24,6 +24,9 @@ from jaxattr.typing import Example, Key, OutputFn, Params
 STOPPED = "its gradient is stopped"
 """Why a leaf whose gradient is known to be zero is no linear map."""
 
+UNUSED = "never used"
+"""Why a leaf that the loss does not read is none."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearMap:
@@ -279,7 +282,7 @@ def _linear_map(
     if name in finder.additions:
         return "used in a product and added to one" if uses else "added to a product"
     if not uses:
-        return STOPPED if name in finder.still else "never used"
+        return STOPPED if name in finder.still else UNUSED
     if reasons := [reason for use in uses if (reason := _malformed(use))]:
         return reasons[0]
     first = min(uses, key=lambda use: use.product.kind != "embedding")

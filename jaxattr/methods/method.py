@@ -37,6 +37,8 @@ class Method:
       references: keys of `citation`.
       query_output: output function of queries, where it is another than that of training examples.
       link: "square" if scores are squares of sums of contributions, else "identity".
+      raised: whether training on an example raises the output, as it does a margin; else it is
+        taken to lower it, as it does a loss.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Method:
     references: tuple[str, ...] = dataclasses.field(default=(), compare=False)
     query_output: OutputFn | None = identity.function("params", "query", "key", default=None)
     link: Link = "identity"
+    raised: bool = dataclasses.field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.link not in ("identity", "square"):

@@ -53,7 +53,7 @@ def trak(
         residual=one_minus(margin) if residual is None else residual,
     )
     kernel = kernels.Gram(_damping(damping), dense=dense)
-    return Method("TRAK", rule, kernel, average_checkpoints=True, references=("trak",))
+    return Method("TRAK", rule, kernel, average_checkpoints=True, references=("trak",), raised=True)
 
 
 def one_minus(margin: OutputFn) -> OutputFn:
