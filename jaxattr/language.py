@@ -11,6 +11,7 @@ A row is a mapping with
 of which the last two are there in packed rows only, for the model to keep documents apart.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -251,10 +252,19 @@ def tokens_of(row: Example) -> Example:
     Returns:
       The row with every array [t, ...]; the sum of their losses is the row's loss.
     """
-    t = row["mask"].shape[0]
-    repeated = jax.tree.map(lambda x: jnp.broadcast_to(x, (t, *jnp.shape(x))), dict(row))
-    single = jnp.eye(t, dtype=bool)
-    return {**repeated, "mask": jnp.where(single, row["mask"], jnp.zeros_like(row["mask"]))}
+    numbers = jnp.arange(row["mask"].shape[0])
+    return jax.vmap(functools.partial(token_of, row))(numbers)
+
+
+def token_of(row: Example, number: jax.Array) -> Example:
+    """Returns a row that asks for the target at one position alone.
+
+    Args:
+      row: a row with `mask` [t].
+      number: of the position.
+    """
+    single = jnp.arange(row["mask"].shape[0]) == number
+    return {**row, "mask": jnp.where(single, row["mask"], jnp.zeros_like(row["mask"]))}
 
 
 def token_features(index: Index, queries: Any) -> QueryFeatures:

@@ -19,6 +19,7 @@ import pytest
 import jaxattr as ja
 from jaxattr import language, markup
 from jaxattr.files import written_whole
+from jaxattr.index.parts import part_products
 from jaxattr.reports import cards, examples, pictures, tokens
 from jaxattr.scores.ranking import TopK
 from jaxattr.sources import as_source
@@ -478,7 +479,7 @@ def test_excluded_parameters_are_named(tmp_path):
 # Tokens.
 
 
-def tokens_setup(method=None, checkpoints=1, **where):
+def tokens_setup(method=None, checkpoints=1, squash=jnp.tanh, **where):
     numbers = np.random.default_rng(0)
     documents = [numbers.integers(1, 13, size=length).tolist() for length in (5, 8, 6, 7, 4, 8)]
     rows = language.rows(documents, 8, vocabulary=13)
@@ -486,7 +487,7 @@ def tokens_setup(method=None, checkpoints=1, **where):
 
     def logits(params, row):
         read = jnp.cumsum(params["embed"][row["inputs"]], axis=0)
-        return jnp.tanh(read @ params["mix"]) @ params["embed"].T
+        return squash(read @ params["mix"]) @ params["embed"].T
 
     def draw():
         return {
@@ -502,10 +503,19 @@ def tokens_setup(method=None, checkpoints=1, **where):
     return index, rows, asked
 
 
+def trackstar(loss):
+    draws = np.random.default_rng(1)
+    params = {"embed": jnp.zeros((13, 6)), "mix": jnp.zeros((6, 6))}
+    moments = jax.tree.map(lambda x: jnp.asarray(draws.uniform(0.5, 2, x.shape)), params)
+    return ja.trackstar(loss, [moments, moments], params, rank=3)
+
+
 METHODS = {
     "tracin": lambda loss: ja.tracin(loss, checkpoint_weights=[0.5, 2.0]),
     "grad_cos": lambda loss: ja.grad_cos(loss, checkpoint_weights=[0.5, 2.0]),
-    "logra": ja.logra,
+    "logra": lambda loss: ja.logra(loss, rank=3),
+    "ekfac": ja.ekfac,
+    "trackstar": trackstar,
 }
 
 
@@ -524,13 +534,47 @@ def test_contributions_of_tokens_are_those_of_scores(name, place, tmp_path):
     expected = np.asarray(every).reshape(3, 8, 6)
     assert set(by_query) == set(pairs)
     for pair, values in by_query.items():
-        np.testing.assert_allclose(values, expected[pair.query, :, pair.train], atol=1e-9)
+        np.testing.assert_allclose(
+            values, expected[pair.query, :, pair.train], atol=1e-10 * np.abs(expected).max()
+        )
     features = ja.query_features(index, asked)
     by_train = tokens.of_examples(index, as_source(rows, "train"), features, weights, pairs)
-    assert set(by_train) == (set() if name == "logra" else set(pairs))
+    assert set(by_train) == (set(pairs) if name in ("tracin", "grad_cos") else set())
     for pair, values in by_train.items():
         assert values.sum() == pytest.approx(pair.score, rel=1e-9)
         assert (values[~rows["mask"][pair.train]] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["tracin", "ekfac"])
+def test_tokens_of_functions_without_forward_mode(name):
+    @jax.custom_vjp
+    def opaque(x):
+        return jnp.tanh(x)
+
+    opaque.defvjp(lambda x: (jnp.tanh(x), x), lambda x, ct: (ct * (1 - jnp.tanh(x) ** 2),))
+    found = []
+    for squash in (opaque, jnp.tanh):
+        index, _, asked = tokens_setup(METHODS[name], checkpoints=2, squash=squash)
+        pairs = [tokens.Pair(q, n, float(x)) for q, row in enumerate(ja.score(index, asked))
+                 for n, x in enumerate(row)]  # fmt: skip
+        found.append(tokens.of_queries(index, as_source(asked, "queries"), None, pairs))
+    np.testing.assert_allclose(*(np.stack([*each.values()]) for each in found), atol=1e-9)
+
+
+def test_tokens_of_a_model_that_reads_which_are_asked_for():
+    def within(loss):
+        def of_row(params, row, key):  # the mask is not at the end alone
+            shown = jnp.where(row["mask"], row["inputs"], 0)
+            return loss(params, row | {"inputs": shown}, key)
+
+        return ja.tracin(of_row)
+
+    index, _, asked = tokens_setup(within)
+    row = {field: each[0] for field, each in asked.items()}
+    vectors = index.features[[3, 1]]
+    found = part_products(index, row, language.token_of, 8, vectors)
+    features = language.token_features(index, {field: each[:1] for field, each in asked.items()})
+    np.testing.assert_allclose(found, vectors @ features.features.T, atol=1e-10)
 
 
 def test_tokens_of_a_loss_that_is_no_sum_are_not_coloured(tmp_path):

@@ -1,4 +1,4 @@
-"""Features of the parts of queries, such as tokens, of which the outputs add up."""
+"""Features and scores of the parts of queries, such as tokens, of which the outputs add up."""
 
 import functools
 from collections.abc import Callable
@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.batches import leading_size, shapes_of_one
+from jaxattr.batches import each_example, leading_size, shapes_of_one
 from jaxattr.features.expectations import refuse_unit_norm
-from jaxattr.features.featurizer import Featurized
+from jaxattr.features.featurizer import FeatureRule, Featurized, as_function_of, coordinates
+from jaxattr.features.plans import Plan
 from jaxattr.identity import Program
 from jaxattr.index.index import Index
 from jaxattr.index.queries import (
@@ -24,8 +25,9 @@ from jaxattr.index.queries import (
 )
 from jaxattr.inputs.data import as_batch
 from jaxattr.kernels import Kernel, MapsQueries
+from jaxattr.keys import example_keys
 from jaxattr.sources import track
-from jaxattr.typing import Batch, Example, Features
+from jaxattr.typing import Batch, Example, Features, Key, OutputFn
 
 
 def part_features(index: Index, queries: Any, split: Callable[[Example], Batch]) -> QueryFeatures:
@@ -48,9 +50,7 @@ def part_features(index: Index, queries: Any, split: Callable[[Example], Batch])
     queries = as_batch(queries, "queries", accepted_by(index))
     one = shapes_of_one(jax.tree.map(jnp.asarray, queries))
     featurize, method = featurizer_of(index, one)
-    refuse_unit_norm(featurize.rule.output, "Scoring the parts of a query")
-    if index.link == "square":
-        raise ValueError("Squares of parts do not add up: scores of this index are squares.")
+    _refuse(index, featurize.rule.output)
     state, q = state_of(index), leading_size(queries)
     cut = Program(split, (one,))
     step = _part_step(featurize.unscaled(), featurize.rule.normalize, method.kernel, cut)
@@ -62,6 +62,103 @@ def part_features(index: Index, queries: Any, split: Callable[[Example], Batch])
         finite.append(np.full(len(features), bool(whole)))
     lost = np.flatnonzero(~np.concatenate(finite))
     return QueryFeatures(jnp.concatenate(found), lost, index.query_side)
+
+
+def part_products(
+    index: Index,
+    query: Example,
+    part: Callable[[Example, jax.Array], Example],
+    count: int,
+    vectors: np.ndarray,
+) -> np.ndarray:
+    """Inner products of the features of a query's parts with vectors, without those features.
+
+    The products of all parts with one vector are the derivative of their outputs along what the
+    vector is in the parameters: one pass in forward mode, where features are a backward pass per
+    part. What the parts have in common is computed once.
+
+    Args:
+      index: the index.
+      query: ONE query.
+      part: (query, number) -> that part, an example.
+      count: of parts, t; their outputs add up to the query's.
+      vectors: float [k, c * p], such as rows of the index.
+
+    Returns:
+      Float [k, t], those that `part_features` give.
+
+    Raises:
+      ValueError: as `part_features`.
+
+    Cost: a pass in forward mode per vector; where queries are scaled to unit norm, a gradient too.
+      Of functions without forward mode (`jax.custom_vjp`), the features of the parts.
+    """
+    shapes = shapes_of_one(jax.tree.map(lambda x: jnp.asarray(x)[None], query))
+    featurize, method = featurizer_of(index, shapes)
+    _refuse(index, featurize.rule.output)
+    step = _product_step(featurize.rule, featurize.plan, method.kernel, part, count)
+    state, given = state_of(index), jax.tree.map(jnp.asarray, query)
+    # Over a power of two, since parameters may be of a type with little range.
+    exponents = np.frexp(np.abs(vectors).max(axis=1, keepdims=True))[1]
+    try:
+        found = [step(state, given, each) for each in np.ldexp(vectors, -exponents)]
+    except TypeError:  # a function with rules for its backward pass alone
+        batch = jax.tree.map(lambda x: jnp.asarray(x)[None], query)
+
+        def split(query: Example) -> Batch:
+            return jax.vmap(functools.partial(part, query))(jnp.arange(count))
+
+        return vectors @ np.asarray(part_features(index, batch, split).features, np.float64).T
+    return np.ldexp(np.asarray(found, np.float64), exponents)
+
+
+def _refuse(index: Index, output: OutputFn) -> None:
+    """Raises where features of parts do not add up."""
+    refuse_unit_norm(output, "Scoring the parts of a query")
+    if index.link == "square":
+        raise ValueError("Squares of parts do not add up: scores of this index are squares.")
+
+
+@functools.lru_cache(maxsize=16)
+def _product_step(rule: FeatureRule, plan: Plan, kernel: Kernel, part: Any, count: int) -> Any:
+    """The jitted (state, one query, vector [c * p]) -> products with its parts [t]."""
+
+    @jax.jit
+    def run(state: QueryArrays, query: Example, vector: jax.Array) -> jax.Array:
+        key = example_keys(state.key, jnp.array([-1]))[0]
+        pieces = jnp.split(vector, len(state.checkpoints))
+        each = [product(state, c, query, key, piece) for c, piece in enumerate(pieces)]
+        return functools.reduce(jnp.add, each)
+
+    def product(
+        state: QueryArrays, number: int, query: Example, key: Key, vector: jax.Array
+    ) -> jax.Array:
+        params = state.checkpoints[number]
+        of_leaves, leaves = as_function_of(rule.output, plan.rest | plan.covered, params)
+        drawn, fitted = state.drawn[number], state.fitted[number]
+        project = coordinates(rule.projection, plan, drawn, fitted)
+
+        def outputs(leaves: Any) -> jax.Array:
+            return each_example(lambda each: of_leaves(leaves, part(query, each), key))(
+                jnp.arange(count)
+            )
+
+        def to_features(gradients: Any) -> jax.Array:
+            phi = project(gradients)
+            if isinstance(kernel, MapsQueries):
+                return kernel.whiten(state.operators[number], phi[None])[0]
+            return phi
+
+        example, to_parameters = jax.vjp(to_features, leaves)
+        (tangent,) = to_parameters(vector.astype(example.dtype))
+        found = jax.jvp(outputs, (leaves,), (tangent,))[1]
+        if not (rule.normalize or isinstance(kernel, MapsQueries)):
+            return found
+        whole = jax.grad(lambda leaves: outputs(leaves).sum())(leaves)
+        norm = jnp.linalg.norm(to_features(whole))
+        return found / jnp.where(norm == 0, 1, norm)
+
+    return run
 
 
 @functools.lru_cache(maxsize=16)

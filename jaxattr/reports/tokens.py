@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxattr.index.index import Index
+from jaxattr.index.parts import part_products
 from jaxattr.index.queries import QueryFeatures
 from jaxattr.kernels import Identity
-from jaxattr.language import token_features
+from jaxattr.language import check_targets, token_of
 from jaxattr.scores.weighting import weight_array
 from jaxattr.sources import Source, track
 from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES
@@ -48,16 +49,16 @@ def of_queries(
       {pair: contribution of each target [t]}; pairs whose contributions do not add up to their
       score, since the loss is no sum over targets, are left out.
 
-    Cost: a forward and backward pass per token and query; reads the blocks of the index that hold
-      the examples, whose features, c * p numbers each, are in memory.
+    Cost: a pass in forward mode per pair; reads the blocks of the index that hold the examples,
+      whose features, c * p numbers each, are in memory.
     """
     ids = sorted({pair.train for pair in pairs})
     rows = dict(zip(ids, _train_rows(index, ids), strict=True))
     w = _columns(index, weights)
     found: dict[Pair, np.ndarray] = {}
     for query, wanted in track(_by("query", pairs), "tokens of queries", len(pairs)):
-        phi = _features(index, queries, query) * w
-        found |= {pair: phi @ rows[pair.train] for pair in wanted}
+        vectors = np.stack([rows[pair.train] * w for pair in wanted])
+        found |= zip(wanted, _products(index, queries, query, vectors), strict=True)
     return _adding_up(found)
 
 
@@ -77,7 +78,7 @@ def of_examples(
     Returns:
       As `of_queries`; empty where the kernel is another, which mixes the tokens.
 
-    Cost: a forward and backward pass per token and training example.
+    Cost: a pass in forward mode per pair.
     """
     if index.method is None or not isinstance(index.method.kernel, Identity):
         return {}
@@ -88,8 +89,8 @@ def of_examples(
     phi = {q: np.asarray(queries.features[q], np.float64) * w for q in {x.query for x in pairs}}
     found: dict[Pair, np.ndarray] = {}
     for number, wanted in track(_by("train", pairs), "tokens of training examples", len(pairs)):
-        tokens = _features(side, train, number)
-        found |= {pair: tokens @ phi[pair.query] for pair in wanted}
+        vectors = np.stack([phi[pair.query] for pair in wanted])
+        found |= zip(wanted, _products(side, train, number, vectors), strict=True)
     return _adding_up(found)
 
 
@@ -98,10 +99,12 @@ def can_split(index: Index) -> bool:
     return index.method is not None and index.link == "identity"
 
 
-def _features(index: Index, source: Source, position: int) -> np.ndarray:
-    """Features of each token of one row, [t, c * p]."""
-    row: Mapping[str, Any] = source.read(np.array([position]))
-    return np.asarray(token_features(index, row).features, np.float64)
+def _products(index: Index, source: Source, position: int, vectors: np.ndarray) -> np.ndarray:
+    """Products of the features of each token of one row with vectors [k, c * p]: [k, t]."""
+    batch: Mapping[str, Any] = source.read(np.array([position]))
+    check_targets(batch)
+    row = {name: np.asarray(field)[0] for name, field in batch.items()}
+    return part_products(index, row, token_of, len(row["mask"]), vectors)
 
 
 def _columns(index: Index, weights: Weights | None) -> np.ndarray:
