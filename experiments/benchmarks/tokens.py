@@ -65,10 +65,10 @@ def measure(
     """
     length = arguments.length
     model = GPT(vocabulary=VOCABULARY, width=256, depth=4, length=length, heads=4, rngs=nnx.Rngs(0))
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    graph, params, *rest = nnx.split(model, nnx.Param, ...)
 
     def logits(params: Any, row: Any) -> Any:
-        return nnx.merge(graph, params, rest)(row["inputs"])
+        return nnx.merge(graph, params, *rest)(row["inputs"])
 
     ids = np.random.default_rng(0).integers(0, VOCABULARY, (ROWS, length + 1)).tolist()
     rows = language.rows(ids, length, vocabulary=VOCABULARY)
