@@ -521,7 +521,9 @@ METHODS = {
 
 @pytest.mark.parametrize("name, place", [*((name, "memory") for name in METHODS),
                                          ("tracin", "disk"), ("tracin", "mesh")])  # fmt: skip
-def test_contributions_of_tokens_are_those_of_scores(name, place, tmp_path):
+@pytest.mark.parametrize("passes", [0, 8], ids=["forward", "features"])
+def test_contributions_of_tokens_are_those_of_scores(name, place, passes, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "_PASSES", passes)
     where = {"memory": {}, "disk": {"path": tmp_path / "index", "batch_size": 2}}
     if place == "mesh":
         where["mesh"] = {"mesh": jax.make_mesh((2, 2), ("data", "model"))}
@@ -546,7 +548,9 @@ def test_contributions_of_tokens_are_those_of_scores(name, place, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tracin", "ekfac"])
-def test_tokens_of_functions_without_forward_mode(name):
+def test_tokens_of_functions_without_forward_mode(name, monkeypatch):
+    monkeypatch.setattr(tokens, "_PASSES", 0)
+
     @jax.custom_vjp
     def opaque(x):
         return jnp.tanh(x)

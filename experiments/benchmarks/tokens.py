@@ -1,7 +1,7 @@
 """What scores of single tokens cost: in forward mode, beside features of every token.
 
 python -m experiments.benchmarks.tokens
-python -m experiments.benchmarks.tokens --length 32 --k 2
+python -m experiments.benchmarks.tokens --length 64 --k 4
 """
 
 import argparse

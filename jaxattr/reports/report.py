@@ -97,7 +97,8 @@ def report(
 
     Cost: the queries' features, two passes over the index, and the examples that are shown, which
       are all that is read of the training data; for tokens also a pass in forward mode for every
-      pair that is shown, or two where the kernel is the identity. Pictures take 4
+      pair that is shown, or two where the kernel is the identity; for short rows a gradient per
+      token. Pictures take 4
       MB at most for 100 queries by 16: with less colour or smaller, where they are larger. So do
       tokens: of long rows, where there are many, the stretch that contributes most is shown.
 

@@ -10,7 +10,7 @@ from jaxattr.index.index import Index
 from jaxattr.index.parts import part_products
 from jaxattr.index.queries import QueryFeatures
 from jaxattr.kernels import Identity
-from jaxattr.language import check_targets, token_of
+from jaxattr.language import check_targets, token_features, token_of
 from jaxattr.scores.weighting import weight_array
 from jaxattr.sources import Source, track
 from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES
@@ -18,6 +18,9 @@ from jaxattr.typing import Weights
 
 # A split whose sum is further from the score, relative to the size of its parts, is none.
 _TOLERANCE = 0.02
+
+# Tokens whose features cost what a pass in forward mode costs at most, unit norm included.
+_PASSES = 8
 
 
 class Pair(NamedTuple):
@@ -49,7 +52,8 @@ def of_queries(
       {pair: contribution of each target [t]}; pairs whose contributions do not add up to their
       score, since the loss is no sum over targets, are left out.
 
-    Cost: a pass in forward mode per pair; reads the blocks of the index that hold the examples,
+    Cost: a pass in forward mode per pair, or a forward and backward pass per token where there are
+      few; reads the blocks of the index that hold the examples,
       whose features, c * p numbers each, are in memory.
     """
     ids = sorted({pair.train for pair in pairs})
@@ -78,7 +82,7 @@ def of_examples(
     Returns:
       As `of_queries`; empty where the kernel is another, which mixes the tokens.
 
-    Cost: a pass in forward mode per pair.
+    Cost: as `of_queries`, for the tokens of the training examples.
     """
     if index.method is None or not isinstance(index.method.kernel, Identity):
         return {}
@@ -104,6 +108,8 @@ def _products(index: Index, source: Source, position: int, vectors: np.ndarray) 
     batch: Mapping[str, Any] = source.read(np.array([position]))
     check_targets(batch)
     row = {name: np.asarray(field)[0] for name, field in batch.items()}
+    if _PASSES * len(vectors) > len(row["mask"]):
+        return vectors @ np.asarray(token_features(index, batch).features, np.float64).T
     return part_products(index, row, token_of, len(row["mask"]), vectors)
 
 
