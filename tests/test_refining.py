@@ -71,7 +71,7 @@ def refined_exactly(kind, index, queries=QUERIES):
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-@pytest.mark.parametrize("method", [ja.ekfac, ja.kfac])
+@pytest.mark.parametrize("method", [ja.ekfac, ja.kfac, ja.eshampoo])
 def test_scores_are_those_of_the_exact_inverse(kind, method):
     index = index_of(method(models.loss))
     refined = refined_exactly(kind, index)
@@ -133,7 +133,7 @@ def test_examples_that_are_not_finite_have_no_part_in_it(kind):
 
 
 def test_what_cannot_be_refined_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"ja\.ekfac or ja\.kfac, and this index is of LoGRA"):
+    with pytest.raises(ValueError, match=r"ja\.kfac or ja\.eshampoo, and this index is of LoGRA"):
         ja.astra(index_of(ja.logra(models.loss)), QUERIES)
     with pytest.raises(ValueError, match="one of them"):
         ja.astra(index_of(), QUERIES, outputs=outputs)

@@ -125,6 +125,7 @@ def classifier(name: str, folder: Path) -> Domain:
         entry("TRAK", digits.METHODS["TRAK"].make(found), ja.by_leaf),
         entry("LoGRA", ja.logra(loss, rank=16)),
         entry("EK-FAC", everything),
+        entry("EShampoo", ja.eshampoo(loss, rank=EVERYTHING)),
         entry("EK-FAC, 0.01", ja.ekfac(loss, rank=EVERYTHING, damping=ja.relative(0.01))),
         entry(
             "Fisher, all layers",
@@ -182,6 +183,7 @@ def gpt(folder: Path) -> Domain:
         Entry("activations", functools.partial(_activations, subject, config, asked)),
         *(entry(name, language.METHODS[name](subject)) for name in language.METHODS),
         entry("EK-FAC, whole", everything),
+        entry("EShampoo", ja.eshampoo(loss, rank=EVERYTHING)),
         entry(
             "Fisher, all layers",
             ja.influence(

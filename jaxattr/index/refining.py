@@ -52,7 +52,7 @@ def astra(
     training set, which is in memory at once.
 
     Args:
-      index: of `ja.ekfac` or `ja.kfac`, which knows its training examples.
+      index: of `ja.ekfac`, `ja.kfac` or `ja.eshampoo`, which knows its training examples.
       queries: as in `ja.score`, or `ja.query_features(index, ...)`.
       outputs: (params, example, key) -> z, what the model puts out, such as logits; with `loss`, C
         is the Gauss-Newton matrix. Default: the Hessian of the function that is attributed.
@@ -201,7 +201,7 @@ def _checked_kernel(index: Index) -> SecondMoment:
     kernel = index.method.kernel
     if not isinstance(kernel, SecondMoment):
         raise ValueError(
-            f"ja.astra refines queries of ja.ekfac or ja.kfac, and this index is of "
+            f"ja.astra refines queries of ja.ekfac, ja.kfac or ja.eshampoo, and this index is of "
             f"{index.method.name}."
         )
     if index.train is None:

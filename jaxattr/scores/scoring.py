@@ -103,7 +103,8 @@ def score(
     References:
       Li et al. (2025), arXiv:2506.05647, Eq. 6.
     """
-    w = index.place.whole(weights_for(check_index(index), weights))
+    check_index(index)
+    w = index.place.whole(weights_for(index, weights))
     groups = in_groups(index, queries, queries_at_once)
     scored = ((prepared, _scored(index, w, prepared)) for prepared in groups.each)
     if path is not None:
