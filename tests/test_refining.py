@@ -8,6 +8,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import jaxattr as ja
+from jaxattr.index import refining
 from tests import models
 
 TRAIN, QUERIES = models.data(40), models.data(7, seed=3)
@@ -60,14 +61,16 @@ def gauss_newton(flat, back, train):
 
 
 CURVATURES = {"hessian": hessian, "gauss_newton": gauss_newton}
+SOLVED = dict(iterations=300, tolerance=1e-12)
 OPTIONS = {"hessian": {}, "gauss_newton": dict(outputs=outputs, loss=loss_of)}
+EXACT_GAUSS_NEWTON = dict(
+    OPTIONS["gauss_newton"], damping=ja.absolute(DAMPING["gauss_newton"]), **SOLVED
+)
 
 
 def refined_exactly(kind, index, queries=QUERIES):
     damping = ja.absolute(DAMPING[kind])
-    return ja.astra(
-        index, queries, damping=damping, iterations=300, tolerance=1e-12, **OPTIONS[kind]
-    )
+    return ja.astra(index, queries, damping=damping, **SOLVED, **OPTIONS[kind])
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
@@ -130,6 +133,17 @@ def test_examples_that_are_not_finite_have_no_part_in_it(kind):
     others = jax.tree.map(lambda x: jnp.delete(x, 2, axis=0), QUERIES)
     expected = influence(kind, kept, others)
     np.testing.assert_allclose(np.delete(scores, 2, 0)[:, 1:], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_curvature_of_some_examples_is_that_of_an_index_of_those():
+    index = index_of()
+    some = ja.astra(index, QUERIES, examples=25, **EXACT_GAUSS_NEWTON)
+    counted = refining._drawn(index, 25)
+    assert counted.sum() == 25
+    kept = jax.tree.map(lambda x: x[counted], TRAIN)
+    scores = np.asarray(ja.score(index, some))[:, counted]
+    np.testing.assert_allclose(scores, influence("gauss_newton", kept), rtol=1e-8, atol=1e-10)
+    assert refining._drawn(index, 10**9).all()
 
 
 def test_what_cannot_be_refined_is_refused(tmp_path):

@@ -174,9 +174,11 @@ def gpt(folder: Path) -> Domain:
         build = functools.partial(
             ja.build_index, method, subject.params, found.train, groups=ja.by_layer, batch_size=32
         )
-        return Entry(name, functools.partial(_asked, build, learning, asked, **options))
+        # Refined queries are dear here: weights are learned without.
+        of_learning = None if options else learning
+        return Entry(name, functools.partial(_asked, build, of_learning, asked, **options))
 
-    refine = functools.partial(ja.astra, outputs=logits, loss=of_logits, iterations=ITERATIONS)
+    refine = functools.partial(ja.astra, outputs=logits, loss=of_logits, iterations=6, examples=128)
     everything = ja.ekfac(loss, rank=EVERYTHING, mask=lambda row: row["mask"])
     entries = [
         *_of_words(found, asked),
@@ -261,7 +263,8 @@ def _asked(
     refine: Callable[[ja.Index, Any], Any] = ja.query_features,
 ) -> Asked:
     index = build()
-    return Asked(index, refine(index, learning), refine(index, evaluated))
+    of_learning = None if learning is None else refine(index, learning)
+    return Asked(index, of_learning, refine(index, evaluated))
 
 
 def _embedded(embed: Any, checkpoints: list[Any], train: Any, asked: Any, name: str) -> Asked:

@@ -138,10 +138,8 @@ def curvature_products(
     featurizer = over.featurizer
     refuse_unit_norm(featurizer.rule.output, "A Hessian")
     curvature = Hessian(featurizer.rule.output) if curvature is None else curvature
-    # Those that do not count are not finite, perhaps: one that does stands in, with weight zero.
-    rows = np.where(kept, np.arange(len(kept)), np.flatnonzero(kept)[0])
-    numbered = over.at(rows)
-    weights = jnp.asarray(kept / kept.sum())
+    numbered = over.at(np.flatnonzero(kept))
+    weights = jnp.full(len(numbered.ids), 1 / len(numbered.ids))
     drawn = featurizer.draw(over.number, fitted, over.place)
     operands = (
         featurizer.key, drawn, over.params, numbered.batch, numbered.ids, weights, fitted

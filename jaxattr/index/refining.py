@@ -32,6 +32,7 @@ def astra(
     outputs: OutputFn | None = None,
     loss: Callable[[Any, Example], jax.Array] | None = None,
     damping: Damping | None = None,
+    examples: int | None = None,
     iterations: int = 20,
     tolerance: float = 1e-2,
 ) -> QueryFeatures:
@@ -49,7 +50,7 @@ def astra(
     exact influence as they go to zero. A solve stops where it meets negative curvature, which a
     Gauss-Newton matrix has not.
     Cost: a pass for EK-FAC's eigenvalues; then, per iteration and query, three gradients of the
-    training set, which is in memory at once.
+    examples, which are in memory at once.
 
     Args:
       index: of `ja.ekfac`, `ja.kfac` or `ja.eshampoo`, which knows its training examples.
@@ -59,6 +60,7 @@ def astra(
       loss: (z, example) -> scalar: that function, of the outputs.
       damping: D; relative to the mean of EK-FAC's eigenvalues over all layers. Default:
         `relative(10)`.
+      examples: training examples that C is the mean over, drawn from the index's key. Default: all.
       iterations: at most so many. Fewer damp more: directions of low curvature come last.
       tolerance: relative residual at which a solve ends.
 
@@ -83,10 +85,9 @@ def astra(
     damping = relative(10) if damping is None else check_damping(damping)
     curvature = _curvature(index, outputs, loss)
     prepared = query_features(index, queries)
-    finite = np.ones(index.size, bool)
-    finite[index.non_finite] = False
+    counted = _drawn(index, examples)
     system = functools.partial(
-        _system, index, kernel=kernel, damping=damping, curvature=curvature, finite=finite
+        _system, index, kernel=kernel, damping=damping, curvature=curvature, counted=counted
     )
     parts = jnp.split(prepared.features, len(index.checkpoints), axis=1)
     solved = [
@@ -129,7 +130,7 @@ def _system(
     kernel: SecondMoment,
     damping: Damping,
     curvature: Curvature | None,
-    finite: np.ndarray,
+    counted: np.ndarray,
 ) -> _System:
     assert index.featurizer is not None and index.train is not None
     fitted, layout, dtype = index.fitted[number], index.layout, index.rows.layout.wide
@@ -140,7 +141,7 @@ def _system(
     means = second_moments(over, fitted)
     own = eigenvalues(means, fitted.curvature_over(0))
     damped = np.where(means > 0, own + added_to(own, layout, kernel.damping), 0)
-    products, operands = curvature_products(over, fitted, finite, curvature)
+    products, operands = curvature_products(over, fitted, counted, curvature)
     added = jnp.asarray(damping.of(own.mean()), dtype)
     return _System(products, operands, added, jnp.asarray(damped, dtype))
 
@@ -190,6 +191,19 @@ def _compiled_solve(products: Any, iterations: int) -> Any:
         return scaled(v * damped, exponents), jnp.minimum(of_found, of_start)
 
     return run
+
+
+def _drawn(index: Index, examples: int | None) -> np.ndarray:
+    """Which examples curvature is a mean over, bool [n]; those that are not finite are not."""
+    assert index.featurizer is not None
+    finite = np.setdiff1d(np.arange(index.size), index.non_finite)
+    if examples is not None:
+        count = min(whole_number("examples", examples), len(finite))
+        seed = np.asarray(jax.random.key_data(index.featurizer.key))
+        finite = np.random.default_rng(seed).choice(finite, count, replace=False)
+    counted = np.zeros(index.size, bool)
+    counted[finite] = True
+    return counted
 
 
 def _checked_kernel(index: Index) -> SecondMoment:
