@@ -82,6 +82,9 @@ EVERYTHING = 1 << 20
 ITERATIONS = 10
 """Of ASTRA."""
 
+ENSEMBLE = 8
+"""Models of the ensemble of TRAK."""
+
 
 def classifier(name: str, folder: Path) -> Domain:
     """A classifier of digits.
@@ -111,7 +114,7 @@ def classifier(name: str, folder: Path) -> Domain:
     def pixels(params: Any, example: Any) -> jax.Array:
         return example["image"].reshape(-1)
 
-    exact = digits.EXACT
+    exact, n, train_fn = digits.EXACT, config.train, training.trainer(model, train)
     refine = functools.partial(ja.astra, outputs=logits, loss=of_logits, iterations=ITERATIONS)
     everything = ja.ekfac(loss, rank=EVERYTHING)
     embedded = [
@@ -123,6 +126,17 @@ def classifier(name: str, folder: Path) -> Domain:
         entry("TracIn", ja.tracin(loss, projection=exact), ja.by_leaf),
         entry("GradCos", ja.grad_cos(loss, projection=exact), ja.by_leaf),
         entry("TRAK", digits.METHODS["TRAK"].make(found), ja.by_leaf),
+        Entry(
+            f"TRAK, {ENSEMBLE} models",
+            functools.partial(
+                _asked,
+                lambda: digits.index_of(
+                    digits.METHODS["TRAK"].make(found), _ensemble(train_fn, n), train
+                ),
+                learning,
+                asked,
+            ),
+        ),
         entry("LoGRA", ja.logra(loss, rank=16)),
         entry("EK-FAC", everything),
         entry("EShampoo", ja.eshampoo(loss, rank=EVERYTHING)),
@@ -133,14 +147,13 @@ def classifier(name: str, folder: Path) -> Domain:
         ),
         entry("ASTRA", everything, refine=refine),
     ]  # fmt: skip
-    n = config.train
     return Domain(
         name=name,
         entries=entries,
         truth=found.truth,
         outcomes=found.outcomes,
         queries=asked,
-        train_fn=training.trainer(model, train),
+        train_fn=train_fn,
         output=training.margin(model),
         gradient_pass=_gradient_pass(loss, found.checkpoints, train, n),
     )
@@ -265,6 +278,14 @@ def _asked(
     index = build()
     of_learning = None if learning is None else refine(index, learning)
     return Asked(index, of_learning, refine(index, evaluated))
+
+
+def _ensemble(train_fn: TrainFn, n: int) -> list[Any]:
+    """Models of all training examples."""
+    found = jax.device_get(
+        ja.retrain(train_fn, np.ones((1, n), bool), jax.random.key(9), seeds=ENSEMBLE)
+    )
+    return [jax.tree.map(lambda leaf, i=i: leaf[0, i], found) for i in range(ENSEMBLE)]
 
 
 def _embedded(embed: Any, checkpoints: list[Any], train: Any, asked: Any, name: str) -> Asked:
