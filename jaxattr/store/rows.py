@@ -139,7 +139,13 @@ Make = Callable[[np.ndarray], jax.Array]
 
 
 class Rows(Protocol):
-    """What an index and its building need of the place where rows are kept."""
+    """What an index and its building need of the place where rows are kept.
+
+    Checkpoints are built in turn. Where the kernel is the identity, each block is written, then
+    `flush` is called. Where it is not: `begin`; each block with its raw features, `flush`; the
+    kernel may ask for a `column` of those; each block's raw features are read, and its features
+    written, `flush`; `finish`. What is written is read from `flush` on, and of blocks in any order.
+    """
 
     @property
     def layout(self) -> RowLayout:
