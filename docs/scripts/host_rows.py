@@ -22,7 +22,7 @@ class HostRows:  # see `jaxattr.store.rows.Rows`; of one host, on one device or 
         self._make_room([lib.RAW])
 
     def finish(self, checkpoint):
-        self.kept.pop(lib.RAW, None)  # there is none where the kernel is the identity
+        del self.kept[lib.RAW]
 
     def made_by(self, name, checkpoint, make): ...  # all rows are kept
 

@@ -141,10 +141,11 @@ Make = Callable[[np.ndarray], jax.Array]
 class Rows(Protocol):
     """What an index and its building need of the place where rows are kept.
 
-    Checkpoints are built in turn. Where the kernel is the identity, each block is written, then
-    `flush` is called. Where it is not: `begin`; each block with its raw features, `flush`; the
-    kernel may ask for a `column` of those; each block's raw features are read, and its features
-    written, `flush`; `finish`. What is written is read from `flush` on, and of blocks in any order.
+    Checkpoints are built in turn, and blocks in order. Where the kernel is the identity: `write` of
+    each block, `flush`. Where it is not: `begin`; `write` of each block with its raw features,
+    `flush`, after which the kernel may ask for a `column` of them; `read` of each block's raw
+    features, and `write` of the features that replace them, `flush`; `finish`. A block that was
+    written is read after the next `flush`, and not before.
     """
 
     @property
