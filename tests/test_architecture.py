@@ -2,8 +2,11 @@
 
 import ast
 import pathlib
+import pkgutil
+import re
 
 import jaxattr
+from tests.pages import PAGES, blocks
 
 ROOT = pathlib.Path(jaxattr.__file__).parent
 ROOMS = (
@@ -31,6 +34,7 @@ ROOMS = (
     ("command",),
     ("__main__",),
 )
+PAGE = PAGES / "how" / "architecture.md"
 PLACE = {room: number for number, rooms in enumerate(ROOMS) for room in rooms}
 
 
@@ -69,3 +73,23 @@ def test_modules_are_small():
     }
     assert max(lengths.values()) <= 500, max(lengths, key=lengths.get)
     assert sorted(lengths.values())[len(lengths) // 2] < 250
+
+
+def test_the_page_on_the_code_lists_the_rooms():
+    table = re.search(r"\| rooms \|.*\n.*\n((?:\|.*\n)+)", PAGE.read_text())
+    listed = [line.split("|")[1] for line in table[1].splitlines()]
+    assert [tuple(re.findall(r"`(\w+)`", rooms)) for rooms in listed] == list(ROOMS)
+
+
+def test_the_names_and_tests_that_the_page_gives_are_there():
+    given = re.findall(r"`([\w./]+)`", PAGE.read_text())
+    names = [name for name in given if "." in name and name.split(".")[0] in PLACE]
+    files = [name for name in given if name.startswith("tests/")]
+    assert len(names) > 30 and files
+    for name in names:
+        pkgutil.resolve_name(f"jaxattr.{name}")  # raises if it is not
+    assert all((ROOT.parent / name).is_file() for name in files)
+
+
+def test_each_example_of_the_page_is_short():
+    assert max(len(block.strip().splitlines()) for block in blocks(PAGE)) < 60

@@ -30,6 +30,7 @@ from jaxattr.typing import Key
 class Projection(Protocol):
     """What is done to gradients: a frozen dataclass whose fields are all its parameters.
 
+    A projection is linear, and each example's features are of its own gradient alone.
     Users may write their own; arrays among its fields go in as `jaxattr.identity.Contents`.
     """
 
@@ -51,7 +52,12 @@ class Projection(Protocol):
         ...
 
     def project(self, key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
-        """Returns features [b, p] of the members {leaf name: [b, size]}; `key` is the group's."""
+        """Returns features [b, p] of the members {leaf name: [b, size]}. Jittable.
+
+        Args:
+          key: the group's, the same for all batches of a checkpoint.
+          members: the gradients of the group's leaves, flat; their sizes add up to that of `dim`.
+        """
         ...
 
 

@@ -139,7 +139,14 @@ Make = Callable[[np.ndarray], jax.Array]
 
 
 class Rows(Protocol):
-    """What an index and its building need of the place where rows are kept."""
+    """What an index and its building need of the place where rows are kept.
+
+    Checkpoints are built in turn, and blocks in order. Where the kernel is the identity: `write` of
+    each block, `flush`. Where it is not: `begin`; `write` of each block with its raw features,
+    `flush`, after which the kernel may ask for a `column` of them; `read` of each block's raw
+    features, and `write` of the features that replace them, `flush`; `finish`. A block that was
+    written is read after the next `flush`, and not before.
+    """
 
     @property
     def layout(self) -> RowLayout:
