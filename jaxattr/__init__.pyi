@@ -27,15 +27,15 @@ from .inputs.data import without as without
 from .kernels import absolute as absolute
 from .kernels import relative as relative
 from .linear_maps.declaring import linear_map as linear_map
-from .methods.curvature import data_inf as data_inf
 from .methods.curvature import ekfac as ekfac
 from .methods.curvature import eshampoo as eshampoo
-from .methods.curvature import influence as influence
 from .methods.curvature import kfac as kfac
 from .methods.curvature import logra as logra
 from .methods.curvature import source as source
 from .methods.curvature import trackstar as trackstar
 from .methods.describing import describe as describe
+from .methods.influence import data_inf as data_inf
+from .methods.influence import influence as influence
 from .methods.inner_products import grad_cos as grad_cos
 from .methods.inner_products import tracin as tracin
 from .methods.method import Method as Method
