@@ -76,15 +76,14 @@ def against_ekfac(domain: Domain, results: Path, only: list[str] | None) -> list
       only: names of the methods that were measured; None for all.
     """
     entries = {entry.name: entry for entry in domain.entries if not only or entry.name in only}
-    base = entries.get("EK-FAC")
+    base = entries.get("EK-FAC, whole", entries.get("EK-FAC"))
     others = [entries[name] for name in BEYOND if name in entries]
     if base is None:
         return []
     return [
-        f"{entry.name}, {kind}, minus EK-FAC, uniform: "
-        f"{measuring.difference(domain, (entry, base), results, kind)}"
+        f"{entry.name}, {kind}, minus {base.name}, uniform: {change}"
         for entry in others
-        for kind in ("uniform", "learned")
+        for kind, change in measuring.differences(domain, (entry, base), results).items()
     ]
 
 

@@ -108,25 +108,26 @@ def with_qld(
     return figures
 
 
-def difference(domain: Domain, entries: tuple[Entry, Entry], folder: Path, kind: str) -> str:
-    """The LDS of one method minus that of another, with a paired interval.
+def differences(
+    domain: Domain, entries: tuple[Entry, Entry], folder: Path
+) -> dict[str, evaluation.Difference]:
+    """The LDS of one method minus that of another with uniform weights, with paired intervals.
 
     Args:
       domain: the model.
       entries: both methods.
       folder: as in `measure`.
-      kind: of the first one's weights; the other's are uniform.
+
+    Returns:
+      {kind of the first one's weights: difference}.
     """
-    kinds = (kind, "uniform")
-    first, second = (
-        ja.lds(
-            np.load(_path(domain, entry, folder, "npz"))[kind],
-            domain.truth.masks,
-            domain.truth.evaluation,
-        )
-        for entry, kind in zip(entries, kinds, strict=True)
-    )
-    return str(evaluation.paired_difference(first, second))
+    first, second = (np.load(_path(domain, entry, folder, "npz")) for entry in entries)
+    truth = domain.truth
+    base = ja.lds(second["uniform"], truth.masks, truth.evaluation)
+    return {
+        kind: evaluation.paired_difference(ja.lds(first[kind], truth.masks, truth.evaluation), base)
+        for kind in first.files
+    }
 
 
 def _path(domain: Domain, entry: Entry, folder: Path, ending: str) -> Path:
