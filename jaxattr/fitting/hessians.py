@@ -11,12 +11,9 @@ import numpy as np
 
 from jaxattr.features.bases import Fitted
 from jaxattr.features.expectations import refuse_unit_norm
-from jaxattr.features.featurizer import (
-    FeatureRule,
-    as_function_of,
-    coordinates,
-)
+from jaxattr.features.featurizer import FeatureRule
 from jaxattr.features.plans import Plan
+from jaxattr.features.whole_gradients import as_function_of, coordinates
 from jaxattr.fitting.passes import TrainingPass
 from jaxattr.keys import example_keys
 from jaxattr.typing import Example, Key, OutputFn, Params

@@ -10,8 +10,9 @@ import numpy as np
 
 from jaxattr.batches import each_example, leading_size, shapes_of_one
 from jaxattr.features.expectations import refuse_unit_norm
-from jaxattr.features.featurizer import FeatureRule, Featurized, as_function_of, coordinates
+from jaxattr.features.featurizer import FeatureRule, Featurized
 from jaxattr.features.plans import Plan
+from jaxattr.features.whole_gradients import as_function_of, coordinates
 from jaxattr.identity import Program
 from jaxattr.index.index import Index
 from jaxattr.index.queries import (

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.batches import leading_size
-from jaxattr.features.featurizer import as_function_of, coordinates
+from jaxattr.features.whole_gradients import as_function_of, coordinates
 from jaxattr.index.index import Index, check_index
 from jaxattr.index.queries import QueryFeatures
 from jaxattr.inputs.data import as_batch
