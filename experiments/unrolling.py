@@ -89,7 +89,7 @@ def gpt(folder: Path, learning_rate: float = 5e-4, eps_root: float = 1e-6) -> Su
         known=config.known,
     )  # fmt: skip
     subject = language.prepare(config, found, folder)
-    count, size, epochs = 256, 16, 3
+    count, size, epochs = 256, 16, 2
     rows = jax.tree.map(lambda x: jnp.asarray(x[:count]), found.train)
     steps = epochs * count // size
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
@@ -119,9 +119,9 @@ def gpt(folder: Path, learning_rate: float = 5e-4, eps_root: float = 1e-6) -> Su
             step, state, orders.reshape(-1, size), rows, params=lambda state: state[0]
         )
 
-    queries = jax.tree.map(lambda x: x[:16], found.evaluation)
+    queries = jax.tree.map(lambda x: x[:8], found.evaluation)
     title = f"gpt, learning rate {learning_rate:g}, eps_root {eps_root:g}, {steps} steps"
-    return Subject(title, [run(0), run(1)], _minus(subject.loss), subject.loss, queries, 24)
+    return Subject(title, [run(0), run(1)], _minus(subject.loss), subject.loss, queries, 16)
 
 
 def study(subject: Subject, console: Console) -> Table:
