@@ -516,6 +516,7 @@ METHODS = {
     "logra": lambda loss: ja.logra(loss, rank=3),
     "ekfac": ja.ekfac,
     "trackstar": trackstar,
+    "source": lambda loss: ja.source(loss, learning_rate=0.1, steps=30),
 }
 
 

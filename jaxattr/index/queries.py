@@ -255,7 +255,7 @@ class QueryArrays(NamedTuple):
       checkpoints: the parameters.
       drawn: the projections.
       fitted: what the basis was fitted to.
-      operators: what the kernel applies to queries; () if it leaves them alone.
+      operators: of kernels that queries need; () of others.
     """
 
     key: Key
