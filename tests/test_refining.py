@@ -146,11 +146,46 @@ def test_curvature_of_some_examples_is_that_of_an_index_of_those():
     assert refining._drawn(index, 10**9).all()
 
 
+def test_functions_are_what_they_compute_when_they_are_given():
+    class Scaled:
+        __hash__ = None  # as of models that are dataclasses of arrays
+
+        def __init__(self, by):
+            self.by = by
+
+        def __eq__(self, other):
+            return True
+
+        def __call__(self, params, example, key):
+            return self.by * models.mlp(params, example["x"]) / self.by
+
+    def loss(z, example):
+        return state["by"] * loss_of(z, example)
+
+    index, state = index_of(), {"by": 1.0}
+    expected = ja.astra(index, QUERIES, **EXACT_GAUSS_NEWTON).features
+    options = dict(EXACT_GAUSS_NEWTON, outputs=Scaled(jnp.float64(2)), loss=loss)
+    found = ja.astra(index, QUERIES, **options).features
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
+
+    state["by"] = 1 + 5e-4  # within what the check of the loss takes for the same
+    damping = ja.absolute(state["by"] * DAMPING["gauss_newton"])
+    again = ja.astra(index, QUERIES, **dict(options, damping=damping)).features
+    np.testing.assert_allclose(again, expected / state["by"], rtol=1e-8, atol=1e-10)
+
+
 def test_what_cannot_be_refined_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"ja\.kfac or ja\.eshampoo, and this index is of LoGRA"):
         ja.astra(index_of(ja.logra(models.loss)), QUERIES)
     with pytest.raises(ValueError, match="one of them"):
         ja.astra(index_of(), QUERIES, outputs=outputs)
+    with pytest.raises(TypeError, match=r"loss takes \(z\), and is called as \(z, example\)"):
+        ja.astra(index_of(), QUERIES, outputs=outputs, loss=lambda z: z.sum())
+    with pytest.raises(TypeError, match="outputs must be a function .* got str"):
+        ja.astra(index_of(), QUERIES, outputs="logits", loss=loss_of)
+    for tolerance in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"tolerance must be above 0, got {tolerance}"):
+            ja.astra(index_of(), QUERIES, tolerance=tolerance)
     with pytest.raises(ValueError, match="must be the function that is attributed"):
         ja.astra(index_of(), QUERIES, outputs=outputs, loss=lambda z, e: 2 * loss_of(z, e))
     method = index_of(path=tmp_path / "index").method
