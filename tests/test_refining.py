@@ -106,6 +106,32 @@ def test_no_residual_is_above_that_of_ekfac(monkeypatch):
     np.testing.assert_allclose(refined.features, plain, rtol=1e-12, atol=1e-15)
 
 
+def test_where_nothing_is_found_queries_are_those_of_ekfac():
+    def concave(params, example, key):
+        return -3 * (params["w"] @ example["x"]) ** 2
+
+    params = {"w": jnp.full(5, 0.1)}
+    index = ja.build_index(ja.ekfac(concave), params, {"x": TRAIN["x"][:, :5]})
+    asked = {"x": QUERIES["x"][:, :5]}
+    with pytest.warns(ja.ConvergenceWarning, match="7 of 7"):
+        refined = ja.astra(index, asked, damping=ja.absolute(0))
+    assert (refined.residuals > 1).all()
+    plain = ja.query_features(index, asked).features
+    np.testing.assert_allclose(refined.features, plain, rtol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [1e-20, 1e20])
+def test_eigenvalues_past_the_range_of_float32_are_refused(factor):
+    def loss(params, example, key):
+        return jnp.float32(factor) * models.loss(params, example, key)
+
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), CHECKPOINTS[0])
+    train, asked = (dict(each, x=each["x"].astype(jnp.float32)) for each in (TRAIN, QUERIES))
+    index = ja.build_index(ja.ekfac(loss), params, train)
+    with pytest.raises(ValueError, match="are not within the range of float32: scale the loss"):
+        ja.astra(index, asked)
+
+
 def test_without_a_store_over_devices_and_from_disk(tmp_path):
     index = index_of(path=tmp_path / "index")
     expected = influence("gauss_newton")

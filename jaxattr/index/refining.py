@@ -50,7 +50,7 @@ def astra(
 
     Guarantees: as `residuals` of the result say, which are never above those of EK-FAC itself;
     exact influence as they go to zero. A solve stops where it meets negative curvature, which a
-    Gauss-Newton matrix has not.
+    Gauss-Newton matrix has not; one that finds nothing before leaves the query to EK-FAC.
     Cost: a pass for EK-FAC's eigenvalues; then, per iteration and query, three gradients of the
     examples, which are in memory at once.
 
@@ -72,8 +72,8 @@ def astra(
     Raises:
       TypeError: if the index is something else, or a function takes other arguments.
       ValueError: if the index is of another method, or does not know its training examples; if
-        `outputs` come without `loss`, the loss of the outputs is not what is attributed, or the
-        tolerance is not above 0.
+        `outputs` come without `loss`, the loss of the outputs is not what is attributed, the
+        tolerance is not above 0, or eigenvalues leave the range of the features' type.
 
     Warns:
       ConvergenceWarning: with the positions of queries whose residual is above the tolerance.
@@ -146,9 +146,21 @@ def _system(
     means = second_moments(over, fitted)
     own = eigenvalues(means, fitted.curvature_over(0))
     damped = np.where(means > 0, own + added_to(own, layout, kernel.damping), 0)
+    added = damping.of(own.mean())
+    _check_range(damped[damped > 0], added, dtype)
     products, operands = curvature_products(over, fitted, counted, curvature)
-    added = jnp.asarray(damping.of(own.mean()), dtype)
-    return _System(products, operands, added, jnp.asarray(damped, dtype))
+    return _System(products, operands, jnp.asarray(added, dtype), jnp.asarray(damped, dtype))
+
+
+def _check_range(damped: np.ndarray, added: float, dtype: np.dtype) -> None:
+    """Raises where eigenvalues are infinite in the type of the features, or zero."""
+    limits = jnp.finfo(dtype)
+    smallest, largest = damped.min(initial=np.inf), damped.max(initial=added)
+    if smallest < limits.tiny or largest > limits.max:
+        raise ValueError(
+            f"Eigenvalues of EK-FAC with their damping, from {smallest:.1e} to {largest:.1e}, are "
+            f"not within the range of {dtype}: scale the loss."
+        )
 
 
 def _refined(
@@ -192,8 +204,9 @@ def _compiled_solve(products: Any, iterations: int) -> Any:
             multiply, right, tolerance=tolerance, iterations=iterations, precondition=precondition
         )
         of_start, of_found = residual(start), residual(found)
-        v = jnp.where((of_found < of_start)[:, None], found, start)
-        return scaled(v * damped, exponents), jnp.minimum(of_found, of_start)
+        better = (of_found < of_start) & (found != 0).any(axis=1)  # zero has a residual of one
+        v = jnp.where(better[:, None], found, start)
+        return scaled(v * damped, exponents), jnp.where(better, of_found, of_start)
 
     return run
 
