@@ -163,6 +163,15 @@ def lds_of_weights(
         yield name, evaluation.lds_of_predictions(sums @ array, truth.evaluation)
 
 
+def minus(loss: OutputFn) -> OutputFn:
+    """What models of subsets are asked: minus a loss, larger = better."""
+
+    def output(params: Any, example: Any, key: jax.Array) -> jax.Array:
+        return -loss(params, example, key)
+
+    return output
+
+
 def mesh_of_devices() -> Mesh | None:
     """A mesh of all devices, or None if there is one."""
     if jax.device_count() == 1:

@@ -21,7 +21,7 @@ from rich.table import Table
 
 import jaxattr as ja
 from experiments.digits import data, models, training
-from experiments.language import corpus, text
+from experiments.ground_truth import minus
 from experiments.language import study as language
 from jaxattr.typing import OutputFn
 
@@ -82,13 +82,8 @@ def gpt(folder: Path, learning_rate: float = 5e-4, eps_root: float = 1e-6) -> Su
       learning_rate: at its peak; that of the language study is 2e-3.
       eps_root: what is added under Adam's root.
     """
-    config = language.QUICK
-    found = corpus.assemble(
-        text.deduplicated(text.documentation(), 80, config.model.context - 1), text.Bytes(),
-        context=config.model.context, train=config.train, queries=config.queries,
-        known=config.known,
-    )  # fmt: skip
-    subject = language.prepare(config, found, folder)
+    subject = language.quick(folder)
+    found = subject.corpus
     count, size, epochs = 256, 16, 2
     rows = jax.tree.map(lambda x: jnp.asarray(x[:count]), found.train)
     steps = epochs * count // size
@@ -121,7 +116,7 @@ def gpt(folder: Path, learning_rate: float = 5e-4, eps_root: float = 1e-6) -> Su
 
     queries = jax.tree.map(lambda x: x[:8], found.evaluation)
     title = f"gpt, learning rate {learning_rate:g}, eps_root {eps_root:g}, {steps} steps"
-    return Subject(title, [run(0), run(1)], _minus(subject.loss), subject.loss, queries, 16)
+    return Subject(title, [run(0), run(1)], minus(subject.loss), subject.loss, queries, 16)
 
 
 def study(subject: Subject, console: Console) -> Table:
@@ -179,13 +174,6 @@ def main() -> None:
     )  # fmt: skip
     for setting in settings:
         console.print(study(classifier(*setting), console))
-
-
-def _minus(loss: OutputFn) -> OutputFn:
-    def output(params: Any, example: Any, key: jax.Array) -> jax.Array:
-        return -loss(params, example, key)
-
-    return output
 
 
 if __name__ == "__main__":

@@ -32,7 +32,6 @@ from .methods.curvature import eshampoo as eshampoo
 from .methods.curvature import kfac as kfac
 from .methods.curvature import logra as logra
 from .methods.curvature import source as source
-from .methods.curvature import trackstar as trackstar
 from .methods.describing import describe as describe
 from .methods.influence import data_inf as data_inf
 from .methods.influence import influence as influence
@@ -42,6 +41,7 @@ from .methods.method import Method as Method
 from .methods.method import citation as citation
 from .methods.method import featurizer as featurizer
 from .methods.similarity import embedding as embedding
+from .methods.trackstar import trackstar as trackstar
 from .methods.trak import d_trak as d_trak
 from .methods.trak import das as das
 from .methods.trak import journey_trak as journey_trak

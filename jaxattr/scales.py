@@ -58,6 +58,22 @@ def scaled(x: jax.Array, exponent: Any) -> jax.Array:
     return x * _power(half, x.dtype) * _power(exponent - half, x.dtype)
 
 
+def unit_norm(phi: jax.Array) -> jax.Array:
+    """Scales rows to unit norm; rows of zeros stay.
+
+    Args:
+      phi: float [b, p].
+
+    Returns:
+      Float [b, p].
+    """
+    # Dividing by the largest entry first keeps the squares from under- and overflowing.
+    largest = jnp.max(jnp.abs(phi), axis=1, keepdims=True)
+    phi = phi / jnp.where(largest == 0, 1, largest)
+    norm = jnp.linalg.norm(phi, axis=1, keepdims=True)
+    return phi / jnp.where(norm == 0, 1, norm)
+
+
 def _power(exponent: jax.Array, dtype: Any) -> jax.Array:
     """2^exponent by its bits: a power function need not be exact."""
     integer, mantissa, bias = _BITS[jnp.dtype(dtype).itemsize]

@@ -21,6 +21,7 @@ LINEAR = {
     "trak": ja.trak(models.margin),
     "logra": ja.logra(models.loss, rank=3),
     "ekfac": ja.ekfac(models.loss),
+    "source": ja.source(models.loss, learning_rate=0.1, steps=30),
 }
 MOMENTS = [jax.tree.map(jnp.ones_like, params) for params in CHECKPOINTS]
 SCALED = {

@@ -86,7 +86,7 @@ def test_packing_loses_no_target():
     assert [(int(a), int(b)) for a, b in pairs] == expected
 
 
-@pytest.mark.parametrize("name", ["grad_cos", "trak", "logra", "trackstar", "ekfac"])
+@pytest.mark.parametrize("name", ["grad_cos", "trak", "logra", "trackstar", "ekfac", "source"])
 def test_scores_of_tokens_add_up_to_the_score_of_the_query(tiny_params, name):
     loss = language.loss(tiny_logits)
     two_sided = ja.projections.two_sided(3)
@@ -101,6 +101,7 @@ def test_scores_of_tokens_add_up_to_the_score_of_the_query(tiny_params, name):
         "logra": lambda: ja.logra(loss, rank=3),
         "trackstar": lambda: ja.trackstar(loss, moments, tiny_params, rank=3),
         "ekfac": lambda: ja.ekfac(loss, fisher="true", rank=8),
+        "source": lambda: ja.source(loss, learning_rate=0.1, steps=30),
     }[name]()
     index = ja.build_index(method, tiny_params, rows(), batch_size=2)
     queries = language.rows([[1, 5, 3, 2], [4, 12, 1, 9]], 5, vocabulary=13, prompts=[1, 2])

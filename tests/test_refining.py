@@ -106,6 +106,32 @@ def test_no_residual_is_above_that_of_ekfac(monkeypatch):
     np.testing.assert_allclose(refined.features, plain, rtol=1e-12, atol=1e-15)
 
 
+def test_where_nothing_is_found_queries_are_those_of_ekfac():
+    def concave(params, example, key):
+        return -3 * (params["w"] @ example["x"]) ** 2
+
+    params = {"w": jnp.full(5, 0.1)}
+    index = ja.build_index(ja.ekfac(concave), params, {"x": TRAIN["x"][:, :5]})
+    asked = {"x": QUERIES["x"][:, :5]}
+    with pytest.warns(ja.ConvergenceWarning, match="7 of 7"):
+        refined = ja.astra(index, asked, damping=ja.absolute(0))
+    assert (refined.residuals > 1).all()
+    plain = ja.query_features(index, asked).features
+    np.testing.assert_allclose(refined.features, plain, rtol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [1e-20, 1e20])
+def test_eigenvalues_past_the_range_of_float32_are_refused(factor):
+    def loss(params, example, key):
+        return jnp.float32(factor) * models.loss(params, example, key)
+
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), CHECKPOINTS[0])
+    train, asked = (dict(each, x=each["x"].astype(jnp.float32)) for each in (TRAIN, QUERIES))
+    index = ja.build_index(ja.ekfac(loss), params, train)
+    with pytest.raises(ValueError, match="are not within the range of float32: scale the loss"):
+        ja.astra(index, asked)
+
+
 def test_without_a_store_over_devices_and_from_disk(tmp_path):
     index = index_of(path=tmp_path / "index")
     expected = influence("gauss_newton")
@@ -146,11 +172,46 @@ def test_curvature_of_some_examples_is_that_of_an_index_of_those():
     assert refining._drawn(index, 10**9).all()
 
 
+def test_functions_are_what_they_compute_when_they_are_given():
+    class Scaled:
+        __hash__ = None  # as of models that are dataclasses of arrays
+
+        def __init__(self, by):
+            self.by = by
+
+        def __eq__(self, other):
+            return True
+
+        def __call__(self, params, example, key):
+            return self.by * models.mlp(params, example["x"]) / self.by
+
+    def loss(z, example):
+        return state["by"] * loss_of(z, example)
+
+    index, state = index_of(), {"by": 1.0}
+    expected = ja.astra(index, QUERIES, **EXACT_GAUSS_NEWTON).features
+    options = dict(EXACT_GAUSS_NEWTON, outputs=Scaled(jnp.float64(2)), loss=loss)
+    found = ja.astra(index, QUERIES, **options).features
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-10)
+
+    state["by"] = 1 + 5e-4  # within what the check of the loss takes for the same
+    damping = ja.absolute(state["by"] * DAMPING["gauss_newton"])
+    again = ja.astra(index, QUERIES, **dict(options, damping=damping)).features
+    np.testing.assert_allclose(again, expected / state["by"], rtol=1e-8, atol=1e-10)
+
+
 def test_what_cannot_be_refined_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"ja\.kfac or ja\.eshampoo, and this index is of LoGRA"):
         ja.astra(index_of(ja.logra(models.loss)), QUERIES)
     with pytest.raises(ValueError, match="one of them"):
         ja.astra(index_of(), QUERIES, outputs=outputs)
+    with pytest.raises(TypeError, match=r"loss takes \(z\), and is called as \(z, example\)"):
+        ja.astra(index_of(), QUERIES, outputs=outputs, loss=lambda z: z.sum())
+    with pytest.raises(TypeError, match="outputs must be a function .* got str"):
+        ja.astra(index_of(), QUERIES, outputs="logits", loss=loss_of)
+    for tolerance in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"tolerance must be above 0, got {tolerance}"):
+            ja.astra(index_of(), QUERIES, tolerance=tolerance)
     with pytest.raises(ValueError, match="must be the function that is attributed"):
         ja.astra(index_of(), QUERIES, outputs=outputs, loss=lambda z, e: 2 * loss_of(z, e))
     method = index_of(path=tmp_path / "index").method

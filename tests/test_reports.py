@@ -516,6 +516,7 @@ METHODS = {
     "logra": lambda loss: ja.logra(loss, rank=3),
     "ekfac": ja.ekfac,
     "trackstar": trackstar,
+    "source": lambda loss: ja.source(loss, learning_rate=0.1, steps=30),
 }
 
 
@@ -545,6 +546,25 @@ def test_contributions_of_tokens_are_those_of_scores(name, place, passes, tmp_pa
     for pair, values in by_train.items():
         assert values.sum() == pytest.approx(pair.score, rel=1e-9)
         assert (values[~rows["mask"][pair.train]] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["grad_cos", "trackstar"])
+@pytest.mark.parametrize("passes", [0, 8], ids=["forward", "features"])
+def test_tokens_of_queries_whose_squares_leave_the_range(name, passes, monkeypatch):
+    monkeypatch.setattr(tokens, "_PASSES", passes)
+    found = []
+    for size in (1.0, 1e-170):  # whose square is zero in float64
+
+        def method(loss, size=size):
+            return METHODS[name](lambda params, row, key: size * loss(params, row, key))
+
+        index, _, asked = tokens_setup(method, checkpoints=2)
+        scores = np.asarray(ja.score(index, asked))
+        pairs = [tokens.Pair(q, n, scores[q, n]) for q in range(3) for n in (4, 1, 5)]
+        each = tokens.of_queries(index, as_source(asked, "queries"), None, pairs)
+        assert set(each) == set(pairs)
+        found.append(np.stack([*each.values()]))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6, atol=1e-8 * np.abs(found[0]).max())
 
 
 @pytest.mark.parametrize("name", ["tracin", "ekfac"])

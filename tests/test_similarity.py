@@ -7,6 +7,7 @@ import pytest
 
 import jaxattr as ja
 from jaxattr import evaluation
+from jaxattr.methods import similarity
 from tests import models
 
 TRAIN, QUERIES = models.data(30), models.data(4, seed=1)
@@ -58,6 +59,13 @@ def test_layers_are_groups_with_weights_of_their_own():
     )
     weighted = ja.score(index, QUERIES, weights={"probe/first": 0.0, "probe/second": 2.0})
     np.testing.assert_allclose(weighted, 2 * by_hand[1], atol=1e-12)
+
+
+def test_queries_of_another_embedding_are_compared_too():
+    index = index_of(second, jnp.zeros(5), cosine=False)
+    other = similarity.Probed(lambda params, example: 2 * second(params, example))
+    found = ja.score(index, ja.query_features(index, QUERIES, output=other))
+    np.testing.assert_allclose(found, 2 * of_all(second, QUERIES) @ of_all(second, TRAIN).T)
 
 
 def test_an_index_of_embeddings_is_opened_again_and_knows_its_embedding(tmp_path):
@@ -122,7 +130,12 @@ def test_whole_numbers_and_small_floats_are_scores():
     [
         (np.ones((30, 4)), TRAIN, r"\[q, n\] = \[4, 30\], got float64 \[30, 4\]"),
         (np.ones((4, 30), complex), TRAIN, "real numbers"),
-        (np.where(np.eye(4, 30) > 0, np.nan, 1), TRAIN, "4 scores are not finite, the first of"),
+        (np.where(np.eye(4, 30) > 0, np.nan, 1), TRAIN, "4 scores are not finite in float64, the"),
+        (
+            np.full((4, 30), 1e200, np.longdouble) ** 2,
+            TRAIN,
+            "120 scores are not finite in float64",
+        ),
         (np.ones((4, 30)), TRAIN["x"], "train must be a dict of arrays"),
     ],
 )

@@ -108,6 +108,14 @@ def test_what_are_no_segments_is_refused():
         ja.score_segments([ja.build_index(method, CHECKPOINTS[:2], TRAIN)], QUERIES)
     with pytest.raises(ValueError, match="differ in their number of training examples"):
         ja.score_segments([ja.build_index(method, CHECKPOINTS[0], fewer), index_of(1)], QUERIES)
+    with pytest.raises(ValueError, match="differ in their number of training examples"):
+        ja.score_segments(
+            iter([ja.build_index(method, CHECKPOINTS[0], fewer), index_of(1)]), QUERIES
+        )
+    with pytest.raises(ValueError, match="fails on one example: KeyError"):
+        ja.score_segments([index_of(0)], {"z": QUERIES["x"]})
+    with pytest.raises(ValueError, match="fails on one example: KeyError"):
+        ja.score_segments([index_of(0)], QUERIES, params={"layer9": CHECKPOINTS[0]["layer0"]})
     with pytest.raises(ValueError, match="indexes is empty"):
         ja.score_segments([], QUERIES)
     with pytest.raises(ValueError, match="time must be finite and above 0"):

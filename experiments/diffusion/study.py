@@ -404,7 +404,7 @@ def minus_loss(denoiser: Denoiser, config: Config) -> OutputFn:
     loss = ja.expectation(
         diffusion.loss(denoiser), timesteps=range(25, schedule.STEPS, 50), draws=config.noises
     )
-    return lambda params, example, key: -loss(params, example, key)
+    return ground_truth.minus(loss)
 
 
 def _truth(

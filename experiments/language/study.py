@@ -14,7 +14,7 @@ import numpy as np
 import jaxattr as ja
 from experiments import checkpoints, ground_truth
 from experiments.ground_truth import Truth
-from experiments.language import baselines, gpt2, training
+from experiments.language import baselines, corpus, gpt2, text, training
 from experiments.language.corpus import Corpus
 from experiments.language.training import Recipe
 from jaxattr import evaluation, language
@@ -189,6 +189,23 @@ def prepare(
     optimizer = config.tuning.optimizer(n)
     loss = language.loss(logits_fn)
     return Subject(logits_fn, loss, corpus, start, params, state, optimizer, truth)
+
+
+def quick(folder: Path) -> Subject:
+    """The small model: pretrained on documentation, then tuned on what is attributed to.
+
+    Args:
+      folder: for all that is trained.
+
+    Returns:
+      The subject, of `QUICK`.
+    """
+    context = QUICK.model.context
+    found = corpus.assemble(
+        text.deduplicated(text.documentation(), 80, context - 1), text.Bytes(),
+        context=context, train=QUICK.train, queries=QUICK.queries, known=QUICK.known,
+    )  # fmt: skip
+    return prepare(QUICK, found, folder)
 
 
 def measure(subject: Subject, name: str, config: Config, groups: Any = ja.by_layer) -> Result:
@@ -372,7 +389,7 @@ def _truth(
         lambda key, ids: train(key, ids, start)[0],
         ja.evaluation.random_subsets(jax.random.fold_in(seed, 3), n, config.subsets),
         jax.random.fold_in(seed, 4),
-        lambda params, example, key: -loss(params, example, key),
+        ground_truth.minus(loss),
         corpus.learning,
         corpus.evaluation,
         seeds=config.seeds,

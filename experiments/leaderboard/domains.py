@@ -13,14 +13,13 @@ import optax
 import jaxattr as ja
 from experiments.diffusion import data as pictures
 from experiments.diffusion import study as diffusion
-from experiments.diffusion import training as denoising
 from experiments.digits import study as digits
 from experiments.digits import training
-from experiments.ground_truth import Truth
-from experiments.language import baselines, corpus, text
+from experiments.ground_truth import Truth, minus
+from experiments.language import baselines, corpus
 from experiments.language import study as language
 from experiments.language import training as tuning
-from experiments.weights import cells
+from experiments.weights import subjects
 from jaxattr import evaluation
 from jaxattr.evaluation.retraining import TrainFn
 from jaxattr.typing import OutputFn
@@ -165,16 +164,9 @@ def gpt(folder: Path) -> Domain:
     Args:
       folder: for all that is trained.
     """
-    config = language.QUICK
-    found = corpus.assemble(
-        text.deduplicated(text.documentation(), 80, config.model.context - 1), text.Bytes(),
-        context=config.model.context, train=config.train, queries=config.queries,
-        known=config.known,
-    )  # fmt: skip
-    subject = language.prepare(config, found, folder)
+    config, subject = language.QUICK, language.quick(folder)
+    found = subject.corpus
     loss, learning, asked = subject.loss, found.learning, found.evaluation
-    tuned = tuning.make_train(subject.logits_fn, found.train, config.tuning, config.train // 4)
-    output = _minus(loss)
 
     def logits(params: Any, example: Any, key: Any = None) -> jax.Array:
         return subject.logits_fn(params, example)
@@ -211,15 +203,12 @@ def gpt(folder: Path) -> Domain:
         name="gpt",
         entries=entries,
         truth=subject.truth,
-        outcomes=cells.quarters(
-            lambda key, ids: tuned(key, ids, subject.start)[0], output, learning, asked,
-            config.train, folder / "quarters-gpt", at_once=4 * jax.device_count(),
-        ).outcomes,
+        outcomes=subjects.quarters_of_gpt(subject, folder).outcomes,
         queries=asked,
         train_fn=_any_size(subject, config),
-        output=output,
+        output=minus(loss),
         gradient_pass=_gradient_pass(loss, [subject.params], found.train, config.train),
-    )  # fmt: skip
+    )
 
 
 def unet(folder: Path) -> Domain:
@@ -244,7 +233,6 @@ def unet(folder: Path) -> Domain:
     def pixels(params: Any, example: Any) -> jax.Array:
         return example["image"].reshape(-1)
 
-    output = diffusion.minus_loss(subject.denoiser, config)
     entries = [
         Entry("pixels", functools.partial(
             _embedded, pixels, subject.checkpoints, subject.train, asked, "pixels"
@@ -253,20 +241,16 @@ def unet(folder: Path) -> Domain:
         entry("LoGRA", ja.logra(loss, rank=16)),
         entry("EK-FAC", ja.ekfac(loss, rank=64)),
     ]  # fmt: skip
-    quarter = config.recipe._replace(steps=config.recipe.steps // 4)
     return Domain(
         name="unet",
         entries=entries,
         truth=subject.truth["held-out"],
-        outcomes=cells.quarters(
-            denoising.trainer(subject.model, found.train, quarter), output, learning,
-            asked, config.train, folder / "quarters-unet", at_once=config.at_once,
-        ).outcomes,
+        outcomes=subjects.quarters_of_unet(subject, found, folder).outcomes,
         queries=asked,
         train_fn=subject.train_fn,
-        output=output,
+        output=diffusion.minus_loss(subject.denoiser, config),
         gradient_pass=_gradient_pass(loss, subject.checkpoints, subject.train, config.train),
-    )  # fmt: skip
+    )
 
 
 def _asked(
@@ -333,13 +317,6 @@ def _any_size(subject: language.Subject, config: language.Config) -> TrainFn:
         return train(key, ids, subject.start)[0]
 
     return train_fn
-
-
-def _minus(loss: OutputFn) -> OutputFn:
-    def output(params: Any, example: Any, key: jax.Array) -> jax.Array:
-        return -loss(params, example, key)
-
-    return output
 
 
 def _gradient_pass(loss: OutputFn, checkpoints: list[Any], train: Any, n: int) -> Any:

@@ -14,11 +14,11 @@ from experiments.diffusion import training as denoising
 from experiments.digits import study as digits
 from experiments.digits import training
 from experiments.digits.data import Digits
-from experiments.language import corpus, text
+from experiments.ground_truth import minus
 from experiments.language import study as language
 from experiments.language import training as tuning
 from experiments.weights import cells
-from experiments.weights.cells import Subject
+from experiments.weights.cells import Quarters, Subject
 
 DIGITS = digits.Config(("vit", "resnet", "mlp"))
 CLASSIFIER_METHODS = digits.METHODS | {
@@ -84,15 +84,8 @@ def gpt(folder: Path) -> Subject:
     Args:
       folder: for all that is trained.
     """
-    config = language.QUICK
-    found = corpus.assemble(
-        text.deduplicated(text.documentation(), 80, config.model.context - 1), text.Bytes(),
-        context=config.model.context, train=config.train, queries=config.queries,
-        known=config.known,
-    )  # fmt: skip
-    subject = language.prepare(config, found, folder)
-    loss = subject.loss
-    train = tuning.make_train(subject.logits_fn, found.train, config.tuning, config.train // 4)
+    subject = language.quick(folder)
+    found = subject.corpus
 
     def indexes() -> Iterator[tuple[str, Callable[[], ja.Index]]]:
         for method in LANGUAGE_METHODS:
@@ -107,13 +100,23 @@ def gpt(folder: Path) -> Subject:
         learning=found.learning,
         evaluation=found.evaluation,
         truth=subject.truth,
-        quarters=cells.quarters(
-            lambda key, ids: train(key, ids, subject.start)[0],
-            lambda params, example, key: -loss(params, example, key),
-            found.learning, found.evaluation, config.train, folder / "quarters-gpt",
-            at_once=4 * jax.device_count(),
-        ),
+        quarters=quarters_of_gpt(subject, folder),
         copies=None,
+    )
+
+
+def quarters_of_gpt(subject: language.Subject, folder: Path) -> Quarters:
+    """Models that are tuned on quarters of the documents.
+
+    Args:
+      subject: of `language.quick`.
+      folder: for all that is trained.
+    """
+    found, config = subject.corpus, language.QUICK
+    train = tuning.make_train(subject.logits_fn, found.train, config.tuning, config.train // 4)
+    return cells.quarters(
+        lambda key, ids: train(key, ids, subject.start)[0], minus(subject.loss), found.learning,
+        found.evaluation, config.train, folder / "quarters-gpt", at_once=4 * jax.device_count(),
     )  # fmt: skip
 
 
@@ -126,8 +129,6 @@ def unet(folder: Path) -> Subject:
     config = diffusion.QUICK
     found = pictures.load(None, config.train, config.queries)
     subject = diffusion.prepare("UNet", found, config, folder)
-    # As many passes over its examples as the real model makes.
-    recipe = config.recipe._replace(steps=config.recipe.steps // 4)
     methods = diffusion.methods(subject.denoiser, config)
 
     def indexes() -> Iterator[tuple[str, Callable[[], ja.Index]]]:
@@ -144,10 +145,27 @@ def unet(folder: Path) -> Subject:
         learning=learning,
         evaluation=evaluated,
         truth=subject.truth["held-out"],
-        quarters=cells.quarters(
-            denoising.trainer(subject.model, found.train, recipe),
-            diffusion.minus_loss(subject.denoiser, config), learning, evaluated, config.train,
-            folder / "quarters-unet", at_once=config.at_once,
-        ),
+        quarters=quarters_of_unet(subject, found, folder),
         copies=(ja.noised({"image": found.train["image"]}, ids, jax.random.key(5)), ids),
+    )
+
+
+def quarters_of_unet(subject: diffusion.Subject, found: pictures.Data, folder: Path) -> Quarters:
+    """Models that are trained on quarters of the images, asked about images not seen.
+
+    Args:
+      subject: of `diffusion.QUICK`.
+      found: its images.
+      folder: for all that is trained.
+    """
+    config = diffusion.QUICK
+    # As many passes over its examples as the real model makes.
+    recipe = config.recipe._replace(steps=config.recipe.steps // 4)
+    learning, evaluated = (
+        diffusion.images_of(each["held-out"]) for each in (subject.learning, subject.evaluation)
+    )
+    return cells.quarters(
+        denoising.trainer(subject.model, found.train, recipe),
+        diffusion.minus_loss(subject.denoiser, config), learning, evaluated, config.train,
+        folder / "quarters-unet", at_once=config.at_once,
     )  # fmt: skip

@@ -58,13 +58,15 @@ def index_of_scores(
             f"scores must be real numbers [q, n] = {list(wanted)}, got {scores.dtype} "
             f"{list(scores.shape)}."
         )
-    lost = np.argwhere(~np.isfinite(scores))
+    with np.errstate(over="ignore"):
+        columns = scores.T.astype(jnp.result_type(float))
+    lost = np.argwhere(~np.isfinite(columns.T))
     if len(lost):
         raise ValueError(
-            f"{len(lost)} scores are not finite, the first of query {lost[0, 0]} and training "
-            f"example {lost[0, 1]}: leave those out, or give a number that is less than all others."
+            f"{len(lost)} scores are not finite in {columns.dtype}, the first of query "
+            f"{lost[0, 0]} and training example {lost[0, 1]}: leave those out, or give a number "
+            "that is less than all others."
         )
-    columns = scores.T.astype(jnp.result_type(float))
     index = build_index(
         embedding(_field, cosine=False, name=name),
         {"probe": jnp.zeros(len(scores), columns.dtype), "model": {}},

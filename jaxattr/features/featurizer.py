@@ -45,7 +45,7 @@ from jaxattr.groups import GroupLayout, Groups
 from jaxattr.inputs.outputs import check_function, check_output
 from jaxattr.inputs.traces import activation_bytes, shapes_of, traced_once
 from jaxattr.keys import check_key, example_keys
-from jaxattr.scales import wide
+from jaxattr.scales import unit_norm, wide
 from jaxattr.sharding import Placement
 from jaxattr.typing import Batch, Example, Features, Key, OutputFn, Params
 
@@ -305,22 +305,6 @@ def _compiled_step(rule: FeatureRule, plan: Plan, microbatch: int) -> Step:
         return in_microbatches(chunk, microbatch)(batch, ids)
 
     return jax.jit(step)
-
-
-def unit_norm(phi: Features) -> Features:
-    """Scales rows to unit norm; rows of zeros stay.
-
-    Args:
-      phi: float [b, p].
-
-    Returns:
-      Float [b, p].
-    """
-    # Dividing by the largest entry first keeps the squares from under- and overflowing.
-    largest = jnp.max(jnp.abs(phi), axis=1, keepdims=True)
-    phi = phi / jnp.where(largest == 0, 1, largest)
-    norm = jnp.linalg.norm(phi, axis=1, keepdims=True)
-    return phi / jnp.where(norm == 0, 1, norm)
 
 
 def _features(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattr import identity
 from jaxattr.features.bases import Fitted
 from jaxattr.features.expectations import refuse_unit_norm
 from jaxattr.features.featurizer import FeatureRule
@@ -89,8 +90,8 @@ class GaussNewton:
       loss: (z, example) -> scalar, convex in z.
     """
 
-    outputs: OutputFn
-    loss: Callable[[Any, Example], jax.Array]
+    outputs: OutputFn = identity.function("params", "example", "key")
+    loss: Callable[[Any, Example], jax.Array] = identity.function("z", "example")
 
     def product(
         self, params: Params, chosen: Collection[str]

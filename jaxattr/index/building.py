@@ -45,7 +45,7 @@ from jaxattr.index.saving import (
 )
 from jaxattr.index.verifying import Verify, check_rereading, data_differences, how_much
 from jaxattr.inputs.wording import shapes
-from jaxattr.kernels import Identity, Iterates, Kernel, MapsQueries
+from jaxattr.kernels import Identity, Iterates, Kernel, keeps_operator
 from jaxattr.keys import check_key
 from jaxattr.methods.method import Method
 from jaxattr.sharding import barrier, placement, process
@@ -191,7 +191,7 @@ def _build(job: BuildJob, rows: Rows, session: DiskBuild | None) -> Index:
         errors = functools.reduce(np.maximum, each)
     result = BesideRows(
         tuple(one.fitted for one in found),
-        tuple(one.operator for one in found if isinstance(kernel, MapsQueries)),
+        tuple(one.operator for one in found if keeps_operator(kernel)),
         np.flatnonzero(~finite),
         errors,
     )

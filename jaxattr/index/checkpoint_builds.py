@@ -27,7 +27,14 @@ from jaxattr.fitting.passes import (
 )
 from jaxattr.index.saving import load_fitted, load_operator, save_fitted, save_operator
 from jaxattr.index.verifying import check_fitted
-from jaxattr.kernels import Identity, Iterates, Kernel, MapsQueries, Surroundings
+from jaxattr.kernels import (
+    Identity,
+    Iterates,
+    Kernel,
+    MapsQueries,
+    Surroundings,
+    keeps_operator,
+)
 from jaxattr.methods.method import Method
 from jaxattr.scales import exponent_of, scaled
 from jaxattr.sharding import DATA, Placement, barrier, failing_together, process
@@ -132,7 +139,7 @@ def build_checkpoint(
         return BuiltCheckpoint(fitted, (), _finite(rows, number))
     if session is not None and first == blocks:
         operator = load_operator(session.folder, number, job.place)
-        if operator is not None or not isinstance(kernel, MapsQueries):
+        if operator is not None or not keeps_operator(kernel):
             rows.finish(number)  # what a run left that was killed after its last block
             return BuiltCheckpoint(fitted, operator, _finite(rows, number))
     found = _operator(job, over, fitted, rows, session)
@@ -212,7 +219,7 @@ def _operator(
     rows.made_by(RAW, number, raw)
     operator = kernel.finalize(statistics, _surroundings(job, over, fitted, rows, finite, unit))
     operator = job.place.whole(job.place.agreed(operator))
-    if isinstance(kernel, MapsQueries) and session is not None:
+    if keeps_operator(kernel) and session is not None:
         save_operator(session.folder, number, operator, job.place)
     return _Inverted(operator, unit, finite, raw)
 

@@ -60,7 +60,7 @@ class Index:
       non_finite: ids of training examples that have no finite gradient, and so no score.
       fitted: what the method's basis was fitted to, one per checkpoint; `captured` in it is the
         share of the trace that leading eigenvectors hold.
-      operators: what the kernel applies to queries, one per checkpoint; () if it leaves them alone.
+      operators: of kernels that queries need, one per checkpoint; () of others.
       solve_errors: relative residual of each training example's solve, the worst of all
         checkpoints, [n]; None for kernels that do not iterate.
       path: where it is on disk; None if it is in memory.

@@ -27,6 +27,7 @@ from jaxattr.index.queries import (
 from jaxattr.inputs.data import as_batch
 from jaxattr.kernels import Kernel, MapsQueries
 from jaxattr.keys import example_keys
+from jaxattr.scales import exponent_of, scaled, wide
 from jaxattr.sources import track
 from jaxattr.typing import Batch, Example, Features, Key, OutputFn
 
@@ -156,8 +157,7 @@ def _product_step(rule: FeatureRule, plan: Plan, kernel: Kernel, part: Any, coun
         if not (rule.normalize or isinstance(kernel, MapsQueries)):
             return found
         whole = jax.grad(lambda leaves: outputs(leaves).sum())(leaves)
-        norm = jnp.linalg.norm(to_features(whole))
-        return found / jnp.where(norm == 0, 1, norm)
+        return _over_norm(found, to_features(whole))
 
     return run
 
@@ -197,5 +197,11 @@ class _ScaledTogether(NamedTuple):
 
 def _unit_sum(phi: Features) -> Features:
     """Scales rows together, so that their sum has unit norm; a sum of zero stays."""
-    norm = jnp.linalg.norm(phi.sum(axis=0))
-    return phi / jnp.where(norm == 0, 1, norm)
+    return _over_norm(phi, phi.sum(axis=0))
+
+
+def _over_norm(x: jax.Array, of: jax.Array) -> jax.Array:
+    """Returns x over the norm of a vector [p]; of a vector of zeros, x itself."""
+    exponent = exponent_of(of)  # of a vector this small or large the squares are zero or infinite
+    norm = jnp.linalg.norm(scaled(of, -exponent))
+    return scaled(x.astype(wide(x.dtype)), -exponent) / jnp.where(norm == 0, 1, norm)

@@ -135,7 +135,7 @@ def query_side(
       featurize: the featurizer.
       checkpoints: the parameters.
       fitted: what was fitted to each.
-      operators: what the kernel applies to queries of each, or ().
+      operators: of the kernel for each, where queries need them, or ().
     """
     rule = dataclasses.replace(featurize.rule, residual=None)
     arrays = jax.tree.leaves((fitted, operators))

@@ -15,7 +15,7 @@ import numpy as np
 from jaxattr.counts import whole_number
 from jaxattr.features.bases import Drawn, Fitted
 from jaxattr.features.expectations import refuse_unit_norm
-from jaxattr.features.featurizer import Featurizer, room, unit_norm
+from jaxattr.features.featurizer import Featurizer, room
 from jaxattr.index.index import Index, check_index, report_non_finite
 from jaxattr.inputs.data import Accepts, as_data
 from jaxattr.inputs.matching import check_match
@@ -23,6 +23,7 @@ from jaxattr.inputs.outputs import check_output, read_leaves, runs
 from jaxattr.inputs.wording import name_of
 from jaxattr.kernels import MapsQueries
 from jaxattr.methods.method import Method
+from jaxattr.scales import unit_norm
 from jaxattr.sharding import DATA, Placement, split_rows
 from jaxattr.sources import Source, as_source, track
 from jaxattr.typing import Example, Features, Key, OutputFn, Params
@@ -255,7 +256,7 @@ class QueryArrays(NamedTuple):
       checkpoints: the parameters.
       drawn: the projections.
       fitted: what the basis was fitted to.
-      operators: what the kernel applies to queries; () if it leaves them alone.
+      operators: of kernels that queries need; () of others.
     """
 
     key: Key

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattr import identity
 from jaxattr.counts import whole_number
 from jaxattr.fitting.eigenbases import second_moments
 from jaxattr.fitting.hessians import Curvature, GaussNewton, curvature_products
 from jaxattr.fitting.passes import TrainingPass
 from jaxattr.index.index import ConvergenceWarning, Index, check_index, first_ids, report_non_finite
 from jaxattr.index.queries import QueryFeatures, query_features
+from jaxattr.inputs.outputs import check_function
 from jaxattr.kernels import Damping, SecondMoment, conjugate_gradients, relative
 from jaxattr.kernels.base import check_damping
 from jaxattr.kernels.diagonal import added_to, eigenvalues
@@ -48,7 +50,7 @@ def astra(
 
     Guarantees: as `residuals` of the result say, which are never above those of EK-FAC itself;
     exact influence as they go to zero. A solve stops where it meets negative curvature, which a
-    Gauss-Newton matrix has not.
+    Gauss-Newton matrix has not; one that finds nothing before leaves the query to EK-FAC.
     Cost: a pass for EK-FAC's eigenvalues; then, per iteration and query, three gradients of the
     examples, which are in memory at once.
 
@@ -68,9 +70,10 @@ def astra(
       Features of the queries, with `residuals`.
 
     Raises:
-      TypeError: if the index is something else.
-      ValueError: if it is of another method, or does not know its training examples; if `outputs`
-        come without `loss`, or the loss of the outputs is not what is attributed.
+      TypeError: if the index is something else, or a function takes other arguments.
+      ValueError: if the index is of another method, or does not know its training examples; if
+        `outputs` come without `loss`, the loss of the outputs is not what is attributed, the
+        tolerance is not above 0, or eigenvalues leave the range of the features' type.
 
     Warns:
       ConvergenceWarning: with the positions of queries whose residual is above the tolerance.
@@ -82,6 +85,8 @@ def astra(
     """
     kernel = _checked_kernel(check_index(index))
     iterations = whole_number("iterations", iterations)
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be above 0, got {tolerance}.")
     damping = relative(10) if damping is None else check_damping(damping)
     curvature = _curvature(index, outputs, loss)
     prepared = query_features(index, queries)
@@ -141,9 +146,21 @@ def _system(
     means = second_moments(over, fitted)
     own = eigenvalues(means, fitted.curvature_over(0))
     damped = np.where(means > 0, own + added_to(own, layout, kernel.damping), 0)
+    added = damping.of(own.mean())
+    _check_range(damped[damped > 0], added, dtype)
     products, operands = curvature_products(over, fitted, counted, curvature)
-    added = jnp.asarray(damping.of(own.mean()), dtype)
-    return _System(products, operands, added, jnp.asarray(damped, dtype))
+    return _System(products, operands, jnp.asarray(added, dtype), jnp.asarray(damped, dtype))
+
+
+def _check_range(damped: np.ndarray, added: float, dtype: np.dtype) -> None:
+    """Raises where eigenvalues are infinite in the type of the features, or zero."""
+    limits = jnp.finfo(dtype)
+    smallest, largest = damped.min(initial=np.inf), damped.max(initial=added)
+    if smallest < limits.tiny or largest > limits.max:
+        raise ValueError(
+            f"Eigenvalues of EK-FAC with their damping, from {smallest:.1e} to {largest:.1e}, are "
+            f"not within the range of {dtype}: scale the loss."
+        )
 
 
 def _refined(
@@ -187,8 +204,9 @@ def _compiled_solve(products: Any, iterations: int) -> Any:
             multiply, right, tolerance=tolerance, iterations=iterations, precondition=precondition
         )
         of_start, of_found = residual(start), residual(found)
-        v = jnp.where((of_found < of_start)[:, None], found, start)
-        return scaled(v * damped, exponents), jnp.minimum(of_found, of_start)
+        better = (of_found < of_start) & (found != 0).any(axis=1)  # zero has a residual of one
+        v = jnp.where(better[:, None], found, start)
+        return scaled(v * damped, exponents), jnp.where(better, of_found, of_start)
 
     return run
 
@@ -236,27 +254,37 @@ def _curvature(
         )
     if outputs is None or loss is None:
         return None
-    _check_same(index, outputs, loss)
-    return GaussNewton(outputs, loss)
+    check_function(outputs, "outputs")
+    check_function(loss, "loss", ("z", "example"))
+    return _as_attributed(index, outputs, loss)
 
 
-def _check_same(index: Index, outputs: OutputFn, loss: Callable[[Any, Example], jax.Array]) -> None:
-    """Raises if the loss of the outputs is not the function that is attributed."""
+def _as_attributed(
+    index: Index, outputs: OutputFn, loss: Callable[[Any, Example], jax.Array]
+) -> GaussNewton:
+    """What the functions compute now; raises if that is not the function that is attributed."""
     assert index.featurizer is not None and index.train is not None
     attributed, params = index.featurizer.rule.output, index.checkpoints[0]
     batch = index.place.whole(index.train.read(np.zeros(1, np.int64)))
     example = jax.tree.map(lambda x: x[0], batch)
 
+    key = index.featurizer.key
+    z = jax.eval_shape(outputs, params, example, key)
+    given = {"params": params, "example": example, "key": key, "z": z}
+    curvature: GaussNewton = identity.traced(GaussNewton(outputs, loss), given)
+
     @jax.jit
     def both(params: Any, example: Example, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return attributed(params, example, key), loss(outputs(params, example, key), example)
+        z = curvature.outputs(params, example, key)
+        return attributed(params, example, key), curvature.loss(z, example)
 
-    expected, found = map(float, both(params, example, index.featurizer.key))
+    expected, found = map(float, both(params, example, key))
     if not np.isclose(found, expected, rtol=1e-3, atol=1e-6, equal_nan=True):
         raise ValueError(
             "loss(outputs(params, example, key), example) must be the function that is attributed: "
             f"for the first training example it is {found:.6g}, and that is {expected:.6g}."
         )
+    return curvature
 
 
 def _warn_of_residuals(residuals: np.ndarray, tolerance: float) -> None:
@@ -264,8 +292,8 @@ def _warn_of_residuals(residuals: np.ndarray, tolerance: float) -> None:
     if len(above):
         warnings.warn(
             f"{len(above)} of {len(residuals)} queries were refined to a relative residual above "
-            f"{tolerance:g}, the largest {residuals.max():.2g}: ids {first_ids(above)}. Allow more "
-            "iterations=, or more damping=.",
+            f"{tolerance:g}, the largest {residuals[above].max():.2g}: ids {first_ids(above)}. "
+            "Allow more iterations=, or more damping=.",
             ConvergenceWarning,
             stacklevel=3,
         )

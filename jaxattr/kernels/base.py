@@ -101,7 +101,7 @@ class Kernel(Protocol):
     Methods are pure. Where `degree` is a number, statistics are squares of features, and all that a
     kernel is given, now and later, are features over one power of two (`Surroundings.exponent`): K
     phi of features times s is K phi times s^degree. What else a kernel can do is a method that it
-    has or has not: see `MapsQueries`, `Iterates` and `HasSpectrum`.
+    has or has not: see `MapsQueries`, `Decays`, `Iterates` and `HasSpectrum`.
     """
 
     @property
@@ -141,7 +141,7 @@ class Kernel(Protocol):
 
 @runtime_checkable
 class MapsQueries(Protocol):
-    """A kernel that transforms queries too; diagonal by group."""
+    """A kernel that transforms queries too, and scales them to unit norm; diagonal by group."""
 
     def of_queries(self, operator: Any, phi: Features) -> Features:
         """Returns features of queries [q, p]. Jittable."""
@@ -150,6 +150,20 @@ class MapsQueries(Protocol):
     def whiten(self, operator: Any, phi: Features) -> Features:
         """Returns the linear part of `of_queries`, before rows are scaled to unit norm."""
         ...
+
+
+@runtime_checkable
+class Decays(Protocol):
+    """A kernel of a segment of training, through which later gradients go back."""
+
+    def decayed(self, operator: Any, phi: Features) -> Features:
+        """Returns what training through the segment adds to a direction [q, p]. Jittable."""
+        ...
+
+
+def keeps_operator(kernel: Kernel) -> bool:
+    """Whether an index keeps the operator of a kernel, which queries need."""
+    return isinstance(kernel, MapsQueries | Decays)
 
 
 @runtime_checkable

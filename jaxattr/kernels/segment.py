@@ -62,15 +62,6 @@ class Segment:
         share = jnp.where(x > 0, -jnp.expm1(-x) / jnp.where(x > 0, x, 1), 1)
         return phi * (self.time * share)[None]
 
-    def of_queries(self, operator: list[jax.Array], phi: Features) -> Features:
-        """See `MapsQueries`: as they are. An index then keeps the curvature."""
-        del operator
-        return phi
-
-    def whiten(self, operator: list[jax.Array], phi: Features) -> Features:
-        """See `MapsQueries`."""
-        return self.of_queries(operator, phi)
-
     def decayed(self, operator: list[jax.Array], phi: Features) -> Features:
-        """What training through the segment takes off a direction: (exp(-t Lambda) - 1) phi."""
+        """See `Decays`: (exp(-t Lambda) - 1) phi."""
         return phi * jnp.expm1(-self.time * operator[0])[None]

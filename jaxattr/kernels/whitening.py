@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.features.featurizer import unit_norm
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.identity import Contents
 from jaxattr.kernels.base import Damping, Surroundings, check_damping, split_columns
+from jaxattr.scales import unit_norm
 from jaxattr.typing import Features
 
 

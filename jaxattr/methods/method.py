@@ -37,8 +37,8 @@ class Method:
       references: keys of `citation`.
       query_output: output function of queries, where it is another than that of training examples.
       link: "square" if scores are squares of sums of contributions, else "identity".
-      raised: whether training on an example raises the output, as it does a margin; else it is
-        taken to lower it, as it does a loss.
+      raised: whether training on an example raises the output, as it does a margin, or the two are
+        only compared; else it is taken to lower it, as it does a loss.
     """
 
     name: str

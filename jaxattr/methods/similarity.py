@@ -82,7 +82,7 @@ def embedding(embed: EmbedFn, *, cosine: bool = True, name: str = "embedding") -
     """
     check_function(embed, "embed", ("params", "example"))
     rule = FeatureRule(Probed(embed), projections.identity(), normalize=cosine)
-    return Method(name, rule, Identity())
+    return Method(name, rule, Identity(), raised=True)
 
 
 def compares(method: Method | None) -> bool:

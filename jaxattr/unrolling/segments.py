@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.batches import leading_size
+from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.features.whole_gradients import as_function_of, coordinates
 from jaxattr.index.index import Index, check_index
 from jaxattr.index.queries import QueryFeatures
 from jaxattr.inputs.data import as_batch
-from jaxattr.inputs.outputs import runs
+from jaxattr.inputs.outputs import check_output, runs
 from jaxattr.kernels.segment import Segment
 from jaxattr.keys import example_keys
 from jaxattr.methods.method import Method
@@ -48,7 +48,8 @@ def score_segments(
     Raises:
       TypeError: if the indexes are none of one.
       ValueError: if they are none of `ja.source`, have several checkpoints, were opened without
-        their method, or differ in their training sets or layouts.
+        their method, or differ in their training sets or layouts; if the loss fails for the
+        queries or the parameters.
 
     References:
       Bae et al. (2024), arXiv:2405.12186. Deviations: one checkpoint per segment, not the mean over
@@ -58,7 +59,7 @@ def score_segments(
     if not found:
         raise ValueError("indexes is empty: one per segment is needed, the earliest first.")
     last, method, featurizer = found[-1]
-    if any((one.size, one.layout) != (last.size, last.layout) for one in indexes):
+    if any((one.size, one.layout) != (last.size, last.layout) for one, *_ in found):
         raise ValueError(
             "The indexes differ in their number of training examples or their groups: each must be "
             "of the same loss, groups and training set, at another checkpoint."
@@ -67,6 +68,7 @@ def score_segments(
     output, plan = method.rule.output, featurizer.plan
     queries = as_batch(queries, "queries", lambda example: runs(output, params, example))
     queries = jax.tree.map(jnp.asarray, queries)
+    check_output(output, params, shapes_of_one(queries), featurizer.key)
     of_leaves, leaves = as_function_of(output, plan.rest | plan.covered, params)
     count = leading_size(queries)
     keys = example_keys(featurizer.key, -1 - jnp.arange(count))  # as queries of any index
