@@ -6,6 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+import numpy as np
 from matplotlib import pyplot as plt
 
 from experiments import pictures
@@ -13,40 +14,40 @@ from experiments.leaderboard.measuring import Figures
 
 
 def draw(found: list[Figures], path: Path) -> None:
-    """Draws LDS against gradient passes, a panel for each model.
+    """Draws the LDS of every method, from cheap to dear, a panel for each model.
 
     Args:
       found: all rows.
       path: of the PNG.
     """
     domains = list(dict.fromkeys(each.domain for each in found))
+    rows = {
+        domain: sorted((r for r in found if r.domain == domain), key=lambda r: -r.passes)
+        for domain in domains
+    }
+    height = 1.4 + 0.3 * max(map(len, rows.values()))
     figure, axes = plt.subplots(
-        1, len(domains), figsize=(1 + 4.6 * len(domains), 4.4), squeeze=False, layout="constrained"
-    )
+        1, len(domains), figsize=(1 + 4.4 * len(domains), height), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
     for axis, domain in zip(axes[0], domains, strict=True):
-        for each in (row for row in found if row.domain == domain):
-            cost = max(each.passes, 0.05)
-            mean, low, high = (100 * x for x in each.lds["uniform"])
-            axis.plot([cost, cost], [low, high], color=pictures.UNIFORM, linewidth=1, zorder=1)
-            axis.plot(cost, mean, "o", color=pictures.UNIFORM, markersize=6)
-            top = mean
-            if "learned" in each.lds:
-                top = 100 * each.lds["learned"][0]
-                axis.annotate(
-                    "", (cost, top), (cost, mean),
-                    arrowprops={"arrowstyle": "-|>", "color": pictures.LEARNED},
-                )  # fmt: skip
-                axis.plot(cost, top, "o", color=pictures.LEARNED, markersize=5)
-            axis.annotate(
-                each.method, (cost, max(top, mean)), xytext=(4, 4), textcoords="offset points",
-                fontsize=7,
-            )  # fmt: skip
-        axis.set_xscale("log")
+        own = rows[domain]
+        places = np.arange(len(own))
+        mean, low, high = 100 * np.array([each.lds["uniform"] for each in own]).T
+        axis.hlines(places, low, high, color=pictures.UNIFORM, linewidth=1)
+        axis.plot(mean, places, "o", color=pictures.UNIFORM, label="uniform weights, 95 % interval")
+        learned = [100 * each.lds.get("learned", [np.nan])[0] for each in own]
+        axis.plot(learned, places, "o", color=pictures.LEARNED, label="weights from outcomes")
+        names = [f"{each.method} ({_cost(each.passes)})" for each in own]
+        axis.set_yticks(places, names, fontsize=8)
         axis.set_title(domain)
-        axis.set_xlabel("cost, gradient passes over the training set")
-        axis.grid(alpha=0.3)
+        axis.set_xlabel("LDS, % (in brackets: gradient passes)")
+        axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.2)
-    axes[0, 0].set_ylabel("LDS, % (higher is better)")
-    figure.suptitle("Quality against cost: grey, uniform weights with interval; blue, learned")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize=8, frameon=False)
     pictures.save(figure, path, tight=False)
+
+
+def _cost(passes: float) -> str:
+    return f"{passes:.1f}" if passes < 10 else f"{passes:,.0f}"

@@ -40,11 +40,6 @@ class Figures:
     passes: float
     bytes: float
 
-    @property
-    def best(self) -> float:
-        """LDS with learned weights where there are any."""
-        return self.lds.get("learned", self.lds["uniform"])[0]
-
 
 def measure(domain: Domain, entry: Entry, folder: Path) -> Figures:
     """Measures one method, all but QLD; what was measured before is read.
