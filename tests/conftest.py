@@ -1,5 +1,6 @@
 """Hostile settings for all tests: float64, no promotion of ranks, eight fake CPU devices."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -21,6 +22,14 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_other_files_let_go():
+    """A program holds many memory maps, of which a process may have 65,530."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 def pytest_sessionfinish(session):

@@ -160,11 +160,11 @@ def test_activations_of_the_model_are_compared():
         None,  # not trained
     )
     index = study.activations(subject, study.Config(model))
-    hidden = gpt2.hidden_fn(model)
+    hidden, logits_of = jax.jit(gpt2.hidden_fn(model)), jax.jit(gpt2.logits_fn(model))
 
     def mean(rows, i):
         row = {name: jnp.asarray(array[i]) for name, array in rows.items()}
-        logits = gpt2.logits_fn(model)(params, row)
+        logits = logits_of(params, row)
         np.testing.assert_allclose(
             hidden(params, row) @ params["embed"]["embedding"].T, logits, rtol=1e-5
         )
