@@ -651,7 +651,8 @@ def test_batch_statistics_are_left_out_with_the_line_that_is_shown():
     index = build(D, linen_loss, VARIABLES, groups=ja.by_layer(exclude="batch_stats"))
     assert not any(name.startswith("batch_stats") for name in index.layout.names)
     alone = build(D, linen_params_loss, VARIABLES["params"])
-    np.testing.assert_allclose(ja.score(index, D), ja.score(alone, D), rtol=1e-6)
+    scores = ja.score(index, D), ja.score(alone, D)  # float32, as linen draws parameters
+    np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
