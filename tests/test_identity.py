@@ -98,6 +98,9 @@ FACTORIES = {
     ja.kfac: FACTORED,
     ja.ekfac: FACTORED,
     ja.eshampoo: {name: values for name, values in FACTORED.items() if name != "mask"},
+    ja.source: {
+        name: values for name, values in FACTORED.items() if name not in ("damping", "bands")
+    } | {"learning_rate": (0.1, 0.2), "steps": (5, 6), "momentum": (0.0, 0.9)},
     ja.trackstar: {
         "loss": LOSSES,
         "optimizer_states": (moments(1.0), moments(2.0)),
@@ -112,6 +115,7 @@ FACTORIES = {
     ja.influence: {
         "loss": LOSSES,
         "damping": (ja.absolute(0.1), ja.absolute(0.2)),
+        "curvature": ("hessian", "fisher"),
         "solver": ("exact", "cg"),
         "tolerance": (Together(solver="cg", tolerance=1e-3), Together(solver="cg", tolerance=1e-4)),
         "iterations": (Together(solver="cg", iterations=5), Together(solver="cg", iterations=6)),
@@ -139,6 +143,7 @@ FACTORIES = {
     kernels.Gram: {"damping": DAMPINGS, "dense": (False, True),
                    "leverage": (Together(dense=True), Together(dense=True, leverage=True))},
     kernels.SecondMoment: {"damping": DAMPINGS},
+    kernels.Segment: {"time": (1.0, 2.0)},
     kernels.DataInf: {"damping": DAMPINGS},
     kernels.InverseHessian: {"damping": DAMPINGS, "positive_only": (False, True)},
     kernels.ConjugateGradient: {
@@ -157,7 +162,8 @@ FACTORIES = {
 REQUIRED = {
     "loss": models.loss, "margin": models.margin, "output": models.margin, "journey": journey,
     "optimizer_states": moments(1.0), "params": PARAMS, "timesteps": (1, 2), "dim": 8, "rank": 4,
-    "size": 8, "damping": ja.absolute(0.1), "tolerance": 1e-3, "iterations": 5,
+    "size": 8, "time": 1.0, "learning_rate": 0.1, "steps": 5,
+    "damping": ja.absolute(0.1), "tolerance": 1e-3, "iterations": 5,
 }  # fmt: skip
 CASES = [(f, argument) for f, table in FACTORIES.items() for argument in table]
 
@@ -187,7 +193,7 @@ def test_every_factory_and_argument_is_in_the_table():
     public = {
         value
         for name in ("tracin", "grad_cos", "trak", "d_trak", "journey_trak", "das", "logra", "kfac",
-                     "ekfac", "eshampoo", "trackstar", "influence", "data_inf", "expectation")
+                     "ekfac", "eshampoo", "source", "trackstar", "influence", "data_inf", "expectation")
         for value in [getattr(ja, name)]
     }  # fmt: skip
     makers = {
