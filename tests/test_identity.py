@@ -193,7 +193,8 @@ def test_every_factory_and_argument_is_in_the_table():
     public = {
         value
         for name in ("tracin", "grad_cos", "trak", "d_trak", "journey_trak", "das", "logra", "kfac",
-                     "ekfac", "eshampoo", "source", "trackstar", "influence", "data_inf", "expectation")
+                     "ekfac", "eshampoo", "source", "trackstar", "influence", "data_inf",
+                     "expectation")
         for value in [getattr(ja, name)]
     }  # fmt: skip
     makers = {
