@@ -23,6 +23,7 @@ import jaxattr as ja
 from experiments.digits import data, models, training
 from experiments.ground_truth import minus
 from experiments.language import study as language
+from experiments.language import training as tuning
 from jaxattr.typing import OutputFn
 
 LEFT_OUT = (0.05, 0.5)
@@ -91,18 +92,12 @@ def gpt(folder: Path, learning_rate: float = 5e-4, eps_root: float = 1e-6) -> Su
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, eps_root=eps_root, weight_decay=0.01)
     )
-    key = jax.random.key(0)  # not used: the model is deterministic
+    mean_loss = tuning.mean_loss(subject.logits_fn)
 
     def step(state: Any, batch: Any, weights: jax.Array) -> Any:
         params, optimizer_state = state
-
-        def mean_loss(params: Any) -> jax.Array:
-            losses = jax.vmap(subject.loss, (None, 0, None))(params, batch, key)
-            return (weights * losses).sum() / batch["mask"].sum()
-
-        updates, optimizer_state = optimizer.update(
-            jax.grad(mean_loss)(params), optimizer_state, params
-        )
+        gradient = jax.grad(mean_loss)(params, batch, weights)
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         return optax.apply_updates(params, updates), optimizer_state
 
     def run(seed: int) -> ja.TrainingRun:

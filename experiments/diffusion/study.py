@@ -181,6 +181,26 @@ def prepare(name: str, found: Data, config: Config, folder: Path) -> Subject:
     )
 
 
+def quick(folder: Path) -> tuple[Data, Subject]:
+    """The digits and the UNet of a quick study.
+
+    Args:
+      folder: for all that is trained.
+    """
+    found = data.load(None, QUICK.train, QUICK.queries)
+    return found, prepare("UNet", found, QUICK, folder)
+
+
+def held_out(subject: Subject) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Images that the model has not seen: to learn weights from, and to measure on.
+
+    Args:
+      subject: the model.
+    """
+    learning, evaluated = subject.learning["held-out"], subject.evaluation["held-out"]
+    return images_of(learning), images_of(evaluated)
+
+
 def _chosen(images: data.Images, mask: np.ndarray) -> data.Images:
     return {name: values[mask] for name, values in images.items()}
 

@@ -54,14 +54,14 @@ def mean_loss(logits_fn: LogitsFn) -> Callable[[Params, Any], jax.Array]:
       logits_fn: the model.
 
     Returns:
-      (params, rows) -> scalar.
+      (params, rows, weights of the rows' losses, by default one each) -> scalar.
     """
     of_row = language.loss(logits_fn)
     key = jax.random.key(0)  # not used: the model is deterministic
 
-    def loss(params: Params, rows: Any) -> jax.Array:
+    def loss(params: Params, rows: Any, weights: Any = 1.0) -> jax.Array:
         losses = jax.vmap(of_row, (None, 0, None))(params, rows, key)
-        return losses.sum() / jnp.maximum(rows["mask"].sum(), 1)
+        return (weights * losses).sum() / jnp.maximum(rows["mask"].sum(), 1)
 
     return loss
 

@@ -11,7 +11,6 @@ import numpy as np
 import optax
 
 import jaxattr as ja
-from experiments.diffusion import data as pictures
 from experiments.diffusion import study as diffusion
 from experiments.digits import study as digits
 from experiments.digits import training
@@ -109,9 +108,6 @@ def classifier(name: str, folder: Path) -> Domain:
             digits.index_of, method, found.checkpoints, train, groups
         )  # fmt: skip
         return Entry(name, functools.partial(_asked, build, learning, asked, **options))
-
-    def pixels(params: Any, example: Any) -> jax.Array:
-        return example["image"].reshape(-1)
 
     exact, n, train_fn = digits.EXACT, config.train, training.trainer(model, train)
     refine = functools.partial(ja.astra, outputs=logits, loss=of_logits, iterations=ITERATIONS)
@@ -217,21 +213,14 @@ def unet(folder: Path) -> Domain:
     Args:
       folder: for all that is trained.
     """
-    config = diffusion.QUICK
-    found = pictures.load(None, config.train, config.queries)
-    subject = diffusion.prepare("UNet", found, config, folder)
-    learning, asked = (
-        diffusion.images_of(each["held-out"]) for each in (subject.learning, subject.evaluation)
-    )
+    config, (found, subject) = diffusion.QUICK, diffusion.quick(folder)
+    learning, asked = diffusion.held_out(subject)
     methods = diffusion.methods(subject.denoiser, config)
     loss = methods["TracIn"].rule.output
 
     def entry(name: str, method: ja.Method) -> Entry:
         build = functools.partial(diffusion.index_of, subject, method)
         return Entry(name, functools.partial(_asked, build, learning, asked))
-
-    def pixels(params: Any, example: Any) -> jax.Array:
-        return example["image"].reshape(-1)
 
     entries = [
         Entry("pixels", functools.partial(
@@ -251,6 +240,11 @@ def unet(folder: Path) -> Domain:
         output=diffusion.minus_loss(subject.denoiser, config),
         gradient_pass=_gradient_pass(loss, subject.checkpoints, subject.train, config.train),
     )
+
+
+def pixels(params: Any, example: Any) -> jax.Array:
+    """An image as its own embedding."""
+    return example["image"].reshape(-1)
 
 
 def _asked(

@@ -127,17 +127,14 @@ def unet(folder: Path) -> Subject:
       folder: for all that is trained.
     """
     config = diffusion.QUICK
-    found = pictures.load(None, config.train, config.queries)
-    subject = diffusion.prepare("UNet", found, config, folder)
+    found, subject = diffusion.quick(folder)
     methods = diffusion.methods(subject.denoiser, config)
 
     def indexes() -> Iterator[tuple[str, Callable[[], ja.Index]]]:
         for method in DIFFUSION_METHODS:
             yield method, functools.partial(diffusion.index_of, subject, methods[method])
 
-    learning, evaluated = (
-        diffusion.images_of(each["held-out"]) for each in (subject.learning, subject.evaluation)
-    )
+    learning, evaluated = diffusion.held_out(subject)
     ids = np.random.default_rng(5).choice(config.train, 64, replace=False)
     return Subject(
         name="unet",
@@ -161,9 +158,7 @@ def quarters_of_unet(subject: diffusion.Subject, found: pictures.Data, folder: P
     config = diffusion.QUICK
     # As many passes over its examples as the real model makes.
     recipe = config.recipe._replace(steps=config.recipe.steps // 4)
-    learning, evaluated = (
-        diffusion.images_of(each["held-out"]) for each in (subject.learning, subject.evaluation)
-    )
+    learning, evaluated = diffusion.held_out(subject)
     return cells.quarters(
         denoising.trainer(subject.model, found.train, recipe),
         diffusion.minus_loss(subject.denoiser, config), learning, evaluated, config.train,

@@ -43,10 +43,9 @@ def astra(
     .. math:: \tau(q, n) = v(q)^\top \phi(n), \qquad (C + D) \, v(q) = \phi(q)
 
     C is the curvature of the mean training loss, between all layers, and D the damping, the same
-    for all. EK-FAC's
-    inverse is what the iteration starts from, and its preconditioner. Use the result wherever
-    queries go: `ja.top_k(index, ja.astra(index, queries))`; the index stays as it is, and so do its
-    `self_influence`s, which are EK-FAC's.
+    for all. EK-FAC's inverse is what the iteration starts from, and its preconditioner. Use the
+    result wherever queries go: `ja.top_k(index, ja.astra(index, queries))`; the index stays as it
+    is, and so do its `self_influence`s, which are EK-FAC's.
 
     Guarantees: as `residuals` of the result say, which are never above those of EK-FAC itself;
     exact influence as they go to zero. A solve stops where it meets negative curvature, which a
@@ -80,8 +79,8 @@ def astra(
       NonFiniteWarning: with those whose gradient or solution is not finite.
 
     References:
-      Wang et al. (2025), ASTRA, arXiv:2507.14740. Deviation: conjugate gradients with all training
-      examples, where the paper takes steps of one size along examples that are drawn.
+      Wang et al. (2025), ASTRA, arXiv:2507.14740. Deviation: conjugate gradients with the same
+      examples throughout, where the paper takes steps of one size along others each time.
     """
     kernel = _checked_kernel(check_index(index))
     iterations = whole_number("iterations", iterations)

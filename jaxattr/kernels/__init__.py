@@ -15,6 +15,7 @@ from jaxattr.kernels.base import MapsQueries as MapsQueries
 from jaxattr.kernels.base import Surroundings as Surroundings
 from jaxattr.kernels.base import absolute as absolute
 from jaxattr.kernels.base import keeps_operator as keeps_operator
+from jaxattr.kernels.base import or_relative as or_relative
 from jaxattr.kernels.base import relative as relative
 from jaxattr.kernels.diagonal import SecondMoment as SecondMoment
 from jaxattr.kernels.example_inverses import DataInf as DataInf

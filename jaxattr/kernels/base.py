@@ -70,6 +70,11 @@ def relative(value: float) -> Damping:
     return Damping(_checked(value), relative=True)
 
 
+def or_relative(damping: Damping | None) -> Damping:
+    """Returns the damping, or where none is given the methods' default, `relative(0.1)`."""
+    return relative(0.1) if damping is None else damping
+
+
 class Surroundings(NamedTuple):
     """What a kernel may ask for when its statistics are complete, of one checkpoint.
 

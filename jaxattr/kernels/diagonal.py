@@ -24,6 +24,11 @@ class Squares(NamedTuple):
     total: jax.Array
     examples: jax.Array
 
+    @classmethod
+    def of(cls, phi: Features, kept: jax.Array) -> "Squares":
+        """Sums over a batch, of features [b, p] and which of them count [b]."""
+        return cls(sum_of_squares(phi), kept.sum(dtype=phi.dtype))
+
     def means(self) -> np.ndarray:
         """Mean squares of the features, float64 [p]."""
         return np.asarray(self.total, np.float64) / max(float(self.examples), 1.0)
@@ -64,7 +69,7 @@ class SecondMoment:
     def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> Squares:
         """See `Kernel`."""
         del layout, n
-        return Squares(sum_of_squares(phi), kept.sum(dtype=phi.dtype))
+        return Squares.of(phi, kept)
 
     def finalize(self, statistics: Squares, surroundings: Surroundings) -> jax.Array:
         """See `Kernel`: what each feature is multiplied with, [p]."""

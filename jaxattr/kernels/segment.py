@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.kernels.base import Surroundings
-from jaxattr.kernels.diagonal import Squares, eigenvalues, sum_of_squares
+from jaxattr.kernels.diagonal import Squares, eigenvalues
 from jaxattr.typing import Features
 
 
@@ -49,7 +49,7 @@ class Segment:
     def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> Squares:
         """See `Kernel`."""
         del layout, n
-        return Squares(sum_of_squares(phi), kept.sum(dtype=phi.dtype))
+        return Squares.of(phi, kept)
 
     def finalize(self, statistics: Squares, surroundings: Surroundings) -> list[jax.Array]:
         """See `Kernel`: the curvature of each feature, [p]; in a list, as operators come back."""

@@ -69,7 +69,7 @@ def logra(
     if basis == "pca":
         chosen = eigenbases.Eigenbasis(eigenvalues=False)
     rule = FeatureRule(loss, projections.two_sided(rank, basis=chosen))
-    kernel = kernels.Gram(or_relative(damping))
+    kernel = kernels.Gram(kernels.or_relative(damping))
     return Method(
         "LoGRA" if basis == "random" else "LoGRA-PCA", rule, kernel, references=("logra",)
     )
@@ -127,7 +127,7 @@ def kfac(
       Martens and Grosse (2015), arXiv:1503.05671, section 3.
     """
     rule = _eigen_rule(loss, True, rank, fisher, sample, Covariances(mask), bands)
-    kernel = kernels.SecondMoment(or_relative(damping))
+    kernel = kernels.SecondMoment(kernels.or_relative(damping))
     return Method("K-FAC", rule, kernel, references=("kfac",))
 
 
@@ -189,7 +189,7 @@ def ekfac(
       Grosse et al. (2023), arXiv:2308.03296, section 2; George et al. (2018), arXiv:1806.03884.
     """
     rule = _eigen_rule(loss, False, rank, fisher, sample, Covariances(mask), bands)
-    kernel = kernels.SecondMoment(or_relative(damping))
+    kernel = kernels.SecondMoment(kernels.or_relative(damping))
     return Method("EK-FAC", rule, kernel, references=("ekfac", "kfac"))
 
 
@@ -296,13 +296,8 @@ def eshampoo(
       examples at fixed parameters, not running averages over batches, and Lambda is not rooted.
     """
     rule = _eigen_rule(loss, False, rank, fisher, sample, GradientFactors(), bands)
-    kernel = kernels.SecondMoment(or_relative(damping))
+    kernel = kernels.SecondMoment(kernels.or_relative(damping))
     return Method("EShampoo", rule, kernel, references=("eshampoo", "shampoo"))
-
-
-def or_relative(damping: Damping | None) -> Damping:
-    """The default damping where none is given."""
-    return kernels.relative(0.1) if damping is None else damping
 
 
 def _eigen_rule(

@@ -10,7 +10,6 @@ from jaxattr.features import projections
 from jaxattr.features.featurizer import FeatureRule
 from jaxattr.features.projections import Projection
 from jaxattr.kernels import Damping, Kernel
-from jaxattr.methods.curvature import or_relative
 from jaxattr.methods.method import Method
 from jaxattr.typing import OutputFn
 
@@ -120,5 +119,5 @@ def data_inf(
       Kwon et al. (2024), arXiv:2310.00902, Eq. 5.
     """
     chosen = projections.rademacher(1024) if projection is None else projection
-    kernel = kernels.DataInf(or_relative(damping))
+    kernel = kernels.DataInf(kernels.or_relative(damping))
     return Method("DataInf", FeatureRule(loss, chosen), kernel, references=("data_inf",))

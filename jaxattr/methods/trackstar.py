@@ -10,7 +10,6 @@ from jaxattr.features.featurizer import FeatureRule
 from jaxattr.fitting import optimizer_moments
 from jaxattr.identity import Contents
 from jaxattr.kernels import Damping
-from jaxattr.methods.curvature import or_relative
 from jaxattr.methods.method import Method
 from jaxattr.sources import as_source
 from jaxattr.typing import Batch, OutputFn, Params
@@ -79,7 +78,7 @@ def trackstar(
     )
     rule = FeatureRule(loss, projections.two_sided(rank, basis=basis))
     others = None if queries is None else Contents(_all_of(queries))
-    kernel = kernels.Whitening(or_relative(damping), others, mixing)
+    kernel = kernels.Whitening(kernels.or_relative(damping), others, mixing)
     return Method("TrackStar", rule, kernel, average_checkpoints=True, references=("trackstar",))
 
 

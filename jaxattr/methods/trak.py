@@ -52,7 +52,7 @@ def trak(
         projections.rademacher(512) if projection is None else projection,
         residual=one_minus(margin) if residual is None else residual,
     )
-    kernel = kernels.Gram(_damping(damping), dense=dense)
+    kernel = kernels.Gram(kernels.or_relative(damping), dense=dense)
     return Method("TRAK", rule, kernel, average_checkpoints=True, references=("trak",), raised=True)
 
 
@@ -97,7 +97,9 @@ def d_trak(
       queries that are evaluated; not divided by its mean absolute entry; Rademacher projection per
       group; the noise of an example depends on its id and not on its place in the batch.
     """
-    return _trak_like("D-TRAK", output, kernels.Gram(_damping(damping), dense=dense), projection)
+    return _trak_like(
+        "D-TRAK", output, kernels.Gram(kernels.or_relative(damping), dense=dense), projection
+    )
 
 
 def journey_trak(
@@ -126,7 +128,7 @@ def journey_trak(
       Georgiev et al. (2023), arXiv:2312.06205; one score for the whole trajectory as in Zheng et
       al. (2024), arXiv:2311.00500, appendix C.
     """
-    kernel = kernels.Gram(_damping(damping), dense=dense)
+    kernel = kernels.Gram(kernels.or_relative(damping), dense=dense)
     method = _trak_like("Journey-TRAK", loss, kernel, projection)
     return dataclasses.replace(method, query_output=journey, references=("journey_trak",))
 
@@ -167,7 +169,7 @@ def das(
       kernel that is used, where the published code mixes queries and examples and rescales; as in
       the published code, the square is outside the mean over timesteps and pixels.
     """
-    kernel = kernels.Gram(_damping(damping), dense=True, leverage=leverage)
+    kernel = kernels.Gram(kernels.or_relative(damping), dense=True, leverage=leverage)
     method = _trak_like("DAS", output, kernel, projection)
     rule = dataclasses.replace(method.rule, residual=residual)
     return dataclasses.replace(method, rule=rule, link=link, references=("das",))
@@ -178,7 +180,3 @@ def _trak_like(
 ) -> Method:
     rule = FeatureRule(output, projections.rademacher(512) if projection is None else projection)
     return Method(name, rule, kernel, average_checkpoints=True, references=("d_trak",))
-
-
-def _damping(damping: Damping | None) -> Damping:
-    return kernels.relative(0.1) if damping is None else damping
