@@ -1,5 +1,7 @@
 """What the removal of proponents and opponents does to a model, against loops and closed forms."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,18 @@ def test_removal_equals_a_loop_that_retrains(devices):
         np.testing.assert_array_equal(most.random, least.random)
         np.testing.assert_allclose(most.per_query, most.random.mean(axis=0) - most.outputs)
         assert most.mean == pytest.approx(most.per_query.mean())
+
+
+def test_opponents_need_not_be_removed():
+    run = functools.partial(
+        evaluation.removal, mean_of, minus_loss, np.arange(120.0).reshape(3, 40), ASKED,
+        jax.random.key(2), fractions=[0.05, 0.1], random=5,
+    )  # fmt: skip
+    found, both = run(opponents=False), run()
+    assert found.opponents == () and len(both.opponents) == 2
+    assert [str(fall) for fall in found.proponents] == [str(fall) for fall in both.proponents]
+    assert str(both).count("opponents") == 2 and "opponents" not in str(found)
+    assert found._repr_html_().count("<tr>") == both._repr_html_().count("<tr>")
 
 
 def test_random_removal_is_that_of_models_without_as_many():

@@ -94,11 +94,10 @@ def with_qld(
       asked: queries.
     """
     kept = np.load(_path(domain, entry, folder, "npz"))
-    missing = [kind for kind in kept.files if kind not in figures.qld]
-    if not missing:
+    if set(kept.files) <= set(figures.qld):
         return figures
-    fall = {kind: _qld(domain, kept[kind], removed, asked) for kind in missing}
-    figures = dataclasses.replace(figures, qld=figures.qld | fall)
+    fall = _falls(domain, [kept[kind][:asked] for kind in kept.files], removed)
+    figures = dataclasses.replace(figures, qld=dict(zip(kept.files, fall, strict=True)))
     _keep(figures, _path(domain, entry, folder, "json"))
     return figures
 
@@ -135,13 +134,18 @@ def _keep(figures: Figures, path: Path) -> None:
         partial.write_text(json.dumps(dataclasses.asdict(figures), indent=1))
 
 
-def _qld(domain: Domain, scores: np.ndarray, removed: float, asked: int) -> list[float]:
-    queries = jax.tree.map(lambda x: x[:asked], domain.queries)
+def _falls(domain: Domain, each: list[np.ndarray], removed: float) -> list[list[float]]:
+    """[mean, low, high] over queries of each method's fall, from the same random draws."""
+    asked = len(each[0])
+    queries = jax.tree.map(
+        lambda x: np.tile(x[:asked], (len(each), *[1] * (x.ndim - 1))), domain.queries
+    )
     found = evaluation.removal(
-        domain.train_fn, domain.output, scores[:asked], queries, jax.random.key(8),
-        fractions=(removed,), at_once=16, mesh=ground_truth.mesh_of_devices(),
+        domain.train_fn, domain.output, np.concatenate(each), queries, jax.random.key(8),
+        fractions=(removed,), opponents=False, at_once=16, mesh=ground_truth.mesh_of_devices(),
     ).proponents[0]  # fmt: skip
-    return [found.mean, found.low, found.high]
+    parts = np.split(found.per_query, len(each))
+    return [[float(part.mean()), *evaluation.mean_interval(part)] for part in parts]
 
 
 def _bytes(asked: Asked) -> float:

@@ -72,6 +72,7 @@ class Removal:
       fractions: of the training set, that were removed.
       proponents: without the strongest proponents, for each fraction: outputs should fall.
       opponents: without the strongest opponents: outputs should rise, and the mean be negative.
+        Empty if they were not asked for.
     """
 
     fractions: tuple[float, ...]
@@ -80,7 +81,7 @@ class Removal:
 
     def __str__(self) -> str:
         lines = [
-            f"without {removed}: proponents {fall}{flips}; opponents {other}"
+            f"without {removed}: proponents {fall}{flips}" + (f"; opponents {other}" if other else "")
             for removed, fall, flips, other in self._rows(", {} flip")
         ]
         return "\n".join(lines)
@@ -91,7 +92,7 @@ class Removal:
         caption = "Fall of the outputs, beyond that of random removal"
         return markup.table(headings, self._rows("{}"), caption)
 
-    def _rows(self, flips: str) -> list[tuple[str, Fall, str, Fall]]:
+    def _rows(self, flips: str) -> list[tuple[str, Fall, str, Fall | str]]:
         return [
             (
                 f"{100 * fraction:g} % ({fall.count})",
@@ -100,7 +101,10 @@ class Removal:
                 other,
             )
             for fraction, fall, other in zip(
-                self.fractions, self.proponents, self.opponents, strict=True
+                self.fractions,
+                self.proponents,
+                self.opponents or [""] * len(self.fractions),
+                strict=True,
             )
         ]
 
@@ -115,6 +119,7 @@ def removal(
     fractions: Sequence[float] = (0.01, 0.05),
     random: int = 16,
     seeds: int = 1,
+    opponents: bool = True,
     at_once: int | None = None,
     mesh: Mesh | None = None,
     axis: str = "data",
@@ -143,6 +148,7 @@ def removal(
       fractions: of the training set, to remove.
       random: draws of random examples, for each fraction.
       seeds: models per subset, over which outputs are averaged; the same keys for all subsets.
+      opponents: whether opponents are removed too, by models of their own.
       at_once: models in memory at once. Default: 16, or one per device.
       mesh: devices to spread the models over. Default: the default device.
       axis: the axis of the mesh to spread them over.
@@ -161,8 +167,8 @@ def removal(
     Warns:
       UserWarning: if the train function ignores its key.
 
-    Cost: (2 q + random) * seeds trainings for each fraction, on all examples but those removed;
-      each model is asked all queries.
+    Cost: (2 q + random) * seeds trainings for each fraction, on all examples but those removed, or
+      (q + random) * seeds without opponents; each model is asked all queries.
 
     References:
       Ilyas et al. (2022), Datamodels, arXiv:2202.00622 (brittleness). Deviation: there outputs are
@@ -208,27 +214,28 @@ def removal(
         return found.reshape(len(removed), seeds, q).mean(axis=1)
 
     draws = functools.partial(_resamples, resamples, seed)
-    falls = [_falls(outputs_without, scores, masks, draws) for masks in drawn]
+    signs = (1, -1) if opponents else (1,)
+    falls = [_falls(outputs_without, scores, signs, masks, draws) for masks in drawn]
     return Removal(
         fractions=tuple(map(float, fractions)),
-        proponents=tuple(proponents for proponents, _ in falls),
-        opponents=tuple(opponents for _, opponents in falls),
+        proponents=tuple(each[0] for each in falls),
+        opponents=tuple(each[1] for each in falls if opponents),
     )
 
 
 def _falls(
     outputs_without: Callable[[np.ndarray], np.ndarray],
     scores: np.ndarray,
+    signs: Sequence[int],
     drawn: np.ndarray,
     draws: Callable[..., np.ndarray],
-) -> tuple[Fall, Fall]:
-    """Of proponents and of opponents; all models of one size are trained together."""
-    q, count = len(scores), int(drawn[0].sum())
-    own = [_removed(scores, count), _removed(-scores, count)]
-    found = outputs_without(np.concatenate([*own, drawn]))  # [2 q + random, q]
-    most, least, random = np.split(found, [q, 2 * q])
-    first, second = (_fall(count, part.diagonal().copy(), random, draws) for part in (most, least))
-    return first, second
+) -> list[Fall]:
+    """One for each sign of scores; all models of one size are trained together."""
+    count = int(drawn[0].sum())
+    own = [_removed(sign * scores, count) for sign in signs]
+    found = outputs_without(np.concatenate([*own, drawn]))  # [signs * q + random, q]
+    *parts, random = np.split(found, len(scores) * np.arange(1, len(signs) + 1))
+    return [_fall(count, part.diagonal().copy(), random, draws) for part in parts]
 
 
 def _fall(
