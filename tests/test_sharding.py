@@ -160,18 +160,14 @@ def test_only_sums_and_merges_move_between_devices(mesh):
     phi, kept = features(*arguments).features, arguments[3] >= 0
     sums = _kernel_sums(index.method.kernel, layout, SIZE, phi.dtype)
     each = jax.jit(place.per_shard(sums))
-    assert not collectives(each, (), phi, kept)
-    total = collectives(place.sum_of_shards, each((), phi, kept))
+    assert not collectives(each, 0, phi, kept)
+    total = collectives(place.sum_of_shards, each(0, phi, kept))
     assert set(total) == {"all-reduce"}
 
     w, queries = place.whole((jnp.ones(3), ja.query_features(index, QUERIES).features))
     arrays = {name: index.rows.arrays[name] for name in ("features", "examples")}
-    assert (
-        set(
-            collectives(ranking.score_step(place, layout, "identity"), w, queries, arrays, EXPONENT)
-        )
-        == columns
-    )
+    weighted = ranking.weigh_step(place, layout)(w, queries, EXPONENT)
+    assert set(collectives(ranking.score_step(place, "identity"), weighted, arrays)) == columns
     search = ranking.top_k_of_arrays(place, layout, "identity", 5, 2, 1)
     merged = collectives(search, w, queries, arrays, EXPONENT)
     assert set(merged) == {"all-gather"} | columns and merged["all-gather"] <= 2
@@ -204,9 +200,11 @@ def test_steps_lower_for_accelerators(mesh, platform):
     lowers(features, *step_arguments(index, place))
     w, queries = place.whole((jnp.ones(3), ja.query_features(index, QUERIES).features))
     arrays = {name: index.rows.arrays[name] for name in ("features", "examples")}
-    given = (w, queries, arrays, EXPONENT)
-    lowers(ranking.score_step(place, index.layout, "identity"), *given)
-    lowers(ranking.top_k_of_arrays(place, index.layout, "identity", 5, 2, 1), *given)
+    weigh = ranking.weigh_step(place, index.layout)
+    lowers(weigh, w, queries, EXPONENT)
+    lowers(ranking.score_step(place, "identity"), weigh(w, queries, EXPONENT), arrays)
+    search = ranking.top_k_of_arrays(place, index.layout, "identity", 5, 2, 1)
+    lowers(search, w, queries, arrays, EXPONENT)
     start, absorb, merge = shortlists.compiled_pass(place, index.layout, 7, (1,), 5)
     listed = start(w, queries)
     lowers(absorb, listed, queries, arrays, 0, 0)

@@ -11,10 +11,13 @@ python -m experiments.benchmarks.peers
 
 import argparse
 import functools
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -119,8 +122,16 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=64, help="of the factor fit")
     parser.add_argument("--queries", type=int, nargs="+", default=[16, 256])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory-of", choices=PEERS, help="EK-FAC of one library, once")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    if arguments.memory_of:
+        run = PEERS[arguments.memory_of]
+        run(arguments.examples, arguments.batch, arguments.queries[0])
+        # Not getrusage, which begins with the size of the process that started this one.
+        status = Path("/proc/self/status").read_text().split()
+        print(int(status[status.index("VmHWM:") + 1]) // 1024)
+        return
     console = Console(width=110)
     console.print(f"{timing.machine()}, torch {torch.__version__}")
     console.print(features_table(arguments.batch, arguments.repeats))
@@ -199,23 +210,46 @@ def ekfac_table(examples: int, batch: int) -> Table:
 
 def without_store_table(examples: int, batch: int, queries: Sequence[int]) -> Table:
     """Seconds of exact EK-FAC that keeps no gradients, and what it holds at most."""
-    subject = models.gpt(max(examples, *queries))
-    ids = torch.tensor(np.asarray(subject.batch)).long()
     shown = Table(title=f"EK-FAC that keeps no gradients, {examples} examples, batch {batch}")
     for heading in ("queries", "what", "jaxattr", "kronfluence", "ratio"):
         shown.add_column(heading)
     for count in queries:
-        theirs = [_kronfluence(ids[:examples], batch, ids[:count]) for _ in range(2)][1]
-        ours = [_without_store(subject, examples, batch, count) for _ in range(2)][1]
-        fit = theirs["covariances"] + theirs["eigenvectors"] + theirs["eigenvalues"]
-        rows = {"fit": (ours["fit"], fit), "scores": (ours["scores"], theirs["scores"])}
-        rows["both"] = (sum(row[0] for row in rows.values()), sum(row[1] for row in rows.values()))
-        for what, (mine, other) in rows.items():
-            shown.add_row(str(count), what, f"{mine:.2f}", f"{other:.2f}", f"{mine / other:.2f}")
+        ours, theirs = (
+            [run(examples, batch, count) for _ in range(2)][1] for run in PEERS.values()
+        )
+        both = ours, theirs
+        for each in both:
+            each["both"] = each["fit"] + each["scores"]
+        for each, name in zip(both, PEERS, strict=True):
+            each["peak of a process, MiB"] = _peak(name, examples, batch, count)
+        for what, mine in ours.items():
+            ratio = mine / theirs[what]
+            shown.add_row(str(count), what, f"{mine:.2f}", f"{theirs[what]:.2f}", f"{ratio:.2f}")
     return shown
 
 
-def _without_store(subject: models.Subject, examples: int, batch: int, queries: int) -> dict:
+def _peak(name: str, examples: int, batch: int, queries: int) -> float:
+    """The most memory that a process of its own held, in MiB; all libraries are imported in it."""
+    command = [sys.executable, "-m", "experiments.benchmarks.peers", "--memory-of", name]
+    sizes = ["--examples", str(examples), "--batch", str(batch), "--queries", str(queries)]
+    found = subprocess.run([*command, *sizes], capture_output=True, text=True, check=True)
+    return float(found.stdout.split()[-1])
+
+
+def _gradients_forgotten(examples: int, batch: int, queries: int) -> dict[str, float]:
+    ids = torch.tensor(np.asarray(models.gpt(max(examples, queries)).batch)).long()
+    spent = _kronfluence(ids[:examples], batch, ids[:queries])
+    fit = spent["covariances"] + spent["eigenvectors"] + spent["eigenvalues"]
+    return {"fit": fit, "scores": spent["scores"]}
+
+
+@functools.cache
+def _subject(size: int) -> models.Subject:
+    return models.gpt(size)  # one loss, so that its programs are compiled once
+
+
+def _without_store(examples: int, batch: int, queries: int) -> dict[str, float]:
+    subject = _subject(max(examples, queries))
     method = ja.ekfac(subject.loss, rank=1 << 20)
     train = jax.tree.map(lambda x: x[:examples], subject.batch)
     asked = jax.tree.map(lambda x: x[:queries], subject.batch)
@@ -321,6 +355,10 @@ def _kronfluence(
         total_loss(plain, part).backward()
     spent["plain gradient"] = time.perf_counter() - started
     return spent
+
+
+PEERS = {"jaxattr": _without_store, "kronfluence": _gradients_forgotten}
+"""EK-FAC that keeps no gradients: (examples, batch, queries) -> seconds of fit and scores."""
 
 
 if __name__ == "__main__":

@@ -110,14 +110,15 @@ def count(devices: int) -> dict[str, str]:
     start, absorb, merge = shortlists.compiled_pass(place, layout, 16, (1,), 10)
     listed = start(w, queries)
     search = ranking.top_k_of_arrays(place, layout, "identity", 10, 1, 1)
-    scoring = (w, queries, arrays, jnp.asarray(0, jnp.int32))
+    exponent = jnp.asarray(0, jnp.int32)
+    weighted = ranking.weigh_step(place, layout)(w, queries, exponent)
     return {
         "features": collectives(step, *given),
-        "kernel statistics of a batch": collectives(each, (), phi, ids >= 0),
-        "kernel statistics, at the end": collectives(place.sum_of_shards, each((), phi, ids >= 0)),
+        "kernel statistics of a batch": collectives(each, 0, phi, ids >= 0),
+        "kernel statistics, at the end": collectives(place.sum_of_shards, each(0, phi, ids >= 0)),
         "features of 64 queries, to all": collectives(place.gathered, phi),
-        "scores": collectives(ranking.score_step(place, layout, "identity"), *scoring),
-        "top 10": collectives(search, *scoring),
+        "scores": collectives(ranking.score_step(place, "identity"), weighted, arrays),
+        "top 10": collectives(search, w, queries, arrays, exponent),
         "weights: a slab": collectives(absorb, listed, queries, arrays, 0, 0),
         "weights: the end of a pass": collectives(merge, listed),
     }

@@ -40,10 +40,10 @@ def steps(index: ja.Index, rows: Any, queries: Any) -> dict[str, dict[str, int]]
     found = ja.query_features(index, queries).features
     w, phi, exponent = place.whole((weighting.weights_for(index, None), found, index.exponent))
     slab = next(iter(index.rows.slabs(index.rows.layout.side, SLAB)))
-    scores = w, phi, slab.arrays, exponent
+    weighted = ranking.weigh_step(place, index.layout)(w, phi, exponent)
     return {
         "feature step": _counted(passes._compiled_features(place, featurizer.step), features),
-        "scoring step": _counted(ranking.score_step(place, index.layout, index.link), scores),
+        "scoring step": _counted(ranking.score_step(place, index.link), (weighted, slab.arrays)),
     }
 
 

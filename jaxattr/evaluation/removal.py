@@ -81,7 +81,8 @@ class Removal:
 
     def __str__(self) -> str:
         lines = [
-            f"without {removed}: proponents {fall}{flips}" + (f"; opponents {other}" if other else "")
+            f"without {removed}: proponents {fall}{flips}"
+            + (f"; opponents {other}" if other else "")
             for removed, fall, flips, other in self._rows(", {} flip")
         ]
         return "\n".join(lines)
@@ -93,6 +94,7 @@ class Removal:
         return markup.table(headings, self._rows("{}"), caption)
 
     def _rows(self, flips: str) -> list[tuple[str, Fall, str, Fall | str]]:
+        opponents: Sequence[Fall | str] = self.opponents or [""] * len(self.fractions)
         return [
             (
                 f"{100 * fraction:g} % ({fall.count})",
@@ -101,10 +103,7 @@ class Removal:
                 other,
             )
             for fraction, fall, other in zip(
-                self.fractions,
-                self.proponents,
-                self.opponents or [""] * len(self.fractions),
-                strict=True,
+                self.fractions, self.proponents, opponents, strict=True
             )
         ]
 

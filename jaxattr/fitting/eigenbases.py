@@ -29,12 +29,12 @@ from jaxattr.fitting.covariances import (
 from jaxattr.fitting.passes import (
     NumberedBatch,
     TrainingPass,
-    over_power,
     row_digests,
     typical_exponent,
 )
 from jaxattr.kernels.diagonal import sum_of_squares
 from jaxattr.keys import example_keys, named_key
+from jaxattr.scales import scaled
 from jaxattr.typing import Example, Key, Params
 
 SampleFn = Callable[[Params, Example, Key], Example]
@@ -199,12 +199,12 @@ def _covariances(
     function = covariance_sums(featurizer.rule, featurizer.plan.factored, factors)
 
     def sums(exponents: dict[str, Exponents]) -> tuple[dict[str, Covariance], jax.Array]:
+        shared = over.place.whole((featurizer.key, over.params, projected, exponents))
         given = (
-            (numbered if sampler is None else sampler(numbered), digests(numbered.batch))
+            (shared, numbered if sampler is None else sampler(numbered), digests(numbered.batch))
             for numbered in smaller.batches("covariances")
         )
-        shared = over.place.whole((featurizer.key, over.params, projected, exponents))
-        return over.sums(function, shared, given)
+        return over.sums(function, given)
 
     none = Exponents(np.zeros((), np.int32), np.zeros((), np.int32))
     exponents = dict.fromkeys(factored, none)
@@ -260,21 +260,19 @@ def second_moments(
     """
     exponent: int | None = None
 
-    def blocks() -> Iterator[tuple[jax.Array, jax.Array]]:
+    def blocks() -> Iterator[tuple[int, jax.Array, jax.Array]]:
         nonlocal exponent
         for each in over.features(over.place.whole(fitted), "eigenvalues", transform):
             if exponent is None:
                 exponent = typical_exponent(over.place, each.features, each.kept)
-            small = over_power(over.place, each.features.dtype)
-            yield small(each.features, exponent=exponent), each.kept
+            yield exponent, each.features, each.kept
 
-    total, count = over.sums(_squares_and_count, (), blocks())
+    total, count = over.sums(_squares_and_count, blocks())
     means = np.asarray(total, np.float64) / max(float(count), 1.0)
     return np.ldexp(means, 2 * (exponent or 0))
 
 
 def _squares_and_count(
-    shared: tuple[()], phi: jax.Array, kept: jax.Array
+    exponent: int, phi: jax.Array, kept: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    del shared
-    return sum_of_squares(phi), kept.sum()
+    return sum_of_squares(scaled(phi, -exponent)), kept.sum()

@@ -131,7 +131,7 @@ class TrainingPass:
 
         return compute
 
-    def sums(self, function: Callable[..., Any], shared: Any, blocks: Iterable[tuple]) -> Any:
+    def sums(self, function: Callable[..., Any], blocks: Iterable[tuple]) -> Any:
         """Adds up what a function makes of blocks of examples.
 
         Each shard sums for itself; what they found is added once, at the end.
@@ -139,8 +139,7 @@ class TrainingPass:
         Args:
           function: (shared, arrays [b, ...], ...) -> a pytree of sums over the examples; jittable,
             and compiled once for all calls with the same function.
-          shared: a pytree.
-          blocks: the other arguments, block by block; at least one.
+          blocks: its arguments, block by block; at least one. `shared` is a pytree.
 
         Returns:
           The sums, the same on every device.
@@ -150,9 +149,9 @@ class TrainingPass:
         with failing_together():
             for arguments in blocks:
                 if total is None:
-                    shapes = jax.eval_shape(self.place.per_shard(function), shared, *arguments)
+                    shapes = jax.eval_shape(self.place.per_shard(function), *arguments)
                     total = self.place.zeros(shapes, lambda path: (DATA,))
-                total = add(total, shared, *arguments)
+                total = add(total, *arguments)
         return self.place.sum_of_shards(total)
 
     def _numbers(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -185,12 +184,6 @@ def typical_exponent(place: Placement, phi: Features, kept: jax.Array) -> int:
       The exponent of the largest feature of the median example; zeros do not count.
     """
     return int(np.asarray(_median_exponent(place)(phi, kept)))
-
-
-@functools.lru_cache(maxsize=16)
-def over_power(place: Placement, dtype: Any) -> Any:
-    """The compiled step (phi [b, p], exponent=) -> phi over 2 to this power, of some dtype."""
-    return place.jit(lambda phi, exponent: scaled(phi.astype(dtype), -exponent), DATA)
 
 
 @functools.lru_cache(maxsize=16)
@@ -230,8 +223,8 @@ def _compiled_features(place: Placement, step: Callable) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _compiled_sums(place: Placement, function: Callable) -> Any:
-    def add(total: Any, shared: Any, *arguments: Any) -> Any:
-        return jax.tree.map(jnp.add, total, place.per_shard(function)(shared, *arguments))
+    def add(total: Any, *arguments: Any) -> Any:
+        return jax.tree.map(jnp.add, total, place.per_shard(function)(*arguments))
 
     return place.jit(add, DATA, donate_argnums=0)
 
@@ -252,4 +245,5 @@ def _clean(place: Placement) -> Any:
         kept = jnp.isfinite(phi).all(axis=1) & jnp.isfinite(residual) & real
         return CleanFeatures(jnp.where(kept[:, None], phi, 0), jnp.where(kept, residual, 0), kept)
 
-    return place.jit(clean, DATA)
+    # The features are written over in place: those of all parameters are large.
+    return place.jit(clean, DATA, donate_argnums=0)

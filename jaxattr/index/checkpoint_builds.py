@@ -21,7 +21,6 @@ from jaxattr.fitting.passes import (
     CleanFeatures,
     NumberedBatch,
     TrainingPass,
-    over_power,
     typical_exponent,
     without_too_large,
 )
@@ -50,6 +49,7 @@ from jaxattr.store.rows import (
     RAW,
     SELF,
     Make,
+    RowLayout,
     Rows,
 )
 from jaxattr.typing import Features, Params
@@ -144,12 +144,20 @@ def build_checkpoint(
             return BuiltCheckpoint(fitted, operator, _finite(rows, number))
     found = _operator(job, over, fitted, rows, session)
     apply, residual = apply_kernel(job.place, kernel, layout, eta)
+    anew = over.anew(fitted)
+    made = _compiled_mapped(job.place, kernel, _Kept.of(rows.layout, kernel), eta)
+    rows.made_by(
+        FEATURES,
+        number,
+        lambda positions: made(found.operator, found.exponent, *anew(positions)),
+    )
 
-    def mapped_at(positions: np.ndarray) -> jax.Array:
+    def self_contributions(positions: np.ndarray) -> jax.Array:
         phi = found.raw(positions).astype(rows.layout.wide)
-        return apply(found.operator, phi, found.exponent)[1][FEATURES]
+        return apply(found.operator, phi, found.exponent)[1][SELF]
 
-    rows.made_by(FEATURES, number, mapped_at)
+    if residual is None and rows.made_by(SELF, number, self_contributions):
+        return BuiltCheckpoint(fitted, found.operator, found.finite)
     starts = range(first, blocks)
     with failing_together():
         for block in track(iter(starts), f"{kernel.name}, checkpoint {number}", blocks, first):
@@ -189,15 +197,12 @@ def _operator(
 
     exponent = _unit_on_record(session, number) if first else None
 
-    def blocks() -> Iterator[tuple[Features, jax.Array]]:
+    def blocks() -> Iterator[tuple[int | None, Features, jax.Array]]:
         nonlocal exponent
-        small = over_power(job.place, rows.layout.wide)
         for block in range(first):
             examples = rows.read(EXAMPLES, block, number)
-            phi = small(rows.read(RAW, block, number), exponent=exponent)
-            yield phi, examples[:, COLUMNS.finite] > 0
-        sized = kernel.degree is not None
-        store = _compiled_raw(job.place, rows.layout.dtypes[RAW], rows.layout.size, sized)
+            yield exponent, rows.read(RAW, block, number), examples[:, COLUMNS.finite] > 0
+        store = _compiled_raw(job.place, _Kept.of(rows.layout, kernel))
         digests = DIGESTS in rows.layout.widths
         stream = over.features(fitted, "features", first=first, digests=digests)
         for block, clean in enumerate(stream, first):
@@ -205,10 +210,10 @@ def _operator(
                 exponent = _unit(job, clean, session, number)
             values, kept = store(clean, exponent)
             rows.write(block, number, values)
-            yield small(values[RAW], exponent=exponent), kept
+            yield exponent, values[RAW], kept
 
     function = _kernel_sums(kernel, job.featurizer.layout, rows.layout.size, rows.layout.wide)
-    statistics = over.sums(function, (), blocks())
+    statistics = over.sums(function, blocks())
     with failing_together():
         rows.flush()
     barrier("features written")
@@ -228,8 +233,7 @@ def _raw_again(
     over: TrainingPass, fitted: Fitted, rows: Rows, kernel: Kernel, exponent: int
 ) -> Make:
     """Makes raw features as they were made for the kernel's statistics."""
-    layout, sized = rows.layout, kernel.degree is not None
-    store = _compiled_raw(over.place, layout.dtypes[RAW], layout.size, sized)
+    store = _compiled_raw(over.place, _Kept.of(rows.layout, kernel))
     anew = over.anew(fitted)
     return lambda positions: store(anew(positions), exponent)[0][RAW]
 
@@ -279,8 +283,7 @@ def _surroundings(
         other = over.of(as_source(data, description))
         clean = other.features(fitted, description, _as_queries)
         function = _sums_function(sums, layout, other.source.size, dtype)
-        small = functools.partial(over_power(job.place, dtype), exponent=exponent)
-        return over.sums(function, (), ((small(each.features), each.kept) for each in clean))
+        return over.sums(function, ((exponent, each.features, each.kept) for each in clean))
 
     return Surroundings(
         layout=layout,
@@ -323,9 +326,8 @@ def _kernel_sums(kernel: Kernel, layout: FeatureLayout, n: int, dtype: Any) -> A
 
 
 def _sums_function(sums: Any, layout: FeatureLayout, n: int, dtype: Any) -> Any:
-    def of_block(shared: tuple[()], phi: Features, kept: jax.Array) -> Any:
-        del shared
-        return sums(layout, n, phi.astype(dtype), kept)
+    def of_block(exponent: jax.Array, phi: Features, kept: jax.Array) -> Any:
+        return sums(layout, n, scaled(phi.astype(dtype), -exponent), kept)
 
     return of_block
 
@@ -348,15 +350,41 @@ def _compiled_identity(place: Placement, layout: FeatureLayout, eta: float) -> A
     return place.jit(prepare, DATA)
 
 
+class _Kept(NamedTuple):
+    """How raw features are kept.
+
+    Attributes:
+      dtype: they are rounded to.
+      wide: dtype that a kernel computes with.
+      n: number of training examples.
+      sized: whether those that are too large for the kernel are left out.
+    """
+
+    dtype: Any
+    wide: Any
+    n: int
+    sized: bool
+
+    @classmethod
+    def of(cls, layout: RowLayout, kernel: Kernel) -> "_Kept":
+        """Of the rows and the kernel of a method."""
+        return cls(layout.dtypes[RAW], layout.wide, layout.size, kernel.degree is not None)
+
+    def of_clean(self, clean: CleanFeatures, exponent: jax.Array) -> CleanFeatures:
+        """Features as they are kept; jittable."""
+        phi, kept = clean.features, clean.kept
+        if self.sized:
+            phi, kept = without_too_large(phi, kept, exponent, self.n)
+        return clean._replace(features=phi.astype(self.dtype), kept=kept)
+
+
 @functools.lru_cache(maxsize=16)
-def _compiled_raw(place: Placement, dtype: Any, n: int, sized: bool) -> Any:
+def _compiled_raw(place: Placement, form: _Kept) -> Any:
     """The step (clean features, exponent) -> rows to keep, and which of them count."""
 
     def prepare(clean: CleanFeatures, exponent: jax.Array) -> tuple[dict, jax.Array]:
-        if sized:
-            phi, kept = without_too_large(clean.features, clean.kept, exponent, n)
-            clean = clean._replace(features=phi, kept=kept)
-        return {RAW: clean.features.astype(dtype)} | _kept(clean), clean.kept
+        clean = form.of_clean(clean, exponent)
+        return {RAW: clean.features} | _kept(clean), clean.kept
 
     return place.jit(prepare, DATA)
 
@@ -383,7 +411,7 @@ def apply_kernel(
     def apply(operator: Any, phi: Features, exponent: jax.Array) -> tuple[Features, Features]:
         small = scaled(phi, -exponent)
         own = kernel.of_queries(operator, small) if isinstance(kernel, MapsQueries) else phi
-        return scaled(kernel.apply(operator, small), (kernel.degree or 0) * exponent), own
+        return _in_unit(kernel, operator, small, exponent), own
 
     def values(mapped: Features, of_queries: Features) -> dict[str, jax.Array]:
         scaled = mapped if eta == 1 else mapped * eta
@@ -400,6 +428,24 @@ def apply_kernel(
     measure = kernel.residual
     residual = place.jit(lambda *args: measure(*args)[:, None], DATA)
     return both, residual
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_mapped(place: Placement, kernel: Kernel, form: _Kept, eta: float) -> Any:
+    """The step (operator, exponent, *clean features) -> eta K phi, for rows made anew."""
+
+    def mapped(operator: Any, exponent: jax.Array, *clean: Any) -> Features:
+        phi = form.of_clean(CleanFeatures(*clean), exponent).features.astype(form.wide)
+        found = _in_unit(kernel, operator, scaled(phi, -exponent), exponent)
+        return found if eta == 1 else found * eta
+
+    same = form.dtype == form.wide  # then written over in place
+    return place.jit(mapped, DATA, donate_argnums=(2,) if same else ())
+
+
+def _in_unit(kernel: Kernel, operator: Any, small: Features, exponent: jax.Array) -> Features:
+    """K phi, of phi over 2^exponent."""
+    return scaled(kernel.apply(operator, small), (kernel.degree or 0) * exponent)
 
 
 def _self_contributions(layout: FeatureLayout, phi: Features, mapped: Features) -> jax.Array:

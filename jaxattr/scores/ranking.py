@@ -266,22 +266,21 @@ def local_contributions(
 
 
 @functools.lru_cache(maxsize=32)
-def score_step(place: Placement, layout: FeatureLayout, link: Link) -> Any:
-    """The compiled step (w, phi [q, c * p], slab, exponent) -> [q, g, b], b over `data`."""
+def weigh_step(place: Placement, layout: FeatureLayout) -> Any:
+    """The compiled step (w, phi [q, c * p], exponent) -> weighted; see `weigh`."""
+    return jax.jit(functools.partial(weigh, layout, place))
+
+
+@functools.lru_cache(maxsize=32)
+def score_step(place: Placement, link: Link) -> Any:
+    """The compiled step (weighted, slab) -> [q, g, b], b over `data`."""
 
     def of_shard(weighted: Weighted, arrays: dict[str, jax.Array]) -> jax.Array:
         g, b = arrays[EXAMPLES].shape[:2]
         strengths = local_strengths(place, link, weighted, train_side(place, arrays))
         return scores_of(link, strengths, weighted.exponents).reshape(-1, g, b)
 
-    spread = place.over_shards(of_shard, (QUERIES, side_axes), (None, None, DATA))
-
-    def step(
-        w: jax.Array, phi: Features, arrays: dict[str, jax.Array], exponent: jax.Array
-    ) -> jax.Array:
-        return spread(weigh(layout, place, w, phi, exponent), arrays)
-
-    return jax.jit(step)
+    return jax.jit(place.over_shards(of_shard, (QUERIES, side_axes), (None, None, DATA)))
 
 
 def empty(place: Placement, q: int, k: int, dtype: Any) -> TopK:
@@ -440,25 +439,18 @@ def top_k_of_arrays(
 
 
 @functools.lru_cache(maxsize=32)
-def absorb_step(
-    place: Placement, layout: FeatureLayout, link: Link, sign: int
-) -> tuple[Any, Any, Any]:
+def absorb_step(place: Placement, link: Link, sign: int) -> tuple[Any, Any]:
     """Compiled steps of a top k that is found slab by slab.
 
     Returns:
-      (w, phi, exponent) -> weighted; (best, weighted, slab, first, skip) -> best; and
-      (best, exponents) -> TopK.
+      (best, weighted, slab, first, skip) -> best; and (best, exponents) -> TopK.
     """
     own = (DATA,)  # a leading axis of devices
     merging = place.over_shards(functools.partial(merge, place, link, sign), (own, (None,)), ())
     absorbing = place.over_shards(
         functools.partial(absorb, place, link, sign), (own, QUERIES, side_axes, (), ()), own
     )
-    return (
-        jax.jit(functools.partial(weigh, layout, place)),
-        jax.jit(absorbing, donate_argnums=0),
-        jax.jit(merging),
-    )
+    return jax.jit(absorbing, donate_argnums=0), jax.jit(merging)
 
 
 @functools.lru_cache(maxsize=32)

@@ -41,6 +41,9 @@ from jaxattr.store import Folder
 from jaxattr.store.rows import COLUMNS, EXAMPLES, SELF, SLAB, Rows, Slab, blocks_at_once
 from jaxattr.typing import Batch, Features, Link, Weights
 
+_HEADROOM = 8
+"""Powers of two by which rows made anew may grow from slab to slab."""
+
 
 @overload
 def score(
@@ -119,10 +122,17 @@ def _scored(
     index: Index, w: jax.Array, prepared: QueryFeatures
 ) -> Iterator[tuple[Slab, jax.Array]]:
     """Slabs of an index with their scores [q, g, b]."""
-    step = ranking.score_step(index.place, index.layout, index.link)
-    phi, exponent = index.place.whole((prepared.features, index.exponent))
+    place, phi = index.place, index.place.whole(prepared.features)
+    weigh = ranking.weigh_step(place, index.layout)
+    step = ranking.score_step(place, index.link)
+    bound, weighted = None, None
     for slab in _slabs(index):
-        yield slab, index.place.gathered(step(w, phi, slab.arrays, exponent))
+        own = _exponent(index, slab)
+        if bound is None or own > bound:
+            # Queries are large: they are weighted again for features that are very much larger.
+            bound = own if slab.exponent is None else own + _HEADROOM
+            weighted = weigh(w, phi, place.whole(bound))
+        yield slab._replace(arrays={}), place.gathered(step(weighted, slab.arrays))
 
 
 def _joined(
@@ -149,11 +159,11 @@ def contributions(index: Index, queries: Any) -> jax.Array:
     """
     prepared = query_features(index, queries)
     step = compiled_contributions(index.place, index.layout)
-    phi, exponent = index.place.whole((prepared.features, index.exponent))
-    parts = [
-        index.place.gathered(step(phi, slab.arrays, exponent))[:, slab.fresh :]  # [q, g, b, m]
-        for slab in _slabs(index)
-    ]
+    phi = index.place.whole(prepared.features)
+    parts = []
+    for slab in _slabs(index):
+        exponent = index.place.whole(_exponent(index, slab))
+        parts.append(index.place.gathered(step(phi, slab.arrays, exponent))[:, slab.fresh :])
     flat = [part.reshape(part.shape[0], -1, part.shape[-1]) for part in parts]
     joined = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
     found = _mark_queries(joined[:, : index.size], prepared)
@@ -244,8 +254,8 @@ def _best(
             w, phi, _arrays(index.rows), exponent
         )
     else:
-        weighing, absorbing, merging = ranking.absorb_step(place, layout, index.link, sign)
-        weighted = weighing(w, phi, exponent)
+        absorbing, merging = ranking.absorb_step(place, index.link, sign)
+        weighted = ranking.weigh_step(place, layout)(w, phi, exponent)
         best = ranking.empty(place, len(phi), k, wide(phi.dtype))
         if ids is None:
             for slab in _slabs(index, block_size):
@@ -396,6 +406,11 @@ def _slabs(index: Index, rows: int = SLAB) -> Iterator[Slab]:
     whole = layout.blocks * layout.block
     at_once = whole if index.rows.resident else rows
     return index.rows.slabs(layout.side, at_once)
+
+
+def _exponent(index: Index, slab: Slab) -> np.ndarray:
+    """All features of a slab are below 2 to this power, int32."""
+    return index.exponent if slab.exponent is None else index.place.host(slab.exponent)
 
 
 def _warn_of_overflow(scores: Any) -> None:

@@ -128,8 +128,9 @@ class DiskRows:
         start = min(flat[flat >= 0].tolist(), default=0)
         return self._finish(reading, start // self.layout.block, len(flat))
 
-    def made_by(self, name: str, checkpoint: int, make: Make) -> None:
-        """See `Rows`; nothing to do."""
+    def made_by(self, name: str, checkpoint: int, make: Make) -> bool:
+        """See `Rows`; all rows are kept."""
+        return False
 
     def begin(self, checkpoint: int) -> None:
         """See `Rows`."""

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattr.scales import exponent_of
 from jaxattr.sharding import Placement
 from jaxattr.sources import track
 from jaxattr.store.rows import (
@@ -45,9 +46,10 @@ class RecomputedRows:
         self._kept = MemoryRows(kept_layout(layout), place)
         self._makers: dict[tuple[str, int], Make] = {}
 
-    def made_by(self, name: str, checkpoint: int, make: Make) -> None:
-        """See `Rows`."""
+    def made_by(self, name: str, checkpoint: int, make: Make) -> bool:
+        """See `Rows`; features each time, what else is made once."""
         self._makers[name, checkpoint] = make
+        return True
 
     def write(self, block: int, checkpoint: int, values: Mapping[str, jax.Array]) -> None:
         """See `Rows`; features are let go of."""
@@ -66,13 +68,13 @@ class RecomputedRows:
     def read(self, name: str, block: int, checkpoint: int) -> jax.Array:
         """See `Rows`."""
         if name not in _MADE:
-            return self._kept.read(name, block, checkpoint)
+            return self._with([name]).read(name, block, checkpoint)
         return self._makers[name, checkpoint](self._positions(block))
 
     def column(self, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
         """See `Rows`; of features, a pass over the data."""
         if name not in _MADE:
-            return self._kept.column(name, checkpoint, columns)
+            return self._with([name]).column(name, checkpoint, columns)
         blocks = [
             self.place.host(self.read(name, block, checkpoint)[:, columns])
             for block in range(self.layout.blocks)
@@ -85,22 +87,33 @@ class RecomputedRows:
         """See `Rows`; where features are among them, a block at a time."""
         made = [name for name in names if name in _MADE]
         if not made:
-            yield from self._kept.slabs(names, rows, checkpoint)
+            yield from self._with(names).slabs(names, rows, checkpoint)
             return
         chosen = range(self.layout.checkpoints) if checkpoint is None else (checkpoint,)
         short = [name for name in names if name not in _MADE]
-        kept = self._kept.slabs(short, self.layout.block, checkpoint)
+        kept = self._with(short).slabs(short, self.layout.block, checkpoint)
         blocks = track(kept, "features anew", self.layout.blocks)
         for block, slab in enumerate(blocks):
             arrays = {name: self._stacked(name, self._positions(block), chosen) for name in made}
-            yield slab._replace(arrays=slab.arrays | arrays)
+            exponent = _exponent(self.place)(arrays[FEATURES]) if FEATURES in arrays else None
+            yield slab._replace(arrays=slab.arrays | arrays, exponent=exponent)
 
     def pick(self, names: Sequence[str], ids: np.ndarray) -> dict[str, jax.Array]:
         """See `Rows`; features of those examples alone are computed."""
-        found = self._kept.pick([name for name in names if name not in _MADE], ids)
+        short = [name for name in names if name not in _MADE]
+        found = self._with(short).pick(short, ids)
         every = range(self.layout.checkpoints)
         made = [name for name in names if name in _MADE]
         return found | {name: self._stacked(name, ids.reshape(-1), every) for name in made}
+
+    def _with(self, names: Sequence[str]) -> MemoryRows:
+        """The rows that are kept, some of which are made when they are first asked for."""
+        for name, checkpoint in [key for key in self._makers if key[0] in names]:
+            make = self._makers.pop((name, checkpoint))
+            blocks = range(self.layout.blocks)
+            for block in track(iter(blocks), f"{name} anew", len(blocks)):
+                self._kept.write(block, checkpoint, {name: make(self._positions(block))})
+        return self._kept
 
     def _positions(self, block: int) -> np.ndarray:
         return block * self.layout.block + np.arange(self.layout.block)
@@ -109,7 +122,8 @@ class RecomputedRows:
         """[1, b, c, width] of examples."""
         width = padded(FEATURES, self.layout, self.place)
         rows = [self._makers[name, number](positions) for number in chosen]
-        return _compiled_stack(self.place, width)(rows)
+        same = len(rows) == 1 and self.place.columns == 1  # then only in another shape
+        return _compiled_stack(self.place, width, same)(rows)
 
 
 def kept_layout(layout: RowLayout) -> RowLayout:
@@ -119,8 +133,13 @@ def kept_layout(layout: RowLayout) -> RowLayout:
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_stack(place: Placement, width: int) -> Any:
+def _compiled_stack(place: Placement, width: int, in_place: bool) -> Any:
     def stack(rows: list[jax.Array]) -> jax.Array:
         return jnp.stack([pad_columns(x, width) for x in rows], axis=1)[None]
 
-    return place.jit(stack, *axes_of(FEATURES))
+    return place.jit(stack, *axes_of(FEATURES), donate_argnums=(0,) if in_place else ())
+
+
+@functools.lru_cache(maxsize=16)
+def _exponent(place: Placement) -> Any:
+    return place.jit(exponent_of)

@@ -127,11 +127,13 @@ class Slab(NamedTuple):
         the columns of features, padded with zeros, are over `model`.
       first: id of the first example.
       fresh: blocks of the slab before this one were in the slab before; a slab is never short.
+      exponent: all features are below 2 to this power; None where that of the index says so.
     """
 
     arrays: dict[str, jax.Array]
     first: int
     fresh: int
+    exponent: jax.Array | None = None
 
 
 Make = Callable[[np.ndarray], jax.Array]
@@ -168,8 +170,8 @@ class Rows(Protocol):
         """Those in device memory, {name: [blocks, b, c, width]}; empty unless `resident`."""
         ...
 
-    def made_by(self, name: str, checkpoint: int, make: Make) -> None:
-        """Tells how features of a checkpoint are made, to those that do not keep them."""
+    def made_by(self, name: str, checkpoint: int, make: Make) -> bool:
+        """Tells how rows of a checkpoint are made; whether they are, when they are asked for."""
         ...
 
     def begin(self, checkpoint: int) -> None:
@@ -243,8 +245,9 @@ class MemoryRows:
             step = _compiled_write(self.place, FEATURES if name == RAW else name)
             self.arrays[kept] = step(self.arrays[kept], value, block, c)
 
-    def made_by(self, name: str, checkpoint: int, make: Make) -> None:
-        """See `Rows`; nothing to do."""
+    def made_by(self, name: str, checkpoint: int, make: Make) -> bool:
+        """See `Rows`; all rows are kept."""
+        return False
 
     def begin(self, checkpoint: int) -> None:
         """See `Rows`; raw features that are no longer than the others have their place."""
