@@ -15,7 +15,7 @@ def convolve_patches(
     """A 1x1 or 3x3 convolution with padding SAME, as patches times a matrix.
 
     Stands in for `lax.conv_general_dilated`: under `vmap` over models that becomes a grouped
-    convolution, which XLA runs 12 times slower on a CPU.
+    convolution, which XLA runs 16 times slower on a CPU (a step of a small ResNet: 95 ms, and 6).
     """
     del padding, options
     (size, _, width_in, width), stride = kernel.shape, strides[0]

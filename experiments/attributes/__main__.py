@@ -1,6 +1,6 @@
 """Says which training pictures gave generated ones their subject, their style and their background.
 
-python -m experiments.attributes            # under ten minutes on two cores
+python -m experiments.attributes            # some ten minutes of processor time
 python -m experiments.attributes --full     # twice the pictures, two models trained for longer
 """
 

@@ -1,6 +1,6 @@
 """How many of the facts a search for words finds, by kind.
 
-python -m experiments.language.hardness     # some 15 s
+python -m experiments.language.hardness     # some 40 s
 """
 
 import numpy as np

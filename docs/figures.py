@@ -1,0 +1,119 @@
+"""Holds figures that stand in more than one place to each other: python docs/figures.py [root].
+
+Prints every place that lacks its figure, and exits with 1 if there is one. To change a figure,
+change it in BUILD_NOTES.md, whose tables are the source, here, and wherever this then says.
+"""
+
+import pathlib
+import re
+import sys
+from collections.abc import Iterator
+
+NOTES, README = "BUILD_NOTES.md", "README.md"
+
+# Name, values, {place: text, or several}; places without a suffix are pages. In a text {0} is the
+# first value, {1:.0f} the second one rounded, and … anything within a cell of a table.
+# fmt: off
+FIGURES = [
+    ("seconds of digits, language, diffusion, weights", (98, 102, 481, 583, "1,038", 17), {
+        NOTES: ("{0} s by its own clock, {1} s as a process", ".language`: {2} s",
+                ".diffusion`: {3} s", "mlp, vit, resnet: {4} s"),
+        README: "(under two minutes on two cores;",
+        "studies": ("is right; … | under two minutes |", "{5} minutes for the first three",
+                    "states a fact | under ten minutes |", "and DAS | under ten minutes |"),
+        "experiments/digits/__main__.py": "under two minutes",
+        "experiments/language/__main__.py": "under ten minutes",
+        "experiments/diffusion/__main__.py": "under ten minutes"}),
+    ("with weights: TracIn, EK-FAC", (12.3, 21.8, 9.5, 7.2, 19.8, 27, 37.7, 5.6, 43), {
+        NOTES: ("| resnet | TracIn | {0} | {1} | … | +{2} [", "| gpt TracIn (27) | {3} | +{4} [",
+                "| gpt EK-FAC (27) | {6} | +{7} ["),
+        README: "from {0:.0f} to {1:.0f} % on a ResNet and from {3:.0f} to {5} % on the GPT",
+        "limits": "({3:.0f} % LDS, {5} % with weights)",
+        "weights": ("from {0:.0f} to {1:.0f} % LDS on a ResNet and from {3:.0f} to {5} % on the",
+                    "EK-FAC there from {6:.0f} to {8} %")}),
+    ("cases worse with weights; intervals", (33, 6, 7.4, 18, 8.1, 188, 198, 95, 59), {
+        NOTES: ("of {0}: none at R = 64 and 32; one at 16 (DAS, -{4})", "| cifar2 | {8}% |",
+                "objective {1}, the worst -{2}", "unit RMS {3},", "{5} of {6} cells ({7} %)"),
+        README: "none of {0} cases clearly worse",
+        "weights": ("none of {0} cases", "no | {1} |", "{5} of {6} cases"),
+        "limits": ("{1} of {0} cases clearly worse, by up to {2}", "made {3} worse", "by {4})",
+                   "{7} % of {6} cases", "reached {8} %")}),
+    ("weights between labels; queries for models", (3.5, 0.4, 9.5, "0.0", 0.8, 3.8), {
+        NOTES: ("(TracIn {0} -> {1}, {2} -> {3})", "128 queries | +{4} [", "384 queries | +{5} ["),
+        "limits": "{2} points before, {3} after; on a ViT {0} and {1}",
+        "weights": "{4} points with 128 queries, {5} with 384, and 64 models {0} with 128"}),
+    ("D-TRAK and DAS", (41.5, 61.8, 24.3, 34.7, 6.3, 48), {
+        NOTES: ("| D-TRAK | {2} [… | … | {0} [", "| DAS | {3} [… | … | {1} [", "| {0} | +{4} ["),
+        "methods": ("had {2} and DAS {3}, where they had {0} and {1}", "{0} (+{4}) | {1} (+0.0) |"),
+        "limits": ("{2} against {0} % LDS", "DAS ({1} to -2.3)"), README: "{1:.0f} % for DAS",
+        "weights": "from {0:.0f} to {5} %", "trust": "{1:.0f} % in the best case"}),
+    ("unrolled scores", (83.8, 93.6, 63.9, 54.9, 57.8, 40.9, 96.7, 73.9), {
+        NOTES: ("| unrolled | {0} [… | … | … | {4} [", "| unrolled | {1} [… | … | … | {5} [",
+                "| EK-FAC | {2} [", "| EK-FAC | {3} [", "| unrolled | {6} [… | {7} ["),
+        "trust": ("LDS of {0:.0f} % (MLP) and {1:.0f} % (ViT)", "had {2:.0f} and {3:.0f} %",
+                "had {4:.0f} and {5:.0f} %", "had {6:.0f} % for the very run and {7:.0f} %")}),
+    ("features over a gradient; milliseconds", ("0.70", 0.76, 0.64, 1.02, 3.8, 40, 27, 0.5, 345), {
+        NOTES: ("layers | 16 | {0} (… | {1} |", "{2}, {2}, {2}, 0.68 | {3} |", "`--dense`): {4}",
+                "({5} -> {6} ms)", "{7} ms instead of {8} for"),
+        "how/linear_maps": ("16 | {0} | {1} |", "16 | {2} | {3} |", "take {4} on"),
+        "limits": "signs take {4}.",
+        "experiments/benchmarks/features.py": '"dense layers"): {0}',
+        "jaxattr/fitting/covariances.py": "{5} ms against {6} for",
+        "jaxattr/fitting/shampoo.py": "{7} ms for [8, 1, 1024] on two cores, {8} ms"}),
+    ("compiling; tokens; tampering", (1.25, 2.3, 7.3, 0.04, "0.30", 607, 393, 1.8), {
+        NOTES: ("| 2.3 | {0} | met |", "{1} to {2} times", "0.28 ({3})", "0.92 ({4})",
+                "{5} changes found, {6} without effect", "{7} % of a build"),
+        "CHANGELOG.md": ("1.0 to {0} times what `vmap(grad)` takes; it took {1} to {2} times",
+                         "{3} to 0.3 of the time"),
+        "how/identity": ("{5} changes were found, {6} had no effect", "cost {7} % of a build")}),
+    ("store; two stages", (950, 906, 998, 1.05, "1.20", 48, 27, 4.6, 192, 98, 92), {
+        NOTES: ("{0}; float32 695, {1}, 1,397; bfloat16 690, {2}", "score | {3} (", "top_k | {4} (",
+                "{5} kills", "| {6} s | {7} s | {8} s |",
+                "0.91 | 0.{10} | | | both ends | 0.70 | 0.90 | 0.{9} |"),
+        "how/store": ("{0} MB", "at {1} and", "at {2}", "{3} times", "{4} times", "{5} times"),
+        "start/pod": ("{6} s | {7} s | {8} s |", "{6} seconds and searched in {7};", "{8} seconds"),
+        "methods": ("held {9} % of EK-FAC's", "200 proponents held {10} %")}),
+    ("leaderboard", (31.1, 29.4, 30.2, 55.4, 6.5, "3.0", 45.5, 21.7, 20.3, 61.5, 41.2, 38.1), {
+        NOTES: ("embedding | … | 256 | {0} [", "BM25 | … | 256 | {1} [", "ASTRA | … | … | {3} [",
+                "logits | … | 40 | {2} [", "+{4} [+2.7, +9.7] (ResNet), +{5} [", "Star had {6}",
+                "GradCos | … | … | {7} [", "8 models | … | … | {8} [", "DAS | … | … | {9} [",
+                "D-TRAK | … | … | {10} [", "pixels | … | … | {11} ["),
+        "methods": ("embedding | {0} |", "| BM25 | {1} |", "logits | {2} |", "| ASTRA | {3} |",
+                    "{4} points above EK-FAC on a ResNet, {5} on a GPT", "| {6} | 13.5 |",
+                    "led ({7},", "eight models ({8})", "DAS ({9})", "D-TRAK ({10},", "({11})"),
+        "limits": "classifier was {6} %, and that of a GPT {3} %"}),
+]
+for line in ("TracIn 14.1 0.1 10.3 3.5 12.3 9.5 11.0 1.3 7.2 19.8; GradCos 30.4 1.1 21.7 1.8 38.8 "
+             "2.1 9.3 3.2 7.9 18.6; TRAK 25.5 0.6 15.4 0.9 21.1 4.3 25.4 0.1 37.3 0.2; LoGRA 32.7 "
+             "0.1 19.3 0.2 35.2 3.0 29.2 0.2 33.3 1.9; EK-FAC 37.1 0.4 18.0 0.7 26.4 4.5 18.9 1.4 "
+             "37.7 5.6").split("; "):  # LDS on five models, each with what weights add
+    name, *values = line.split()
+    FIGURES.append((f"{name} on five models", tuple(values), {
+        NOTES: tuple(f"| {model} {name} (…) | {{{2 * i}}} | +{{{2 * i + 1}}} ["
+                     for i, model in enumerate(("mlp", "vit", "resnet", "cifar2", "gpt"))),
+        "methods": f"| {name} |" + " {} (+{}) |" * 5}))
+for line in ("EShampoo 53.9 2.1; EK-FAC 52.4 3.1; K-FAC 37.5 6.0; EK-FAC 37.7 5.6; TRAK 39.4 0.3; "
+             "TracIn 4.8 18.6; Fisher 38.8 4.0; GradCos 38.8 2.5; LoGRA 35.4 2.9; ASTRA 33.0 2.4; "
+             "EShampoo 29.6 3.9; TRAK 29.7 1.7; EK-FAC 26.6 4.4; TracIn 12.3 9.6").split("; "):
+    name, *values = line.split()
+    FIGURES.append((f"{name} on the leaderboard", tuple(values), {
+        NOTES: f"| {name}… | … | … | {{}} [… | +{{}} [", "methods": f"| {name}… | {{}} (+{{}}) |"}))
+# fmt: on
+
+
+def disagreements(root: pathlib.Path) -> Iterator[str]:
+    """Yields "place: expected text (figure)" for each text that is not found."""
+    for name, values, places in FIGURES:
+        for place, texts in places.items():
+            place = place if "." in place else f"docs/pages/{place}.md"
+            whole = " ".join((root / place).read_text().split())  # lines may be broken anywhere
+            for text in [texts] if isinstance(texts, str) else texts:
+                text = text.format(*values)
+                if not re.search(re.escape(text).replace("…", "[^|]*?"), whole):
+                    yield f"{place}: {text} ({name})"
+
+
+if __name__ == "__main__":
+    wrong = list(disagreements(pathlib.Path(sys.argv[1] if sys.argv[1:] else ".")))
+    print("\n".join(wrong) or f"{len(FIGURES)} figures agree in all places.")
+    sys.exit(bool(wrong))
