@@ -198,6 +198,18 @@ def gpt(batch: int, *, depth: int = 4, width: int = 256, length: int = 128) -> S
     return _language_model(module, batch, length)
 
 
+def gpt2(batch: int, *, length: int = 512, depth: int = 12) -> Subject:
+    """A GPT of GPT-2's width and vocabulary."""
+    shape: dict[str, int] = {
+        "vocabulary": 50257,
+        "width": 768,
+        "depth": depth,
+        "length": length,
+        "heads": 12,
+    }
+    return _language_model(GPT(**shape, rngs=nnx.Rngs(0)), batch, length)
+
+
 def llama(batch: int, *, depth: int = 4, width: int = 256, length: int = 128) -> Subject:
     """A Llama of 4 layers, 28 dense ones among them, on random tokens of a vocabulary of 512."""
     module = Llama(vocabulary=512, width=width, depth=depth, heads=4, rngs=nnx.Rngs(0))
