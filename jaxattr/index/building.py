@@ -122,8 +122,9 @@ def build_index(
         at most 0.4 % of the largest of them) or float8_e4m3fn (a quarter; a scale per row, each
         feature off by at most 6 % of itself). With these two a kernel is fitted to bfloat16.
       store: False keeps no features, in memory or on disk: they are made anew, a block at a time,
-        by each call that needs them, at the cost of a pass over the data. For features that are
-        too long to be kept, such as whole gradients (`ja.projections.identity()`, exact EK-FAC).
+        by each call that needs them, at the cost of a pass over the data; the first `ja.top_k` or
+        `ja.self_influence` takes one more. For features that are too long to be kept, such as
+        whole gradients (`ja.projections.identity()`, exact EK-FAC).
         Blocks are as large as their features have room; queries' features are held as ever.
       extend: `train` has grown since the index was finished: adds the new examples, for methods
         whose kernel is the identity.
