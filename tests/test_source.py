@@ -92,7 +92,8 @@ def test_an_index_on_disk_keeps_its_curvature(tmp_path):
 
 def test_a_query_that_is_not_finite():
     bad = QUERIES | {"x": QUERIES["x"].at[1].set(jnp.nan)}
-    found = ja.score_segments([index_of(0), index_of(1)], bad)
+    with pytest.warns(ja.NonFiniteWarning, match="1 of 3 queries .* ids 1"):
+        found = ja.score_segments([index_of(0), index_of(1)], bad)
     assert np.isnan(found[1]).all()
     expected = ja.score_segments([index_of(0), index_of(1)], QUERIES)
     np.testing.assert_allclose(found[[0, 2]], expected[[0, 2]], rtol=1e-10)

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.features.whole_gradients import as_function_of, coordinates
-from jaxattr.index.index import Index, check_index
+from jaxattr.index.index import Index, check_index, report_non_finite
 from jaxattr.index.queries import QueryFeatures
 from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_output, runs
@@ -51,6 +51,9 @@ def score_segments(
         their method, or differ in their training sets or layouts; if the loss fails for the
         queries or the parameters.
 
+    Warns:
+      NonFiniteWarning: with the ids of queries that are not finite.
+
     References:
       Bae et al. (2024), arXiv:2405.12186. Deviations: one checkpoint per segment, not the mean over
       several.
@@ -85,6 +88,7 @@ def score_segments(
         _, to_parameters = jax.vjp(to_features, leaves)
         decay = kernel.decayed(index.operators[0], phi)
         gradients = jax.tree.map(jnp.add, gradients, jax.vmap(to_parameters)(decay)[0])
+    report_non_finite(np.flatnonzero(np.isnan(scores).any(axis=1)), count, "queries")
     return scores
 
 
