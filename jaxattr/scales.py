@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _BITS = {4: (jnp.int32, 23, 127), 8: (jnp.int64, 52, 1023)}
 
@@ -31,6 +32,17 @@ def widest(*dtypes: Any) -> Any:
     """
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, dtypes)
+
+
+def widened(values: Any) -> np.ndarray:
+    """Returns an array on the host; floats that NumPy itself has not (bfloat16) as float32.
+
+    Args:
+      values: an array.
+    """
+    found = np.asarray(values)
+    short = found.dtype.kind == "V" and jnp.issubdtype(found.dtype, jnp.floating)
+    return found.astype(np.float32) if short else found
 
 
 def exponent_of(x: jax.Array, axis: int | tuple[int, ...] | None = None) -> jax.Array:

@@ -66,6 +66,15 @@ def test_opponents_need_not_be_removed():
     assert found._repr_html_().count("<tr>") == both._repr_html_().count("<tr>")
 
 
+def test_scores_may_be_of_a_narrow_type():
+    scores = jnp.arange(120.0).reshape(3, 40)
+    run = functools.partial(
+        evaluation.removal, mean_of, minus_loss, queries=ASKED, key=jax.random.key(2),
+        fractions=[0.05], random=2, opponents=False,
+    )  # fmt: skip
+    assert str(run(scores=scores.astype(jnp.bfloat16))) == str(run(scores=scores))
+
+
 def test_random_removal_is_that_of_models_without_as_many():
     found = evaluation.removal(
         mean_of, minus_loss, np.ones((3, 40)), ASKED, jax.random.key(2), fractions=[0.05], random=5

@@ -119,7 +119,7 @@ def test_given_scores_are_those_of_the_index():
 
 def test_whole_numbers_and_small_floats_are_scores():
     scores = np.array([[3, 1, 2], [0, 5, 4]], np.int8)
-    for each in (scores, scores.astype(np.float16), jnp.asarray(scores)):
+    for each in (scores, scores.astype(np.float16), jnp.asarray(scores, jnp.bfloat16)):
         data = {"x": np.arange(3.0)}, {"x": np.arange(2.0)}
         index, asked = evaluation.index_of_scores(each, *data)
         np.testing.assert_array_equal(ja.score(index, asked), scores)

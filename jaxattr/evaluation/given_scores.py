@@ -13,6 +13,7 @@ from jaxattr.index.building import build_index
 from jaxattr.index.index import Index
 from jaxattr.inputs.data import as_batch
 from jaxattr.methods.similarity import embedding
+from jaxattr.scales import widened
 from jaxattr.typing import Batch, Example, Params
 
 FIELD = "given_scores"
@@ -50,7 +51,7 @@ def index_of_scores(
       >>> print(ja.top_k(index, asked, k=2).ids)
       [[1 0]]
     """
-    scores = np.asarray(scores)
+    scores = widened(scores)
     train, queries = _with_names(train, "train"), _with_names(queries, "queries")
     wanted = (leading_size(queries), leading_size(train))
     if scores.shape != wanted or scores.dtype.kind not in "iuf":

@@ -26,6 +26,7 @@ from jaxattr.evaluation.retrieval import strongest
 from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function, runs
 from jaxattr.keys import check_key
+from jaxattr.scales import widened
 from jaxattr.typing import Batch, Key, OutputFn
 
 
@@ -296,7 +297,7 @@ def _random_removals(key: Key, n: int, random: int, fractions: Sequence[float]) 
 
 
 def _checked_scores(scores: Any) -> np.ndarray:
-    scores = np.asarray(scores)
+    scores = widened(scores)
     if scores.ndim != 2 or not scores.size or scores.dtype.kind not in "iuf":
         raise ValueError(
             f"scores must be real numbers [q, n], got {scores.dtype} {list(scores.shape)}: those "

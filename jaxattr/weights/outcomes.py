@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxattr.identity import Contents
 from jaxattr.index.queries import QueryFeatures
+from jaxattr.scales import widened
 
 # Fewer models cannot be split into some to fit to and some to check on.
 FEWEST_MODELS = 8
@@ -47,7 +48,7 @@ class Outcomes:
     reference: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        masks, outputs = np.asarray(self.masks), np.asarray(self.outputs)
+        masks, outputs = np.asarray(self.masks), widened(self.outputs)
         if masks.dtype != bool or masks.ndim != 2:
             raise ValueError(
                 f"masks must be bool [models, n], got {masks.dtype} {list(masks.shape)}. If those "
@@ -103,7 +104,7 @@ def outcomes_of_scores(scores: Any, n: int) -> Outcomes:
     Raises:
       ValueError: if scores are of another number of examples, or no numbers.
     """
-    scores = np.asarray(scores)
+    scores = widened(scores)
     if scores.ndim != 2 or scores.shape[1] != n or scores.dtype.kind not in "fiu":
         raise ValueError(
             f"reference must be scores [q, n] with n = {n}, the training examples of the index; "
