@@ -60,7 +60,7 @@ def precision_table(examples: int) -> Table:
         ("features, float32, products as exact as they go", jnp.float32, "highest"),
         ("features, bfloat16", jnp.bfloat16, None),
     ):
-        with jax.default_matmul_precision(precision):  # type: ignore[arg-type]
+        with jax.default_matmul_precision(precision):
             shown.add_row(name, f"{_error(_features(_cast(subject, dtype)), exact):.1e}", "")
     for dtype in (jnp.float32, jnp.bfloat16):
         error = score_error(_cast(subject, jnp.float32), examples, dtype)

@@ -57,7 +57,7 @@ class Domain(NamedTuple):
       name: of it.
       entries: the methods.
       truth: outputs of models retrained on halves.
-      outcomes: of models retrained on quarters, on the learning queries.
+      outcomes: makes those of models retrained on quarters, on the learning queries.
       queries: what everything is measured on.
       train_fn: as in `ja.retrain`.
       output: (params, example, key) -> scalar; larger = more of it.
@@ -67,7 +67,7 @@ class Domain(NamedTuple):
     name: str
     entries: list[Entry]
     truth: Truth
-    outcomes: ja.Outcomes
+    outcomes: Callable[[], ja.Outcomes]
     queries: Any
     train_fn: TrainFn
     output: OutputFn
@@ -146,7 +146,7 @@ def classifier(name: str, folder: Path) -> Domain:
         name=name,
         entries=entries,
         truth=found.truth,
-        outcomes=found.outcomes,
+        outcomes=lambda: found.outcomes,
         queries=asked,
         train_fn=train_fn,
         output=training.margin(model),
@@ -199,7 +199,7 @@ def gpt(folder: Path) -> Domain:
         name="gpt",
         entries=entries,
         truth=subject.truth,
-        outcomes=subjects.quarters_of_gpt(subject, folder).outcomes,
+        outcomes=functools.cache(lambda: subjects.quarters_of_gpt(subject, folder).outcomes),
         queries=asked,
         train_fn=_any_size(subject, config),
         output=minus(loss),
@@ -234,7 +234,9 @@ def unet(folder: Path) -> Domain:
         name="unet",
         entries=entries,
         truth=subject.truth["held-out"],
-        outcomes=subjects.quarters_of_unet(subject, found, folder).outcomes,
+        outcomes=functools.cache(
+            lambda: subjects.quarters_of_unet(subject, found, folder).outcomes
+        ),
         queries=asked,
         train_fn=subject.train_fn,
         output=diffusion.minus_loss(subject.denoiser, config),

@@ -57,7 +57,7 @@ def measure(domain: Domain, entry: Entry, folder: Path) -> Figures:
         scores = jax.block_until_ready(ja.score(ready.made, ready.evaluation))
     each: dict[str, Any] = {"uniform": np.asarray(scores)}
     if ready.learning is not None and len(ready.made.layout.names) > 1:
-        fit = ja.learn_weights(ready.made, ready.learning, outcomes=domain.outcomes)
+        fit = ja.learn_weights(ready.made, ready.learning, outcomes=domain.outcomes())
         each["learned"] = np.asarray(ja.score(ready.made, ready.evaluation, weights=fit))
     truth = domain.truth
     lds = {kind: ja.lds(found, truth.masks, truth.evaluation) for kind, found in each.items()}
