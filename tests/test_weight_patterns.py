@@ -13,7 +13,15 @@ from jaxattr import linear_maps
 from jaxattr.batches import OneAtATimeWarning
 from jaxattr.features import bases, projections
 from tests import architectures
-from tests.linear_map_checks import assert_close, check, exact_matrices, jit, normal, random_bases
+from tests.linear_map_checks import (
+    assert_close,
+    check,
+    exact_matrices,
+    jit,
+    normal,
+    random_bases,
+    zeros,
+)
 
 RANK = 3
 
@@ -172,7 +180,7 @@ def test_mixed_derivatives_through_weight_expressions():
     found = linear_maps.find(loss, params, x)
     assert set(found.maps) == set(shapes)
     bases = random_bases(found.maps)
-    z = linear_maps.zeros(found, bases)
+    z = zeros(found, bases)
     rewritten = linear_maps.bottleneck(loss, params, x)
 
     def both(params):
