@@ -112,10 +112,12 @@ def output(denoiser: Denoiser, name: Output = "squared_norm") -> TimestepFn:
     bound = _bound_weights(denoiser) if name == "weighted_loss" else np.ones(denoiser.steps)
 
     def of_timestep(params: Params, example: Example, key: Key, timestep: jax.Array) -> jax.Array:
-        value = function(*_predicted(denoiser, params, example, key, timestep))
+        image = denoiser.clean(example)
+        value = function(*_predicted(denoiser, params, example, image, key, timestep))
         return value * jnp.asarray(bound, value.dtype)[timestep]
 
-    return _knowing_steps(of_timestep, denoiser.steps)
+    of_timestep.steps = denoiser.steps  # type: ignore[attr-defined]  # `ja.expectation` checks them
+    return of_timestep
 
 
 def journey(
@@ -145,7 +147,7 @@ def journey(
         trajectory, timesteps = _trajectory(example, steps)
         image = trajectory[step] if clip is None else jnp.clip(trajectory[step], -clip, clip)
         timestep = timesteps[step]
-        value = _mse(*_predicted_of(denoiser, params, example, image, key, timestep))
+        value = _mse(*_predicted(denoiser, params, example, image, key, timestep))
         known = (timestep >= 0) & (timestep < denoiser.steps)
         return value * jnp.where(known, 1, jnp.nan)
 
@@ -181,12 +183,6 @@ def error_profile(denoiser: Denoiser, *, timesteps: Iterable[int], draws: int = 
 
 
 def _predicted(
-    denoiser: Denoiser, params: Params, example: Example, key: Key, timestep: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return _predicted_of(denoiser, params, example, denoiser.clean(example), key, timestep)
-
-
-def _predicted_of(
     denoiser: Denoiser,
     params: Params,
     example: Example,
@@ -235,12 +231,6 @@ def _bound_weights(denoiser: Denoiser) -> np.ndarray:
         raise ValueError("The weights of the bound need an alpha_bar above 0 and below 1.")
     alpha = alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
     return (1 - alpha) / (2 * alpha * (1 - alpha_bar))
-
-
-def _knowing_steps(function: TimestepFn, steps: int) -> TimestepFn:
-    """Lets `ja.expectation` check timesteps."""
-    function.steps = steps  # type: ignore[attr-defined]
-    return function
 
 
 def _trajectory(example: Example, steps: int) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -82,31 +82,31 @@ def leaf_names(tree: Any) -> list[str]:
     Raises:
       ValueError: if two leaves have the same name, as {"a/b": ...} and {"a": {"b": ...}} do.
     """
-    return list(_by_path(tree))
+    return list(named_leaves(tree))
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a pytree by their names.
+def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """Returns the leaves of a pytree by their names; see `leaf_names`.
 
     Args:
       tree: any pytree.
+      is_leaf: as in `jax.tree.leaves`.
 
     Returns:
       {leaf name: leaf}, in the order of `jax.tree.leaves`.
     """
-    return _by_path(tree)
-
-
-@overload
-def by_leaf(
-    params: None = None, *, exclude: str | None = None, stacked: str | None = None
-) -> Callable[[Params], GroupLayout]: ...
-
-
-@overload
-def by_leaf(
-    params: Params, *, exclude: str | None = None, stacked: str | None = None
-) -> GroupLayout: ...
+    found: dict[str, Any] = {}
+    paths: dict[str, tuple[Any, ...]] = {}
+    for path, leaf in _paths(tree, is_leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
+        if name in found:
+            both = [jax.tree_util.keystr(each) for each in (paths[name], path)]
+            raise ValueError(
+                f"Two leaves have the same name {name!r}: {both[0]} and {both[1]}. Leaves are told "
+                "apart by their names: rename one of the keys."
+            )
+        found[name], paths[name] = leaf, path
+    return found
 
 
 def by_leaf(
@@ -127,18 +127,6 @@ def by_leaf(
     if params is None:
         return lambda params: by_leaf(params, exclude=exclude, stacked=stacked)
     return _by_name(params, lambda name: name, exclude, stacked)
-
-
-@overload
-def by_layer(
-    params: None = None, *, exclude: str | None = None, stacked: str | None = None
-) -> Callable[[Params], GroupLayout]: ...
-
-
-@overload
-def by_layer(
-    params: Params, *, exclude: str | None = None, stacked: str | None = None
-) -> GroupLayout: ...
 
 
 def by_layer(
@@ -258,12 +246,9 @@ def split_layers(
             labelled += [(name, member) for member in members]
             continue
         labelled += [
-            (
-                f"{name}[{layer}]",
-                Member(member.leaf, layer, member.size // layers, axes.get(member.leaf, 0)),
-            )
-            for member in members
-            for layer in range(layers)
+            (f"{name}[{i}]", Member(m.leaf, i, m.size // layers, axes.get(m.leaf, 0)))
+            for m in members
+            for i in range(layers)
         ]
     return _collect(labelled, layout.excluded)
 
@@ -294,22 +279,6 @@ def leave_out(layout: GroupLayout, reasons: Mapping[str, str]) -> GroupLayout:
     return _collect(labelled, (*layout.excluded, *taken))
 
 
-def _by_path(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """The leaves by their names, of which no two may be the same."""
-    found: dict[str, Any] = {}
-    paths: dict[str, tuple[Any, ...]] = {}
-    for path, leaf in _paths(tree, is_leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
-        if name in found:
-            both = [jax.tree_util.keystr(each) for each in (paths[name], path)]
-            raise ValueError(
-                f"Two leaves have the same name {name!r}: {both[0]} and {both[1]}. Leaves are told "
-                "apart by their names: rename one of the keys."
-            )
-        found[name], paths[name] = leaf, path
-    return found
-
-
 def _paths(
     tree: Any, is_leaf: Callable[[Any], bool] | None
 ) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -327,19 +296,21 @@ def _paths(
 
 
 def _by_name(
-    params: Params, label: Callable[[str], str], exclude: str | None, stacked: str | None
+    params: Params, label: Callable[[str], str | None], exclude: str | None, stacked: str | None
 ) -> GroupLayout:
     labelled: list[tuple[str, Member]] = []
     excluded = []
-    for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True):
+    for name, leaf in named_leaves(params).items():
         if exclude is not None and re.search(exclude, name):
             excluded.append((name, f"excluded by {exclude!r}"))
         elif _is_whole(leaf):
             excluded.append((name, f"{leaf.dtype} has no gradient"))
         elif stacked is not None and re.search(stacked, name):
             labelled += [(f"{label(name)}[{m.layer}]", m) for m in _layers(name, jnp.shape(leaf))]
+        elif (group := label(name)) is None:
+            excluded.append((name, "labelled None"))
         else:
-            labelled.append((label(name), Member(name, None, math.prod(jnp.shape(leaf)))))
+            labelled.append((group, Member(name, None, math.prod(jnp.shape(leaf)))))
     return _collect(labelled, excluded)
 
 
@@ -350,7 +321,7 @@ def _layers(name: str, shape: tuple[int, ...]) -> list[Member]:
 
 
 def _by_labels(params: Params, labels: Any) -> GroupLayout:
-    found = _by_path(labels, is_leaf=lambda node: node is None)
+    found = named_leaves(labels, is_leaf=lambda node: node is None)
     leaves = named_leaves(params)
     for above in [name for name, label in found.items() if label is None and name not in leaves]:
         below = [name for name in leaves if name.startswith(f"{above}/")]
@@ -363,18 +334,15 @@ def _by_labels(params: Params, labels: Any) -> GroupLayout:
             f"leaves it out). Without a label: {sorted(leaves.keys() - found.keys())}; labels of "
             f"no leaf: {sorted(found.keys() - leaves.keys())}."
         )
-    labelled, excluded = [], []
-    for name, leaf in leaves.items():
-        label = found[name]
-        if _is_whole(leaf):
-            excluded.append((name, f"{leaf.dtype} has no gradient"))
-        elif label is None:
-            excluded.append((name, "labelled None"))
-        elif not isinstance(label, str):
-            raise ValueError(f"The label of leaf {name!r} must be a string or None, got {label!r}.")
-        else:
-            labelled.append((label, Member(name, None, math.prod(jnp.shape(leaf)))))
-    return _collect(labelled, excluded)
+
+    def label(name: str) -> str | None:
+        if not isinstance(found[name], str | None):
+            raise ValueError(
+                f"The label of leaf {name!r} must be a string or None, got {found[name]!r}."
+            )
+        return found[name]
+
+    return _by_name(params, label, None, None)
 
 
 def _collect(
@@ -419,7 +387,7 @@ def _check_parameters(params: Params) -> None:
     if all(_is_whole(leaf) for leaf in leaves):
         got = "only whole numbers" if leaves else "an empty pytree"
         raise ValueError(f"The parameters hold no floating-point arrays: got {got}.")
-    for name, leaf in zip(leaf_names(params), leaves, strict=True):
+    for name, leaf in named_leaves(params).items():
         dtype = getattr(leaf, "dtype", None)
         if _is_whole(leaf):
             continue

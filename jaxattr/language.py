@@ -50,11 +50,7 @@ def loss(logits_fn: LogitsFn) -> OutputFn:
       >>> round(float(of_row(params, row, jax.random.key(0))), 3)  # log 4 + log 4/3
       1.674
     """
-    of_targets = _log_probabilities_of(logits_fn)
-
-    def of_row(params: Params, example: Example, key: Key) -> jax.Array:
-        del key
-        return -_summed(of_targets(params, example), example["mask"])
+    of_row = _of_targets(logits_fn, lambda log_p, mask: -_summed(log_p, mask))
 
     def sample(params: Params, example: Example, key: Key) -> Example:
         targets = example["targets"]
@@ -74,16 +70,13 @@ def margin(logits_fn: LogitsFn) -> OutputFn:
     Returns:
       (params, row, key) -> float32 scalar; pass `residual(logits_fn)` to `ja.trak` with it.
     """
-    of_targets = _log_probabilities_of(logits_fn)
 
-    def of_row(params: Params, example: Example, key: Key) -> jax.Array:
-        del key
-        log_p = of_targets(params, example)
+    def total(log_p: jax.Array, mask: jax.Array) -> jax.Array:
         # log(1 - p) of a p that rounds to one is taken at the nearest p below it.
         log_rest = jnp.log(-jnp.expm1(jnp.minimum(log_p, -jnp.finfo(log_p.dtype).eps)))
-        return _summed(log_p - log_rest, example["mask"])
+        return _summed(log_p - log_rest, mask)
 
-    return of_row
+    return _of_targets(logits_fn, total)
 
 
 def residual(logits_fn: LogitsFn) -> OutputFn:
@@ -112,14 +105,11 @@ def probability(logits_fn: LogitsFn) -> OutputFn:
     Returns:
       (params, row, key) -> float32 scalar between 0 and 1; what `evaluation.tail_patch` measures.
     """
-    of_targets = _log_probabilities_of(logits_fn)
 
-    def of_row(params: Params, example: Example, key: Key) -> jax.Array:
-        del key
-        p = jnp.exp(of_targets(params, example))
-        return _summed(p, example["mask"]) / jnp.maximum(example["mask"].sum(), 1)
+    def mean(log_p: jax.Array, mask: jax.Array) -> jax.Array:
+        return _summed(jnp.exp(log_p), mask) / jnp.maximum(mask.sum(), 1)
 
-    return of_row
+    return _of_targets(logits_fn, mean)
 
 
 def log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -310,11 +300,17 @@ def check_targets(queries: Mapping[str, Any]) -> None:
         )
 
 
-def _log_probabilities_of(logits_fn: LogitsFn) -> Callable[[Params, Example], jax.Array]:
-    def of_targets(params: Params, example: Example) -> jax.Array:
-        return log_probabilities(logits_fn(params, example), example["targets"])
+def _of_targets(
+    logits_fn: LogitsFn, function: Callable[[jax.Array, jax.Array], jax.Array]
+) -> OutputFn:
+    """An output function of the log-probabilities of a row's targets, and its mask."""
 
-    return of_targets
+    def of_row(params: Params, example: Example, key: Key) -> jax.Array:
+        del key
+        log_p = log_probabilities(logits_fn(params, example), example["targets"])
+        return function(log_p, example["mask"])
+
+    return of_row
 
 
 def _summed(values: jax.Array, mask: jax.Array) -> jax.Array:

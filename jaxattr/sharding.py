@@ -8,7 +8,7 @@ function here does nothing, so that the rest of the library is written once.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -245,7 +245,11 @@ class Placement:
         sharding = self.sharding(DATA)
         if sharding is None:
             return [(0, rows)]
-        owners = owners_of(dict(sharding.devices_indices_map((rows,))), rows)
+        owners: dict[tuple[int, int], int] = {}  # the first process that has each span
+        places: dict[Any, Any] = dict(sharding.devices_indices_map((rows,)))
+        for device, index in places.items():
+            span = _span(index[0], rows)
+            owners[span] = min(owners.get(span, device.process_index), device.process_index)
         mine = jax.process_index()
         return _joined(sorted(span for span, owner in owners.items() if owner == mine))
 
@@ -365,20 +369,6 @@ def failing_together() -> Iterator[None]:
         raise problem
     if shared is not None:
         raise OtherProcessError(f"Another process failed. {shared}")
-
-
-def owners_of(places: Mapping[Any, Any], rows: int) -> dict[tuple[int, int], int]:
-    """Returns {span of rows: the first process that has it}.
-
-    Args:
-      places: {device: index of an array [rows]}, of all devices.
-      rows: of a block.
-    """
-    owners: dict[tuple[int, int], int] = {}
-    for device, index in places.items():
-        span = _span(index[0], rows)
-        owners[span] = min(owners.get(span, device.process_index), device.process_index)
-    return owners
 
 
 def barrier(name: str) -> None:

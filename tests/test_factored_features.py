@@ -48,7 +48,8 @@ def test_no_weight_gradient_is_needed(name, groups):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", architectures.ALL)
+# Biases, convolutions in groups and stacks by hand, a scan with remat.
+@pytest.mark.parametrize("name", ["mlp_linen", "separable_bare", "gpt_scan_linen"])
 def test_full_rank_features_are_the_gradient(name):
     loss, params, batch = model(name)
     exact = ja.tracin(loss, projection=projections.identity())
@@ -244,8 +245,6 @@ def test_bands_are_blocks_of_columns():
     plain = ja.build_index(ja.ekfac(models.loss), params, data)
     assert index.layout.names[:4] == ("layer0[0,0]", "layer0[0,1]", "layer0[1,0]", "layer0[1,1]")
     np.testing.assert_allclose(ja.score(index, data), ja.score(plain, data), rtol=1e-9)
-    fit = ja.learn_weights(index, models.data(6, seed=3), top_k=2, steps=1, held_out=0)
-    assert set(fit.weights) == set(index.layout.names)
 
 
 def test_a_rank_above_a_layer_is_clipped_and_said_so():

@@ -127,8 +127,7 @@ def test_no_weight_gradient_is_needed(name):
 @pytest.mark.parametrize("projection", [projections.grass(20), projections.factgrass(RANK)])
 def test_batches_and_devices_do_not_matter(projection):
     method = ja.tracin(models.loss, projection=projection)
-    expected = ja.score(ja.build_index(method, PARAMS, TRAIN), QUERIES)
-    np.testing.assert_allclose(ja.score(FEW(method, PARAMS, TRAIN), QUERIES), expected, rtol=1e-12)
+    expected = ja.score(FEW(method, PARAMS, TRAIN), QUERIES)
     mesh = jax.make_mesh((8,), ("data",))
     spread = ja.build_index(method, PARAMS, TRAIN, batch_size=8, mesh=mesh)
     np.testing.assert_allclose(ja.score(spread, QUERIES), expected, rtol=1e-12)
@@ -150,9 +149,10 @@ def test_influence_in_the_subspace_of_factgrass():
 
     many = models.data(300, seed=9)
     phi_of_many = index.featurizer(PARAMS, many)
-    embedding = np.linalg.lstsq(jax.vmap(gradient)(many), phi_of_many, rcond=None)[0]
+    gradients = jax.jit(jax.vmap(gradient))(many)
+    embedding = np.linalg.lstsq(gradients, phi_of_many, rcond=None)[0]
     phi, q = (index.featurizer(PARAMS, each) for each in (TRAIN, QUERIES))
-    inner = embedding.T @ jax.hessian(mean_loss)(flat) @ embedding + np.eye(phi.shape[1])
+    inner = embedding.T @ jax.jit(jax.hessian(mean_loss))(flat) @ embedding + np.eye(phi.shape[1])
     expected = q @ np.linalg.solve(inner, phi.T)
     np.testing.assert_allclose(ja.score(index, QUERIES), expected, rtol=1e-6)
 

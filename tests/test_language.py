@@ -10,7 +10,7 @@ from tests.models import relative_error
 
 CONFIG = gpt2.Config(vocabulary=13, context=8, width=8, depth=2, heads=2, dtype=jnp.float64)
 DOCUMENTS = [[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 11], [12, 1, 2, 12, 4, 6]]
-LOGITS = gpt2.logits_fn(CONFIG)
+LOGITS = jax.jit(gpt2.logits_fn(CONFIG))
 LOSS = language.loss(LOGITS)
 
 
@@ -86,7 +86,7 @@ def test_packing_loses_no_target():
     assert [(int(a), int(b)) for a, b in pairs] == expected
 
 
-@pytest.mark.parametrize("name", ["grad_cos", "trak", "logra", "trackstar", "ekfac", "source"])
+@pytest.mark.parametrize("name", ["grad_cos", "trak", "trackstar", "ekfac"])
 def test_scores_of_tokens_add_up_to_the_score_of_the_query(tiny_params, name):
     loss = language.loss(tiny_logits)
     two_sided = ja.projections.two_sided(3)
@@ -98,10 +98,8 @@ def test_scores_of_tokens_add_up_to_the_score_of_the_query(tiny_params, name):
             residual=language.residual(tiny_logits),
             projection=two_sided,
         ),
-        "logra": lambda: ja.logra(loss, rank=3),
         "trackstar": lambda: ja.trackstar(loss, moments, tiny_params, rank=3),
         "ekfac": lambda: ja.ekfac(loss, fisher="true", rank=8),
-        "source": lambda: ja.source(loss, learning_rate=0.1, steps=30),
     }[name]()
     index = ja.build_index(method, tiny_params, rows(), batch_size=2)
     queries = language.rows([[1, 5, 3, 2], [4, 12, 1, 9]], 5, vocabulary=13, prompts=[1, 2])
@@ -119,8 +117,10 @@ def test_margin_and_probability_against_the_closed_form(params):
     p = jax.nn.softmax(LOGITS(params, {"inputs": ids[:-1]}))[jnp.arange(4), ids[1:]]
     key = jax.random.key(0)
     margin = jnp.log(p / (1 - p)).sum()
-    assert relative_error(language.margin(LOGITS)(params, example, key), margin) < 1e-10
-    assert relative_error(language.residual(LOGITS)(params, example, key), 1 - p.mean()) < 1e-12
+    found = jax.jit(language.margin(LOGITS))(params, example, key)
+    assert relative_error(found, margin) < 1e-10
+    found = jax.jit(language.residual(LOGITS))(params, example, key)
+    assert relative_error(found, 1 - p.mean()) < 1e-12
 
 
 def test_a_certain_target_has_a_finite_margin():

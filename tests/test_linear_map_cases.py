@@ -10,7 +10,7 @@ import pytest
 
 from jaxattr import linear_maps
 from tests import architectures
-from tests.linear_map_checks import assert_close, case_batch, check, jit, normal
+from tests.linear_map_checks import assert_close, case_batch, check, jit, normal, zeros
 
 
 # Each case: shapes of the parameters, the loss up to a final tanh, and what each leaf is, written
@@ -1522,7 +1522,7 @@ def test_the_identity_on_both_sides_gives_the_gradient(name):
     loss, example = case_loss(function), jax.tree.map(lambda x: x[0], case_batch())
     found = linear_maps.find(loss, params, example)
     bases = {leaf: (None, None) for leaf in found.maps}
-    z = linear_maps.zeros(found, bases)
+    z = zeros(found, bases)
     got = jit(jax.grad(linear_maps.bottleneck(loss, params, example), argnums=2))(
         params, bases, z, example
     )

@@ -22,6 +22,7 @@ from tests.linear_map_checks import (
     jit,
     normal,
     random_bases,
+    zeros,
 )
 
 
@@ -149,7 +150,7 @@ def test_bfloat16_compute_with_float32_params():
     assert {leaf: m.dtype for leaf, m in found.maps.items()} == {"w": "float32", "v": "float32"}
     assert found.maps["w"].bias == "b"
     bases = random_bases(found.maps)
-    z = linear_maps.zeros(found, bases)
+    z = zeros(found, bases)
     rewritten = linear_maps.bottleneck(loss, params, {"x": batch["x"][0]})
     grads = jax.grad(rewritten, argnums=2)(params, bases, z, {"x": batch["x"][0]})
     assert {g.dtype for g in grads.values()} == {jnp.dtype("float32")}
@@ -160,7 +161,7 @@ def test_the_values_in_z_are_never_read():
     example = jax.tree.map(lambda x: x[0], batch)
     found = linear_maps.find(loss, params, example)
     bases = random_bases(found.maps)
-    z = linear_maps.zeros(found, bases)
+    z = zeros(found, bases)
     rewritten = linear_maps.bottleneck(loss, params, example)
     gradient = jit(jax.value_and_grad(rewritten, argnums=2))
     at_zero = gradient(params, bases, z, example)
@@ -174,7 +175,7 @@ def test_mixed_derivatives_are_those_of_the_projected_gradient():
     example = jax.tree.map(lambda x: x[0], batch)
     found = linear_maps.find(loss, params, example)
     bases = random_bases(found.maps)
-    z = linear_maps.zeros(found, bases)
+    z = zeros(found, bases)
     rewritten = linear_maps.bottleneck(loss, params, example)
 
     def both(params):
@@ -203,7 +204,7 @@ def test_gradients_of_the_other_leaves_come_from_the_same_pass():
     found = linear_maps.find(loss, params, example)
     bases = random_bases(found.maps)
     rewritten = linear_maps.bottleneck(loss, params, example)
-    z = linear_maps.zeros(found, bases)
+    z = zeros(found, bases)
     got = by_name(jit(jax.grad(rewritten, argnums=(0, 2)))(params, bases, z, example)[0])
     for leaf, expected in by_name(jit(jax.grad(loss))(params, example, None)).items():
         if not leaf.endswith("key/bias"):  # softmax is blind to it: its gradient is rounding alone
@@ -217,7 +218,7 @@ def test_identity_bases_give_the_exact_gradient(name):
     found = linear_maps.find(loss, params, example)
     bases = {leaf: (None, None) for leaf in found.maps}
     rewritten = linear_maps.bottleneck(loss, params, example)
-    z = linear_maps.zeros(found, bases)
+    z = zeros(found, bases)
     got = jit(jax.grad(rewritten, argnums=2))(params, bases, z, example)
     grads = by_name(jit(jax.grad(loss))(params, example, None))
     for leaf, m in found.maps.items():
@@ -265,7 +266,7 @@ def test_no_array_of_the_size_of_a_batch_of_matrices_is_formed():
     rewritten = linear_maps.bottleneck(loss, params, ids[0])
     projected = jax.vmap(jax.grad(rewritten, argnums=2), (None, None, None, 0))
     smallest = batch * size_in * (size_out - 10)
-    sizes = biggest_buffers(projected, params, bases, linear_maps.zeros(found, bases), ids)
+    sizes = biggest_buffers(projected, params, bases, zeros(found, bases), ids)
     assert max(sizes) < smallest
     captured = jax.vmap(linear_maps.capture(loss, params, ids[0]), (None, 0))
     assert max(biggest_buffers(captured, params, ids)) < smallest
@@ -287,7 +288,7 @@ def test_the_loss_is_traced_once():
     rewritten = linear_maps.bottleneck(loss, params, example)
     bases = random_bases(found.maps)
     calls.clear()
-    rewritten(params, bases, linear_maps.zeros(found, bases), example)
+    rewritten(params, bases, zeros(found, bases), example)
     assert not calls
 
 

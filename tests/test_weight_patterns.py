@@ -13,7 +13,15 @@ from jaxattr import linear_maps
 from jaxattr.batches import OneAtATimeWarning
 from jaxattr.features import bases, projections
 from tests import architectures
-from tests.linear_map_checks import assert_close, check, exact_matrices, jit, normal, random_bases
+from tests.linear_map_checks import (
+    assert_close,
+    check,
+    exact_matrices,
+    jit,
+    normal,
+    random_bases,
+    zeros,
+)
 
 RANK = 3
 
@@ -115,7 +123,7 @@ class Layers(nn.Module):
         return layers(name="layers")(x, None)[0]
 
 
-@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("axis", [1, -1])  # the scan of `architectures` is along the first
 def test_layers_that_are_stacked_along_any_axis_are_groups(axis):
     module, batch = Layers(axis), normal(0, 3, 4, 6)
     params = architectures.filled(jax.eval_shape(module.init, jax.random.key(0), batch[0]))
@@ -172,7 +180,7 @@ def test_mixed_derivatives_through_weight_expressions():
     found = linear_maps.find(loss, params, x)
     assert set(found.maps) == set(shapes)
     bases = random_bases(found.maps)
-    z = linear_maps.zeros(found, bases)
+    z = zeros(found, bases)
     rewritten = linear_maps.bottleneck(loss, params, x)
 
     def both(params):

@@ -108,7 +108,7 @@ NOTHING = Fitted({}, {}, None, {})
 class Basis:
     """Where A and B come from: a frozen dataclass whose fields are all its parameters.
 
-    How they come about is a method that a basis has or has not: see `Draws` and `Fits`.
+    They are drawn, or fitted to the data where a basis has the method of `Fits`.
 
     Attributes:
       rank: largest number of features per side; None for no limit.
@@ -144,6 +144,16 @@ class Basis:
         """Returns the number of features of such a side before they are mixed."""
         return self.side(size)
 
+    def draw(self, seed: bytes, factored: Sequence[Factored]) -> dict[str, Sides]:
+        """Returns A and B of each linear map, on the host; none where they are fitted.
+
+        Args:
+          seed: of the checkpoint's projections.
+          factored: the linear maps.
+        """
+        del seed, factored
+        return {}
+
     def draw_mixing(self, seed: bytes, factored: Sequence[Factored]) -> Any:
         """Returns what `mix` takes, a pytree; on the host."""
         del seed, factored
@@ -167,15 +177,6 @@ class Basis:
 
 
 @runtime_checkable
-class Draws(Protocol):
-    """A basis that needs no data."""
-
-    def draw(self, seed: bytes, factored: Sequence[Factored]) -> dict[str, Sides]:
-        """Returns A and B of each linear map; on the host."""
-        ...
-
-
-@runtime_checkable
 class Fits(Protocol):
     """A basis that is fitted to each checkpoint."""
 
@@ -194,29 +195,16 @@ class Signs(Basis):
         return "two-sided random signs"
 
     def draw(self, seed: bytes, factored: Sequence[Factored]) -> dict[str, Sides]:
-        """See `Draws`."""
-        return draw_signs(seed, factored)
+        """See `Basis`: {-1, 1} / sqrt(r), others in each leaf and layer; None is a whole side."""
 
+        def side(of: Factored, number: int, size: int, rank: int) -> Any:
+            name, shape = f"{of.map.leaf}\0\0{number}", (*of.lead, size, rank)
+            return None if size == rank else signs.scaled_signs(seed, name, shape, of.dtype)
 
-def draw_signs(seed: bytes, factored: Sequence[Factored]) -> dict[str, Sides]:
-    """Draws A and B, entries in {-1, 1} / sqrt(r), other ones for each leaf and layer.
-
-    Args:
-      seed: of the checkpoint's projections.
-      factored: the linear maps.
-
-    Returns:
-      {leaf: A and B}; None, the identity, for a side that is kept whole.
-    """
-
-    def side(of: Factored, number: int, size: int, rank: int) -> Any:
-        name, shape = f"{of.map.leaf}\0\0{number}", (*of.lead, size, rank)
-        return None if size == rank else signs.scaled_signs(seed, name, shape, of.dtype)
-
-    return {
-        of.map.leaf: (side(of, 0, of.rows, of.left), side(of, 1, of.map.size_out, of.right))
-        for of in factored
-    }
+        return {
+            of.map.leaf: (side(of, 0, of.rows, of.left), side(of, 1, of.map.size_out, of.right))
+            for of in factored
+        }
 
 
 def cut_sides(factored: Factored, sides: Sides) -> Sides:

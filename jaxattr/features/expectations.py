@@ -165,42 +165,27 @@ def expectation(
     return Expectation(loss, listed, draws, unit_norm)
 
 
-def at_one_draw(output: OutputFn) -> OutputFn:
-    """Returns the function of a single draw, of examples as `in_draws` makes them.
+def at_one_draw(output: OutputFn, example: Example) -> tuple[OutputFn, Example]:
+    """Returns the function of a single draw, and what it takes as an example.
 
     Args:
       output: any output function.
+      example: ONE example, or its shapes.
 
     Returns:
-      The function itself if it is no expectation; else (params, (example, timestep), key) -> the
-      loss at that timestep.
+      Both as they are if the function is no expectation; else (params, (example, timestep), key) ->
+      the loss at that timestep, and (example, shape of a timestep).
     """
     if not isinstance(output, Expectation):
-        return output
+        return output, example
     loss = output.loss
 
     def of_draw(params: Params, example: Example, key: Key) -> jax.Array:
         example, timestep = example
         return loss(params, example, key, timestep)
 
-    return of_draw
-
-
-def example_at_one_draw(output: OutputFn, example: Example) -> Example:
-    """Returns what `at_one_draw` takes as an example, or its shapes.
-
-    Args:
-      output: any output function.
-      example: ONE example, or its shapes.
-    """
-    if not isinstance(output, Expectation):
-        return example
-    return example, jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(int))
-
-
-def draws_of(output: OutputFn) -> int:
-    """Returns the number of draws of an output function; 1 if it is no expectation."""
-    return output.count if isinstance(output, Expectation) else 1
+    timestep = jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(int))
+    return of_draw, (example, timestep)
 
 
 def has_unit_norm(output: OutputFn) -> bool:
@@ -224,7 +209,7 @@ def sum_over_draws(
     """
     if not isinstance(output, Expectation):
         return function(output, batch, keys)
-    of_draw = at_one_draw(output)
+    of_draw, _ = at_one_draw(output, batch)
 
     def at(draw: Draws) -> Any:
         return function(of_draw, (batch, draw.timesteps), draw.keys)

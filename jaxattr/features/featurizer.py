@@ -21,19 +21,10 @@ from jaxattr import groups as groups_lib
 from jaxattr import identity, linear_maps
 from jaxattr.batches import each_example, in_microbatches, leading_size, shapes_of_one
 from jaxattr.features import projections, signs
-from jaxattr.features.bases import (
-    NOTHING,
-    Drawn,
-    Draws,
-    Fits,
-    Fitted,
-    Sides,
-    cut_sides,
-)
+from jaxattr.features.bases import NOTHING, Drawn, Fits, Fitted, Sides, cut_sides
 from jaxattr.features.expectations import (
+    Expectation,
     at_one_draw,
-    draws_of,
-    example_at_one_draw,
     has_unit_norm,
     sum_over_draws,
 )
@@ -153,9 +144,9 @@ class Featurizer:
         """
         basis: Any = self.rule.projection.basis
         seed = signs.seed_of(self.key, operator.index(checkpoint))
-        drawn = not fitted.sides and isinstance(basis, Draws)
-        sides = basis.draw(seed, self.plan.factored) if drawn else {}
-        sides = {f.map.leaf: cut_sides(f, sides[f.map.leaf]) for f in self.plan.factored if drawn}
+        factored = () if fitted.sides else self.plan.factored
+        sides = {} if basis is None else basis.draw(seed, factored)
+        sides = {f.map.leaf: cut_sides(f, sides[f.map.leaf]) for f in factored if sides}
         rest = draw_groups(self.rule.projection, seed, self.plan.rest_sizes)
         mixing = () if basis is None else basis.draw_mixing(seed, self.plan.factored)
         found = Drawn(sides, rest, mixing)
@@ -183,9 +174,8 @@ class Featurizer:
         rule = dataclasses.replace(self.rule, output=output, residual=None)
         rule, plan = rule.traced(params, example, self.key), self.plan
         if plan.factored:
-            one = example_at_one_draw(rule.output, example)
-            found = linear_maps.find(at_one_draw(rule.output), params, one, self.key)
-            plan = plan.for_output(found)
+            of_draw, one = at_one_draw(rule.output, example)
+            plan = plan.for_output(linear_maps.find(of_draw, params, one, self.key))
         step = _compiled_step(rule, plan, self.microbatch)
         return dataclasses.replace(self, rule=rule, plan=plan, step=step)
 
@@ -263,21 +253,20 @@ def featurize_with(
         rule = rule.traced(params, example, key)
     if microbatch is not None and microbatch < 1:
         raise ValueError(f"microbatch must be at least 1, got {microbatch}.")
-    found = None
+    found, (output, one) = None, at_one_draw(rule.output, example)
     if rule.projection.basis is not None:
-        one = example_at_one_draw(rule.output, example)
-        found = linear_maps.find(at_one_draw(rule.output), params, one, key)
+        found = linear_maps.find(output, params, one, key)
         if callable(groups):
             layout = groups_lib.split_layers(layout, found.stacked, found.layer_axes)
             still = {leaf: why for leaf, why in found.exact.items() if why == linear_maps.STOPPED}
             layout = groups_lib.leave_out(layout, still)
     plan = make_plan(layout, rule.projection, found)
     if microbatch is None:
-        given = params, example_at_one_draw(rule.output, example), key
-        microbatch = _default_microbatch(rule, layout, plan, shapes_of(given))
+        program = identity.program_of(output, shapes_of((params, one, key)))
+        microbatch = _default_microbatch(rule, layout, plan, activation_bytes(program.jaxpr))
     step = _compiled_step(rule, plan, microbatch)
-    one = shapes_of(example)
-    return Featurizer(plan.layout, layout, plan, rule, key, one, microbatch, step)
+    shapes = shapes_of(example)
+    return Featurizer(plan.layout, layout, plan, rule, key, shapes, microbatch, step)
 
 
 @functools.lru_cache(maxsize=16)
@@ -324,7 +313,7 @@ def _features(
         # Sums of many draws would stand still in a narrow type.
         return jax.tree.map(lambda x: x.astype(wide(x.dtype)), found)
 
-    count = draws_of(output)
+    count = output.count if isinstance(output, Expectation) else 1
     total = sum_over_draws(output, batch, keys, gradients)
     mean = jax.tree.map(lambda x: x / count, total) if count > 1 else total
     # Projecting is linear, so it is done once, for the mean.
@@ -390,16 +379,14 @@ def _residual(residual: OutputFn | None, params: Params, batch: Batch, keys: Key
 
 
 def _default_microbatch(
-    rule: FeatureRule, layout: GroupLayout, plan: Plan, shapes: tuple[Params, Example, Key]
+    rule: FeatureRule, layout: GroupLayout, plan: Plan, activations: int
 ) -> int:
     """As many examples as their gradients and activations leave room for."""
     basis, numbers = rule.projection.basis, sum(layout.sizes)
     if basis is not None and not basis.materialize:
         rest = {member for group in plan.groups for member in group.rest}
         numbers = sum(member.size for member in rest) + plan.layout.total
-    program = identity.program_of(at_one_draw(rule.output), shapes)
-    each = 4 * numbers + activation_bytes(program.jaxpr)
-    return max(1, min(_LARGEST_MICROBATCH, room() // max(each, 1)))
+    return max(1, min(_LARGEST_MICROBATCH, room() // max(4 * numbers + activations, 1)))
 
 
 _LARGEST_MICROBATCH, _ROOM_OF_HOST = 256, 1 << 30

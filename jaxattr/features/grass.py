@@ -38,7 +38,7 @@ class Masks(Basis):
         return size if self.rank is None else min(size, self.mask * self.rank)
 
     def draw(self, seed: bytes, factored: Sequence[Factored]) -> dict[str, Sides]:
-        """See `Draws`: columns of the identity."""
+        """See `Basis`: columns of the identity."""
 
         def side(of: Factored, number: int, size: int) -> Any:
             count = of.inner[number]

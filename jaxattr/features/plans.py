@@ -193,9 +193,8 @@ class Plan:
         for group in self.groups:
             for piece in group.pieces:
                 known = values.get(piece.leaf)
-                columns.append(
-                    np.full(piece.size, UNKNOWN) if known is None else piece.of(known[None])[0]
-                )
+                unknown = np.full(piece.size, UNKNOWN)
+                columns.append(unknown if known is None else piece.of(known[None])[0])
             columns.append(np.full(group.rest_dim, UNKNOWN))
         return np.concatenate(columns)
 
@@ -245,17 +244,14 @@ def make_plan(groups: GroupLayout, projection: Projection, found: LinearMaps | N
     Returns:
       The plan.
     """
-    basis = projection.basis
-    if basis is None or found is None:
-        planned = [
-            _planned(projection, name, sum(member.size for member in members), (), members)
-            for name, members in zip(groups.names, groups.members, strict=True)
-        ]
-        return Plan(tuple(planned), (), ())
-    factored, reasons = _factored(groups, basis, found)
+    basis, bands = projection.basis, 1
+    factored: dict[str, Factored] = {}
+    reasons: dict[str, str] = {}
+    if basis is not None and found is not None:
+        (factored, reasons), bands = _factored(groups, basis, found), basis.bands
     planned = []
     for name, members in zip(groups.names, groups.members, strict=True):
-        planned += _banded(projection, basis.bands, factored, name, members)
+        planned += _banded(projection, bands, factored, name, members)
     return Plan(
         tuple(sorted(planned, key=lambda group: group.name)),
         tuple(factored.values()),

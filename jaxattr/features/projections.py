@@ -18,6 +18,7 @@ from jaxattr.features.grass import Masks
 from jaxattr.features.random_maps import (
     Gaussian,
     Grass,
+    Members,
     Rademacher,
     Sjlt,
     Srht,
@@ -276,8 +277,6 @@ class TwoSided:
         """See `ProjectsTogether`; of the rest."""
         return draw_groups(self.rest, seed, sizes)
 
-    def project_groups(
-        self, drawn: Any, groups: Mapping[str, Mapping[str, jax.Array]]
-    ) -> dict[str, jax.Array]:
+    def project_groups(self, drawn: Any, groups: Members) -> dict[str, jax.Array]:
         """See `ProjectsTogether`; of the rest."""
         return project_groups(self.rest, drawn, groups)

@@ -7,7 +7,7 @@ the same whatever other groups there are.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from jaxattr.keys import named_key
 from jaxattr.scales import widest
 from jaxattr.typing import Key
 
+Members: TypeAlias = Mapping[str, Mapping[str, jax.Array]]
+"""Gradients of groups, {group: {leaf name: [b, size]}}."""
+
 
 @runtime_checkable
 class ProjectsTogether(Protocol):
@@ -28,9 +31,7 @@ class ProjectsTogether(Protocol):
         """Draws what `project_groups` takes, a pytree, for {group: {leaf name: size}}."""
         ...
 
-    def project_groups(
-        self, drawn: Any, groups: Mapping[str, Mapping[str, jax.Array]]
-    ) -> dict[str, jax.Array]:
+    def project_groups(self, drawn: Any, groups: Members) -> dict[str, jax.Array]:
         """Projects groups {group: {leaf name: [b, size]}} to {group: features [b, p]}."""
         ...
 
@@ -51,9 +52,7 @@ def draw_groups(projection: Any, seed: bytes, sizes: Mapping[str, Mapping[str, i
     return signs.keys_of(seed, [""])[0]
 
 
-def project_groups(
-    projection: Any, drawn: Any, groups: Mapping[str, Mapping[str, jax.Array]]
-) -> dict[str, jax.Array]:
+def project_groups(projection: Any, drawn: Any, groups: Members) -> dict[str, jax.Array]:
     """Projects groups, together where the projection can.
 
     Args:
@@ -122,9 +121,7 @@ class _Randomised:
         names = list(self._projected(sizes))
         return signs.keys_of(seed, names) if names else ()
 
-    def project_groups(
-        self, drawn: Any, groups: Mapping[str, Mapping[str, jax.Array]]
-    ) -> dict[str, jax.Array]:
+    def project_groups(self, drawn: Any, groups: Members) -> dict[str, jax.Array]:
         """See `ProjectsTogether`."""
         sizes = {name: {leaf: x.shape[1] for leaf, x in of.items()} for name, of in groups.items()}
         projected = self._projected(sizes)

@@ -29,7 +29,10 @@ def project_gradients(
     Returns:
       {leaf of a linear map: [*stack, *inner]}, and {any other leaf: gradient}.
     """
-    scaled = _scaled(fitted, gradients)
+    scaled = {
+        name: leaf * fitted.scales[name].astype(leaf.dtype) if name in fitted.scales else leaf
+        for name, leaf in gradients.items()
+    }
     z = {}
     for factored in plan.factored:
         found = factored.map
@@ -83,11 +86,3 @@ def as_function_of(
         return output(jax.tree.unflatten(structure, merged), example, key)
 
     return of_leaves, {name: leaf for name, leaf in leaves.items() if name in chosen}
-
-
-def _scaled(fitted: Fitted, gradients: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Gradients of one example, multiplied elementwise where that was fitted."""
-    return {
-        name: leaf * fitted.scales[name].astype(leaf.dtype) if name in fitted.scales else leaf
-        for name, leaf in gradients.items()
-    }

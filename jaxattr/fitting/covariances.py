@@ -31,6 +31,10 @@ MaskFn = Callable[[Example], jax.Array]
 Narrow: TypeAlias = tuple[jax.Array | None, jax.Array | None]
 """What the inputs and the outputs of a wide linear map are projected with; None: nothing."""
 
+Uses: TypeAlias = Sequence[Captured]
+"""Of a linear map in a batch: inputs [b, *stack, t, in] and cotangents [b, *stack, t, out], each
+over 2 to its exponent, and zero for examples that do not count; `applied` as in `Captured`."""
+
 
 class Exponents(NamedTuple):
     """Inputs and cotangents of a leaf are taken over 2 to these powers, int32 []."""
@@ -54,20 +58,6 @@ class Covariance(NamedTuple):
     cotangents: jax.Array
     counts: jax.Array
     sizes: jax.Array
-
-
-class Use(NamedTuple):
-    """A use of a linear map in a batch; zero for examples that do not count.
-
-    Attributes:
-      inputs: over 2 to their exponent, [b, *stack, t, in].
-      cotangents: over 2 to theirs, [b, *stack, t, out].
-      applied: which layers it applies, bool [], or [stack].
-    """
-
-    inputs: jax.Array
-    cotangents: jax.Array
-    applied: jax.Array
 
 
 class Factors(Protocol):
@@ -101,7 +91,7 @@ class Factors(Protocol):
         ...
 
     def sums(
-        self, factored: Factored, uses: Sequence[Use], kept: jax.Array, weights: jax.Array | None
+        self, factored: Factored, uses: Uses, kept: jax.Array, weights: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns the first three of `Covariance`; `kept` is which examples count, bool [b]."""
         ...
@@ -141,7 +131,7 @@ class Covariances:
         return fits(inputs) & fits(cotangents)
 
     def sums(
-        self, factored: Factored, uses: Sequence[Use], kept: jax.Array, weights: jax.Array | None
+        self, factored: Factored, uses: Uses, kept: jax.Array, weights: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """See `Factors`."""
         totals = []
@@ -164,13 +154,7 @@ def covariance_sums(
 ) -> Callable[..., tuple[dict[str, Covariance], jax.Array]]:
     """One function for all checkpoints, so that it is compiled once."""
     by_leaf = {each.map.leaf: each for each in factored}
-    sums = functools.partial(_sums_of_batch, rule.output, by_leaf, factors)
-
-    def with_digest(shared: Any, numbered: NumberedBatch, digests: jax.Array) -> tuple:
-        total = identity.sum_of_rows(digests, numbered.ids, numbered.real)
-        return sums(shared, numbered), total
-
-    return with_digest
+    return functools.partial(_sums_of_batch, rule.output, by_leaf, factors)
 
 
 def _sums_of_batch(
@@ -179,7 +163,8 @@ def _sums_of_batch(
     factors: Factors,
     shared: tuple[Key, Params, Mapping[str, Narrow], Mapping[str, Exponents]],
     numbered: NumberedBatch,
-) -> dict[str, Covariance]:
+    digests: jax.Array,
+) -> tuple[dict[str, Covariance], jax.Array]:
     key, params, projected, exponents = shared
     keys = example_keys(key, numbered.ids)
     weights = factors.weights(numbered.batch)
@@ -200,7 +185,8 @@ def _sums_of_batch(
 
     refuse_unit_norm(output, "A basis of covariances (ja.kfac, ja.ekfac, ja.eshampoo, ja.logra)")
     # Each draw counts as a position, like the tokens of a text, or as an example.
-    return sum_over_draws(output, numbered.batch, keys, sums)
+    found = sum_over_draws(output, numbered.batch, keys, sums)
+    return found, identity.sum_of_rows(digests, numbered.ids, numbered.real)
 
 
 def _all_finite(uses: Mapping[str, tuple[Captured, ...]]) -> jax.Array:
@@ -253,7 +239,7 @@ def _sizes(uses: tuple[Captured, ...], finite: jax.Array) -> jax.Array:
 
 def _use(
     factored: Factored, use: Captured, kept: jax.Array, narrow: Narrow, exponents: Exponents
-) -> Use:
+) -> Captured:
     inputs = _inputs(factored, use.inputs, narrow[0])
     cotangents = _project(use.cotangents, narrow[1])
 
@@ -263,7 +249,7 @@ def _use(
         return jnp.where(counts, scaled(x.astype(factored.dtype), -exponent), 0)
 
     sides = clean(inputs, exponents.inputs), clean(cotangents, exponents.cotangents)
-    return Use(*sides, use.applied[0])
+    return Captured(*sides, use.applied[0])
 
 
 def _inputs(factored: Factored, inputs: jax.Array, narrow: jax.Array | None) -> jax.Array:

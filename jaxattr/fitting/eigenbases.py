@@ -111,9 +111,8 @@ class Eigenbasis(Basis):
                 for (_, vectors), wide in zip(kept, projected[leaf], strict=True)
             )
             sides[leaf] = (a, b)
-            captured[leaf] = jnp.asarray(
-                [_share(k[0], f[0]) for k, f in zip(kept, found, strict=True)]
-            )
+            shares = [_share(k[0], f[0]) for k, f in zip(kept, found, strict=True)]
+            captured[leaf] = jnp.asarray(shares)
             products = kept[0][0][..., :, None] * kept[1][0][..., None, :]
             curvature[leaf] = np.ldexp(products, 2 * sum(map(int, exponents[leaf])))
         _warn_of_loss(captured)

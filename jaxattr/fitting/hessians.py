@@ -39,13 +39,15 @@ class Weighted(NamedTuple):
     weights: jax.Array
 
 
+Product: TypeAlias = tuple[Leaves, Callable[[Leaves, Weighted], Leaves]]
+"""Some leaves, and (vector, examples) -> the product of a matrix with a vector of those leaves."""
+
+
 class Curvature(Protocol):
     """A matrix like the Hessian of a sum of losses; hashable."""
 
-    def product(
-        self, params: Params, chosen: Collection[str]
-    ) -> tuple[Leaves, Callable[[Leaves, Weighted], Leaves]]:
-        """Returns the chosen leaves, and (vector, examples) -> product, of some leaves alone."""
+    def product(self, params: Params, chosen: Collection[str]) -> Product:
+        """Returns the product of the chosen leaves."""
         ...
 
     def __hash__(self) -> int: ...
@@ -61,9 +63,7 @@ class Hessian:
 
     loss: OutputFn
 
-    def product(
-        self, params: Params, chosen: Collection[str]
-    ) -> tuple[Leaves, Callable[[Leaves, Weighted], Leaves]]:
+    def product(self, params: Params, chosen: Collection[str]) -> Product:
         """See `Curvature`."""
         loss, leaves = as_function_of(self.loss, chosen, params)
 
@@ -93,9 +93,7 @@ class GaussNewton:
     outputs: OutputFn = identity.function("params", "example", "key")
     loss: Callable[[Any, Example], jax.Array] = identity.function("z", "example")
 
-    def product(
-        self, params: Params, chosen: Collection[str]
-    ) -> tuple[Leaves, Callable[[Leaves, Weighted], Leaves]]:
+    def product(self, params: Params, chosen: Collection[str]) -> Product:
         """See `Curvature`."""
         outputs, leaves = as_function_of(self.outputs, chosen, params)
 

@@ -1,7 +1,6 @@
 """An optimizer's second moments, and the basis that scales gradients by them (TrackStar)."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr import linear_maps
-from jaxattr.features.bases import Basis, Factored, Fitted, Sides, draw_signs
+from jaxattr.features.bases import Factored, Fitted, Sides, Signs
 from jaxattr.features.signs import seed_of
 from jaxattr.fitting.passes import TrainingPass
 from jaxattr.groups import named_leaves
@@ -103,7 +102,7 @@ def _moments(node: Any, params: Params) -> dict[str, jax.Array]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScaledSigns(Basis):
+class ScaledSigns(Signs):
     r"""Random signs on gradients that are divided by the root of second moments.
 
     .. math:: \phi = A^\top (\nabla_W \ell \,/\, (\sqrt{V} + \epsilon)) B
@@ -125,10 +124,6 @@ class ScaledSigns(Basis):
         of_rank_one = "" if self.materialize else " of rank one"
         return f"two-sided random signs over second moments{of_rank_one}"
 
-    def draw(self, seed: bytes, factored: Sequence[Factored]) -> dict[str, Sides]:
-        """See `Draws`."""
-        return draw_signs(seed, factored)
-
     def fit(self, over: TrainingPass) -> Fitted:
         """See `Fits`; looks at no data."""
         given = self._moments_of(over)
@@ -138,7 +133,7 @@ class ScaledSigns(Basis):
         if self.materialize:
             kept = plan.rest | plan.covered
             return Fitted({}, {name: scales[name] for name in kept}, None, {})
-        drawn = draw_signs(seed_of(over.featurizer.key, over.number), plan.factored)
+        drawn = self.draw(seed_of(over.featurizer.key, over.number), plan.factored)
         sides = {
             f.map.leaf: _scaled(f, drawn[f.map.leaf], named, self.epsilon) for f in plan.factored
         }

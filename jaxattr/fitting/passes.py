@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr import identity
-from jaxattr.features.bases import Fitted
+from jaxattr.features.bases import Drawn, Fitted
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.scales import exponent_of, scaled
 from jaxattr.sharding import DATA, Placement, failing_together
@@ -101,11 +101,9 @@ class TrainingPass:
           digests: whether those of the examples are wanted too.
         """
         drawn = self.featurizer.draw(self.number, fitted, self.place)
-        step = _compiled_features(self.place, self.featurizer.step)
         for numbered in self.batches(description, first):
             given = numbered if transform is None else transform(numbered)
-            got = step(self.featurizer.key, self.params, given.batch, given.ids, drawn, fitted)
-            clean = _clean(self.place)(got.features, got.residual, given.real)
+            clean = self._clean(given, drawn, fitted)
             if digests:
                 clean = clean._replace(digests=row_digests(self.place)(numbered.batch))
             yield clean
@@ -121,13 +119,11 @@ class TrainingPass:
         """
         # Drawn when they are first needed, and then kept.
         draw = functools.cache(lambda: self.featurizer.draw(self.number, fitted, self.place))
-        step = _compiled_features(self.place, self.featurizer.step)
 
         def compute(positions: np.ndarray) -> CleanFeatures:
             batch = self.place.batch(self._read, positions)
             ids, real = self.place.numbers(self._numbers, positions)
-            got = step(self.featurizer.key, self.params, batch, ids, draw(), fitted)
-            return _clean(self.place)(got.features, got.residual, real)
+            return self._clean(NumberedBatch(batch, ids, real), draw(), fitted)
 
         return compute
 
@@ -153,6 +149,11 @@ class TrainingPass:
                     total = self.place.zeros(shapes, lambda path: (DATA,))
                 total = add(total, *arguments)
         return self.place.sum_of_shards(total)
+
+    def _clean(self, given: NumberedBatch, drawn: Drawn, fitted: Fitted) -> CleanFeatures:
+        step = _compiled_features(self.place, self.featurizer.step)
+        got = step(self.featurizer.key, self.params, given.batch, given.ids, drawn, fitted)
+        return _compiled_clean(self.place)(got.features, got.residual, given.real)
 
     def _numbers(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return positions, (positions >= 0) & (positions < self.source.size)
@@ -240,7 +241,7 @@ def row_digests(place: Placement) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def _clean(place: Placement) -> Any:
+def _compiled_clean(place: Placement) -> Any:
     def clean(phi: Features, residual: jax.Array, real: jax.Array) -> CleanFeatures:
         kept = jnp.isfinite(phi).all(axis=1) & jnp.isfinite(residual) & real
         return CleanFeatures(jnp.where(kept[:, None], phi, 0), jnp.where(kept, residual, 0), kept)

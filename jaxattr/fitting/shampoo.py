@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxattr.features.bases import Factored
-from jaxattr.fitting.covariances import Use, fits, products
+from jaxattr.fitting.covariances import Uses, fits, products
 from jaxattr.typing import Batch
 
 # Entries of the gradients of a leaf that are in memory at once: 32 MiB of 32-bit floats.
@@ -45,7 +45,7 @@ class GradientFactors:
         return fits(inputs * cotangents)
 
     def sums(
-        self, factored: Factored, uses: Sequence[Use], kept: jax.Array, weights: jax.Array | None
+        self, factored: Factored, uses: Uses, kept: jax.Array, weights: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """See `Factors`."""
         del weights

@@ -198,16 +198,22 @@ class HasSpectrum(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True)
-class Identity:
-    """K = I: plain inner products, as in TracIn. One pass over the data is enough."""
+class WithoutSums:
+    """A kernel that needs no statistics."""
 
-    name: ClassVar[str] = "identity"
     degree: ClassVar[None] = None
 
     def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> tuple[()]:
         """See `Kernel`: none."""
-        return no_sums(layout, n, phi, kept)
+        del layout, n, phi, kept
+        return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity(WithoutSums):
+    """K = I: plain inner products, as in TracIn. One pass over the data is enough."""
+
+    name: ClassVar[str] = "identity"
 
     def finalize(self, statistics: Any, surroundings: Surroundings) -> tuple[()]:
         """See `Kernel`: nothing."""
@@ -218,12 +224,6 @@ class Identity:
         """See `Kernel`: the features themselves."""
         del operator
         return phi
-
-
-def no_sums(layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> tuple[()]:
-    """The statistics of kernels that need none; arguments as `Kernel.sums`."""
-    del layout, n, phi, kept
-    return ()
 
 
 def split_columns(phi: Features, widths: Sequence[int]) -> list[Features]:

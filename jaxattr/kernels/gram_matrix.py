@@ -10,12 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.kernels.base import (
-    Damping,
-    Surroundings,
-    check_damping,
-    split_columns,
-)
+from jaxattr.kernels.base import Damping, Surroundings, check_damping, split_columns
 from jaxattr.typing import Features
 
 
@@ -115,9 +110,8 @@ class Gram:
         operators, unit = [], surroundings.exponent
         for gram, part in zip(statistics, self._columns(surroundings.layout), strict=True):
             if gram.ndim == 2:
-                operators.append(
-                    _primal(np.asarray(gram, np.float64), self.damping, unit, gram.dtype)
-                )
+                whole = np.asarray(gram, np.float64)
+                operators.append(_primal(whole, self.damping, unit, gram.dtype))
             else:
                 rows = np.asarray(surroundings.rows(part), np.float64)
                 operators.append(_dual(rows, self.damping, unit, gram.dtype))
@@ -143,7 +137,13 @@ class Gram:
         self, spectrum: list[Spectrum], damping: Damping, exponent: int
     ) -> list[GramOperator]:
         """See `HasSpectrum`."""
-        return _operators_at(spectrum, damping, exponent)
+        if check_damping(damping).value == 0:
+            raise ValueError(
+                "A damping path cannot hold zero: away from the training features the Gram matrix "
+                "has no inverse. Start it at a small value, such as ja.relative(1e-3); got "
+                f"{damping}."
+            )
+        return [_operator_at(each, damping, exponent) for each in spectrum]
 
     def _blocks(self, layout: FeatureLayout) -> tuple[int, ...]:
         return (layout.total,) if self.dense else layout.dims
@@ -205,15 +205,6 @@ def _spectrum(rows: np.ndarray) -> Spectrum:
     return Spectrum(
         vectors if primal else rows.T @ (vectors / np.sqrt(eigenvalues)), eigenvalues, dtype
     )
-
-
-def _operators_at(spectra: list[Spectrum], damping: Damping, exponent: int) -> list[GramOperator]:
-    if check_damping(damping).value == 0:
-        raise ValueError(
-            "A damping path cannot hold zero: away from the training features the Gram matrix has "
-            f"no inverse. Start it at a small value, such as ja.relative(1e-3); got {damping}."
-        )
-    return [_operator_at(each, damping, exponent) for each in spectra]
 
 
 def _operator_at(spectrum: Spectrum, damping: Damping, exponent: int) -> GramOperator:

@@ -2,15 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.features.plans import FeatureLayout
 from jaxattr.kernels import conjugate_gradients
-from jaxattr.kernels.base import Damping, Surroundings, check_damping, no_sums
+from jaxattr.kernels.base import Damping, Surroundings, WithoutSums, check_damping
 from jaxattr.typing import Features
 
 # Columns of the Hessian that are computed at once.
@@ -18,7 +17,7 @@ _COLUMNS = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class InverseHessian:
+class InverseHessian(WithoutSums):
     r"""Inverts the damped Hessian of the mean training loss.
 
     .. math:: K = \Big(\tfrac1N \sum_n \nabla^2 \ell(n) + \lambda I\Big)^{-1}
@@ -43,7 +42,6 @@ class InverseHessian:
 
     damping: Damping
     positive_only: bool = False
-    degree: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         check_damping(self.damping)
@@ -52,10 +50,6 @@ class InverseHessian:
     def name(self) -> str:
         """See `Kernel`."""
         return f"inverse Hessian, damping {self.damping}"
-
-    def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> tuple[()]:
-        """See `Kernel`: none."""
-        return no_sums(layout, n, phi, kept)
 
     def finalize(self, statistics: Any, surroundings: Surroundings) -> jax.Array:
         """See `Kernel`."""
@@ -98,7 +92,7 @@ class Solver(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConjugateGradient:
+class ConjugateGradient(WithoutSums):
     """Solves with the damped Hessian of the mean training loss, by conjugate gradients.
 
     Guarantees: where it converged, a relative residual of at most `tolerance`. A solve stops early,
@@ -118,7 +112,6 @@ class ConjugateGradient:
     damping: Damping
     tolerance: float
     iterations: int
-    degree: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if check_damping(self.damping).relative:
@@ -141,10 +134,6 @@ class ConjugateGradient:
     def largest_residual(self) -> float:
         """See `Iterates`: measured anew, it may be a little above what the solve saw."""
         return 2 * self.tolerance
-
-    def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> tuple[()]:
-        """See `Kernel`: none."""
-        return no_sums(layout, n, phi, kept)
 
     def finalize(self, statistics: Any, surroundings: Surroundings) -> Solver:
         """See `Kernel`."""

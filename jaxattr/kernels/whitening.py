@@ -85,26 +85,18 @@ class Whitening:
         dtype = statistics.examples.dtype
         matrices = _means(statistics)
         if self.queries is not None:
-            theirs = surroundings.sums_of(
-                self.sums, self.queries.value, "autocorrelation of queries"
-            )
-            mu, others = self.mixing, _means(theirs)
-            if mu is None:
-                mu = _meeting_point(matrices, others, self.component)
+            given, described = self.queries.value, "autocorrelation of queries"
+            mu, others = self.mixing, _means(surroundings.sums_of(self.sums, given, described))
+            mu = _meeting_point(matrices, others, self.component) if mu is None else mu
             matrices = [mu * b + (1 - mu) * a for a, b in zip(matrices, others, strict=True)]
         root = functools.partial(_inverse_root, self.damping, surroundings.exponent)
         return [jnp.asarray(root(matrix), dtype) for matrix in matrices]
 
     def whiten(self, operator: list[jax.Array], phi: Features) -> Features:
         """See `MapsQueries`."""
-        parts = split_columns(phi, [len(block) for block in operator])
-        return jnp.concatenate(
-            [
-                jnp.matmul(part, block, precision="highest")
-                for block, part in zip(operator, parts, strict=True)
-            ],
-            axis=1,
-        )
+        pairs = zip(split_columns(phi, [len(block) for block in operator]), operator, strict=True)
+        whitened = [jnp.matmul(part, block, precision="highest") for part, block in pairs]
+        return jnp.concatenate(whitened, axis=1)
 
     def apply(self, operator: list[jax.Array], phi: Features) -> Features:
         """See `Kernel`."""

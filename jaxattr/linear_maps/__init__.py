@@ -37,10 +37,7 @@ from jaxattr.linear_maps.analysis import LinearMaps as LinearMaps
 from jaxattr.linear_maps.capturing import Captured as Captured
 from jaxattr.linear_maps.capturing import capture as capture
 from jaxattr.linear_maps.declaring import linear_map as linear_map
-from jaxattr.linear_maps.rewriting import Bases as Bases
-from jaxattr.linear_maps.rewriting import Bottlenecks as Bottlenecks
 from jaxattr.linear_maps.rewriting import WithBias as WithBias
 from jaxattr.linear_maps.rewriting import bottleneck as bottleneck
 from jaxattr.linear_maps.rewriting import find as find
 from jaxattr.linear_maps.rewriting import matrix as matrix
-from jaxattr.linear_maps.rewriting import zeros as zeros

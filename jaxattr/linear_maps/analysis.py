@@ -130,6 +130,11 @@ class Use:
         return tuple(sorted(axes))
 
     @property
+    def roles(self) -> tuple[tuple[int, ...], ...]:
+        """Axes of the leaf that are inputs, outputs and layers here."""
+        return labels.axes(self.product.ins), labels.axes(self.product.outs), self.stack
+
+    @property
     def positions(self) -> int:
         """How often the matrix of one layer is applied."""
         taken = {*self.scanned, *(block.site for block in self.view.blocks)}
@@ -326,8 +331,7 @@ def scales_inputs(scale: Scale, linear_map: LinearMap, kind: str) -> bool:
 
 def _malformed(use: Use) -> str:
     """Says why a product is not with matrices of the leaf, or returns nothing."""
-    product = use.product
-    roles = [labels.axes(product.ins), labels.axes(product.outs), use.stack]
+    product, roles = use.product, use.roles
     if len({axis for role in roles for axis in role}) != sum(map(len, roles)):
         return "multiplied along a part of an axis"
     for axis in (*roles[0], *roles[1]):
@@ -353,19 +357,12 @@ def _oriented(use: Use, first: Use) -> Use | None:
     def wide(axes: Iterable[int]) -> tuple[int, ...]:  # an axis of size one plays any part
         return tuple(axis for axis in axes if use.view.shape[axis] > 1)
 
-    mine, other = (
-        [
-            wide(axes)
-            for axes in (use.stack, labels.axes(use.product.ins), labels.axes(use.product.outs))
-        ]
-        for use in (use, first)
-    )
-    summed = {*labels.axes(use.product.ins), *labels.axes(use.product.outs)}
-    if summed & set(first.stack):
+    mine, other = ([wide(axes) for axes in each.roles] for each in (use, first))
+    if {*use.roles[0], *use.roles[1]} & {*first.stack}:
         return None
     if mine == other:
         return use
-    flipped = mine == [other[0], other[2], other[1]]
+    flipped = mine == [other[1], other[0], other[2]]
     if not flipped or use.product.kind == "embedding" or use.product.groups > 1:
         return None
     return dataclasses.replace(use, transposed=True)
@@ -373,16 +370,16 @@ def _oriented(use: Use, first: Use) -> Use | None:
 
 def _share_layers(uses: list[Use], stack: tuple[int, ...]) -> tuple[tuple[Use, ...], ...]:
     """Gathers places that apply different layers alike: a stack that was unrolled by hand."""
+
+    def kind(use: Use) -> tuple[Any, ...]:
+        return use.positions, use.transposed, use.product.kind
+
     gathered: list[list[Use]] = []
     for use in uses:
         mine = set(use.layers(stack)) if stack else set()
         for others in gathered:
             taken = {layer for other in others for layer in other.layers(stack)} if stack else mine
-            alike = (use.positions, use.transposed, use.product.kind) == (
-                others[0].positions,
-                others[0].transposed,
-                others[0].product.kind,
-            )
+            alike = kind(use) == kind(others[0])
             if stack and alike and not mine & taken:
                 others.append(use)
                 break

@@ -198,9 +198,8 @@ def _whole(use: Use, linear_map: LinearMap, side: jax.Array, axes: tuple[int, ..
 
 def _rows(use: Use, stack: tuple[int, ...], block: jax.Array) -> jax.Array:
     """Turns [*loops, *layers, t, f] into [layers, t, f] or, if there is no stack, [t, f]."""
-    loops: list[Label] = [
-        Label(use.scanned.get(site, ("loop", site)), length) for site, length in use.loops
-    ]
+    names = [use.scanned.get(site, ("loop", site)) for site, _ in use.loops]
+    loops = [Label(name, length) for name, (_, length) in zip(names, use.loops, strict=True)]
     t, f = Label("t", block.shape[-2]), Label("f", block.shape[-1])
     source = tuple((label,) for label in (*loops, *use.product.layers, t, f))
     labels = (*loops, *use.product.layers)
@@ -218,9 +217,6 @@ def _by_layer(
     numbers = [use.layers(linear_map.stack_axes) for use in together]
     if np.array_equal(numbers[0], np.arange(linear_map.stack)):
         return blocks[0]
-    whole = jnp.full(
-        (linear_map.stack, *blocks[0].shape[1:]),
-        nothing,
-        widest(*(block.dtype for block in blocks)),
-    )
+    shape = linear_map.stack, *blocks[0].shape[1:]
+    whole = jnp.full(shape, nothing, widest(*(block.dtype for block in blocks)))
     return whole.at[np.concatenate(numbers)].set(jnp.concatenate(blocks))

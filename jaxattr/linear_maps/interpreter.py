@@ -38,6 +38,9 @@ from jaxattr.linear_maps.views import Constant, Fixed, Site, View
 Taps: TypeAlias = dict[Site, Any]
 """What the visitor recorded at each product; a scan stacks it along a leading axis."""
 
+Evaluated: TypeAlias = tuple[list[Any], Taps]
+"""Results, some perhaps views or outputs, and what the visitor recorded."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
@@ -92,21 +95,20 @@ class Visitor(Protocol):
         ...
 
     def added(self, view: View, output: Output) -> bool:
-        """Called where a leaf is added to a product; returns whether that is accepted."""
-        ...
+        """Called where a leaf is added to a product; returns whether that is a bias; here no."""
+        del view, output
+        return False
 
     def stopped(self, view: View) -> None:
         """Called where the gradient of a leaf is stopped: what follows is no use of it."""
-        ...
+        del view
 
     def reject(self, view: View, reason: str) -> None:
         """Called where a leaf is used in a way that cannot be followed."""
         ...
 
 
-def evaluate(
-    jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], walk: Walk
-) -> tuple[list[Any], Taps]:
+def evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], walk: Walk) -> Evaluated:
     """Evaluates a program.
 
     Args:
@@ -157,7 +159,7 @@ def _still(value: Any, visitor: "Visitor | None") -> Any:
     return sums.constant(plain(value)) if views_of(value) else value
 
 
-def _equation(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
+def _equation(eqn: JaxprEqn, args: list[Any], walk: Walk) -> Evaluated:
     found = [i for i, arg in enumerate(args) if isinstance(arg, View | Sum)]
     if not found:
         return _untouched(eqn, args), {}
@@ -194,7 +196,7 @@ def _equation(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Ta
 
 def _used(
     eqn: JaxprEqn, args: list[Any], number: int, results: list[Any], walk: Walk
-) -> tuple[list[Any], Taps] | None:
+) -> Evaluated | None:
     """What an equation makes of its only operand with views, where that can be followed."""
     operand = args[number]
     if moved := sums.follow(eqn, operand, results):
@@ -243,7 +245,7 @@ def _may_be_bias(view: View, other: Any) -> bool:
 
 def _product_with_sum(
     eqn: JaxprEqn, operand: Sum, args: list[Any], number: int, y: jax.Array, walk: Walk
-) -> tuple[list[Any], Taps] | None:
+) -> Evaluated | None:
     """A product with a sum of weights: to its result each weight adds a part of its own."""
     parts, adds = [], eqn.primitive.name in ("add", "add_any")
     for term in operand.terms:
@@ -338,24 +340,24 @@ def _bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
     return derivatives.bind(eqn, [plain(arg) for arg in args])
 
 
-def _call(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
+def _call(eqn: JaxprEqn, args: list[Any], walk: Walk) -> Evaluated:
     """A nested jit is inlined."""
     params = eqn.params
     return _evaluate_program(params.get("jaxpr") or params["call_jaxpr"], args, walk)
 
 
-def _remat(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
+def _remat(eqn: JaxprEqn, args: list[Any], walk: Walk) -> Evaluated:
     params = eqn.params
     inner = params["jaxpr"]
 
-    def body(args: list[Any], sinks: Taps) -> tuple[list[Any], Taps]:
+    def body(args: list[Any], sinks: Taps) -> Evaluated:
         return _evaluate_inside(inner, args, dataclasses.replace(walk, sinks=sinks))
 
     checkpointed = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
     return checkpointed(_without_outputs(args), walk.inside())
 
 
-def _scan(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
+def _scan(eqn: JaxprEqn, args: list[Any], walk: Walk) -> Evaluated:
     """A leaf that the scan runs over is a stack of layers; one that it closes over is reused."""
     params, args = eqn.params, _without_outputs(args)
     first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
@@ -414,12 +416,12 @@ def _scan(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
     return [*carry, *ys], taps
 
 
-def _cond(eqn: JaxprEqn, args: list[Any], walk: Walk) -> tuple[list[Any], Taps]:
+def _cond(eqn: JaxprEqn, args: list[Any], walk: Walk) -> Evaluated:
     """Each branch is entered; what it records is zero where another one is taken."""
     branches, (index, *operands) = eqn.params["branches"], _without_outputs(args)
     arrays = [plain(operand) for operand in operands]
 
-    def branch(number: int, everything: bool, arrays: list[Any]) -> tuple[list[Any], Taps]:
+    def branch(number: int, everything: bool, arrays: list[Any]) -> Evaluated:
         given = [
             dataclasses.replace(operand, value=x) if plain(operand) is not operand else x
             for operand, x in zip(operands, arrays, strict=True)
@@ -468,23 +470,19 @@ def _without_outputs(args: Sequence[Any]) -> list[Any]:
     return [arg.value if isinstance(arg, Output) else arg for arg in args]
 
 
-def _evaluate_inside(
-    program: Jaxpr | ClosedJaxpr, args: Sequence[Any], walk: Walk
-) -> tuple[list[Any], Taps]:
+def _evaluate_inside(program: Jaxpr | ClosedJaxpr, args: Sequence[Any], walk: Walk) -> Evaluated:
     """Evaluates an inner program; its results are arrays and views, as JAX can pass them on."""
     results, taps = _evaluate_program(program, args, walk)
     return _without_outputs(results), taps
 
 
-def _evaluate_program(
-    program: Jaxpr | ClosedJaxpr, args: Sequence[Any], walk: Walk
-) -> tuple[list[Any], Taps]:
+def _evaluate_program(program: Jaxpr | ClosedJaxpr, args: Sequence[Any], walk: Walk) -> Evaluated:
     if isinstance(program, ClosedJaxpr):
         return evaluate(program.jaxpr, program.consts, args, walk)
     return evaluate(program, (), args, walk)
 
 
-_ENTERED: dict[str, Callable[[JaxprEqn, list[Any], Walk], tuple[list[Any], Taps]]] = {
+_ENTERED: dict[str, Callable[[JaxprEqn, list[Any], Walk], Evaluated]] = {
     "jit": _call,
     "pjit": _call,
     "closed_call": _call,

@@ -375,8 +375,8 @@ def _gather(eqn: JaxprEqn, view: View, number: int) -> Product | None:
     for i, axis in zip(numbers.offset_dims, taken, strict=True):
         y[i] = () if axis == row else view.dims[axis]
         y_axes[axis] = None if axis == row else i
-    column, out_of_range = start.index(row), "clip" if clipped else "zero"
-    return _lookup(eqn, view, row, tuple(y), positions, 1, column, out_of_range, tuple(y_axes))
+    where = {"column": start.index(row), "out_of_range": "clip" if clipped else "zero"}
+    return _lookup(eqn, view, row, tuple(y), y_axes, operand=1, positions=positions, **where)
 
 
 def _dynamic_slice(eqn: JaxprEqn, view: View, number: int) -> Product | None:
@@ -387,8 +387,9 @@ def _dynamic_slice(eqn: JaxprEqn, view: View, number: int) -> Product | None:
     if number != 0 or len(rows) != 1 or sizes[rows[0]] != 1 or len(wide) != 2:
         return None
     y = tuple(() if i == rows[0] else dim for i, dim in enumerate(view.dims))
-    y_axes = tuple(None if i == rows[0] else i for i in range(len(shape)))
-    return _lookup(eqn, view, rows[0], y, (), 1 + rows[0], None, "clip", y_axes)
+    y_axes = [None if i == rows[0] else i for i in range(len(shape))]
+    where = {"operand": 1 + rows[0], "column": None, "out_of_range": "clip"}
+    return _lookup(eqn, view, rows[0], y, y_axes, positions=(), **where)
 
 
 def _addition(eqn: JaxprEqn, view: View, number: int) -> Product | None:
@@ -415,31 +416,21 @@ def _addition(eqn: JaxprEqn, view: View, number: int) -> Product | None:
 
 
 def _lookup(
-    eqn: JaxprEqn,
-    view: View,
-    row: int,
-    y: Dims,
-    positions: Dim,
-    operand: int,
-    column: int | None,
-    out_of_range: str,
-    y_axes: tuple[int | None, ...],
+    eqn: JaxprEqn, view: View, row: int, y: Dims, y_axes: Sequence[int | None], **where: Any
 ) -> Product | None:
+    """A look-up of rows, unless the id is not the row's number in the leaf."""
     ins = view.dims[row]
     outs = flat(dim for i, dim in enumerate(view.dims) if i != row)
     if ins != ordered(ins) or not all(label.of_leaf for label in (*ins, *outs)):
-        return None  # the id is not the row's number in the leaf
+        return None
     return _Lookup(
-        operand=operand,
         y=y,
         ins=ins,
         outs=ordered(outs),
-        positions=positions,
         dtype=aval(eqn.outvars[0]).dtype,
-        column=column,
-        out_of_range=out_of_range,
         x_axes=(None,) * len(y_axes),
-        y_axes=y_axes,
+        y_axes=tuple(y_axes),
+        **where,
     )
 
 

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 
 from jaxattr.linear_maps import analysis, interpreter
 from jaxattr.linear_maps.analysis import LinearMap, LinearMaps, Traced
-from jaxattr.linear_maps.interpreter import Output, Taps, Walk
+from jaxattr.linear_maps.interpreter import Taps, Walk
 from jaxattr.linear_maps.products import Product
 from jaxattr.linear_maps.views import Factors, Scale, Site, View
-from jaxattr.scales import widest
 from jaxattr.typing import Example, Key, OutputFn, Params
 
 
@@ -112,7 +111,7 @@ def bottleneck(
       ...     return jnp.sum((x @ params["w"]) ** 2)
       >>> rewritten = bottleneck(loss, params, x)
       >>> bases = {"w": (jnp.ones((3, 1)), jnp.ones((2, 1)))}  # A^T (dL/dW) B sums dL/dW
-      >>> z = zeros(find(loss, params, x), bases)
+      >>> z = {"w": jnp.zeros((1, 1))}
       >>> jax.grad(rewritten, argnums=2)(params, bases, z, x)["w"].tolist()
       [[144.0]]
       >>> jax.grad(loss)(params, x, None)["w"].sum().item()
@@ -184,54 +183,14 @@ def matrix(linear_map: LinearMap, leaf: jax.Array, bias: jax.Array | None = None
     return jnp.concatenate([rows, last], axis=-2)
 
 
-def zeros(maps: LinearMaps, bases: Bases) -> dict[str, jax.Array]:
-    """Returns a Z for a rewritten loss.
-
-    Args:
-      maps: the linear maps.
-      bases: the bases; where A is None, the bias is not included.
-
-    Returns:
-      {leaf: zeros [r, r']}, [stack, r, r'] for a stacked leaf, float32 or wider.
-
-    Raises:
-      KeyError: if a leaf of `bases` is no linear map.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> params = {"w": jnp.ones((2, 3))}
-      >>> found = find(lambda p, x, key: jnp.sum(x @ p["w"]), params, jnp.ones(2))
-      >>> zeros(found, {"w": (jnp.ones((2, 1)), None)})["w"].shape
-      (1, 3)
-    """
-    result = {}
-    for leaf, (a, b) in bases.items():
-        linear_map = maps.maps[leaf]
-        of_inputs = a.inputs if isinstance(a, WithBias) else a
-        left = linear_map.size_in if of_inputs is None else of_inputs.shape[-1]
-        right = linear_map.size_out if b is None else b.shape[-1]
-        dtypes = [x.dtype for x in (of_inputs, b) if x is not None] or [linear_map.dtype]
-        dtype = widest(jnp.float32, *dtypes)
-        result[leaf] = jnp.zeros((*leading(linear_map), left, right), dtype)
-    return result
-
-
 @dataclasses.dataclass(frozen=True)
-class Rewriting:
+class Rewriting(interpreter.Visitor):
     """A visitor of a loss in which the chosen leaves were found to be linear maps.
 
     The others are followed too, as they were when these were found, and nothing is done to them.
     """
 
     chosen: Collection[str]
-
-    def added(self, view: View, output: Output) -> bool:
-        """Says that no bias is looked for."""
-        del view, output
-        return False
-
-    def stopped(self, view: View) -> None:
-        """Passes: what has no gradient needs no term."""
 
     def reject(self, view: View, reason: str) -> None:
         """Raises for a chosen leaf: `find` would have met the use."""

@@ -1,7 +1,6 @@
 """What is known of an array that was derived from one parameter leaf by renaming axes alone."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -167,9 +166,8 @@ class View:
         margins = self.margins or ((0, 0),) * by.ndim
         for axis in range(by.ndim):
             start, size = margins[axis][0], labels_lib.extent(self.dims[axis])
-            cut = (
-                slice(start, start + size) if axis in along and by.shape[axis] > 1 else slice(0, 1)
-            )
+            varies = axis in along and by.shape[axis] > 1
+            cut = slice(start, start + size) if varies else slice(0, 1)
             by = by[(slice(None),) * axis + (cut,)]
         along = [axis for axis in along if by.shape[axis] > 1]
         source = [self.dims[axis] for axis in along]
@@ -202,9 +200,7 @@ class View:
     ) -> "View":
         """The view after an operation that renamed axes; axes of size one may have gone."""
         left = labels_lib.axes(labels_lib.flat(dims))
-        gone = tuple(
-            axis for axis in labels_lib.axes(labels_lib.flat(self.dims)) if axis not in left
-        )
+        gone = {*labels_lib.axes(labels_lib.flat(self.dims))} - {*left}
         position = tuple(i for i, axis in enumerate(self.stack) if axis in gone)
         factors = self.factors and self.factors.map(lambda x: jnp.squeeze(x, position))
         stack = tuple(axis for axis in self.stack if axis not in gone)
@@ -214,12 +210,8 @@ class View:
 
     def sliced(self, value: jax.Array, cuts: Sequence[slice]) -> "View | None":
         """The view after a slice, or None where it cuts an axis that is not in one piece."""
-        dims, ranges, factors, scales = (
-            list(self.dims),
-            list(self.ranges),
-            self.factors,
-            self.scales,
-        )
+        dims, ranges = list(self.dims), list(self.ranges)
+        factors, scales = self.factors, self.scales
         margins = list(self.margins or ((0, 0),) * len(dims))
         for i, (dim, cut) in enumerate(zip(self.dims, cuts, strict=True)):
             size = labels_lib.extent(dim)
@@ -308,13 +300,10 @@ class View:
             return dataclasses.replace(view, blocks=blocks, steps=(*self.steps, step))
         factors = self.factors
         if factors and axis in self.stack:
-            at = functools.partial(
-                jax.lax.dynamic_index_in_dim,
-                index=step,
-                axis=self.stack.index(axis),
-                keepdims=False,
+            number = self.stack.index(axis)
+            factors = factors.map(
+                lambda x: jax.lax.dynamic_index_in_dim(x, step, number, keepdims=False)
             )
-            factors = factors.map(at)
         stack = tuple(other for other in self.stack if other != axis)
         scans = (*self.scans, (axis, site))
         return dataclasses.replace(view, scans=scans, stack=stack, factors=factors)
@@ -446,9 +435,8 @@ def _pieces(eqn: JaxprEqn) -> list[list[slice]] | None:
         return [along(params["axis"], slice(i, i + 1)) for i in range(len(eqn.outvars))]
     if name == "split":
         limits = np.cumsum([0, *params["sizes"]]).tolist()
-        return [
-            along(params["axis"], slice(*each)) for each in zip(limits, limits[1:], strict=False)
-        ]
+        pairs = zip(limits, limits[1:], strict=False)
+        return [along(params["axis"], slice(*pair)) for pair in pairs]
     if name == "rev":
         return [[slice(None, None, -1 if i in params["dimensions"] else None) for i in range(rank)]]
     cuts = _cuts(eqn)

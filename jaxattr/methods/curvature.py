@@ -65,14 +65,11 @@ def logra(
     """
     if basis not in ("random", "pca"):
         raise ValueError(f"basis must be 'random' or 'pca', got {basis!r}.")
-    chosen = None
-    if basis == "pca":
-        chosen = eigenbases.Eigenbasis(eigenvalues=False)
+    chosen = eigenbases.Eigenbasis(eigenvalues=False) if basis == "pca" else None
     rule = FeatureRule(loss, projections.two_sided(rank, basis=chosen))
     kernel = kernels.Gram(kernels.or_relative(damping))
-    return Method(
-        "LoGRA" if basis == "random" else "LoGRA-PCA", rule, kernel, references=("logra",)
-    )
+    name = "LoGRA" if basis == "random" else "LoGRA-PCA"
+    return Method(name, rule, kernel, references=("logra",))
 
 
 def kfac(
@@ -317,10 +314,8 @@ def _eigen_rule(
             "The true Fisher needs labels drawn from the model: pass sample=, a function (params, "
             "example, key) -> the example with other labels, or use fisher='empirical'."
         )
+    drawn = sample if fisher == "true" else None
     basis = eigenbases.Eigenbasis(
-        eigenvalues=eigenvalues,
-        sample=sample if fisher == "true" else None,
-        factors=factors,
-        bands=bands,
+        eigenvalues=eigenvalues, sample=drawn, factors=factors, bands=bands
     )
     return FeatureRule(loss, projections.two_sided(rank, basis=basis))

@@ -100,18 +100,14 @@ def describe(
         for name, leaf in zip(groups_lib.leaf_names(params), jax.tree.leaves(params), strict=True)
     )
     total = sum(math.prod(leaf.shape) for leaf in leaves)
-    formed_not = (
-        0
-        if _formed(featurize)
-        else sum(math.prod(leaf.shape) for leaf in leaves if leaf.name in plan.covered)
-    )
+    not_formed = frozenset() if _formed(featurize) else plan.covered
     return Description(
         method=method.name,
         kernel=method.kernel.name,
         leaves=leaves,
         features=featurize.layout.total,
         covered=sum(sizes) / total,
-        factored=formed_not / total,
+        factored=sum(math.prod(leaf.shape) for leaf in leaves if leaf.name in not_formed) / total,
     )
 
 

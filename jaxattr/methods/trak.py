@@ -9,7 +9,7 @@ from jaxattr.features import projections
 from jaxattr.features.featurizer import FeatureRule
 from jaxattr.features.projections import Projection
 from jaxattr.inputs.outputs import check_function
-from jaxattr.kernels import Damping, Kernel
+from jaxattr.kernels import Damping
 from jaxattr.methods.method import Method
 from jaxattr.typing import Example, Key, Link, OutputFn, Params
 
@@ -47,13 +47,9 @@ def trak(
       group and scaled by 1/sqrt(p).
     """
     check_function(margin, "the margin")
-    rule = FeatureRule(
-        margin,
-        projections.rademacher(512) if projection is None else projection,
-        residual=one_minus(margin) if residual is None else residual,
-    )
-    kernel = kernels.Gram(kernels.or_relative(damping), dense=dense)
-    return Method("TRAK", rule, kernel, average_checkpoints=True, references=("trak",), raised=True)
+    residual = one_minus(margin) if residual is None else residual
+    method = _trak_like("TRAK", margin, residual, projection, damping, dense=dense)
+    return dataclasses.replace(method, references=("trak",), raised=True)
 
 
 def one_minus(margin: OutputFn) -> OutputFn:
@@ -97,9 +93,7 @@ def d_trak(
       queries that are evaluated; not divided by its mean absolute entry; Rademacher projection per
       group; the noise of an example depends on its id and not on its place in the batch.
     """
-    return _trak_like(
-        "D-TRAK", output, kernels.Gram(kernels.or_relative(damping), dense=dense), projection
-    )
+    return _trak_like("D-TRAK", output, None, projection, damping, dense=dense)
 
 
 def journey_trak(
@@ -128,8 +122,7 @@ def journey_trak(
       Georgiev et al. (2023), arXiv:2312.06205; one score for the whole trajectory as in Zheng et
       al. (2024), arXiv:2311.00500, appendix C.
     """
-    kernel = kernels.Gram(kernels.or_relative(damping), dense=dense)
-    method = _trak_like("Journey-TRAK", loss, kernel, projection)
+    method = _trak_like("Journey-TRAK", loss, None, projection, damping, dense=dense)
     return dataclasses.replace(method, query_output=journey, references=("journey_trak",))
 
 
@@ -169,14 +162,19 @@ def das(
       kernel that is used, where the published code mixes queries and examples and rescales; as in
       the published code, the square is outside the mean over timesteps and pixels.
     """
-    kernel = kernels.Gram(kernels.or_relative(damping), dense=True, leverage=leverage)
-    method = _trak_like("DAS", output, kernel, projection)
-    rule = dataclasses.replace(method.rule, residual=residual)
-    return dataclasses.replace(method, rule=rule, link=link, references=("das",))
+    method = _trak_like("DAS", output, residual, projection, damping, dense=True, leverage=leverage)
+    return dataclasses.replace(method, link=link, references=("das",))
 
 
 def _trak_like(
-    name: str, output: OutputFn, kernel: Kernel, projection: Projection | None
+    name: str,
+    output: OutputFn,
+    residual: OutputFn | None,
+    projection: Projection | None,
+    damping: Damping | None,
+    **gram: bool,
 ) -> Method:
-    rule = FeatureRule(output, projections.rademacher(512) if projection is None else projection)
+    chosen = projections.rademacher(512) if projection is None else projection
+    rule = FeatureRule(output, chosen, residual=residual)
+    kernel = kernels.Gram(kernels.or_relative(damping), **gram)
     return Method(name, rule, kernel, average_checkpoints=True, references=("d_trak",))
