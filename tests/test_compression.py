@@ -9,8 +9,8 @@ import pytest
 
 import jaxattr as ja
 from jaxattr.index.summary import check, export_zarr, summarize
-from jaxattr.store import StoreError
 from jaxattr.store.compression import compress, widen
+from jaxattr.store.folder import StoreError
 from tests import models
 from tests.stored import (
     BATCH,

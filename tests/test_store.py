@@ -11,7 +11,8 @@ import pytest
 
 import jaxattr as ja
 from jaxattr.sharding import Placement
-from jaxattr.store import Folder, StoreError, finished
+from jaxattr.store.folder import Folder, StoreError
+from jaxattr.store.ledger import finished
 from tests import models
 from tests.stored import (
     BATCH,

@@ -10,7 +10,7 @@ import pytest
 
 import jaxattr as ja
 from jaxattr.features import projections
-from jaxattr.store import StoreError
+from jaxattr.store.folder import StoreError
 from tests import models
 
 SIZE, BATCH, K = 101, 16, 7

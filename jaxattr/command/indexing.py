@@ -13,7 +13,7 @@ from jaxattr.index.saving import read_closed
 from jaxattr.index.summary import summarize
 from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.sources import as_source
-from jaxattr.store import Folder
+from jaxattr.store.folder import Folder
 
 # What of a task goes to `build_index` and `plan` as it is, where it is named.
 _BUILDING = ("key", "mesh", "batch_size", "dtype")

@@ -15,7 +15,7 @@ from jaxattr.files import read_arrays
 from jaxattr.index.saving import read_manifest
 from jaxattr.sharding import process
 from jaxattr.sources import as_source
-from jaxattr.store import Folder, StoreError
+from jaxattr.store.folder import Folder, StoreError
 from jaxattr.weights.report import WeightFit
 from jaxattr.weights.saving import load_fit
 

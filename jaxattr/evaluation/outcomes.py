@@ -29,7 +29,7 @@ from jaxattr.inputs.outputs import check_function, check_output, runs
 from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.keys import check_key
 from jaxattr.sharding import barrier
-from jaxattr.store import on_first_process
+from jaxattr.store.folder import on_first_process
 from jaxattr.typing import Batch, Key, OutputFn, Params
 from jaxattr.weights.outcomes import Outcomes, digest_of_queries
 

@@ -50,19 +50,11 @@ from jaxattr.keys import check_key
 from jaxattr.methods.method import Method
 from jaxattr.sharding import barrier, placement, process
 from jaxattr.sources import announce
-from jaxattr.store import (
-    SEALS,
-    DiskRows,
-    Folder,
-    Lease,
-    Ledger,
-    RecomputedRows,
-    StoreError,
-    finished,
-    on_first_process,
-    reading,
-    save_seals,
-)
+from jaxattr.store.disk_rows import DiskRows
+from jaxattr.store.folder import Folder, StoreError, on_first_process, reading
+from jaxattr.store.lease import Lease
+from jaxattr.store.ledger import Ledger, finished
+from jaxattr.store.recomputed_rows import RecomputedRows
 from jaxattr.store.rows import (
     COLUMNS,
     ERRORS,
@@ -73,6 +65,7 @@ from jaxattr.store.rows import (
     RowLayout,
     Rows,
 )
+from jaxattr.store.seals import SEALS, save_seals
 from jaxattr.typing import Key, Params
 
 

@@ -39,7 +39,8 @@ from jaxattr.methods.method import Method
 from jaxattr.scales import exponent_of, scaled
 from jaxattr.sharding import DATA, Placement, barrier, failing_together, process
 from jaxattr.sources import Source, as_source, track
-from jaxattr.store import Folder, Ledger
+from jaxattr.store.folder import Folder
+from jaxattr.store.ledger import Ledger
 from jaxattr.store.rows import (
     COLUMNS,
     DIGESTS,

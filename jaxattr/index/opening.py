@@ -24,8 +24,10 @@ from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.methods.method import Method, check_method, featurizer
 from jaxattr.sharding import Placement, placement
 from jaxattr.sources import Source, as_source
-from jaxattr.store import DiskRows, Folder, StoreError, finished, reading
 from jaxattr.store.compression import is_compressed
+from jaxattr.store.disk_rows import DiskRows
+from jaxattr.store.folder import Folder, StoreError, reading
+from jaxattr.store.ledger import finished
 from jaxattr.store.rows import EXAMPLES, FEATURES, SCALES, SELF, MemoryRows, RowLayout, Rows
 from jaxattr.typing import Example, Params
 

@@ -12,17 +12,9 @@ from jaxattr.features.bases import Fitted, Sides
 from jaxattr.index import provenance
 from jaxattr.index.index import Recorded
 from jaxattr.sharding import Placement
-from jaxattr.store import (
-    SEALS,
-    Folder,
-    Seals,
-    StoreError,
-    load_seals,
-    load_state,
-    malformed,
-    reading,
-    save_state,
-)
+from jaxattr.store.folder import Folder, StoreError, malformed, reading
+from jaxattr.store.seals import SEALS, Seals, load_seals
+from jaxattr.store.state import load_state, save_state
 
 MANIFEST, COMPLETE = "manifest.json", "complete.json"
 """What an index was made from; what its rows came to, written last."""

@@ -19,15 +19,10 @@ from jaxattr.index.saving import (
 )
 from jaxattr.sharding import Placement
 from jaxattr.sources import track
-from jaxattr.store import (
-    DiskRows,
-    Folder,
-    StoreError,
-    copy_array,
-    finished,
-    reading,
-    save_rows,
-)
+from jaxattr.store.arrays import copy_array, save_rows
+from jaxattr.store.disk_rows import DiskRows
+from jaxattr.store.folder import Folder, StoreError, reading
+from jaxattr.store.ledger import finished
 from jaxattr.store.rows import FEATURES, RAW, SCALES, RowLayout, values_of
 
 

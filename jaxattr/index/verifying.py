@@ -18,7 +18,7 @@ from jaxattr.groups import leaf_names
 from jaxattr.index.index import first_ids
 from jaxattr.sharding import Placement
 from jaxattr.sources import Source, track
-from jaxattr.store import StoreError
+from jaxattr.store.folder import StoreError
 from jaxattr.store.rows import DIGESTS, Rows
 from jaxattr.typing import Batch
 

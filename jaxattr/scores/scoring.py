@@ -37,7 +37,7 @@ from jaxattr.scores.ranking import TopK
 from jaxattr.scores.weighting import weights_for
 from jaxattr.scores.writing import written
 from jaxattr.sharding import DATA, Placement
-from jaxattr.store import Folder
+from jaxattr.store.folder import Folder
 from jaxattr.store.rows import COLUMNS, EXAMPLES, SELF, SLAB, Rows, Slab, blocks_at_once
 from jaxattr.typing import Batch, Features, Link, Weights
 

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxattr as ja
 from jaxattr.features import projections
-from jaxattr.store import DiskRows
+from jaxattr.store.disk_rows import DiskRows
 from tests import models
 
 SIZE, BATCH = 61, 8
