@@ -17,7 +17,6 @@ from jaxattr.evaluation.retraining import (
     TrainFn,
     check_number,
     explaining_training,
-    models_over,
     of_queries,
     random_subsets,
     trained,
@@ -26,7 +25,10 @@ from jaxattr.evaluation.retrieval import strongest
 from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function, runs
 from jaxattr.keys import check_key
+from jaxattr.sharding import placement
 from jaxattr.typing import Batch, Key, OutputFn
+
+_RESAMPLES = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,9 +119,6 @@ def removal(
     seeds: int = 1,
     at_once: int | None = None,
     mesh: Mesh | None = None,
-    axis: str = "data",
-    resamples: int = 1000,
-    seed: int = 0,
 ) -> Removal:
     """Retrains without each query's strongest examples, and measures how far its output falls.
 
@@ -145,13 +144,10 @@ def removal(
       seeds: models per subset, over which outputs are averaged; the same keys for all subsets.
       at_once: models in memory at once. Default: 16, or one per device.
       mesh: devices to spread the models over. Default: the default device.
-      axis: the axis of the mesh to spread them over.
-      resamples: of queries and random draws, for the intervals, which are of these seeds, and too
-        narrow with fewer than some 24 queries or draws.
-      seed: of the resamples.
 
     Returns:
-      The falls, for each fraction.
+      The falls, for each fraction. Their intervals are of these seeds, and too narrow with fewer
+      than some 24 queries or draws.
 
     Raises:
       TypeError: if fractions are no sequence, or a count is no whole number.
@@ -185,9 +181,8 @@ def removal(
     check_number(train_fn, n)
     subset_key, train_key, output_key = jax.random.split(key, 3)
     drawn = _random_removals(subset_key, n, random, fractions)
-    place = models_over(mesh, axis)
+    place = placement(mesh)
     at_once = max(AT_ONCE, place.shards) if at_once is None else whole_number("at_once", at_once)
-    whole_number("resamples", resamples)
     with explaining_training():
         shapes = jax.eval_shape(train_fn, train_key, np.arange(n))
     queries = as_batch(queries, "queries", functools.partial(runs, output_fn, shapes))
@@ -207,8 +202,7 @@ def removal(
         found = np.concatenate([np.asarray(chunk, np.float64) for chunk in chunks])
         return found.reshape(len(removed), seeds, q).mean(axis=1)
 
-    draws = functools.partial(_resamples, resamples, seed)
-    falls = [_falls(outputs_without, scores, masks, draws) for masks in drawn]
+    falls = [_falls(outputs_without, scores, masks) for masks in drawn]
     return Removal(
         fractions=tuple(map(float, fractions)),
         proponents=tuple(proponents for proponents, _ in falls),
@@ -220,27 +214,24 @@ def _falls(
     outputs_without: Callable[[np.ndarray], np.ndarray],
     scores: np.ndarray,
     drawn: np.ndarray,
-    draws: Callable[..., np.ndarray],
 ) -> tuple[Fall, Fall]:
     """Of proponents and of opponents; all models of one size are trained together."""
     q, count = len(scores), int(drawn[0].sum())
     own = [_removed(scores, count), _removed(-scores, count)]
     found = outputs_without(np.concatenate([*own, drawn]))  # [2 q + random, q]
     most, least, random = np.split(found, [q, 2 * q])
-    first, second = (_fall(count, part.diagonal().copy(), random, draws) for part in (most, least))
+    first, second = (_fall(count, part.diagonal().copy(), random) for part in (most, least))
     return first, second
 
 
-def _fall(
-    count: int, outputs: np.ndarray, random: np.ndarray, draws: Callable[..., np.ndarray]
-) -> Fall:
+def _fall(count: int, outputs: np.ndarray, random: np.ndarray) -> Fall:
     usual = random.mean(axis=0)
     finite = np.isfinite(outputs) & np.isfinite(usual)
     per_query = np.where(finite, usual - outputs, np.nan)
     mean = low = high = flips = random_flips = float("nan")
     if finite.any():
         mean = float(per_query[finite].mean())
-        resampled = draws(outputs[finite], random[:, finite])
+        resampled = _resampled(outputs[finite], random[:, finite])
         low, high = map(float, np.quantile(resampled, [0.025, 0.975]))
     positive = finite & (usual > 0)
     if positive.any():
@@ -260,11 +251,11 @@ def _fall(
     )
 
 
-def _resamples(count: int, seed: int, outputs: np.ndarray, random: np.ndarray) -> np.ndarray:
-    """Means over resampled queries and draws, [count]: all queries share the luck of the draws."""
-    generator = np.random.default_rng(seed)
-    draws = generator.integers(len(random), size=(count, len(random)))
-    queries = generator.integers(len(outputs), size=(count, len(outputs)))
+def _resampled(outputs: np.ndarray, random: np.ndarray) -> np.ndarray:
+    """Means over resampled queries and draws: all queries share the luck of the draws."""
+    generator = np.random.default_rng(0)
+    draws = generator.integers(len(random), size=(_RESAMPLES, len(random)))
+    queries = generator.integers(len(outputs), size=(_RESAMPLES, len(outputs)))
     return np.array(
         [
             (random[rows].mean(axis=0) - outputs)[columns].mean()
