@@ -13,7 +13,6 @@ from jaxattr import evaluation, files
 from jaxattr.evaluation import LDS, Difference
 from jaxattr.evaluation.retraining import TrainFn
 from jaxattr.index.queries import QueryFeatures
-from jaxattr.scores import weighting
 from jaxattr.typing import OutputFn
 from jaxattr.weights.report import WeightFit
 
@@ -129,7 +128,7 @@ def compare(
         index, learning, outcomes=ja.Outcomes(truth.masks, truth.learning)
     )
     weights = {
-        "uniform": weighting.uniform_weights(index),
+        "uniform": dict.fromkeys(index.layout.names, 1.0),
         **(more or {}),
         "learned": fit.weights,
         "fitted to truth": fitted_to_truth.weights,
@@ -137,6 +136,19 @@ def compare(
     lds = dict(lds_of_weights(index, queries, truth, weights))
     difference = evaluation.paired_difference(lds["learned"], lds["uniform"])
     return Comparison(weights, lds, difference, fit)
+
+
+def unit_rms_weights(index: ja.Index, queries: Any) -> dict[str, float]:
+    """Weights that scale every group's contributions to the same root mean square.
+
+    Args:
+      index: the index.
+      queries: to learn from, or their features.
+    """
+    parts = np.asarray(ja.contributions(index, queries), np.float64)
+    rms = np.sqrt(np.nanmean(parts**2, axis=(0, 1)))
+    scale = np.divide(1, rms, out=np.zeros_like(rms), where=rms > 0)
+    return dict(zip(index.layout.names, (scale / scale.mean()).tolist(), strict=True))
 
 
 def lds_of_weights(

@@ -52,7 +52,7 @@ from .scores.scoring import contributions as contributions
 from .scores.scoring import score as score
 from .scores.scoring import self_influence as self_influence
 from .scores.scoring import top_k as top_k
-from .store import StoreError as StoreError
+from .store.folder import StoreError as StoreError
 from .unrolling.backward import unroll as unroll
 from .unrolling.runs import TrainingRun as TrainingRun
 from .unrolling.segments import score_segments as score_segments

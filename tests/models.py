@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxattr.scores import scoring
+
 CLASSES = 3
 
 
@@ -71,3 +73,13 @@ def compilations():
     jax.monitoring.register_event_duration_secs_listener(note)
     yield lambda: len(found)
     jax.monitoring.unregister_event_duration_listener(note)
+
+
+@contextlib.contextmanager
+def slabs_of(rows):
+    """Within this, so many training examples are scored at once."""
+    usual, scoring.SLAB = scoring.SLAB, rows
+    try:
+        yield
+    finally:
+        scoring.SLAB = usual

@@ -24,7 +24,7 @@ import numpy as np
 
 import jaxattr as ja
 from jaxattr.features import projections
-from jaxattr.store import StoreError
+from jaxattr.store.folder import StoreError
 from tests import models
 
 FOUND, HARMLESS, SILENT = "found", "harmless", "silent"

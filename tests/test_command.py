@@ -24,7 +24,7 @@ from jaxattr.command.options import Bytes
 from jaxattr.command.tasks import place_in
 from jaxattr.evaluation import measured_gain, retraining
 from jaxattr.sources import track
-from jaxattr.store import Folder
+from jaxattr.store.folder import Folder
 from jaxattr.weights import saving
 from tests import models
 

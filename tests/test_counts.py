@@ -39,16 +39,13 @@ def patched(at_once):
 
 USES = {
     "k": lambda n: ja.top_k(index(), QUERIES, k=n),
-    "block_size": lambda n: ja.top_k(index(), QUERIES, k=3, block_size=n),
     "k of attributor": lambda n: ja.attributor(index(), k=n)(QUERIES),
-    "block_size of attributor": lambda n: ja.attributor(index(), k=3, block_size=n)(QUERIES),
     "seeds": lambda n: ja.retrain(mean, MASKS, KEY, seeds=n),
     "at_once": lambda n: ja.retrain(mean, MASKS, KEY, at_once=n),
     "n": lambda n: evaluation.random_subsets(KEY, n, 2),
     "count": lambda n: evaluation.random_subsets(KEY, 12, n),
     "classes": lambda n: evaluation.flip_labels(KEY, [0, 1, 1, 0], classes=n, fraction=0.5),
     "resamples": lambda n: ja.lds(SCORES, MASKS, MASKS @ SCORES.T, resamples=n).resampled,
-    "resamples of mean_interval": lambda n: evaluation.mean_interval(SCORES[0], resamples=n),
     "k of strongest": lambda n: evaluation.strongest(SCORES, n),
     "k of hit_at_k": lambda n: evaluation.hit_at_k(SCORES, RELEVANT, n),
     "k of recall_at_k": lambda n: evaluation.recall_at_k(SCORES, RELEVANT, n),

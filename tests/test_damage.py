@@ -13,7 +13,10 @@ import pytest
 import jaxattr as ja
 from jaxattr.features import projections
 from jaxattr.sharding import Placement
-from jaxattr.store import DiskRows, Folder, StoreError, load_seals, load_state, save_state
+from jaxattr.store.disk_rows import DiskRows
+from jaxattr.store.folder import Folder, StoreError
+from jaxattr.store.seals import load_seals
+from jaxattr.store.state import load_state, save_state
 from tests import models
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -83,7 +86,9 @@ def test_raw_features_that_a_killed_build_left_are_removed(tmp_path, monkeypatch
 STATE = """
 import resource, sys, jax.numpy as jnp
 from jaxattr.sharding import Placement
-from jaxattr.store import DiskRows, Folder, save_state
+from jaxattr.store.disk_rows import DiskRows
+from jaxattr.store.folder import Folder
+from jaxattr.store.state import save_state
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
 save_state(Folder(sys.argv[1]), "fitted-0", {"a": jnp.arange(1 << 14)}, Placement())
 """

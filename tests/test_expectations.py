@@ -6,7 +6,7 @@ import pytest
 import jaxattr as ja
 from jaxattr.features import bases, projections
 from jaxattr.keys import example_keys
-from jaxattr.store import StoreError
+from jaxattr.store.folder import StoreError
 from tests import diffusion_models as toy
 from tests import models
 

@@ -9,7 +9,7 @@ import pytest
 
 import jaxattr as ja
 from jaxattr.features import projections
-from jaxattr.store import Folder, StoreError
+from jaxattr.store.folder import Folder, StoreError
 from tests import models
 
 TRAIN, QUERIES = models.data(21), models.data(3, seed=1)

@@ -12,8 +12,8 @@ import time
 import pytest
 
 import jaxattr as ja
-from jaxattr.store import Folder, Lease, StoreError
-from jaxattr.store.lease import identity
+from jaxattr.store.folder import Folder, StoreError
+from jaxattr.store.lease import Lease, identity
 from tests import models
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -24,7 +24,9 @@ ELSEWHERE = {"host": "elsewhere", "boot": "another", "namespace": "pid:[1]"}
 # Holds a lease as another host would, and goes on when it is told to.
 SLEEPER = """
 import sys
-from jaxattr.store import Folder, Lease, StoreError, lease
+from jaxattr.store import lease
+from jaxattr.store.folder import Folder, StoreError
+from jaxattr.store.lease import Lease
 here = lease.identity
 lease.identity = lambda pid: here(pid) | {"host": "elsewhere", "boot": "another"}
 with Lease(Folder(sys.argv[1]), expires=1.0) as held:

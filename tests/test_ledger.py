@@ -1,6 +1,8 @@
 """What is counted as finished, and how blocks are gone through."""
 
-from jaxattr.store import Folder, Ledger, finished, rows
+from jaxattr.store import rows
+from jaxattr.store.folder import Folder
+from jaxattr.store.ledger import Ledger, finished
 
 
 def test_ledger_counts_what_all_processes_finished(tmp_path):

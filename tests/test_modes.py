@@ -27,7 +27,8 @@ MODES = {
 
 def scores(method):
     index = ja.build_index(method, PARAMS, TRAIN, batch_size=8)
-    top = ja.top_k(index, QUERIES, k=5, weights=WEIGHTS, block_size=8)
+    with models.slabs_of(8):
+        top = ja.top_k(index, QUERIES, k=5, weights=WEIGHTS)
     return {
         "scores": ja.score(index, QUERIES),
         "weighted": ja.score(index, QUERIES, weights=WEIGHTS),

@@ -18,7 +18,7 @@ import pytest
 import tensorstore as ts
 
 import jaxattr as ja
-from jaxattr.store import Folder
+from jaxattr.store.folder import Folder
 from jaxattr.weights.report import WeightWarning
 from tests import models
 from tests.multiprocess import worker

@@ -50,6 +50,12 @@ def outcomes():
     return ja.Outcomes(MASKS, predicted + 0.2 * noise)
 
 
+@functools.cache
+def fitted(copies=False):
+    copies = COPIES if copies else None
+    return ja.learn_weights(index(), QUERIES, outcomes=outcomes(), copies=copies)
+
+
 def evidence_of(contributions, found, copies=None):
     """Evidence of contributions [q, n, m], in a few lines."""
     centred = contributions - contributions.mean(axis=1, keepdims=True)
@@ -253,7 +259,7 @@ def test_outputs_that_are_noise_move_weights_little():
 
 @QUIET
 def test_learned_weights_have_a_gain_and_say_it_first():
-    fit = ja.learn_weights(index(), QUERIES, outcomes=outcomes())
+    fit = fitted()
     assert np.mean(list(fit.weights.values())) == pytest.approx(1)
     gain = fit.gain
     assert (gain.models, gain.queries, gain.dropped, gain.skipped) == (R, Q, 0, 0)
@@ -282,16 +288,16 @@ def test_copies_count():
         fit = ja.learn_weights(index(), QUERIES, outcomes=outcomes(), copies=given)
         got = np.log(list(fit.weights.values()))
         np.testing.assert_allclose(got - got.mean(), expected, atol=1e-5)
-    alone = ja.learn_weights(index(), QUERIES, outcomes=outcomes()).weights
+    alone = fitted().weights
     assert alone != pytest.approx(fit.weights, rel=1e-3)
 
 
 @QUIET
-@pytest.mark.parametrize("shape", [(1,), (4,), (8,), (4, 2)])
+@pytest.mark.parametrize("shape", [(8,), (4, 2)])
 def test_any_mesh_and_the_disk_give_the_same_weights(shape, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxattr.scores.subsets.SLAB", 16)
     mesh = jax.make_mesh(shape, ("data", "model")[: len(shape)])
-    expected = ja.learn_weights(index(), QUERIES, outcomes=outcomes(), copies=COPIES)
+    expected = fitted(copies=True)
     for options in ({}, {"path": tmp_path / "index"}):
         other = ja.build_index(
             METHOD, CHECKPOINTS, TRAIN, groups=ja.by_leaf, batch_size=16, mesh=mesh, **options
@@ -319,7 +325,7 @@ def test_models_that_are_not_finite_are_dropped_and_counted():
     outputs = np.concatenate([found.outputs, np.full((2, Q), np.nan)])
     outputs[-1, :3] = 1.0
     masks = np.concatenate([MASKS, MASKS[:2]])
-    expected = ja.learn_weights(index(), QUERIES, outcomes=found)
+    expected = fitted()
     with pytest.warns(WeightWarning, match="divergence: 2 models are not finite and were dropped"):
         fit = ja.learn_weights(index(), QUERIES, outcomes=ja.Outcomes(masks, outputs))
     assert fit.gain.dropped == 2 and "2 models dropped" in str(fit)
@@ -359,7 +365,7 @@ def test_outputs_of_the_wrong_sign_are_warned_of():
 
 @QUIET
 def test_any_optimizer_of_optax():
-    fit = ja.learn_weights(index(), QUERIES, outcomes=outcomes())
+    fit = fitted()
     adam = ja.learn_weights(
         index(), QUERIES, outcomes=outcomes(), optimizer=optax.adam(0.05), steps=2000
     )
@@ -454,9 +460,6 @@ def test_outcomes_are_outputs_of_models_trained_on_the_subsets():
     np.testing.assert_array_equal(made(at_once=10).outputs, found.outputs)
     mesh = jax.make_mesh((4,), ("data",))
     np.testing.assert_allclose(made(mesh=mesh).outputs, found.outputs, rtol=1e-9)
-    other = made(seeds=2)
-    np.testing.assert_array_equal(other.masks, found.masks)
-    assert np.abs(other.outputs - found.outputs).max() > 1e-6
 
 
 def test_subsets_of_a_pool_and_of_strata():
@@ -471,29 +474,29 @@ def test_subsets_of_a_pool_and_of_strata():
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     path, expected = tmp_path / "deep" / "outcomes.npz", made()
-    calls, more = [], outcomes_module()._Kept.with_more
+    calls, write = [], outcomes_module()._write
 
-    def killed(self, chunk):
-        calls.append(len(chunk))
+    def killed(file, identity, outputs, done):
+        calls.append(done)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return more(self, chunk)
+        write(file, identity, outputs, done)
 
     with monkeypatch.context() as patch:
-        patch.setattr(outcomes_module()._Kept, "with_more", killed)
+        patch.setattr(outcomes_module(), "_write", killed)
         with pytest.raises(KeyboardInterrupt):
             made(path=path)
-    assert calls == [4, 4, 2]
+    assert calls == [4, 8, 10]
     calls.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(outcomes_module()._Kept, "with_more", killed)
+        patch.setattr(outcomes_module(), "_write", killed)
         found = made(path=path)
-    assert calls == [2]
+    assert calls == [10]
     np.testing.assert_array_equal(found.outputs, expected.outputs)
     with monkeypatch.context() as patch:
         patch.setattr(outcomes_module(), "trained", lambda *a, **k: 1 / 0)
         np.testing.assert_array_equal(made(path=path).outputs, expected.outputs)
-    for changed in ({"key": jax.random.key(4)}, {"fraction": 0.5}, {"seeds": 2}):
+    for changed in ({"key": jax.random.key(4)}, {"fraction": 0.5}):
         with pytest.raises(ValueError, match="holds outcomes of something else"):
             made(path=path, **changed)
     with pytest.raises(ValueError, match=r"path must end in \.npz"):
@@ -746,7 +749,7 @@ def test_noise_is_on_floats_alone_and_of_the_size_that_is_said():
 
 @QUIET
 def test_the_gain_is_measured_on_other_queries():
-    fit = ja.learn_weights(index(), QUERIES, outcomes=outcomes())
+    fit = fitted()
     queries = models.data(9, seed=4)
     masks = evaluation.random_subsets(jax.random.key(9), N, 12)
     found = ja.Outcomes(masks, np.random.default_rng(0).normal(size=(12, 9)))
@@ -760,7 +763,7 @@ def test_the_gain_is_measured_on_other_queries():
 
 
 def test_queries_that_were_learned_from_are_warned_of():
-    fit = ja.learn_weights(index(), QUERIES, outcomes=outcomes())
+    fit = fitted()
     other = models.data(Q, seed=4)
     mixed = jax.tree.map(lambda a, b: jnp.concatenate([a[:3], b[3:]]), other, QUERIES)
     found = ja.Outcomes(MASKS, outcomes().outputs)

@@ -38,7 +38,8 @@ def test_an_index_in_rows_of_ones_own_is_the_same(name, monkeypatch):
     same = dict(rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(ja.score(own, QUERIES), ja.score(stored, QUERIES), **same)
     among = ja.top_k(stored, QUERIES, k=6).ids
-    for asked in ({}, {"block_size": 8}, {"among": among}):
-        tops = [ja.top_k(index, QUERIES, k=4, **asked) for index in (own, stored)]
+    for rows, asked in ((8192, {}), (8, {}), (8192, {"among": among})):
+        with models.slabs_of(rows):
+            tops = [ja.top_k(index, QUERIES, k=4, **asked) for index in (own, stored)]
         np.testing.assert_array_equal(tops[0].ids, tops[1].ids)
         np.testing.assert_allclose(tops[0].scores, tops[1].scores, **same)

@@ -7,7 +7,8 @@ import pytest
 
 import jaxattr as ja
 from jaxattr.features import projections
-from jaxattr.store import Folder, StoreError, finished
+from jaxattr.store.folder import Folder, StoreError
+from jaxattr.store.ledger import finished
 from tests import models
 from tests.stored import (
     CHECKPOINTS,

@@ -11,7 +11,8 @@ import pytest
 
 import jaxattr as ja
 from jaxattr.sharding import Placement
-from jaxattr.store import Folder, StoreError, finished
+from jaxattr.store.folder import Folder, StoreError
+from jaxattr.store.ledger import finished
 from tests import models
 from tests.stored import (
     BATCH,
@@ -58,7 +59,8 @@ def test_on_disk_is_in_memory(path, name):
         np.testing.assert_array_equal(ja.score(index, QUERIES), ja.score(memory, QUERIES))
         np.testing.assert_array_equal(ja.self_influence(index), ja.self_influence(memory))
         np.testing.assert_array_equal(index.features, memory.features)
-        top = ja.top_k(index, QUERIES, k=9, block_size=16)
+        with models.slabs_of(16):
+            top = ja.top_k(index, QUERIES, k=9)
         np.testing.assert_array_equal(top.ids, ja.top_k(memory, QUERIES, k=9).ids)
         if memory.solve_errors is not None:
             np.testing.assert_allclose(index.solve_errors, memory.solve_errors)
@@ -101,16 +103,16 @@ def test_scores_into_a_zarr(finished_index, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::jaxattr.weights.report.WeightWarning")
-@pytest.mark.parametrize("signal", ["top_k", "top_k_abs", "top_minus_bottom"])
-def test_weights_from_disk(finished_index, monkeypatch, signal):
+def test_weights_from_disk(finished_index, monkeypatch):
     """With a shortlist so short, and slabs so small, that several passes are due."""
     monkeypatch.setattr("jaxattr.weights.learning._SHORTEST", 8)
     monkeypatch.setattr("jaxattr.weights.learning._PER_TOP", 1)
     monkeypatch.setattr("jaxattr.scores.writing.SLAB", 16)
     index = ja.open_index(finished_index, IDENTITY, CHECKPOINTS)
-    options = {"steps": 20, "top_k": 5, "signal": signal}
+    options = {"steps": 20, "top_k": 5}
     memory = ja.learn_weights(index, QUERIES, **options)
-    streamed = ja.learn_weights(index, QUERIES, materialize=False, **options)
+    monkeypatch.setattr("jaxattr.weights.learning._WHOLE_BYTES", 0)
+    streamed = ja.learn_weights(index, QUERIES, **options)
     np.testing.assert_allclose(streamed.losses, memory.losses, rtol=1e-9)
     assert streamed.weights == pytest.approx(memory.weights, rel=1e-9)
     assert (streamed.hub, streamed.loss) == (memory.hub, pytest.approx(memory.loss))
@@ -204,8 +206,9 @@ def test_a_damaged_block_is_found_and_named(path, damage):
     else:
         chunk.write_bytes(content if damage == "flipped" else content[:50])
     index = ja.open_index(path, IDENTITY, CHECKPOINTS)
-    with pytest.raises(StoreError, match="features is damaged at or after block 3"):
-        ja.top_k(index, QUERIES, block_size=BATCH)
+    damaged = pytest.raises(StoreError, match="features is damaged at or after block 3")
+    with models.slabs_of(BATCH), damaged:
+        ja.top_k(index, QUERIES)
 
 
 def test_full_disk(tmp_path):

@@ -18,7 +18,8 @@ from rich.console import Console
 import jaxattr as ja
 from experiments.benchmarks import synthetic, timing
 from jaxattr import identity
-from jaxattr.store import Folder, save_seals
+from jaxattr.store.folder import Folder
+from jaxattr.store.seals import save_seals
 
 GOAL, GROUPS, BLOCK = 0.05, 8, 2048
 

@@ -107,7 +107,7 @@ def count(devices: int) -> dict[str, str]:
     arrays = next(index.rows.slabs(["features", "examples"], index.size)).arrays
     w = place.whole(jnp.ones(len(layout.names)))
     queries = place.gathered(phi)
-    start, absorb, merge = shortlists.compiled_pass(place, layout, 16, (1,), 10)
+    start, absorb, merge = shortlists.compiled_pass(place, layout, 16, False, 10)
     listed = start(w, queries)
     search = ranking.top_k_of_arrays(place, layout, "identity", 10, 1, 1)
     exponent = jnp.asarray(0, jnp.int32)

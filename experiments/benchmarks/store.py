@@ -19,7 +19,8 @@ from rich.table import Table
 
 from experiments.benchmarks import timing
 from jaxattr.sharding import Placement
-from jaxattr.store import DiskRows, Folder
+from jaxattr.store.disk_rows import DiskRows
+from jaxattr.store.folder import Folder
 from jaxattr.store.rows import FEATURES, RowLayout
 
 GOAL = 0.8

@@ -22,7 +22,7 @@ from rich.table import Table
 
 import jaxattr as ja
 from experiments.benchmarks import synthetic, timing
-from jaxattr.weights import optimising, shortlists
+from jaxattr.weights import learning, optimising, shortlists
 from jaxattr.weights.optimising import FitOptions
 
 GOAL = 1.5
@@ -79,14 +79,12 @@ def _time_step(
     parts = jnp.asarray(generator.standard_normal((q, listed, m)), jnp.float32)
     whole = shortlists.everything(parts, jnp.ones(m))
     if not complete:
-        gram = jnp.einsum("qsm,qsk->qmk", parts, parts)
-        none = jnp.full((1, q), -1e30, parts.dtype)
-        whole = whole._replace(gram=gram, dropped=none, radius=jnp.zeros((1, q)))
-    options = FitOptions(TOP_K, 0.1, "top_k", "uniform", None, arguments.steps, None, 0.0)
-    _, keys, loop = optimising.begin(jax.random.key(0), q, m, options)
+        whole = whole._replace(dropped=jnp.full(q, -1e30, parts.dtype))
+    options = FitOptions(TOP_K, False, None, arguments.steps)
+    _, loop = optimising.begin(jax.random.key(0), q, m, options)
 
     def learn() -> Any:
-        return optimising.run(whole, np.arange(q), loop, keys, np.ones(m), 1.0, options)
+        return optimising.run(whole, np.arange(q), loop, np.ones(m), 1.0, 0.1, options)
 
     @jax.jit
     def bare(parts: jax.Array, gram: Any) -> jax.Array:
@@ -154,7 +152,8 @@ def grow(arguments: argparse.Namespace, n: int, folder: str) -> tuple[float, ...
     features = ja.query_features(index, synthetic.queries(arguments.q, arguments.p))
     jax.block_until_ready(ja.top_k(index, features, k=10))
     times.append(time.perf_counter())
-    fit = ja.learn_weights(index, features, top_k=TOP_K, steps=arguments.steps, materialize=False)
+    learning._WHOLE_BYTES = 0  # as with more examples than these
+    fit = ja.learn_weights(index, features, top_k=TOP_K, steps=arguments.steps)
     times.append(time.perf_counter())
     masks = ja.evaluation.random_subsets(jax.random.key(0), n, MODELS, fraction=0.25)
     outputs = np.random.default_rng(0).normal(size=(MODELS, arguments.q))

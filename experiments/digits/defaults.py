@@ -19,8 +19,6 @@ import jaxattr as ja
 from experiments import ground_truth
 from experiments.digits import study
 from experiments.digits.study import Subject
-from jaxattr.scores import weighting
-from jaxattr.weights.learning import unit_rms_weights
 from jaxattr.weights.report import WeightWarning
 
 STARTS = ("uniform", "unit_rms")
@@ -63,8 +61,8 @@ def change_by_setting(subject: Subject, method: ja.Method) -> dict[str, float]:
     index = study.index_of(method, subject.checkpoints, subject.digits.train)
     learning = ja.query_features(index, subject.digits.learning)
     weights = {
-        "uniform": weighting.uniform_weights(index),
-        "unit RMS": unit_rms_weights(index, learning),
+        "uniform": dict.fromkeys(index.layout.names, 1.0),
+        "unit RMS": ground_truth.unit_rms_weights(index, learning),
     }
     for start, top_k, l2 in itertools.product(STARTS, TOP_KS, L2S):
         options: dict[str, Any] = {"start": start, "top_k": top_k, "l2": l2}

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxattr.store import Folder
+from jaxattr.store.folder import Folder
 from jaxattr.store.ledger import finished
 
 Hosts = list[subprocess.Popen]

@@ -15,7 +15,6 @@ from jaxattr import evaluation
 from jaxattr.evaluation import LDS, Difference
 from jaxattr.evaluation.retraining import TrainFn
 from jaxattr.typing import OutputFn
-from jaxattr.weights.learning import unit_rms_weights
 from jaxattr.weights.report import Gain
 
 MODELS = (64, 32, 16)
@@ -136,7 +135,7 @@ def measure(subject: Subject, method: str, index: ja.Index) -> Cell:
         for models in MODELS
     }  # fmt: skip
     weights = {
-        "unit RMS": unit_rms_weights(index, learning),
+        "unit RMS": ground_truth.unit_rms_weights(index, learning),
         "paper": ja.learn_weights(index, learning).weights,
         **{f"R = {models}": fit.weights for models, fit in fits.items()},
         "fitted to truth": ja.learn_weights(

@@ -28,8 +28,7 @@ _queries = click.option(
 
 
 @click.command()
-@options.of_task
-@options.at_path
+@options.of_built_task
 @_models
 @click.option(
     "--outcomes",
@@ -42,8 +41,7 @@ _queries = click.option(
     help="Learn from the shape of the scores alone, though the task could retrain.",
 )  # fmt: skip
 def weights(
-    task: Path,
-    distributed: bool,
+    task: Task,
     as_json: bool,
     path: str,
     models: int,
@@ -56,14 +54,13 @@ def weights(
     weights are fitted to what those do: the fit then says how much weights gain. Queries are the
     task's learning_queries, or its queries.
     """
-    loaded = options.opened_task(task, distributed, path)
-    index = options.opened_index(loaded, path)
-    name = "queries" if loaded.get("learning_queries") is None else "learning_queries"
-    queries = options.queries_of(loaded, None, name)
+    index = options.opened_index(task, path)
+    name = "queries" if task.get("learning_queries") is None else "learning_queries"
+    queries = options.queries_of(task, None, name)
     found = None
-    if _can_retrain(loaded) and not without_outcomes:
+    if _can_retrain(task) and not without_outcomes:
         kept = outcomes or options.beside(path, "outcomes.npz")
-        found = _retrained(loaded, index, queries, kept, models, 0.25)
+        found = _retrained(task, index, queries, kept, models, 0.25)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ja.WeightWarning)  # the fit has them
         fit = ja.learn_weights(index, queries, outcomes=found)
@@ -75,8 +72,7 @@ def weights(
 
 
 @click.command()
-@options.of_task
-@options.at_path
+@options.of_built_task
 @_queries
 @_number
 @click.option("--opponents", is_flag=True, help="The most negative scores instead.")
@@ -85,8 +81,7 @@ def weights(
 )
 @options.weighted
 def top(
-    task: Path,
-    distributed: bool,
+    task: Task,
     as_json: bool,
     path: str,
     queries: Path | None,
@@ -96,13 +91,12 @@ def top(
     uniform: bool,
 ) -> None:
     """Name the training examples that taught the model most about each query."""
-    loaded = options.opened_task(task, distributed, path)
-    index = options.opened_index(loaded, path)
+    index = options.opened_index(task, path)
     fit = options.learned_weights(index, path, uniform)
-    ids = _ids(loaded, index.size)
+    ids = _ids(task, index.size)
     if csv is not None:
         local_file(csv)
-    asked = options.queries_of(loaded, queries)
+    asked = options.queries_of(task, queries)
     found = ja.top_k(index, asked, k=k, weights=fit, opponents=opponents)
     if csv is not None:
         if process()[0] == 0:
@@ -113,8 +107,7 @@ def top(
 
 
 @click.command()
-@options.of_task
-@options.at_path
+@options.of_built_task
 @_queries
 @click.option("--k", type=int, default=8, show_default=True, help="How many per query.")
 @click.option(
@@ -125,8 +118,7 @@ def top(
 )
 @options.weighted
 def report(
-    task: Path,
-    distributed: bool,
+    task: Task,
     as_json: bool,
     path: str,
     queries: Path | None,
@@ -135,43 +127,38 @@ def report(
     uniform: bool,
 ) -> None:
     """Make a page that shows each query beside its proponents and opponents."""
-    loaded = options.opened_task(task, distributed, path)
-    index = options.opened_index(loaded, path, train=loaded.get("train"))
+    index = options.opened_index(task, path, train=task.get("train"))
     fit = options.learned_weights(index, path, uniform)
     said = ("predictions",) if queries is None else ()  # of the task's own queries
     page = ja.report(
         index,
-        options.queries_of(loaded, queries),
+        options.queries_of(task, queries),
         weights=fit,
         k=k,
-        title=loaded.path.stem,
+        title=task.path.stem,
         path=out or options.beside(path, "report.html"),
-        **loaded.options("render", "labels", "decode", *said),
+        **task.options("render", "labels", "decode", *said),
     )
     printing.result({"page": page}, f"The page is {Path(page).resolve()}", as_json)
 
 
 @click.command()
-@options.of_task
-@options.at_path
+@options.of_built_task
 @_models
 @options.weighted
-def lds(
-    task: Path, distributed: bool, as_json: bool, path: str, models: int, uniform: bool
-) -> None:
+def lds(task: Task, as_json: bool, path: str, models: int, uniform: bool) -> None:
     """Retrain models on halves of the data; say whether scores predict what those do.
 
     Prints the linear datamodelling score on the task's queries with uniform weights, and with
     learned ones if there are any. What was retrained is kept in PATH.lds.npz.
     """
-    loaded = options.opened_task(task, distributed, path)
     for name in ("train_fn", "output"):
-        loaded.need(name, "models must be retrained to be asked")
-    index = options.opened_index(loaded, path)
-    queries = options.queries_of(loaded, None)
+        task.need(name, "models must be retrained to be asked")
+    index = options.opened_index(task, path)
+    queries = options.queries_of(task, None)
     fit = options.learned_weights(index, path, uniform)
     kept = options.beside(path, "lds.npz")
-    outcomes = _retrained(loaded, index, queries, kept, models, 0.5)
+    outcomes = _retrained(task, index, queries, kept, models, 0.5)
     if fit is None:
         found = ja.lds(ja.score(index, queries), outcomes.masks, outcomes.outputs)
         document = {"uniform": _without_arrays(found)}

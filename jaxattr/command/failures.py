@@ -18,7 +18,7 @@ import click
 
 from jaxattr.command import printing
 from jaxattr.command.tasks import TaskError, place_in
-from jaxattr.store import StoreError
+from jaxattr.store.folder import StoreError
 
 # What the library raises where it is called wrongly, and what files give: no fault of a program.
 _EXPECTED = (TaskError, StoreError, ValueError, TypeError, OSError)

@@ -1,7 +1,6 @@
 """Commands that make an index, or say what making it will be like."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 import click
@@ -13,7 +12,7 @@ from jaxattr.index.saving import read_closed
 from jaxattr.index.summary import summarize
 from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.sources import as_source
-from jaxattr.store import Folder
+from jaxattr.store.folder import Folder
 
 # What of a task goes to `build_index` and `plan` as it is, where it is named.
 _BUILDING = ("key", "mesh", "batch_size", "dtype")
@@ -27,22 +26,20 @@ _memory = click.option(
 
 @click.command()
 @options.of_task
-def describe(task: Path, distributed: bool, as_json: bool) -> None:
+def describe(task: Task, as_json: bool) -> None:
     """Say which group every parameter is in, and what becomes of it."""
-    loaded = options.opened_task(task, distributed)
-    params = as_checkpoints(loaded.get("checkpoints"))[0]
-    example = as_source(loaded.get("train"), "train").example
-    found = ja.describe(loaded.get("method"), params, example, groups=loaded.groups)
+    params = as_checkpoints(task.get("checkpoints"))[0]
+    example = as_source(task.get("train"), "train").example
+    found = ja.describe(task.get("method"), params, example, groups=task.groups)
     printing.result(found, found, as_json)
 
 
 @click.command()
 @options.of_task
 @_memory
-def plan(task: Path, distributed: bool, as_json: bool, memory: int | None) -> None:
+def plan(task: Task, as_json: bool, memory: int | None) -> None:
     """Say what building will take: memory, disk, arithmetic. Computes nothing."""
-    loaded = options.opened_task(task, distributed)
-    found = ja.plan(*_arguments(loaded), **_named(loaded), memory=memory, on_disk=True)
+    found = ja.plan(*_arguments(task), **_named(task), memory=memory, on_disk=True)
     document = printing.plain(found) | {"device_bytes": found.device_bytes}
     printing.result(document, found, as_json)
 
@@ -52,13 +49,11 @@ def plan(task: Path, distributed: bool, as_json: bool, memory: int | None) -> No
 @options.at_path
 @_memory
 @click.option("--extend", is_flag=True, help="Add the examples that `train` has grown by.")
-def build(
-    task: Path, distributed: bool, as_json: bool, path: str, memory: int | None, extend: bool
-) -> None:
+def build(task: Task, as_json: bool, path: str, memory: int | None, extend: bool) -> None:
     """Build the index. Run the same again to go on where it was killed."""
-    loaded, began = options.opened_task(task, distributed), time.monotonic()
+    began = time.monotonic()
     before = read_closed(Folder(path))
-    ja.build_index(*_arguments(loaded), **_named(loaded), memory=memory, path=path, extend=extend)
+    ja.build_index(*_arguments(task), **_named(task), memory=memory, path=path, extend=extend)
     found, took = summarize(path), f"{time.monotonic() - began:.1f} s"
     same = before is not None and before.examples == found.examples
     said = f"it was there already, and finished: nothing was built (looked at in {took})"

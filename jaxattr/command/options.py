@@ -1,5 +1,6 @@
 """What several commands share: their options, and reading what those name."""
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from jaxattr.files import read_arrays
 from jaxattr.index.saving import read_manifest
 from jaxattr.sharding import process
 from jaxattr.sources import as_source
-from jaxattr.store import Folder, StoreError
+from jaxattr.store.folder import Folder, StoreError
 from jaxattr.weights.report import WeightFit
 from jaxattr.weights.saving import load_fit
 
@@ -41,15 +42,26 @@ def shared(command: Command) -> Command:
     )(command)
 
 
-def of_task(command: Command) -> Command:
-    """The task that a command is about, with options that all such commands have."""
-    distributed = click.option(
+def of_task(command: Command, *, built: bool = False) -> Command:
+    """The task that a command is about, loaded, with options that all such commands have.
+
+    Args:
+      command: that takes it first, and the path of its index if that must be there.
+      built: whether it must.
+    """
+
+    @click.argument("task", type=click.Path(path_type=Path))
+    @shared
+    @click.option(
         "--distributed", is_flag=True,
         help="One of several processes, such as the hosts of a pod: calls "
         "jax.distributed.initialize() before the task is loaded.",
     )  # fmt: skip
-    argument = click.argument("task", type=click.Path(path_type=Path))
-    return argument(shared(distributed(command)))
+    @functools.wraps(command)
+    def loaded(*, task: Path, distributed: bool, **others: Any) -> Any:
+        return command(_opened(task, distributed, others["path"] if built else None), **others)
+
+    return at_path(loaded) if built else loaded
 
 
 def at_path(command: Command) -> Command:
@@ -57,6 +69,10 @@ def at_path(command: Command) -> Command:
     return click.option(
         "--path", required=True, help="Of the index: a folder, or a URL such as gs://bucket/index."
     )(command)
+
+
+of_built_task = functools.partial(of_task, built=True)
+"""The same of a task whose index must be there, at `--path`."""
 
 
 def weighted(command: Command) -> Command:
@@ -83,18 +99,8 @@ class Bytes(click.ParamType):
             self.fail(f"{value!r} is no number of bytes, such as 2000000000, 2GB or 1.5GiB.")
 
 
-def opened_task(path: Path, distributed: bool, index: str | None = None) -> Task:
-    """Loads a task file, as one of several processes if that is asked for.
-
-    Args:
-      path: of the file.
-      distributed: whether.
-      index: path of the index that is needed, which is looked for before the task is loaded.
-
-    Raises:
-      TaskError: as `tasks.load`.
-      StoreError: if there is no index.
-    """
+def _opened(path: Path, distributed: bool, index: str | None) -> Task:
+    """Loads a task, once it is known that the index that is needed is there."""
     if distributed:
         jax.distributed.initialize()
         if process()[0] > 0:

@@ -9,12 +9,7 @@ from jaxattr.evaluation.lds import LDS, Difference, lds_of_predictions, paired_d
 from jaxattr.index.index import Index
 from jaxattr.index.queries import as_queries, query_features
 from jaxattr.scores.subsets import subset_contributions, subset_products
-from jaxattr.weights.outcomes import (
-    Outcomes,
-    check_queries,
-    digests_of_queries,
-    finite_models,
-)
+from jaxattr.weights.outcomes import Outcomes, check_queries, digests_of_queries, finite_models
 from jaxattr.weights.report import WeightFit, WeightWarning
 
 
@@ -38,9 +33,7 @@ class MeasuredGain(NamedTuple):
         )
 
 
-def measured_gain(
-    index: Index, queries: Any, fit: WeightFit, outcomes: Outcomes, *, resamples: int = 1000
-) -> MeasuredGain:
+def measured_gain(index: Index, queries: Any, fit: WeightFit, outcomes: Outcomes) -> MeasuredGain:
     """Measures the gain in LDS of learned over uniform weights.
 
     Args:
@@ -49,7 +42,6 @@ def measured_gain(
       fit: of `ja.learn_weights` on the same index.
       outcomes: of models retrained on subsets, on these queries: other models than those that
         weights were learned from, and by convention of halves (`ja.outcomes(..., fraction=0.5)`).
-      resamples: of the models, as in `ja.lds`.
 
     Returns:
       The scores and their difference.
@@ -66,12 +58,7 @@ def measured_gain(
     queries = as_queries(index, queries)
     _warn_of_overlap(queries, fit)
     prepared = query_features(index, queries)
-    if outcomes.outputs.shape[1] != len(prepared.features):
-        raise ValueError(
-            f"Outcomes are of {outcomes.outputs.shape[1]} queries, and there are "
-            f"{len(prepared.features)}: pass the queries that the retrained models were asked."
-        )
-    check_queries(outcomes, queries)
+    check_queries(outcomes, queries, len(prepared.features))
     kept = _finite(outcomes)
     masks, outputs = outcomes.masks[kept], outcomes.outputs[kept]
     squared = index.link == "square"
@@ -80,7 +67,7 @@ def measured_gain(
     def of_weights(w: np.ndarray) -> LDS:
         predicted = sums @ w
         predicted = predicted @ w if squared else predicted
-        return lds_of_predictions(predicted, outputs, resamples=resamples)
+        return lds_of_predictions(predicted, outputs)
 
     names = index.layout.names
     uniform = of_weights(np.ones(len(names)))

@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxattr import markup
 from jaxattr.counts import whole_number
+from jaxattr.scores.subsets import checked_masks
 
 # Resamples of fewer subsets are so few and so alike that their quantiles say nothing.
 FEWEST_FOR_AN_INTERVAL = 8
@@ -25,7 +26,7 @@ class LDS:
       skipped: queries without a correlation: their outputs or predictions are constant or not
         finite.
       resampled: the mean for each resample of the subsets; pairs up with any other LDS of the same
-        subsets and seed, [resamples]; NaN with fewer than 8 subsets.
+        subsets, [resamples]; NaN with fewer than 8 subsets.
     """
 
     mean: float
@@ -69,7 +70,7 @@ class Difference:
         return f"{100 * self.mean:+.1f} % [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
 
 
-def lds(scores: Any, masks: Any, outputs: Any, *, resamples: int = 1000, seed: int = 0) -> LDS:
+def lds(scores: Any, masks: Any, outputs: Any, *, resamples: int = 1000) -> LDS:
     """Correlates predicted with actual outputs of models trained on subsets.
 
     The prediction for a subset is the sum of the scores of its examples. The interval is over
@@ -82,7 +83,6 @@ def lds(scores: Any, masks: Any, outputs: Any, *, resamples: int = 1000, seed: i
       masks: bool [m, n], or integers 0 and 1, which examples each model was trained on.
       outputs: float [m, q], larger = more of what the score attributes: a margin, or minus a loss.
       resamples: of the subsets.
-      seed: of the resamples.
 
     Returns:
       The score.
@@ -100,13 +100,14 @@ def lds(scores: Any, masks: Any, outputs: Any, *, resamples: int = 1000, seed: i
       >>> print(lds(scores, masks, masks @ scores.T))
       100.0 % [100.0, 100.0]
     """
-    scores, masks = np.asarray(scores), _checked_masks(masks)
-    if scores.ndim != 2 or masks.ndim != 2 or scores.shape[1] != masks.shape[1]:
+    scores, masks = np.asarray(scores), np.asarray(masks)
+    masks = checked_masks(masks.astype(bool) if np.isin(masks, (0, 1)).all() else masks)
+    if scores.ndim != 2 or scores.shape[1] != masks.shape[1]:
         raise ValueError(
             f"scores [q, n] and masks [m, n] need the same n, got {scores.shape} and {masks.shape}."
         )
     predicted = scores.astype(np.float64) @ masks.T.astype(np.float64)  # [q, m]
-    found = lds_of_predictions(predicted, outputs, resamples=resamples, seed=seed)
+    found = lds_of_predictions(predicted, outputs, resamples=resamples)
     different = len(np.unique(masks, axis=0))
     if different < 3:
         raise ValueError(
@@ -116,16 +117,13 @@ def lds(scores: Any, masks: Any, outputs: Any, *, resamples: int = 1000, seed: i
     return found
 
 
-def lds_of_predictions(
-    predicted: Any, outputs: Any, *, resamples: int = 1000, seed: int = 0
-) -> LDS:
+def lds_of_predictions(predicted: Any, outputs: Any, *, resamples: int = 1000) -> LDS:
     """The same from predictions that were summed elsewhere.
 
     Args:
       predicted: float [q, m], sums of scores over each subset.
       outputs: float [m, q].
       resamples: of the subsets.
-      seed: of the resamples.
 
     Returns:
       The score.
@@ -141,9 +139,9 @@ def lds_of_predictions(
     ranks = _Ranks.of(predicted, actual)
     per_query = ranks.correlations(np.ones((1, m)))[0]
     kept = np.isfinite(per_query)
-    rows = np.random.default_rng(seed).integers(m, size=(whole_number("resamples", resamples), m))
+    rows = np.random.default_rng(0).integers(m, size=(whole_number("resamples", resamples), m))
     counts = np.stack([np.bincount(row, minlength=m) for row in rows])
-    resampled = ranks.only(kept).correlations(counts)  # [resamples, q]
+    resampled = _Ranks(ranks.first[kept], ranks.second[kept]).correlations(counts)  # [resamples, q]
     resampled = np.array([_mean(correlations) for correlations in resampled])
     if m < FEWEST_FOR_AN_INTERVAL:
         resampled = np.full_like(resampled, np.nan)
@@ -163,7 +161,7 @@ def paired_difference(first: LDS, second: LDS) -> Difference:
 
     Args:
       first: LDS of one set of scores.
-      second: LDS of another, on the same masks and outputs and with the same seed.
+      second: LDS of another, on the same masks and outputs.
 
     Returns:
       First minus second.
@@ -181,17 +179,6 @@ def paired_difference(first: LDS, second: LDS) -> Difference:
         )
     low, high = np.quantile(first.resampled - second.resampled, [0.025, 0.975])
     return Difference(mean=first.mean - second.mean, low=float(low), high=float(high))
-
-
-def _checked_masks(masks: Any) -> np.ndarray:
-    masks = np.asarray(masks)
-    if masks.dtype != bool and not np.isin(masks, (0, 1)).all():
-        raise ValueError(
-            f"masks must be bool [m, n], or 0 and 1, got {masks.dtype} {list(masks.shape)} with "
-            "other values. If those are ids of the examples in each subset, make a mask of each: "
-            "mask = np.zeros(n, bool); mask[ids] = True."
-        )
-    return masks.astype(bool)
 
 
 def _mean(correlations: np.ndarray) -> float:
@@ -215,9 +202,6 @@ class _Ranks(NamedTuple):
         ]
         # Centred ranks keep the sums below small and exact.
         return cls(*(rank - (rank.shape[1] + 1) / 2 for rank in ranks))
-
-    def only(self, kept: np.ndarray) -> "_Ranks":
-        return _Ranks(self.first[kept], self.second[kept])
 
     def correlations(self, counts: np.ndarray) -> np.ndarray:
         """Correlations [r, q] with subset s counted counts[r, s] times; NaN where undefined."""

@@ -3,7 +3,7 @@
 import functools
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from jaxattr.evaluation.retraining import (
     TrainFn,
     check_number,
     explaining_training,
-    models_over,
     of_queries,
     random_subsets,
     trained,
@@ -28,8 +27,8 @@ from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function, check_output, runs
 from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.keys import check_key
-from jaxattr.sharding import barrier
-from jaxattr.store import on_first_process
+from jaxattr.sharding import barrier, placement
+from jaxattr.store.folder import on_first_process
 from jaxattr.typing import Batch, Key, OutputFn, Params
 from jaxattr.weights.outcomes import Outcomes, digest_of_queries
 
@@ -45,7 +44,6 @@ def outcomes(
     fraction: float = 0.25,
     pool: Any = None,
     strata: Any = None,
-    seeds: int = 1,
     at_once: int | None = None,
     mesh: Mesh | None = None,
     path: str | os.PathLike[str] | None = None,
@@ -73,7 +71,6 @@ def outcomes(
       pool: how many training examples, or the ids of which, subsets are drawn from, so that n does
         not enter the cost. Default: all.
       strata: integers [n], such as labels: the share is then the same in each stratum.
-      seeds: models per subset, over which outputs are averaged.
       at_once: models in memory at once. Default: 16, or one per device.
       mesh: devices to spread the models over. Default: the default device.
       path: a local file (.npz) that results are kept in, whole after every chunk of models: a
@@ -92,14 +89,14 @@ def outcomes(
     Warns:
       UserWarning: if the train function ignores its key.
 
-    Cost: models * seeds * fraction trainings: 16 by default, and 4 for 16 models.
+    Cost: models * fraction trainings: 16 by default, and 4 for 16 models.
     """
     n, models = whole_number("n", n), whole_number("models", models, least=8)
-    key, seeds = check_key(key), whole_number("seeds", seeds)
+    key = check_key(key)
     check_function(output, "output")
     check_function(train_fn, "train_fn", ("key", "ids"))
     check_number(train_fn, n)
-    place = models_over(mesh)
+    place = placement(mesh)
     at_once = max(AT_ONCE, place.shards) if at_once is None else whole_number("at_once", at_once)
     subset_key, train_key, output_key = jax.random.split(key, 3)
     masks = _subsets(subset_key, n, models, fraction, pool, strata)
@@ -111,19 +108,23 @@ def outcomes(
     real = () if params is None else as_checkpoints(params)
     for each in real:
         check_output(output, each, shapes_of_one(queries), output_key)
-    kept = _Kept.opened(path, masks, seeds, leading_size(queries), lambda: _identity(
-        train_fn, ask, masks, train_key, ids, seeds
-    ))  # fmt: skip
-    if kept.done < len(kept.outputs):
-        keys = jax.random.split(train_key, len(kept.outputs))
-        chunks = trained(
-            train_fn, masks, keys, seeds=seeds, at_once=at_once, place=place, then=ask,
-            done=kept.done,
-        )  # fmt: skip
+    found, done = np.full((models, leading_size(queries)), np.nan), 0
+    file, identity = _file(path), ""
+    if file is not None:
+        identity = _identity(train_fn, ask, masks, train_key, ids)
+        if file.exists():
+            found, done = _read(file, identity, found.shape)
+    if done < models:
+        keys = jax.random.split(train_key, models)
+        chunks = trained(train_fn, masks, keys, at_once=at_once, place=place, then=ask, done=done)
         for chunk in chunks:
-            kept = kept.with_more(np.asarray(chunk))
-    found = kept.outputs.reshape(models, seeds, -1).mean(axis=1)
-    return Outcomes(masks, found, digest_of_queries(queries), _of_real(ask, real) if real else None)
+            found[done : done + len(chunk)] = chunk
+            done += len(chunk)
+            if file is not None:
+                on_first_process(functools.partial(_write, file, identity, found, done))
+                barrier("outcomes written")
+    of_real = np.mean([np.asarray(jax.jit(ask)(each)) for each in real], axis=0) if real else None
+    return Outcomes(masks, found, digest_of_queries(queries), of_real)
 
 
 def _subsets(key: Key, n: int, models: int, fraction: float, pool: Any, strata: Any) -> np.ndarray:
@@ -131,9 +132,7 @@ def _subsets(key: Key, n: int, models: int, fraction: float, pool: Any, strata: 
     strata = None if strata is None else np.asarray(strata)
     if strata is not None and strata.shape != (n,):
         raise ValueError(f"strata must be integers [{n}], got shape {strata.shape}.")
-    if pool is None:
-        return random_subsets(key, n, models, fraction=fraction, strata=strata)
-    pool = np.asarray(pool)
+    pool = np.arange(n) if pool is None else np.asarray(pool)
     if pool.ndim == 0:
         count = whole_number("pool", pool.item())
         if count > n:
@@ -146,17 +145,13 @@ def _subsets(key: Key, n: int, models: int, fraction: float, pool: Any, strata: 
             f"between 0 and {n - 1}; got {pool.dtype} {list(pool.shape)}."
         )
     pool = np.unique(pool)
-    inner = random_subsets(
-        key, len(pool), models, fraction=fraction, strata=None if strata is None else strata[pool]
-    )
+    strata = None if strata is None else strata[pool]
     masks = np.zeros((models, n), bool)
-    masks[:, pool] = inner
+    masks[:, pool] = random_subsets(key, len(pool), models, fraction=fraction, strata=strata)
     return masks
 
 
-def _identity(
-    train_fn: TrainFn, ask: Any, masks: np.ndarray, key: Key, ids: Any, seeds: int
-) -> str:
+def _identity(train_fn: TrainFn, ask: Any, masks: np.ndarray, key: Key, ids: Any) -> str:
     """A digest of all that outcomes depend on."""
 
     def run(key: Key, ids: jax.Array) -> jax.Array:
@@ -164,80 +159,43 @@ def _identity(
 
     program = Program(run, (key, ids)).digest
     data = np.asarray(jax.random.key_data(key)).tolist()
-    return digest([program, data, seeds, np.packbits(masks).tobytes().hex(), list(masks.shape)])
+    return digest([program, data, 1, np.packbits(masks).tobytes().hex(), list(masks.shape)])
 
 
-def _of_real(ask: Any, checkpoints: tuple[Params, ...]) -> np.ndarray:
-    """Outputs of the real model, the mean over its checkpoints, [q]."""
-    return np.mean([np.asarray(jax.jit(ask)(each)) for each in checkpoints], axis=0)
+def _file(path: str | os.PathLike[str] | None) -> Path | None:
+    """Where outputs are kept, if they are."""
+    if path is None:
+        return None
+    file = local_file(path)
+    if file.suffix != ".npz":
+        raise ValueError(f"path must end in .npz, got {str(file)!r}.")
+    return file
 
 
-class _Kept(NamedTuple):
-    """Outputs so far, and where they are kept.
+def _read(file: Path, identity: str, shape: tuple[int, ...]) -> tuple[np.ndarray, int]:
+    """What an earlier run left of these outcomes [models, q], and of how many models."""
+    remedy = "Give another path, or remove the file."
+    try:
+        stored = read_arrays(file)
+    except ValueError as error:
+        raise ValueError(f"{error} {remedy}") from error
+    if stored.keys() != {"identity", "outputs", "done"}:
+        raise ValueError(f"{file} holds no outcomes: its arrays are {sorted(stored)}. {remedy}")
+    if str(stored["identity"]) != identity:
+        raise ValueError(
+            f"{file} holds outcomes of something else: the training function or its data, "
+            f"the output, the queries, the subsets or the key differ. {remedy}"
+        )
+    found, done = stored["outputs"], stored["done"]
+    whole = done.shape == () and done.dtype.kind in "iu" and 0 <= done <= shape[0]
+    if found.shape != shape or found.dtype.kind != "f" or not whole:
+        raise ValueError(
+            f"{file} is damaged: its outputs are {found.dtype} {list(found.shape)}, of which "
+            f"{done} are said to be there; {list(shape)} are needed. {remedy}"
+        )
+    return found, int(done)
 
-    Attributes:
-      path: of the file, or None.
-      identity: of what they are outputs of.
-      outputs: [runs, q]; NaN where there are none yet.
-      done: runs that were made.
-    """
 
-    path: Path | None
-    identity: str
-    outputs: np.ndarray
-    done: int
-
-    @classmethod
-    def opened(cls, path: Any, masks: np.ndarray, seeds: int, q: int, identity: Any) -> "_Kept":
-        """What an earlier run left, or nothing yet."""
-        nothing = np.full((len(masks) * seeds, q), np.nan)
-        if path is None:
-            return cls(None, "", nothing, 0)
-        path = local_file(path)
-        if path.suffix != ".npz":
-            raise ValueError(f"path must end in .npz, got {str(path)!r}.")
-        made = cls(path, identity(), nothing, 0)
-        return made._read() if path.exists() else made
-
-    def _read(self) -> "_Kept":
-        """What is in the file, if it is of these outcomes."""
-        assert self.path is not None
-        remedy = "Give another path, or remove the file."
-        try:
-            stored = read_arrays(self.path)
-        except ValueError as error:
-            raise ValueError(f"{error} {remedy}") from error
-        if stored.keys() != {"identity", "outputs", "done"}:
-            raise ValueError(
-                f"{self.path} holds no outcomes: its arrays are {sorted(stored)}. {remedy}"
-            )
-        if str(stored["identity"]) != self.identity:
-            raise ValueError(
-                f"{self.path} holds outcomes of something else: the training function or its data, "
-                f"the output, the queries, the subsets or the key differ. {remedy}"
-            )
-        outputs, done = stored["outputs"], stored["done"]
-        runs = len(self.outputs)
-        whole = done.shape == () and done.dtype.kind in "iu" and 0 <= done <= runs
-        if outputs.shape != self.outputs.shape or outputs.dtype.kind != "f" or not whole:
-            raise ValueError(
-                f"{self.path} is damaged: its outputs are {outputs.dtype} {list(outputs.shape)}, "
-                f"of which {done} are said to be there; {list(self.outputs.shape)} are needed. "
-                f"{remedy}"
-            )
-        return self._replace(outputs=outputs, done=int(done))
-
-    def with_more(self, chunk: np.ndarray) -> "_Kept":
-        """Takes in the next runs, and writes the file whole or not at all."""
-        outputs = self.outputs.copy()
-        outputs[self.done : self.done + len(chunk)] = chunk
-        more = self._replace(outputs=outputs, done=self.done + len(chunk))
-        if more.path is not None:
-            on_first_process(more._write)
-            barrier("outcomes written")
-        return more
-
-    def _write(self) -> None:
-        assert self.path is not None
-        with written_whole(self.path) as partial:
-            np.savez(partial, identity=self.identity, outputs=self.outputs, done=self.done)
+def _write(file: Path, identity: str, outputs: np.ndarray, done: int) -> None:
+    with written_whole(file) as partial:
+        np.savez(partial, identity=identity, outputs=outputs, done=done)

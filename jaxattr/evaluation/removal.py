@@ -17,7 +17,6 @@ from jaxattr.evaluation.retraining import (
     TrainFn,
     check_number,
     explaining_training,
-    models_over,
     of_queries,
     random_subsets,
     trained,
@@ -27,7 +26,10 @@ from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function, runs
 from jaxattr.keys import check_key
 from jaxattr.scales import widened
+from jaxattr.sharding import placement
 from jaxattr.typing import Batch, Key, OutputFn
+
+_RESAMPLES = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,9 +124,6 @@ def removal(
     opponents: bool = True,
     at_once: int | None = None,
     mesh: Mesh | None = None,
-    axis: str = "data",
-    resamples: int = 1000,
-    seed: int = 0,
 ) -> Removal:
     """Retrains without each query's strongest examples, and measures how far its output falls.
 
@@ -151,13 +150,10 @@ def removal(
       opponents: whether opponents are removed too, by models of their own.
       at_once: models in memory at once. Default: 16, or one per device.
       mesh: devices to spread the models over. Default: the default device.
-      axis: the axis of the mesh to spread them over.
-      resamples: of queries and random draws, for the intervals, which are of these seeds, and too
-        narrow with fewer than some 24 queries or draws.
-      seed: of the resamples.
 
     Returns:
-      The falls, for each fraction.
+      The falls, for each fraction. Their intervals are of these seeds, and too narrow with fewer
+      than some 24 queries or draws.
 
     Raises:
       TypeError: if fractions are no sequence, or a count is no whole number.
@@ -191,9 +187,8 @@ def removal(
     check_number(train_fn, n)
     subset_key, train_key, output_key = jax.random.split(key, 3)
     drawn = _random_removals(subset_key, n, random, fractions)
-    place = models_over(mesh, axis)
+    place = placement(mesh)
     at_once = max(AT_ONCE, place.shards) if at_once is None else whole_number("at_once", at_once)
-    whole_number("resamples", resamples)
     with explaining_training():
         shapes = jax.eval_shape(train_fn, train_key, np.arange(n))
     queries = as_batch(queries, "queries", functools.partial(runs, output_fn, shapes))
@@ -213,9 +208,8 @@ def removal(
         found = np.concatenate([np.asarray(chunk, np.float64) for chunk in chunks])
         return found.reshape(len(removed), seeds, q).mean(axis=1)
 
-    draws = functools.partial(_resamples, resamples, seed)
     signs = (1, -1) if opponents else (1,)
-    falls = [_falls(outputs_without, scores, signs, masks, draws) for masks in drawn]
+    falls = [_falls(outputs_without, scores, signs, masks) for masks in drawn]
     return Removal(
         fractions=tuple(map(float, fractions)),
         proponents=tuple(each[0] for each in falls),
@@ -228,26 +222,23 @@ def _falls(
     scores: np.ndarray,
     signs: Sequence[int],
     drawn: np.ndarray,
-    draws: Callable[..., np.ndarray],
 ) -> list[Fall]:
     """One for each sign of scores; all models of one size are trained together."""
     count = int(drawn[0].sum())
     own = [_removed(sign * scores, count) for sign in signs]
     found = outputs_without(np.concatenate([*own, drawn]))  # [signs * q + random, q]
     *parts, random = np.split(found, len(scores) * np.arange(1, len(signs) + 1))
-    return [_fall(count, part.diagonal().copy(), random, draws) for part in parts]
+    return [_fall(count, part.diagonal().copy(), random) for part in parts]
 
 
-def _fall(
-    count: int, outputs: np.ndarray, random: np.ndarray, draws: Callable[..., np.ndarray]
-) -> Fall:
+def _fall(count: int, outputs: np.ndarray, random: np.ndarray) -> Fall:
     usual = random.mean(axis=0)
     finite = np.isfinite(outputs) & np.isfinite(usual)
     per_query = np.where(finite, usual - outputs, np.nan)
     mean = low = high = flips = random_flips = float("nan")
     if finite.any():
         mean = float(per_query[finite].mean())
-        resampled = draws(outputs[finite], random[:, finite])
+        resampled = _resampled(outputs[finite], random[:, finite])
         low, high = map(float, np.quantile(resampled, [0.025, 0.975]))
     positive = finite & (usual > 0)
     if positive.any():
@@ -267,11 +258,11 @@ def _fall(
     )
 
 
-def _resamples(count: int, seed: int, outputs: np.ndarray, random: np.ndarray) -> np.ndarray:
-    """Means over resampled queries and draws, [count]: all queries share the luck of the draws."""
-    generator = np.random.default_rng(seed)
-    draws = generator.integers(len(random), size=(count, len(random)))
-    queries = generator.integers(len(outputs), size=(count, len(outputs)))
+def _resampled(outputs: np.ndarray, random: np.ndarray) -> np.ndarray:
+    """Means over resampled queries and draws: all queries share the luck of the draws."""
+    generator = np.random.default_rng(0)
+    draws = generator.integers(len(random), size=(_RESAMPLES, len(random)))
+    queries = generator.integers(len(outputs), size=(_RESAMPLES, len(outputs)))
     return np.array(
         [
             (random[rows].mean(axis=0) - outputs)[columns].mean()

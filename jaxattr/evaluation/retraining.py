@@ -19,7 +19,8 @@ from jaxattr.inputs.outputs import check_function, check_output
 from jaxattr.inputs.traces import read_inputs
 from jaxattr.inputs.wording import brief
 from jaxattr.keys import check_key
-from jaxattr.sharding import DATA, Placement, check_mesh, placement, split_rows
+from jaxattr.scores.subsets import checked_masks
+from jaxattr.sharding import DATA, Placement, placement, split_rows
 from jaxattr.sources import track
 from jaxattr.typing import Batch, Key, OutputFn, Params
 
@@ -85,7 +86,6 @@ def retrain(
     seeds: int = 1,
     at_once: int | None = None,
     mesh: Mesh | None = None,
-    axis: str = "data",
 ) -> Params:
     """Trains one model per subset and seed, many at once.
 
@@ -101,7 +101,6 @@ def retrain(
       at_once: models in memory at once; with a mesh, on all its devices together. Default: all.
       mesh: devices to spread the models over, of one process or of several that all call this
         with the same arguments. Default: the default device.
-      axis: the axis of the mesh to spread them over.
 
     Returns:
       Params whose leaves are [m, seeds, ...]. With several processes each gets all of them.
@@ -115,7 +114,7 @@ def retrain(
 
     Cost: m * seeds trainings; vmapped, small models take little more time together than one.
     """
-    masks, key, place = _check_masks(masks), check_key(key), models_over(mesh, axis)
+    masks, key, place = _of_one_size(masks), check_key(key), placement(mesh)
     check_number(train_fn, masks.shape[1])
     seeds = whole_number("seeds", seeds)
     at_once = len(masks) * seeds if at_once is None else whole_number("at_once", at_once)
@@ -131,7 +130,7 @@ def trained(
     masks: np.ndarray,
     keys: Key,
     *,
-    seeds: int,
+    seeds: int = 1,
     at_once: int,
     place: Placement,
     then: Callable[[Params], Any] = lambda params: params,
@@ -218,41 +217,13 @@ def of_queries(
     return lambda params: on_queries(params, queries, keys)
 
 
-def models_over(mesh: Mesh | None, axis: str = "data") -> Placement:
-    """Models over one axis of the mesh, whatever it is called; the same along others.
-
-    Args:
-      mesh: of a user, or None.
-      axis: of the mesh.
-
-    Raises:
-      ValueError: if it is no mesh, or has no such axis.
-    """
-    if mesh is None:
-        return Placement()
-    check_mesh(mesh)
-    if axis not in mesh.axis_names:
-        raise ValueError(
-            f"The mesh has axes {mesh.axis_names}, and none that is called {axis!r}: say over "
-            "which to spread the models with axis=."
-        )
-    names = tuple(DATA if name == axis else f"not {name}" for name in mesh.axis_names)
-    return placement(Mesh(mesh.devices, names))
-
-
 def _everywhere(place: Placement, leaf: jax.Array) -> jax.Array:
     """The whole array on every process, for all that is done with models from then on."""
     return leaf if leaf.is_fully_addressable else jnp.asarray(place.host(leaf))
 
 
-def _check_masks(masks: Any) -> np.ndarray:
-    masks = np.asarray(masks)
-    if masks.ndim != 2 or masks.dtype != bool:
-        raise ValueError(
-            f"masks must be bool [m, n], got {masks.dtype} {list(masks.shape)}. If those are ids "
-            "of the examples in each subset, make a mask of each: mask = np.zeros(n, bool); "
-            "mask[ids] = True."
-        )
+def _of_one_size(masks: Any) -> np.ndarray:
+    masks = checked_masks(masks)
     sizes = masks.sum(axis=1)
     if len(set(sizes)) != 1 or not sizes[0]:
         raise ValueError(

@@ -34,11 +34,9 @@ class Trainer(Protocol):
 
     def __call__(self, key: Key, ids: jax.Array) -> Params:
         """Trains from the key on the examples that ids name."""
-        ...
 
     def run(self, key: Key, ids: Any = None) -> TrainingRun:
         """Returns the same training as steps, for `ja.unroll`; of all examples without ids."""
-        ...
 
 
 def trainer(

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,14 +22,8 @@ from jaxattr import groups as groups_lib
 from jaxattr.groups import Groups
 from jaxattr.index import provenance
 from jaxattr.index.budgets import BuildRequest, check_device, looking_at
-from jaxattr.index.checkpoint_builds import BuildJob, DiskBuild, build_checkpoint
-from jaxattr.index.index import (
-    ConvergenceWarning,
-    Index,
-    Recorded,
-    first_ids,
-    report_non_finite,
-)
+from jaxattr.index.checkpoint_builds import BuildJob, build_checkpoint
+from jaxattr.index.index import ConvergenceWarning, Index, Recorded, first_ids, report_non_finite
 from jaxattr.index.margins import warn_of_losses
 from jaxattr.index.saving import (
     COMPLETE,
@@ -50,29 +44,13 @@ from jaxattr.keys import check_key
 from jaxattr.methods.method import Method
 from jaxattr.sharding import barrier, placement, process
 from jaxattr.sources import announce
-from jaxattr.store import (
-    SEALS,
-    DiskRows,
-    Folder,
-    Lease,
-    Ledger,
-    RecomputedRows,
-    StoreError,
-    finished,
-    on_first_process,
-    reading,
-    save_seals,
-)
-from jaxattr.store.rows import (
-    COLUMNS,
-    ERRORS,
-    EXAMPLES,
-    FEATURES,
-    RAW,
-    MemoryRows,
-    RowLayout,
-    Rows,
-)
+from jaxattr.store.disk_rows import DiskRows
+from jaxattr.store.folder import Folder, StoreError, on_first_process, reading
+from jaxattr.store.lease import Lease
+from jaxattr.store.ledger import Ledger, finished
+from jaxattr.store.recomputed_rows import RecomputedRows
+from jaxattr.store.rows import COLUMNS, ERRORS, EXAMPLES, FEATURES, RAW, MemoryRows, RowLayout, Rows
+from jaxattr.store.seals import SEALS, save_seals
 from jaxattr.typing import Key, Params
 
 
@@ -175,13 +153,14 @@ def build_index(
     if folder is None:
         check_device(layout.bytes_in_memory(place), place, "The index in memory")
         return _build(job, MemoryRows(layout, place), None)
-    with _writing(folder) as lease:
+    with contextlib.ExitStack() as stack:  # the first process holds the lease for all
+        lease = on_first_process(lambda: stack.enter_context(Lease(folder)))
         return _build_on_disk(job, folder, layout, extend, how_much(verify, source), lease)
 
 
-def _build(job: BuildJob, rows: Rows, session: DiskBuild | None) -> Index:
+def _build(job: BuildJob, rows: Rows, ledger: Ledger | None) -> Index:
     found = [
-        build_checkpoint(job, job.pass_over(number), rows, session)
+        build_checkpoint(job, job.pass_over(number), rows, ledger)
         for number in range(len(job.checkpoints))
     ]
     warn_of_losses(job, rows, found[0].fitted)
@@ -196,10 +175,10 @@ def _build(job: BuildJob, rows: Rows, session: DiskBuild | None) -> Index:
         np.flatnonzero(~finite),
         errors,
     )
-    return _index(job, rows, result, session)
+    return _index(job, rows, result, ledger)
 
 
-def _index(job: BuildJob, rows: Rows, found: BesideRows, session: DiskBuild | None) -> Index:
+def _index(job: BuildJob, rows: Rows, found: BesideRows, ledger: Ledger | None) -> Index:
     _report_non_finite(rows, found.non_finite)
     _report_errors(job.method.kernel, found.solve_errors)
     return Index(
@@ -208,7 +187,7 @@ def _index(job: BuildJob, rows: Rows, found: BesideRows, session: DiskBuild | No
         checkpoints=job.checkpoints,
         layout=job.featurizer.layout,
         rows=rows,
-        path=None if session is None else session.folder.path,
+        path=None if ledger is None else ledger.folder.path,
         link=job.method.link,
         train=job.source,
         **found._asdict(),
@@ -237,12 +216,11 @@ def _build_on_disk(
         _check_data(folder, there, complete, layout, job, verify)
     ledger = Ledger(folder, *process(), lease)
     rows = DiskRows(folder, layout, job.place, ledger)
-    session = DiskBuild(folder, ledger)
     if limit is None and complete is not None and complete.examples == job.source.size:
         rows = DiskRows(folder, layout, job.place, seals=complete.seals)
         on_first_process(rows.remove_raw)
         found = load_finished(folder, complete.record, layout.checkpoints, job.place)
-        return _index(job, rows, found, session)
+        return _index(job, rows, found, ledger)
     if there is None:  # first of all, so that whatever is left behind is known for what it is
         on_first_process(functools.partial(_write_manifest, folder, layout, here))
     ledger.open(barrier, limit)
@@ -258,25 +236,17 @@ def _build_on_disk(
 
     on_first_process(begin)
     rows.check_chunks()
-    index = _build(job, rows, session)
+    index = _build(job, rows, ledger)
     barrier("rows written")
     check_rereading(rows)
     # On all processes, since parameters and rows may be spread over them.
     recorded = Recorded(index.query_side, int(index.exponent))
     if process()[0] == 0:
-        found = BesideRows(index.fitted, index.operators, index.non_finite, index.solve_errors)
         ledger.check()
         seals = save_seals(folder, rows.chunks())
-        save_finished(folder, job.source.size, found, recorded, seals)
+        save_finished(folder, index, recorded, seals)
     barrier("index finished")
     return index
-
-
-@contextlib.contextmanager
-def _writing(folder: Folder) -> Iterator[Lease | None]:
-    """Holds the right to write, on the first process for all."""
-    with contextlib.ExitStack() as stack:
-        yield on_first_process(lambda: stack.enter_context(Lease(folder)))
 
 
 def _check_manifest(

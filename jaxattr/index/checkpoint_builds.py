@@ -26,19 +26,12 @@ from jaxattr.fitting.passes import (
 )
 from jaxattr.index.saving import load_fitted, load_operator, save_fitted, save_operator
 from jaxattr.index.verifying import check_fitted
-from jaxattr.kernels import (
-    Identity,
-    Iterates,
-    Kernel,
-    MapsQueries,
-    Surroundings,
-    keeps_operator,
-)
+from jaxattr.kernels import Identity, Iterates, Kernel, MapsQueries, Surroundings, keeps_operator
 from jaxattr.methods.method import Method
 from jaxattr.scales import exponent_of, scaled
 from jaxattr.sharding import DATA, Placement, barrier, failing_together, process
 from jaxattr.sources import Source, as_source, track
-from jaxattr.store import Folder, Ledger
+from jaxattr.store.ledger import Ledger
 from jaxattr.store.rows import (
     COLUMNS,
     DIGESTS,
@@ -81,18 +74,6 @@ class BuildJob(NamedTuple):
         )
 
 
-class DiskBuild(NamedTuple):
-    """An index on disk that is being built.
-
-    Attributes:
-      folder: where it is.
-      ledger: of finished blocks.
-    """
-
-    folder: Folder
-    ledger: Ledger
-
-
 class BuiltCheckpoint(NamedTuple):
     """What is left of a checkpoint beside its rows.
 
@@ -108,7 +89,7 @@ class BuiltCheckpoint(NamedTuple):
 
 
 def build_checkpoint(
-    job: BuildJob, over: TrainingPass, rows: Rows, session: DiskBuild | None
+    job: BuildJob, over: TrainingPass, rows: Rows, ledger: Ledger | None
 ) -> BuiltCheckpoint:
     """Fits the basis, computes features, applies the kernel.
 
@@ -116,15 +97,15 @@ def build_checkpoint(
       job: what the index is made from.
       over: the pass of this checkpoint.
       rows: where they are kept.
-      session: on disk; else None.
+      ledger: on disk; else None.
 
     Returns:
       What is left beside the rows, which are written when this returns.
     """
-    fitted = _fit(job, over, session)
+    fitted = _fit(job, over, ledger)
     kernel, layout, number = job.method.kernel, job.featurizer.layout, over.number
     eta = job.method.weights_of(len(job.checkpoints))[number]
-    blocks, first = rows.layout.blocks, _done(session, FEATURES, number)
+    blocks, first = rows.layout.blocks, _done(ledger, FEATURES, number)
     digests = DIGESTS in rows.layout.widths
     if isinstance(kernel, Identity):
         prepare = _compiled_identity(job.place, layout, eta)
@@ -135,14 +116,14 @@ def build_checkpoint(
             for block, clean in enumerate(stream, first):
                 rows.write(block, number, prepare(clean))
             rows.flush()
-        _check_fitted(rows, fitted, number)
+        check_fitted(rows, fitted, number)
         return BuiltCheckpoint(fitted, (), _finite(rows, number))
-    if session is not None and first == blocks:
-        operator = load_operator(session.folder, number, job.place)
+    if ledger is not None and first == blocks:
+        operator = load_operator(ledger.folder, number, job.place)
         if operator is not None or not keeps_operator(kernel):
             rows.finish(number)  # what a run left that was killed after its last block
             return BuiltCheckpoint(fitted, operator, _finite(rows, number))
-    found = _operator(job, over, fitted, rows, session)
+    found = _operator(job, over, fitted, rows, ledger)
     apply, residual = apply_kernel(job.place, kernel, layout, eta)
     anew = over.anew(fitted)
     made = _compiled_mapped(job.place, kernel, _Kept.of(rows.layout, kernel), eta)
@@ -188,26 +169,26 @@ class _Inverted(NamedTuple):
 
 
 def _operator(
-    job: BuildJob, over: TrainingPass, fitted: Fitted, rows: Rows, session: DiskBuild | None
+    job: BuildJob, over: TrainingPass, fitted: Fitted, rows: Rows, ledger: Ledger | None
 ) -> _Inverted:
     """Computes what is missing of the features, and the kernel from all of them."""
     kernel, number = job.method.kernel, over.number
-    first = _done(session, RAW, number)
+    first = _done(ledger, RAW, number)
     rows.begin(number)
 
-    exponent = _unit_on_record(session, number) if first else None
+    exponent = _unit_on_record(ledger, number) if first else None
+    store = _compiled_raw(job.place, _Kept.of(rows.layout, kernel))
 
     def blocks() -> Iterator[tuple[int | None, Features, jax.Array]]:
         nonlocal exponent
         for block in range(first):
             examples = rows.read(EXAMPLES, block, number)
             yield exponent, rows.read(RAW, block, number), examples[:, COLUMNS.finite] > 0
-        store = _compiled_raw(job.place, _Kept.of(rows.layout, kernel))
         digests = DIGESTS in rows.layout.widths
         stream = over.features(fitted, "features", first=first, digests=digests)
         for block, clean in enumerate(stream, first):
             if exponent is None:
-                exponent = _unit(job, clean, session, number)
+                exponent = _unit(job, clean, ledger, number)
             values, kept = store(clean, exponent)
             rows.write(block, number, values)
             yield exponent, values[RAW], kept
@@ -217,39 +198,34 @@ def _operator(
     with failing_together():
         rows.flush()
     barrier("features written")
-    _check_fitted(rows, fitted, number)
+    check_fitted(rows, fitted, number)
     finite = _finite(rows, number)
     unit = exponent or 0
-    raw = _raw_again(over, fitted, rows, kernel, unit)
+    anew = over.anew(fitted)
+
+    def raw(positions: np.ndarray) -> jax.Array:  # as it was made for the statistics
+        return store(anew(positions), unit)[0][RAW]
+
     rows.made_by(RAW, number, raw)
     operator = kernel.finalize(statistics, _surroundings(job, over, fitted, rows, finite, unit))
     operator = job.place.whole(job.place.agreed(operator))
-    if keeps_operator(kernel) and session is not None:
-        save_operator(session.folder, number, operator, job.place)
+    if keeps_operator(kernel) and ledger is not None:
+        save_operator(ledger.folder, number, operator, job.place)
     return _Inverted(operator, unit, finite, raw)
 
 
-def _raw_again(
-    over: TrainingPass, fitted: Fitted, rows: Rows, kernel: Kernel, exponent: int
-) -> Make:
-    """Makes raw features as they were made for the kernel's statistics."""
-    store = _compiled_raw(over.place, _Kept.of(rows.layout, kernel))
-    anew = over.anew(fitted)
-    return lambda positions: store(anew(positions), exponent)[0][RAW]
-
-
-def _unit(job: BuildJob, clean: CleanFeatures, session: DiskBuild | None, number: int) -> int:
+def _unit(job: BuildJob, clean: CleanFeatures, ledger: Ledger | None, number: int) -> int:
     """The power of two that a kernel's features are given over, kept for a run that goes on."""
     if job.method.kernel.degree is None:
         return 0
     exponent = typical_exponent(job.place, clean.features, clean.kept)
-    if session is not None and process()[0] == 0:
-        session.folder.write(_unit_file(number), {"exponent": exponent})
+    if ledger is not None and process()[0] == 0:
+        ledger.folder.write(_unit_file(number), {"exponent": exponent})
     return exponent
 
 
-def _unit_on_record(session: DiskBuild | None, number: int) -> int:
-    found = None if session is None else session.folder.read(_unit_file(number))
+def _unit_on_record(ledger: Ledger | None, number: int) -> int:
+    found = None if ledger is None else ledger.folder.read(_unit_file(number))
     return 0 if found is None else int(found["exponent"])
 
 
@@ -257,17 +233,17 @@ def _unit_file(number: int) -> str:
     return f"raw-{number}/unit.json"  # goes when the raw features go
 
 
-def _fit(job: BuildJob, over: TrainingPass, session: DiskBuild | None) -> Fitted:
+def _fit(job: BuildJob, over: TrainingPass, ledger: Ledger | None) -> Fitted:
     """Fits the method's basis to the checkpoint, or loads what an earlier run fitted."""
-    if session is not None:
-        loaded = load_fitted(session.folder, over.number, job.place)
+    if ledger is not None:
+        loaded = load_fitted(ledger.folder, over.number, job.place)
         if loaded is not None:
             return loaded
     basis = job.featurizer.rule.projection.basis
     fitted = basis.fit(over) if isinstance(basis, Fits) else NOTHING
     fitted = job.place.whole(job.place.agreed(fitted))
-    if session is not None:
-        save_fitted(session.folder, over.number, fitted, job.place)
+    if ledger is not None:
+        save_fitted(ledger.folder, over.number, fitted, job.place)
     return fitted
 
 
@@ -300,13 +276,8 @@ def _as_queries(numbered: NumberedBatch) -> NumberedBatch:
     return numbered._replace(ids=-1 - numbered.ids)
 
 
-def _check_fitted(rows: Rows, fitted: Fitted, number: int) -> None:
-    if DIGESTS in rows.layout.widths:
-        check_fitted(rows, fitted, number)
-
-
-def _done(session: DiskBuild | None, name: str, checkpoint: int) -> int:
-    return 0 if session is None else session.ledger.done(f"{name}/{checkpoint}")
+def _done(ledger: Ledger | None, name: str, checkpoint: int) -> int:
+    return 0 if ledger is None else ledger.done(f"{name}/{checkpoint}")
 
 
 def _finite(rows: Rows, number: int) -> np.ndarray:

@@ -20,15 +20,7 @@ from jaxattr.inputs.wording import brief
 from jaxattr.methods.method import Method
 from jaxattr.sharding import Placement
 from jaxattr.sources import Source
-from jaxattr.store.rows import (
-    COLUMNS,
-    EXAMPLES,
-    FEATURES,
-    NO_SIZE,
-    SELF,
-    SELF_COLUMNS,
-    Rows,
-)
+from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES, NO_SIZE, SELF, SELF_COLUMNS, Rows
 from jaxattr.typing import Link, Params
 
 

@@ -11,21 +11,17 @@ from jax.sharding import Mesh
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.index import provenance
 from jaxattr.index.index import Index
-from jaxattr.index.saving import (
-    MANIFEST,
-    load_finished,
-    read_closed,
-    read_manifest,
-    refuse_others,
-)
+from jaxattr.index.saving import MANIFEST, load_finished, read_closed, read_manifest, refuse_others
 from jaxattr.index.verifying import data_differences, how_much
 from jaxattr.inputs.data import like
 from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.methods.method import Method, check_method, featurizer
 from jaxattr.sharding import Placement, placement
-from jaxattr.sources import Source, as_source
-from jaxattr.store import DiskRows, Folder, StoreError, finished, reading
+from jaxattr.sources import as_source
 from jaxattr.store.compression import is_compressed
+from jaxattr.store.disk_rows import DiskRows
+from jaxattr.store.folder import Folder, StoreError, reading
+from jaxattr.store.ledger import finished
 from jaxattr.store.rows import EXAMPLES, FEATURES, SCALES, SELF, MemoryRows, RowLayout, Rows
 from jaxattr.typing import Example, Params
 
@@ -63,12 +59,9 @@ def open_index(
     if method is not None:
         check_method(method)
     folder, place = Folder(path), placement(mesh)
-    described = read_manifest(folder)
-    if described is None:
-        raise StoreError(f"There is no index at {folder.path}: it has no {MANIFEST}.")
+    described, layout = on_record(folder)
     complete = read_closed(folder)
     with reading(folder, MANIFEST):
-        layout = row_layout(described)
         columns = provenance.layout_from(described["layout"])
         link = described["method"]["link"]
     if complete is None or complete.examples != layout.size:
@@ -93,7 +86,10 @@ def open_index(
     known = None if featurize is None else like(featurize.example)
     source = None if train is None else as_source(train, "train", known)
     if source is not None:
-        _refuse_other_data(folder, source, rows)
+        if source.size != layout.size:
+            refuse_others(folder, [f"train: {source.size} examples instead of {layout.size}"])
+        verify = how_much(None, source)
+        refuse_others(folder, data_differences(source, rows, layout.size, verify))
     found = load_finished(folder, complete.record, layout.checkpoints, place)
     return Index(
         method=method,
@@ -107,14 +103,6 @@ def open_index(
         train=source,
         **found._asdict(),
     )
-
-
-def _refuse_other_data(folder: Folder, source: Source, rows: Rows) -> None:
-    """Raises if the data are not those that the index was made from."""
-    if source.size != rows.layout.size:
-        refuse_others(folder, [f"train: {source.size} examples instead of {rows.layout.size}"])
-    verify = how_much(None, source)
-    refuse_others(folder, data_differences(source, rows, rows.layout.size, verify))
 
 
 def in_device_memory(rows: Rows) -> MemoryRows:
@@ -137,16 +125,23 @@ def in_device_memory(rows: Rows) -> MemoryRows:
     return copy
 
 
-def row_layout(described: dict[str, Any]) -> RowLayout:
-    """Reads the shapes of an index's rows.
+def on_record(folder: Folder) -> tuple[dict[str, Any], RowLayout]:
+    """Reads what an index was made from, and the shapes of its rows.
 
     Args:
-      described: what the index was made from.
+      folder: of the index.
 
     Raises:
-      ValueError: if they are none that there can be.
-      KeyError: if something is missing.
+      StoreError: if there is no index, or that is damaged.
     """
+    described = read_manifest(folder)
+    if described is None:
+        raise StoreError(f"There is no index at {folder.path}: it has no {MANIFEST}.")
+    with reading(folder, MANIFEST):
+        return described, _row_layout(described)
+
+
+def _row_layout(described: dict[str, Any]) -> RowLayout:
     rows = described["rows"]
     found = RowLayout(
         described["data"]["examples"],

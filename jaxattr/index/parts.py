@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxattr.batches import each_example, leading_size, shapes_of_one
 from jaxattr.features.expectations import refuse_unit_norm
-from jaxattr.features.featurizer import FeatureRule, Featurized
+from jaxattr.features.featurizer import FeatureRule
 from jaxattr.features.plans import Plan
 from jaxattr.features.whole_gradients import as_function_of, coordinates
 from jaxattr.identity import Program
@@ -165,13 +165,9 @@ def _product_step(rule: FeatureRule, plan: Plan, kernel: Kernel, part: Any, coun
 @functools.lru_cache(maxsize=16)
 def _part_step(step: Any, normalize: bool, kernel: Kernel, split: Any) -> Any:
     """The jitted (state, one query, id) -> features of its parts, and whether they are finite."""
-
-    def scaled_step(*arguments: Any) -> Featurized:
-        got = step(*arguments)
-        return got._replace(features=_unit_sum(got.features)) if normalize else got
-
-    together = _ScaledTogether(kernel) if isinstance(kernel, MapsQueries) else None
-    functions = QueryFunctions(scaled_step, together)
+    mapping = kernel if isinstance(kernel, MapsQueries) else None
+    scale = _unit_sum if normalize or mapping is not None else None
+    functions = QueryFunctions(step, mapping, scale)
 
     @jax.jit
     def run(state: QueryArrays, query: Example, number: jax.Array) -> tuple[Features, jax.Array]:
@@ -181,18 +177,6 @@ def _part_step(step: Any, normalize: bool, kernel: Kernel, split: Any) -> Any:
         return features, finite.all()
 
     return run
-
-
-class _ScaledTogether(NamedTuple):
-    """A kernel that scales the parts of a query together."""
-
-    kernel: MapsQueries
-
-    def of_queries(self, operator: Any, phi: Features) -> Features:
-        return _unit_sum(self.whiten(operator, phi))
-
-    def whiten(self, operator: Any, phi: Features) -> Features:
-        return self.kernel.whiten(operator, phi)
 
 
 def _unit_sum(phi: Features) -> Features:

@@ -5,7 +5,7 @@ Queries go through the featurizer alone, so weights multiply raw query features.
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -280,10 +280,12 @@ class QueryFunctions(NamedTuple):
     Attributes:
       step: (key, params, batch, ids, drawn, fitted) -> features and residual.
       kernel: that transforms queries too; None if the method's leaves them alone.
+      scale: of features after that, if they are scaled.
     """
 
     step: Any
     kernel: MapsQueries | None
+    scale: Callable[[Features], Features] | None
 
 
 def functions_of(index: Index, example: Example, output: OutputFn | None = None) -> QueryFunctions:
@@ -296,15 +298,15 @@ def functions_of(index: Index, example: Example, output: OutputFn | None = None)
     """
     featurize, method = featurizer_of(index, example, output)
     kernel = method.kernel if isinstance(method.kernel, MapsQueries) else None
-    return QueryFunctions(featurize.step, kernel)
+    return QueryFunctions(featurize.step, kernel, None if kernel is None else unit_norm)
 
 
 def _linear_functions(index: Index, example: Example, output: OutputFn | None) -> QueryFunctions:
     """Those of `functions_of` without unit norm: features are linear in the output."""
     featurize, method = featurizer_of(index, example, output)
     refuse_unit_norm(featurize.rule.output, "A contrast")
-    kernel = _Whitens(method.kernel) if isinstance(method.kernel, MapsQueries) else None
-    return QueryFunctions(featurize.unscaled(), kernel)
+    kernel = method.kernel if isinstance(method.kernel, MapsQueries) else None
+    return QueryFunctions(featurize.unscaled(), kernel, None)
 
 
 def features_of_batch(
@@ -324,9 +326,10 @@ def features_of_batch(
     columns = []
     for number, params in enumerate(state.checkpoints):
         drawn, fitted = state.drawn[number], state.fitted[number]
-        got = functions.step(state.key, params, batch, ids, drawn, fitted)
-        phi, kernel = got.features, functions.kernel
-        columns.append(phi if kernel is None else kernel.of_queries(state.operators[number], phi))
+        phi = functions.step(state.key, params, batch, ids, drawn, fitted).features
+        if functions.kernel is not None:
+            phi = functions.kernel.whiten(state.operators[number], phi)
+        columns.append(phi if functions.scale is None else functions.scale(phi))
     return _of_all_checkpoints(columns)
 
 
@@ -431,18 +434,6 @@ def _checked(index: Index, queries: QueryFeatures) -> QueryFeatures:
             "ja.query_features(index, queries)."
         )
     return queries
-
-
-class _Whitens(NamedTuple):
-    """A kernel that does not scale queries."""
-
-    kernel: MapsQueries
-
-    def of_queries(self, operator: Any, phi: Features) -> Features:
-        return self.kernel.whiten(operator, phi)
-
-    def whiten(self, operator: Any, phi: Features) -> Features:
-        return self.kernel.whiten(operator, phi)
 
 
 @functools.lru_cache(maxsize=16)

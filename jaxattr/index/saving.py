@@ -10,19 +10,11 @@ import numpy as np
 from jaxattr import identity
 from jaxattr.features.bases import Fitted, Sides
 from jaxattr.index import provenance
-from jaxattr.index.index import Recorded
+from jaxattr.index.index import Index, Recorded
 from jaxattr.sharding import Placement
-from jaxattr.store import (
-    SEALS,
-    Folder,
-    Seals,
-    StoreError,
-    load_seals,
-    load_state,
-    malformed,
-    reading,
-    save_state,
-)
+from jaxattr.store.folder import Folder, StoreError, malformed, reading
+from jaxattr.store.seals import SEALS, Seals, load_seals
+from jaxattr.store.state import load_state, save_state
 
 MANIFEST, COMPLETE = "manifest.json", "complete.json"
 """What an index was made from; what its rows came to, written last."""
@@ -152,21 +144,18 @@ class BesideRows(NamedTuple):
     solve_errors: np.ndarray | None
 
 
-def save_finished(
-    folder: Folder, examples: int, found: BesideRows, recorded: Recorded, seals: Seals
-) -> None:
+def save_finished(folder: Folder, index: Index, recorded: Recorded, seals: Seals) -> None:
     """Says that an index is finished, and what its rows came to; on the first process.
 
     Args:
       folder: of the index.
-      examples: number of training examples.
-      found: what was found; `fitted` and `operators` are saved when they are made.
+      index: of which what was fitted, and operators, are saved when they are made.
       recorded: what it says of itself.
       seals: of its files.
     """
-    errors = None if found.solve_errors is None else found.solve_errors.astype(float).tolist()
-    non_finite = found.non_finite.tolist()
-    record = {"examples": examples, "non_finite": non_finite, "solve_errors": errors}
+    errors = None if index.solve_errors is None else index.solve_errors.astype(float).tolist()
+    non_finite = index.non_finite.tolist()
+    record = {"examples": index.size, "non_finite": non_finite, "solve_errors": errors}
     record |= recorded._asdict() | {"seals": seals.digest}
     folder.write(COMPLETE, record | {"digest": identity.digest(record)})
 

@@ -9,26 +9,16 @@ import numpy as np
 from jaxattr import identity
 from jaxattr.index import provenance
 from jaxattr.index.budgets import size_in_words
-from jaxattr.index.opening import row_layout
-from jaxattr.index.saving import (
-    MANIFEST,
-    load_fitted,
-    load_operator,
-    read_closed,
-    read_manifest,
-)
+from jaxattr.index.opening import on_record
+from jaxattr.index.saving import MANIFEST, load_fitted, load_operator, read_closed
+from jaxattr.inputs.wording import listed
 from jaxattr.sharding import Placement
 from jaxattr.sources import track
-from jaxattr.store import (
-    DiskRows,
-    Folder,
-    StoreError,
-    copy_array,
-    finished,
-    reading,
-    save_rows,
-)
-from jaxattr.store.rows import FEATURES, RAW, SCALES, RowLayout, values_of
+from jaxattr.store.arrays import save_rows
+from jaxattr.store.disk_rows import DiskRows
+from jaxattr.store.folder import Folder, StoreError, reading
+from jaxattr.store.ledger import finished
+from jaxattr.store.rows import FEATURES, RAW, SCALES, values_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +66,7 @@ class Summary:
                 f"{self.path}: {self.method}, {state}{'' if self.finished else ' blocks'}",
                 f"  examples     {self.examples:,}{left_out}, in {self.blocks:,} blocks of "
                 f"{self.block}",
-                f"  groups       {len(self.groups)}: {_listed(self.groups)}",
+                f"  groups       {len(self.groups)}: {listed(self.groups)}",
                 f"  features     {sum(self.groups.values()):,} per example and checkpoint, "
                 f"{self.dtype}",
                 f"  checkpoints  {self.checkpoints}",
@@ -103,12 +93,15 @@ def summarize(path: str | os.PathLike[str]) -> Summary:
     Raises:
       StoreError: if there is no index, or a small file of it is damaged.
     """
-    folder, described, layout = _described(path)
+    folder = Folder(path)
+    described, layout = on_record(folder)
     closed = read_closed(folder)
     whole = closed is not None and closed.examples == layout.size
     with reading(folder, MANIFEST):
         columns = provenance.layout_from(described["layout"])
         method = described["method"]
+        widths = {name: width for name, width in layout.widths.items() if name != RAW}
+        kept = dataclasses.replace(layout, widths=widths)  # raw features go at the end
         return Summary(
             path=folder.path,
             finished=whole,
@@ -121,12 +114,12 @@ def summarize(path: str | os.PathLike[str]) -> Summary:
             checkpoints=layout.checkpoints,
             groups=dict(zip(columns.names, columns.dims, strict=True)),
             dtype=layout.dtypes[FEATURES].name,
-            bytes=_finished_layout(layout).bytes_on_disk(),
+            bytes=kept.bytes_on_disk(),
             made_from={
                 "kernel": _kind(method["kernel"]),
                 "projection": _kind(method["rule"]["projection"]),
                 "output": _digest(method["rule"]["output"]),
-                "parameters": [_together(params) for params in described["params"]],
+                "parameters": list(map(identity.digest, described["params"])),
                 "example": _shapes(described["example"]),
                 "key": described["key"],
                 "versions": described["versions"],
@@ -159,7 +152,8 @@ def check(path: str | os.PathLike[str]) -> Checked:
       StoreError: if there is no finished index, or a small file of it is damaged, without which the
         rest cannot be told.
     """
-    folder, described, layout = _described(path)
+    folder = Folder(path)
+    described, layout = on_record(folder)
     closed, place = read_closed(folder), Placement()
     if closed is None or closed.examples != layout.size:
         raise StoreError(
@@ -195,30 +189,14 @@ def export_zarr(path: str | os.PathLike[str], target: str | os.PathLike[str]) ->
     if not summary.finished:
         raise StoreError(f"{summary.path} is not finished: there is no whole array to copy.")
     attributes = {"method": summary.method, "groups": summary.groups}
-    folder, _, layout = _described(path)
-    if SCALES not in layout.widths:
-        copy_array(folder, FEATURES, Folder(target), attributes)
-        return
+    folder = Folder(path)
+    _, layout = on_record(folder)
     rows, width = DiskRows(folder, layout, Placement()), layout.widths[FEATURES]
+    dtype = layout.wide if SCALES in layout.widths else layout.dtypes[FEATURES]
     slabs = rows.slabs(layout.parts(FEATURES), layout.block)
     blocks = (np.asarray(values_of(FEATURES, slab.arrays))[0] for slab in slabs)
     shape = (layout.size, layout.checkpoints, width)
-    save_rows(Folder(target), shape, layout.wide, layout.block, blocks, attributes)
-
-
-def _described(path: str | os.PathLike[str]) -> tuple[Folder, dict[str, Any], RowLayout]:
-    folder = Folder(path)
-    described = read_manifest(folder)
-    if described is None:
-        raise StoreError(f"There is no index at {folder.path}: it has no {MANIFEST}.")
-    with reading(folder, MANIFEST):
-        return folder, described, row_layout(described)
-
-
-def _finished_layout(layout: RowLayout) -> RowLayout:
-    """Without the raw features, which are gone when an index is finished."""
-    widths = {name: width for name, width in layout.widths.items() if name != RAW}
-    return dataclasses.replace(layout, widths=widths)
+    save_rows(Folder(target), shape, dtype, layout.block, blocks, attributes)
 
 
 def _kind(described: dict[str, Any]) -> str:
@@ -235,19 +213,9 @@ def _digest(described: Any) -> str:
     return str(described["computes"]) if isinstance(described, dict) else str(described)
 
 
-def _together(params: dict[str, str]) -> str:
-    """One digest of a checkpoint."""
-    return identity.digest(params)
-
-
 def _shapes(described: Any) -> str:
     if described is None:
         return "of no arrays or dicts of arrays"
     if "dict" in described:
         return ", ".join(f"{name} {_shapes(each)}" for name, each in described["dict"].items())
     return f"{described['dtype']} {described['shape']}"
-
-
-def _listed(names: Any, most: int = 8) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f", ... ({len(names)})" if len(names) > most else "")

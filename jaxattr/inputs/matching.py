@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxattr.inputs.arrays import field_names
-from jaxattr.inputs.wording import listed, shapes
+from jaxattr.inputs.wording import listed, shape, shapes
 from jaxattr.typing import Example
 
 
@@ -54,7 +54,6 @@ def _alike(known: Any, found: Any) -> bool:
 
 
 def _fields(example: Example) -> dict[str, Any]:
-
     leaves = jax.tree.leaves(example)
     names = field_names(example) or [""] * len(leaves)
     return dict(zip(names, leaves, strict=True))
@@ -62,21 +61,18 @@ def _fields(example: Example) -> dict[str, Any]:
 
 def _check_axes(name: str, known: Any, found: Any, what: str) -> None:
     less, more = sorted((found.shape, known.shape), key=len)
+    said = _beside(name, known, found, what)
     if len(more) != len(less) + 1 or more[1:] != less:
         stretched = any(1 in pair and pair[0] != pair[1] for pair in zip(less, more, strict=False))
         if len(more) != len(less) or stretched:  # what broadcasts runs, and scores something else
-            raise ValueError(
-                f"In {what} {_named(name)} is {_one(found)}, in training examples {_one(known)}: "
-                f"give {what} the axes of a training example."
-            )
+            raise ValueError(f"{said}: give {what} the axes of a training example.")
         return
     fewer = len(known.shape) > len(found.shape)
     batched = "the training data" if fewer else what
     single = " If this is ONE query, add an axis: jax.tree.map(lambda x: x[None], query)."
     raise ValueError(
-        f"In {what} {_named(name)} is {_one(found)}, in training examples {_one(known)}: one axis "
-        f"of {more[0]} more. If {batched} come in batches, take the batching out: each item must "
-        f"be ONE example.{single if fewer else ''}"
+        f"{said}: one axis of {more[0]} more. If {batched} come in batches, take the batching out: "
+        f"each item must be ONE example.{single if fewer else ''}"
     )
 
 
@@ -84,8 +80,8 @@ def _check_kind(name: str, known: Any, found: Any, what: str) -> None:
     kinds = [_kind(each) for each in (found, known)]
     if "bool" not in kinds and kinds[0] != kinds[1]:
         raise ValueError(
-            f"In {what} {_named(name)} is {_one(found)}, in training examples {_one(known)}. "
-            "Convert one to the other, and scale pictures alike: .astype(...)."
+            f"{_beside(name, known, found, what)}. Convert one to the other, and scale pictures "
+            "alike: .astype(...)."
         )
 
 
@@ -100,7 +96,7 @@ def _difference(
     missing = [name for name in known if name not in found]
     new = [name for name in found if name not in known]
     unlike = [
-        f"{_named(n)} is {_one(found[n])} in {what}, and {_one(known[n])} in training examples"
+        f"{_named(n)} is {shape(found[n])} in {what}, and {shape(known[n])} in training examples"
         for n in found
         if n in known and found[n].shape != known[n].shape
     ]
@@ -115,9 +111,9 @@ def _difference(
     )
 
 
+def _beside(name: str, known: Any, found: Any, what: str) -> str:
+    return f"In {what} {_named(name)} is {shape(found)}, in training examples {shape(known)}"
+
+
 def _named(name: str) -> str:
     return repr(name) if name else "an array without a name"
-
-
-def _one(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"

@@ -5,7 +5,7 @@ import contextvars
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,21 +13,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 _DRAWS = ("random_bits", "threefry2x32", "rng_bit_generator")
 _LOOPS = ("scan", "while")
-
-
-class _Draws(NamedTuple):
-    """Whether random numbers are drawn, of whom.
-
-    Attributes:
-      own: from the inputs that are looked at.
-      shared: from something else.
-    """
-
-    own: bool
-    shared: bool
-
-    def __or__(self, other: "_Draws") -> "_Draws":
-        return _Draws(self.own or other.own, self.shared or other.shared)
 
 
 def shapes_of(tree: Any) -> Any:
@@ -95,7 +80,7 @@ def activation_bytes(program: Jaxpr) -> int:
     """
     total = 0
     for equation in program.eqns:
-        inner = [activation_bytes(each) for each in _programs(equation)]
+        inner = [activation_bytes(each) for each in _bodies(equation.params.values())]
         if not inner:
             total += sum(_bytes(result.aval) for result in equation.outvars)
         elif equation.primitive.name == "scan":
@@ -103,15 +88,6 @@ def activation_bytes(program: Jaxpr) -> int:
         else:
             total += max(inner)
     return total
-
-
-def _programs(equation: JaxprEqn) -> list[Jaxpr]:
-    found = []
-    for value in equation.params.values():
-        for each in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(each, ClosedJaxpr | Jaxpr):
-                found.append(each.jaxpr if isinstance(each, ClosedJaxpr) else each)
-    return found
 
 
 def _bytes(aval: Any) -> int:
@@ -128,8 +104,7 @@ def warn_of_shared_randomness(name: str, program: ClosedJaxpr, params: int) -> N
       params: how many of its inputs, the first ones, are parameters.
     """
     own = [number >= params for number in range(len(program.jaxpr.invars))]
-    draws = _followed(program.jaxpr, own)[1]
-    if draws.shared and not draws.own:
+    if _followed(program.jaxpr, own)[1] == {False}:
         warnings.warn(
             f"{name!r} draws random numbers, but not from its key: every example gets the same "
             "noise, and gradients are those of that one draw. Use the key, as in "
@@ -173,10 +148,11 @@ def _needed(program: Jaxpr, wanted: Sequence[bool] | None = None) -> set[Any]:
     return needed
 
 
-def _followed(program: Jaxpr, inputs: Sequence[bool]) -> tuple[list[bool], _Draws]:
-    """Which results depend on some inputs, and what random numbers are drawn on the way."""
+def _followed(program: Jaxpr, inputs: Sequence[bool]) -> tuple[list[bool], set[bool]]:
+    """Which results depend on some inputs; and of draws on the way, whether they do."""
     own = {v for v, is_own in zip(program.invars, inputs, strict=True) if is_own}
-    draws, needed = _Draws(False, False), _needed(program)
+    draws: set[bool] = set()
+    needed = _needed(program)
     for equation in program.eqns:
         if needed.isdisjoint(equation.outvars):
             continue
@@ -184,14 +160,13 @@ def _followed(program: Jaxpr, inputs: Sequence[bool]) -> tuple[list[bool], _Draw
         inner = _whole_body(equation)
         if inner is not None:
             results, found = _followed(inner, given)
+            draws |= found
         else:
             results = [any(given)] * len(equation.outvars)
-            found = _Draws(False, False)
             for body in _bodies(equation.params.values()):
-                found |= _followed(body, [any(given)] * len(body.invars))[1]
+                draws |= _followed(body, [any(given)] * len(body.invars))[1]
         if equation.primitive.name in _DRAWS:
-            found |= _Draws(any(given), not any(given))
-        draws |= found
+            draws.add(any(given))
         own |= {v for v, is_own in zip(equation.outvars, results, strict=True) if is_own}
     outputs = [not isinstance(atom, Literal) and atom in own for atom in program.outvars]
     return outputs, draws

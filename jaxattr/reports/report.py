@@ -24,7 +24,7 @@ from jaxattr.scores.ranking import TopK
 from jaxattr.scores.scoring import top_k
 from jaxattr.scores.weighting import weight_array
 from jaxattr.sources import Source, as_source
-from jaxattr.store import on_first_process
+from jaxattr.store.folder import on_first_process
 from jaxattr.typing import Example, Weights
 
 TITLE = "Which training examples made the model do this?"

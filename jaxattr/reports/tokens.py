@@ -11,9 +11,10 @@ from jaxattr.index.parts import part_products
 from jaxattr.index.queries import QueryFeatures
 from jaxattr.kernels import Identity
 from jaxattr.language import check_targets, token_features, token_of
+from jaxattr.scores.candidates import in_parts
 from jaxattr.scores.weighting import weight_array
 from jaxattr.sources import Source, track
-from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES
+from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES, SLAB, values_of
 from jaxattr.typing import Weights
 
 # A split whose sum is further from the score, relative to the size of its parts, is none.
@@ -53,12 +54,9 @@ def of_queries(
       score, since the loss is no sum over targets, are left out.
 
     Cost: a pass in forward mode per pair, or a forward and backward pass per token where there are
-      few; reads the blocks of the index that hold the examples,
-      whose features, c * p numbers each, are in memory.
+      few; reads the rows of the examples, whose features, c * p numbers each, are in memory.
     """
-    ids = sorted({pair.train for pair in pairs})
-    rows = dict(zip(ids, _train_rows(index, ids), strict=True))
-    w = _columns(index, weights)
+    rows, w = _train_rows(index, {pair.train for pair in pairs}), _columns(index, weights)
     found: dict[Pair, np.ndarray] = {}
     for query, wanted in track(_by("query", pairs), "tokens of queries", len(pairs)):
         vectors = np.stack([rows[pair.train] * w for pair in wanted])
@@ -119,24 +117,15 @@ def _columns(index: Index, weights: Weights | None) -> np.ndarray:
     return np.tile(np.repeat(w, index.layout.dims), index.rows.layout.checkpoints)
 
 
-def _train_rows(index: Index, ids: Sequence[int]) -> list[np.ndarray]:
+def _train_rows(index: Index, ids: set[int]) -> dict[int, np.ndarray]:
     """r_n eta_c K_c phi_c(n) of some training examples, each [c * p]."""
-    layout, rows, found = index.rows.layout, index.rows, []
-    blocks = {block: [i % layout.block for i in ids if i // layout.block == block]
-              for block in sorted({i // layout.block for i in ids})}  # fmt: skip
-    for block, places in track(iter(blocks.items()), "rows of the index", len(blocks)):
-        parts = {
-            name: np.stack(
-                [
-                    index.place.host(rows.read(name, block, c))[places]
-                    for c in range(layout.checkpoints)
-                ],
-                axis=1,
-            ).astype(np.float64)
-            for name in (FEATURES, EXAMPLES)
-        }  # [places, c, width]
-        residual = parts[EXAMPLES][..., COLUMNS.residual].mean(axis=1)
-        found += list(parts[FEATURES].reshape(len(places), -1) * residual[:, None])
+    found: dict[int, np.ndarray] = {}
+    for part in in_parts(index, np.array([list(ids)]), SLAB):
+        arrays, chosen = index.rows.pick(index.rows.layout.side, part.ids), part.ids.reshape(-1)
+        features = index.place.host(values_of(FEATURES, arrays))[0, ..., : index.layout.total]
+        residual = index.place.host(arrays[EXAMPLES])[0, ..., COLUMNS.residual].mean(axis=1)
+        rows = features.reshape(len(chosen), -1).astype(np.float64) * residual[:, None]
+        found |= {int(i): row for i, row in zip(chosen, rows, strict=True) if i >= 0}
     return found
 
 

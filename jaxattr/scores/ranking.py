@@ -289,52 +289,27 @@ def empty(place: Placement, q: int, k: int, dtype: Any) -> TopK:
     return TopK(jnp.full(shape, -1, jnp.int32), jnp.full(shape, -jnp.inf, dtype))
 
 
-def slab_ids(place: Placement, shape: tuple[int, int], first: Any) -> jax.Array:
-    """Ids of a device's own rows of a slab, int [g * b]; inside `Placement.over_shards`.
+def fresh_rows(
+    place: Placement, shape: tuple[int, ...], first: Any, skip: Any
+) -> tuple[jax.Array, jax.Array]:
+    """A device's own rows of a slab; inside `Placement.over_shards`.
 
     Args:
       place: the devices.
       shape: g, and the device's own b.
       first: id of the slab's first example.
+      skip: blocks of the slab that were seen before.
+
+    Returns:
+      Their ids, int [g * b]; and which were not seen before, bool.
     """
     g, b = shape
     block = b * place.shards
     ids = first + jnp.arange(g)[:, None] * block + place.shard() * b + jnp.arange(b)[None]
-    return ids.reshape(-1)
+    return ids.reshape(-1), jnp.repeat(jnp.arange(g) >= skip, b)
 
 
 def absorb(
-    place: Placement,
-    link: Link,
-    sign: int,
-    best: TopK,
-    weighted: Weighted,
-    arrays: dict[str, jax.Array],
-    first: Any,
-    skip: Any,
-) -> TopK:
-    """Merges a slab into a device's best so far; inside `Placement.over_shards`.
-
-    Args:
-      place: the devices.
-      link: of the method.
-      sign: -1 for opponents.
-      best: the device's own, [1, q, k].
-      weighted: query features.
-      arrays: of the slab, the device's own.
-      first: id of the slab's first example.
-      skip: blocks of the slab that were seen before.
-
-    Returns:
-      The best of both, by their strengths; ties go to the lower id.
-    """
-    g, b = arrays[EXAMPLES].shape[:2]
-    ids = slab_ids(place, (g, b), first)
-    fresh = jnp.repeat(jnp.arange(g) >= skip, b)
-    return absorb_asked(place, link, sign, best, weighted, arrays, ids, fresh[None])
-
-
-def absorb_asked(
     place: Placement,
     link: Link,
     sign: int,
@@ -357,7 +332,7 @@ def absorb_asked(
       asked: which of them count for which query, bool [q, r] or [1, r].
 
     Returns:
-      As `absorb`.
+      The best of both, by their strengths; ties go to the lower id.
     """
     side = train_side(place, arrays)
     scores = sign * local_strengths(place, link, weighted, side)
@@ -423,7 +398,8 @@ def top_k_of_arrays(
             start = jnp.minimum(i * at_once, blocks - at_once)
             slab = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, at_once), arrays)
             first = start * b * place.shards
-            return absorb(place, link, sign, best, weighted, slab, first, i * at_once - start)
+            ids, fresh = fresh_rows(place, (at_once, b), first, i * at_once - start)
+            return absorb(place, link, sign, best, weighted, slab, ids, fresh[None])
 
         dtype = widest(weighted.features.dtype, arrays[EXAMPLES].dtype)
         none = jax.tree.map(lambda x: x[:1], empty(place, len(weighted.features), k, dtype))
@@ -447,9 +423,14 @@ def absorb_step(place: Placement, link: Link, sign: int) -> tuple[Any, Any]:
     """
     own = (DATA,)  # a leading axis of devices
     merging = place.over_shards(functools.partial(merge, place, link, sign), (own, (None,)), ())
-    absorbing = place.over_shards(
-        functools.partial(absorb, place, link, sign), (own, QUERIES, side_axes, (), ()), own
-    )
+
+    def of_slab(
+        best: TopK, weighted: Weighted, arrays: dict[str, jax.Array], first: Any, skip: Any
+    ) -> TopK:
+        ids, fresh = fresh_rows(place, arrays[EXAMPLES].shape[:2], first, skip)
+        return absorb(place, link, sign, best, weighted, arrays, ids, fresh[None])
+
+    absorbing = place.over_shards(of_slab, (own, QUERIES, side_axes, (), ()), own)
     return jax.jit(absorbing, donate_argnums=0), jax.jit(merging)
 
 
@@ -461,5 +442,5 @@ def absorb_asked_step(place: Placement, link: Link, sign: int) -> Any:
       (best, weighted, slab of picked rows, ids [r], asked [q, r]) -> best.
     """
     inputs = ((DATA,), QUERIES, side_axes, (DATA,), (None, DATA))
-    step = functools.partial(absorb_asked, place, link, sign)
+    step = functools.partial(absorb, place, link, sign)
     return jax.jit(place.over_shards(step, inputs, (DATA,)), donate_argnums=0)

@@ -4,7 +4,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from jaxattr.scores.ranking import TopK
 from jaxattr.scores.weighting import weights_for
 from jaxattr.scores.writing import written
 from jaxattr.sharding import DATA, Placement
-from jaxattr.store import Folder
+from jaxattr.store.folder import Folder
 from jaxattr.store.rows import COLUMNS, EXAMPLES, SELF, SLAB, Rows, Slab, blocks_at_once
 from jaxattr.typing import Batch, Features, Link, Weights
 
@@ -178,7 +178,6 @@ def top_k(
     k: int = 10,
     weights: Weights | None = None,
     opponents: bool = False,
-    block_size: int = 8192,
     among: Any = None,
     queries_at_once: int | None = None,
 ) -> TopK:
@@ -196,7 +195,6 @@ def top_k(
       k: how many, at most n.
       weights: as in `score`.
       opponents: the most negative scores instead, most negative first.
-      block_size: training examples scored at once; sets the memory, q * block_size numbers.
       among: ranks for each query these training examples alone: ids, integers [q, c], or the
         `TopK` of another index. -1 stands for none, and an id twice counts once. Only their rows
         are read: from disk, the chunks of `batch_size` examples that hold one. k is then at most c.
@@ -207,49 +205,40 @@ def top_k(
       Where a query has fewer than k, the rest is missing: id -1, score NaN.
 
     Raises:
-      ValueError: if k is no int between 1 and n, block_size is none of at least 1, or weights or
-        candidates are wrong.
+      ValueError: if k is no int between 1 and n, or weights or candidates are wrong.
 
     Warns:
       NonFiniteWarning: with the ids of candidates that have no finite gradient in this index.
 
     Cost: 2 q n c p operations beside the queries' features; with `among`, n is the number of
-    different candidates of all queries.
+    different candidates of all queries. 8,192 training examples are scored at once.
     """
     ids = None if among is None else checked_candidates(among, check_index(index).size)
-    k, block_size = _checked_counts(k, block_size, check_index(index), opponents, ids)
+    k = _checked_k(k, check_index(index), opponents, ids)
     w = index.place.whole(weights_for(index, weights))
     groups = in_groups(index, queries, queries_at_once)
     if ids is not None:
         check_queries(ids, groups.size)
         warn_of_non_finite(index, ids)
-    search = _Search(k, block_size, -1 if opponents else 1)
+    sign = -1 if opponents else 1
     found: list[TopK] = []
     for prepared in groups.each:
         first = sum(len(each.ids) for each in found)
         own = None if ids is None else ids[first : first + len(prepared.features)]
-        found.append(_best(index, w, prepared, search, own))
+        found.append(_best(index, w, prepared, k, sign, own))
     top = found[0] if len(found) == 1 else TopK(*map(jnp.concatenate, zip(*found, strict=True)))
     _warn_of_overflow(top.scores)
     return top
 
 
-class _Search(NamedTuple):
-    """What is searched for, as in `top_k`: the sign is -1 for opponents."""
-
-    k: int
-    block_size: int
-    sign: int
-
-
 def _best(
-    index: Index, w: jax.Array, prepared: QueryFeatures, search: _Search, ids: np.ndarray | None
+    index: Index, w: jax.Array, prepared: QueryFeatures, k: int, sign: int, ids: np.ndarray | None
 ) -> TopK:
     """The strongest for a group of queries, among candidates [q, c] if any are given."""
-    place, layout, (k, block_size, sign) = index.place, index.layout, search
+    place, layout = index.place, index.layout
     phi, exponent = place.whole((prepared.features, index.exponent))
     if index.rows.resident and ids is None:
-        count = blocks_at_once(index.rows.layout, block_size)
+        count = blocks_at_once(index.rows.layout, SLAB)
         top = _compiled_top_k(place, layout, index.link, k, count, sign)(
             w, phi, _arrays(index.rows), exponent
         )
@@ -258,10 +247,10 @@ def _best(
         weighted = ranking.weigh_step(place, layout)(w, phi, exponent)
         best = ranking.empty(place, len(phi), k, wide(phi.dtype))
         if ids is None:
-            for slab in _slabs(index, block_size):
+            for slab in _slabs(index):
                 best = absorbing(best, weighted, slab.arrays, slab.first, slab.fresh)
         else:
-            best = _best_among(index, ids, block_size, sign, best, weighted)
+            best = _best_among(index, ids, sign, best, weighted)
         top = merging(best, weighted.exponents)
     return _mark_top(top, place.whole(_finite_rows(prepared)))
 
@@ -297,7 +286,6 @@ def attributor(
     weights: Weights | None = None,
     k: int = 10,
     opponents: bool = False,
-    block_size: int = 8192,
 ) -> Callable[[Batch], TopK]:
     """Makes one jitted function from a batch to its strongest training examples.
 
@@ -309,17 +297,16 @@ def attributor(
       weights: as in `score`.
       k: how many, at most n.
       opponents: the most negative scores instead.
-      block_size: training examples scored at once.
 
     Returns:
       `attribute(batch, ids=None) -> TopK`, where ids are integers [b] that a stochastic output
       draws its randomness from (default -1, -2, ..., as in `score`).
 
     Raises:
-      ValueError: if k is no int between 1 and n, block_size is none of at least 1, weights are
-        wrong, or the index is on disk: open it with `in_memory=True`.
+      ValueError: if k is no int between 1 and n, weights are wrong, or the index is on disk: open
+        it with `in_memory=True`.
     """
-    k, block_size = _checked_counts(k, block_size, check_index(index), opponents)
+    k = _checked_k(k, check_index(index), opponents)
     rows = index.rows
     if not rows.resident:
         raise ValueError(
@@ -328,7 +315,7 @@ def attributor(
         )
     w, exponent = index.place.whole((weights_for(index, weights), index.exponent))
     sign = -1 if opponents else 1
-    count = blocks_at_once(rows.layout, block_size)
+    count = blocks_at_once(rows.layout, SLAB)
     search = ranking.top_k_of_arrays(index.place, index.layout, index.link, k, count, sign)
 
     def attribute(batch: Batch, ids: jax.Array | None = None) -> TopK:
@@ -380,16 +367,11 @@ def _compiled_top_k(
 
 
 def _best_among(
-    index: Index,
-    ids: np.ndarray,
-    block_size: int,
-    sign: int,
-    best: TopK,
-    weighted: ranking.Weighted,
+    index: Index, ids: np.ndarray, sign: int, best: TopK, weighted: ranking.Weighted
 ) -> TopK:
     """Absorbs the rows of candidates [q, c], and no others."""
     absorbing = ranking.absorb_asked_step(index.place, index.link, sign)
-    for part in in_parts(index, ids, block_size):
+    for part in in_parts(index, ids, SLAB):
         arrays = index.rows.pick(index.rows.layout.side, part.ids)
         given = index.place.whole((part.ids.reshape(-1), part.asked))
         best = absorbing(best, weighted, arrays, *given)
@@ -400,11 +382,11 @@ def _arrays(rows: Rows) -> dict[str, jax.Array]:
     return {name: rows.arrays[name] for name in rows.layout.side}
 
 
-def _slabs(index: Index, rows: int = SLAB) -> Iterator[Slab]:
+def _slabs(index: Index) -> Iterator[Slab]:
     """All of an index in memory at once, or one on disk in parts."""
     layout = index.rows.layout
     whole = layout.blocks * layout.block
-    at_once = whole if index.rows.resident else rows
+    at_once = whole if index.rows.resident else SLAB
     return index.rows.slabs(layout.side, at_once)
 
 
@@ -444,9 +426,7 @@ def _mark_queries(scores: jax.Array, prepared: QueryFeatures) -> jax.Array:
     return scores.at[prepared.non_finite].set(jnp.nan) if len(prepared.non_finite) else scores
 
 
-def _checked_counts(
-    k: Any, block_size: Any, index: Index, opponents: bool, candidates: np.ndarray | None = None
-) -> tuple[int, int]:
+def _checked_k(k: Any, index: Index, opponents: bool, candidates: np.ndarray | None = None) -> int:
     if opponents and index.link == "square":
         raise ValueError(
             "Scores of this index are squares, so there are no opponents: its smallest scores are "
@@ -458,4 +438,4 @@ def _checked_counts(
         most, what = candidates.shape[1], "candidates that among has for each query"
     if not 1 <= k <= most:
         raise ValueError(f"k must be between 1 and the {most} {what}, got {k}.")
-    return k, whole_number("block_size", block_size)
+    return k

@@ -15,7 +15,7 @@ from jaxattr.index.index import Index
 from jaxattr.index.queries import query_features
 from jaxattr.scales import exponent_of, scaled, wide
 from jaxattr.scores import scoring
-from jaxattr.scores.ranking import counted_rows, slab_ids
+from jaxattr.scores.ranking import counted_rows, fresh_rows
 from jaxattr.sharding import DATA, Placement
 from jaxattr.store.rows import EXAMPLES, SLAB
 from jaxattr.typing import Features
@@ -83,26 +83,22 @@ def subset_sums(index: Index, *several: Asked) -> list[SubsetSums]:
     place, stored = index.place, index.rows.layout
     given = [_Given.of(index, asked) for asked in several]
     contribute = scoring.compiled_contributions(place, index.layout)
-    start, absorb, merge = _compiled(place)
     numbers = sum(len(asked.phi) for asked in several) * len(index.layout.names)
     affordable = _SLAB_BYTES // (numbers * several[0].phi.dtype.itemsize)
-    states: list[Any] = [None] * len(given)
-    slabs = index.rows.slabs(stored.side, max(index.batch_size, min(affordable, SLAB)))
-    for slab in slabs:
-        arrays, blocks = slab.arrays, slab.arrays[EXAMPLES].shape[0]
-        first = slab.first // stored.block
-        for number, each in enumerate(given):
-            parts = contribute(each.phi, arrays, index.exponent)  # [q, g, b, m]
-            subsets = place.whole(each.chosen[:, first : first + blocks])
-            examples = arrays[EXAMPLES]
-            if states[number] is None:
-                states[number] = start(parts, examples, subsets[:, :1, :1], each.products)
-            states[number] = absorb(
-                states[number], parts, examples, subsets, each.own, slab.first, slab.fresh
-            )
+    found: list[_Sums | None] = [None] * len(given)
+    for slab in index.rows.slabs(stored.side, max(index.batch_size, min(affordable, SLAB))):
+        examples, first = slab.arrays[EXAMPLES], slab.first // stored.block
+        for number, (asked, each) in enumerate(zip(several, given, strict=True)):
+            parts = contribute(each.phi, slab.arrays, index.exponent)  # [q, g, b, m]
+            subsets = place.whole(each.chosen[:, first : first + len(examples)])
+            step = _compiled(place, asked.products)
+            sums = step(parts, examples, subsets, each.own, slab.first, slab.fresh)
+            on_host = jax.tree.map(lambda x: place.host(x).astype(np.float64), sums)
+            found[number] = _joined(found[number], on_host)
     return [
-        _finished(jax.tree.map(place.host, merge(state)), each.exponents)
-        for state, each in zip(states, given, strict=True)
+        _finished(sums, each.exponents)
+        for sums, each in zip(found, given, strict=True)
+        if sums is not None
     ]
 
 
@@ -114,14 +110,12 @@ class _Given(NamedTuple):
       exponents: of that scale, int [q].
       chosen: subsets as rows are stored, bool [s, blocks, block].
       own: ids [q]; -1 for none.
-      products: zeros [1] if sums of products are wanted, else None: its structure says so.
     """
 
     phi: jax.Array
     exponents: np.ndarray
     chosen: np.ndarray
     own: jax.Array
-    products: jax.Array | None
 
     @classmethod
     def of(cls, index: Index, asked: Asked) -> "_Given":
@@ -131,9 +125,7 @@ class _Given(NamedTuple):
         own = np.full(len(asked.phi), -1) if asked.own is None else np.asarray(asked.own)
         phi, exponents = _of_size_one(asked.phi, index.exponent)
         phi, own = index.place.whole((phi, own.astype(np.int32)))
-        return cls(
-            phi, np.asarray(exponents), chosen, own, jnp.zeros(1) if asked.products else None
-        )
+        return cls(phi, np.asarray(exponents), chosen, own)
 
 
 def subset_contributions(index: Index, queries: Any, masks: Any) -> np.ndarray:
@@ -173,12 +165,12 @@ def subset_products(index: Index, queries: Any, masks: Any) -> np.ndarray:
     return products
 
 
-def checked_masks(masks: Any, n: int) -> np.ndarray:
-    """Refuses what are no masks of n training examples.
+def checked_masks(masks: Any, n: int | None = None) -> np.ndarray:
+    """Refuses what are no masks of training examples.
 
     Args:
       masks: what a caller gave.
-      n: number of training examples.
+      n: number of training examples, if it is known.
 
     Returns:
       Bool [s, n].
@@ -187,16 +179,17 @@ def checked_masks(masks: Any, n: int) -> np.ndarray:
       ValueError: if they are anything else.
     """
     masks = np.asarray(masks)
-    if masks.dtype != bool or masks.ndim != 2 or masks.shape[1] != n:
+    if masks.dtype != bool or masks.ndim != 2 or n not in (None, masks.shape[1]):
         raise ValueError(
-            f"masks must be bool [subsets, {n}], one column per training example of the index, got "
-            f"{masks.dtype} {list(masks.shape)}."
+            f"masks must be bool [subsets, {'n' if n is None else n}], one column per training "
+            f"example, got {masks.dtype} {list(masks.shape)}. If those are ids of the examples in "
+            "each subset, make a mask of each: mask = np.zeros(n, bool); mask[ids] = True."
         )
     return masks
 
 
-class _State(NamedTuple):
-    """What a device has summed so far; all about a fixed shift near the mean, which keeps digits.
+class _Sums(NamedTuple):
+    """What some examples add up to; about a shift, which keeps digits where it is near the mean.
 
     Attributes:
       shift: that is taken off contributions, [q, m].
@@ -204,136 +197,112 @@ class _State(NamedTuple):
       sizes: of the subsets, [s].
       products: of unshifted contributions, over subsets, [s, q, m, m]; None if not wanted.
       own: of the named examples, [q, m].
+      named: which of those were there, 1 or 0, [q].
       total: over all examples, [q, m].
       gram: of products, over all examples, [q, m, m].
       largest: of unshifted contributions, [q, m].
       examples: how many.
     """
 
-    shift: jax.Array
-    sums: jax.Array
-    sizes: jax.Array
-    products: jax.Array | None
-    own: jax.Array
-    total: jax.Array
-    gram: jax.Array
-    largest: jax.Array
-    examples: jax.Array
+    shift: Any
+    sums: Any
+    sizes: Any
+    products: Any
+    own: Any
+    named: Any
+    total: Any
+    gram: Any
+    largest: Any
+    examples: Any
+
+    def about(self, shift: np.ndarray) -> "_Sums":
+        """The same about another shift."""
+        d = self.shift - shift  # [q, m]
+        mixed = self.total[:, :, None] * d[:, None]
+        gram = self.gram + mixed + mixed.swapaxes(1, 2)
+        return self._replace(
+            shift=shift,
+            sums=self.sums + self.sizes[:, None, None] * d,
+            own=self.own + self.named[:, None] * d,
+            total=self.total + self.examples * d,
+            gram=gram + self.examples * d[:, :, None] * d[:, None],
+        )
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled(place: Placement) -> tuple[Any, Any, Any]:
-    """The steps of a pass: start, absorb and merge; none depends on the number of groups."""
-    own = (DATA,)  # every array of the state has a leading axis of devices
-    parts, examples, masks = (None, None, DATA, None), (None, DATA), (None, None, DATA)
-    start = place.over_shards(functools.partial(_start, place), (parts, examples, (), ()), own)
-    absorb = place.over_shards(
-        functools.partial(_absorb, place), (own, parts, examples, masks, (), (), ()), own
-    )
-    merge = place.over_shards(functools.partial(_merge, place), (own,), ())
-    return jax.jit(start), jax.jit(absorb, donate_argnums=0), jax.jit(merge)
+def _compiled(place: Placement, products: bool) -> Any:
+    """The step (contributions, slab, subsets, named examples, first, skip) -> `_Sums`."""
+    inputs = ((None, None, DATA, None), (None, DATA), (None, None, DATA), (), (), ())
+    step = functools.partial(_of_slab, place, products)
+    return jax.jit(place.over_shards(step, inputs, ()))
 
 
-def _counted(parts: jax.Array, counted: jax.Array) -> jax.Array:
-    """Contributions of a device's own rows, zero for those that do not count; [q, r, m]."""
-    parts = parts.reshape(parts.shape[0], -1, parts.shape[-1])
-    return jnp.where(counted[None, :, None], parts, 0).astype(wide(parts.dtype))
-
-
-def _start(
+def _of_slab(
     place: Placement,
-    parts: jax.Array,
-    examples: jax.Array,
-    subsets: jax.Array,
-    products: jax.Array | None,
-) -> _State:
-    """Nothing summed yet; the shift is the mean over the first slab."""
-    counted = counted_rows(examples)
-    parts = _counted(parts, counted)
-    total, count = place.sum_shards((parts.sum(axis=1), counted.sum()))
-    shift = total / jnp.maximum(count, 1).astype(total.dtype)
-    (q, m), s = shift.shape, len(subsets)
-    zeros = functools.partial(jnp.zeros, dtype=shift.dtype)
-    state = _State(
-        shift=shift,
-        sums=zeros((s, q, m)),
-        sizes=zeros(s),
-        products=None if products is None else zeros((s, q, m, m)),
-        own=zeros((q, m)),
-        total=zeros((q, m)),
-        gram=zeros((q, m, m)),
-        largest=zeros((q, m)),
-        examples=jnp.zeros((), jnp.int32),
-    )
-    return jax.tree.map(lambda x: x[None], state)
-
-
-def _absorb(
-    place: Placement,
-    state: _State,
+    products: bool,
     parts: jax.Array,
     examples: jax.Array,
     subsets: jax.Array,
     own: jax.Array,
     first: Any,
     skip: Any,
-) -> _State:
-    """Takes a slab in; every array of the state has a leading axis of one device."""
-    state = jax.tree.map(lambda x: x[0], state)
-    g, b = examples.shape[:2]
-    counted = counted_rows(examples) & jnp.repeat(jnp.arange(g) >= skip, b)
-    parts = _counted(parts, counted)
-    ids = slab_ids(place, (g, b), first).astype(own.dtype)
+) -> _Sums:
+    """Sums over a slab, about its mean; the same on every device."""
+    ids, fresh = fresh_rows(place, examples.shape[:2], first, skip)
+    counted = counted_rows(examples) & fresh
+    parts = parts.reshape(parts.shape[0], -1, parts.shape[-1])  # [q, r, m]
+    parts = jnp.where(counted[None, :, None], parts, 0).astype(wide(parts.dtype))
+    total, count = place.sum_shards((parts.sum(axis=1), counted.sum()))
+    shift = total / jnp.maximum(count, 1).astype(total.dtype)
     chosen = (subsets.reshape(len(subsets), len(ids)) & counted[None]).astype(parts.dtype)
-    named = ((ids[None] == own[:, None]) & counted[None]).astype(parts.dtype)  # [q, r]
-    shifted = jnp.where(counted[None, :, None], parts - state.shift[:, None], 0)
+    named = ids.astype(own.dtype)[None] == own[:, None]  # [q, r]
+    named = (named & counted[None]).astype(parts.dtype)
+    shifted = jnp.where(counted[None, :, None], parts - shift[:, None], 0)
     einsum = functools.partial(jnp.einsum, precision="highest")
-    products = state.products
-    if products is not None:
-        # Per subset, so that the largest array is that of the contributions.
-        def of_subset(mask: jax.Array) -> jax.Array:
-            return einsum("qrm,qrk->qmk", parts * mask[None, :, None], parts)
 
-        products = products + jax.lax.map(of_subset, chosen)
-    state = state._replace(
-        sums=state.sums + einsum("sr,qrm->sqm", chosen, shifted),
-        sizes=state.sizes + chosen.sum(axis=1),
-        products=products,
-        own=state.own + einsum("qr,qrm->qm", named, shifted),
-        total=state.total + shifted.sum(axis=1),
-        gram=state.gram + einsum("qrm,qrk->qmk", shifted, shifted),
-        largest=jnp.maximum(state.largest, jnp.abs(parts).max(axis=1)),
-        examples=state.examples + counted.sum(dtype=jnp.int32),
+    def of_subset(mask: jax.Array) -> jax.Array:
+        return einsum("qrm,qrk->qmk", parts * mask[None, :, None], parts)
+
+    summed = place.sum_shards(
+        {
+            "sums": einsum("sr,qrm->sqm", chosen, shifted),
+            "sizes": chosen.sum(axis=1),
+            # Per subset, so that the largest array is that of the contributions.
+            "products": jax.lax.map(of_subset, chosen) if products else None,
+            "own": einsum("qr,qrm->qm", named, shifted),
+            "named": named.sum(axis=1),
+            "total": shifted.sum(axis=1),
+            "gram": einsum("qrm,qrk->qmk", shifted, shifted),
+        }
     )
-    return jax.tree.map(lambda x: x[None], state)
+    largest = place.largest_of_shards(jnp.abs(parts).max(axis=1))
+    return _Sums(shift=shift, largest=largest, examples=count, **summed)
 
 
-def _merge(place: Placement, state: _State) -> _State:
-    """Sums over devices, the same on each."""
-    state = jax.tree.map(lambda x: x[0], state)
-    summed = place.sum_shards(state)
-    return summed._replace(shift=state.shift, largest=place.largest_of_shards(state.largest))
+def _joined(before: _Sums | None, more: _Sums) -> _Sums:
+    """Sums over both, about the shift of the first."""
+    if before is None:
+        return more
+    added = jax.tree.map(np.add, before, more.about(before.shift))
+    return added._replace(shift=before.shift, largest=np.maximum(before.largest, more.largest))
 
 
-def _finished(state: Any, exponents: np.ndarray) -> SubsetSums:
-    """From about the shift to about the mean, and to the size that contributions have."""
+def _finished(found: _Sums, exponents: np.ndarray) -> SubsetSums:
+    """About the mean, and of the size that contributions have."""
 
-    def sized(x: Any, axis: int, power: int = 1) -> np.ndarray:
+    def sized(x: np.ndarray, axis: int, power: int = 1) -> np.ndarray:
         own = np.expand_dims(exponents, [i for i in range(np.ndim(x)) if i != axis])
-        return np.ldexp(np.asarray(x, np.float64), own * power)
+        return np.ldexp(x, own * power)
 
-    shift, own, total = (sized(x, 0) for x in (state.shift, state.own, state.total))
-    sums, gram = sized(state.sums, 1), sized(state.gram, 0, 2)
-    count, sizes = int(state.examples), np.asarray(state.sizes, np.float64)
-    mean = total / max(count, 1)  # less the shift
+    found = found.about(found.shift + found.total / max(found.examples, 1))
     return SubsetSums(
-        sums=sums - sizes[:, None, None] * mean[None],
-        products=None if state.products is None else sized(state.products, 1, 2),
-        own=own - mean,
-        mean=shift + mean,
-        gram=gram - count * mean[:, :, None] * mean[:, None],
-        largest=sized(state.largest, 0),
-        examples=count,
+        sums=sized(found.sums, 1),
+        products=None if found.products is None else sized(found.products, 1, 2),
+        own=sized(found.own, 0),
+        mean=sized(found.shift, 0),
+        gram=sized(found.gram, 0, 2),
+        largest=sized(found.largest, 0),
+        examples=int(found.examples),
     )
 
 

@@ -14,18 +14,6 @@ from jaxattr.scales import wide
 from jaxattr.typing import LearnedWeights, Weights
 
 
-def uniform_weights(index: Index) -> dict[str, float]:
-    """Returns weights of one, which give the base method's scores bit for bit.
-
-    Args:
-      index: the index.
-
-    Returns:
-      {group name: 1.0}.
-    """
-    return dict.fromkeys(index.layout.names, 1.0)
-
-
 def weights_for(index: Index, weights: Weights | None) -> jax.Array:
     """Orders weights as `weight_array` does, and warns of those that were learned on another index.
 

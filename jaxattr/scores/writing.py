@@ -10,7 +10,8 @@ import numpy as np
 from jaxattr.index.index import Index
 from jaxattr.index.queries import QueryFeatures
 from jaxattr.sharding import barrier
-from jaxattr.store import Folder, finish_scores, on_first_process, score_array, write_scores
+from jaxattr.store.arrays import finish_scores, score_array, write_scores
+from jaxattr.store.folder import Folder, on_first_process
 from jaxattr.store.rows import SLAB, Slab, blocks_at_once
 
 Scored = tuple[QueryFeatures, Iterator[tuple[Slab, jax.Array]]]

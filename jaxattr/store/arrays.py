@@ -1,13 +1,13 @@
 """Arrays in a folder of their own, for other readers of zarr: scores, and copies of features."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
-from jaxattr.store.folder import Folder, StoreError, cannot_write, first_line
+from jaxattr.store.folder import Folder, StoreError, first_line, writing
 
 # Is there while scores are written.
 _UNFINISHED = "unfinished.json"
@@ -37,20 +37,9 @@ def score_array(
             raise StoreError(f"{folder.path} is not empty: give a new path for the scores.")
         folder.delete_under("")  # what a killed run left
         folder.write(_UNFINISHED, {"queries": queries, "examples": size})
-    metadata = {
-        "shape": [queries, size],
-        "data_type": np.dtype(dtype).name,
-        "fill_value": math.nan,
-        "chunk_grid": {
-            "name": "regular",
-            "configuration": {"chunk_shape": [queries, min(block, size)]},
-        },
-    }
-    spec = {"driver": "zarr3", "kvstore": folder.spec("")}
-    try:
-        return ts.open(spec | {"metadata": metadata}, create=create, open=not create).result()
-    except ValueError as error:
-        raise cannot_write(folder.path, error) from None
+    spec = _spec(folder, (queries, size), dtype, (queries, block), {"fill_value": math.nan})
+    with writing(folder.path):
+        return ts.open(spec, create=create, open=not create).result()
 
 
 def write_scores(folder: Folder, array: Any, start: tuple[int, int], part: np.ndarray) -> None:
@@ -84,29 +73,6 @@ def finish_scores(folder: Folder) -> None:
     folder.delete(_UNFINISHED)
 
 
-def copy_array(folder: Folder, name: str, target: Folder, attributes: Mapping[str, Any]) -> None:
-    """Copies an array of an index to a folder of its own, where any reader of zarr finds it.
-
-    Args:
-      folder: of the index.
-      name: of the array.
-      target: where to; must be empty.
-      attributes: what the copy says of itself, as JSON.
-
-    Raises:
-      StoreError: if something is there already, or it cannot be written.
-    """
-    _refuse_contents(target)
-    spec = {"driver": "zarr3", "kvstore": folder.spec(name)}
-    try:
-        source = ts.open(spec, open=True).result()
-        metadata = source.spec().to_json()["metadata"] | {"attributes": dict(attributes)}
-        made = {"driver": "zarr3", "kvstore": target.spec(""), "metadata": metadata}
-        ts.open(made, create=True).result().write(source).result()
-    except ValueError as error:
-        raise cannot_write(target.path, error) from None
-
-
 def save_rows(
     target: Folder,
     shape: tuple[int, int, int],
@@ -128,25 +94,25 @@ def save_rows(
     Raises:
       StoreError: if something is there already, or it cannot be written.
     """
-    _refuse_contents(target)
-    grid = {"name": "regular", "configuration": {"chunk_shape": [min(block, shape[0]), *shape[1:]]}}
-    metadata = {
-        "shape": shape,
-        "data_type": np.dtype(dtype).name,
-        "chunk_grid": grid,
-        "attributes": dict(attributes),
-    }
-    spec = {"driver": "zarr3", "kvstore": target.spec(""), "metadata": metadata}
-    try:
+    if target.names():
+        raise StoreError(f"{target.path} is not empty: give a new path for the copy.")
+    spec = _spec(target, shape, dtype, (block, *shape[1:]), {"attributes": dict(attributes)})
+    with writing(target.path):
         array = ts.open(spec, create=True).result()
         for number, rows in enumerate(blocks):
             start = number * block
             stop = min(start + block, shape[0])
             array[start:stop].write(rows[: stop - start]).result()
-    except ValueError as error:
-        raise cannot_write(target.path, error) from None
 
 
-def _refuse_contents(target: Folder) -> None:
-    if target.names():
-        raise StoreError(f"{target.path} is not empty: give a new path for the copy.")
+def _spec(
+    folder: Folder, shape: Sequence[int], dtype: Any, chunk: Sequence[int], more: dict[str, Any]
+) -> dict[str, Any]:
+    """The TensorStore description of an array; chunks are no larger than it is."""
+    chunks = [min(pair) for pair in zip(chunk, shape, strict=True)]
+    metadata = {
+        "shape": shape,
+        "data_type": np.dtype(dtype).name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}},
+    }
+    return {"driver": "zarr3", "kvstore": folder.spec(""), "metadata": metadata | more}

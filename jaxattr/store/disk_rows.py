@@ -11,7 +11,7 @@ import tensorstore as ts
 
 from jaxattr.sharding import Placement, barrier, process
 from jaxattr.store.compression import is_never_written, never_written
-from jaxattr.store.folder import Folder, StoreError, cannot_write, first_line, malformed
+from jaxattr.store.folder import Folder, StoreError, first_line, malformed, writing
 from jaxattr.store.ledger import Ledger
 from jaxattr.store.rows import (
     DIGESTS,
@@ -162,7 +162,7 @@ class DiskRows:
         """
         metadata = self._metadata(name)
         spec = {"driver": "zarr3", "kvstore": self.folder.spec(self._key(name, checkpoint))}
-        try:
+        with writing(f"{self.folder.path}/{self._key(name, checkpoint)}"):
             try:
                 there = ts.open(spec, open=True).result()
             except ValueError:
@@ -170,9 +170,6 @@ class DiskRows:
             else:  # by a job that may have had other chunks: see `check_chunks`
                 if there.shape[0] < self.layout.size:
                     there.resize(exclusive_max=metadata["shape"]).result()
-        except ValueError as error:
-            where = f"{self.folder.path}/{self._key(name, checkpoint)}"
-            raise cannot_write(where, error) from None
 
     def _metadata(self, name: str) -> dict[str, Any]:
         width, dtype = self.layout.widths[name], np.dtype(self.layout.dtypes[name])
@@ -281,7 +278,7 @@ class DiskRows:
         block, checkpoint, values = computed
         if self._ledger is not None:
             self._ledger.check()
-        try:
+        with writing(f"block {block} of checkpoint {checkpoint} to {self.folder.path}"):
             futures = [
                 future
                 for name, value in values.items()
@@ -289,9 +286,6 @@ class DiskRows:
             ]
             for future in futures:
                 future.result()
-        except ValueError as error:
-            where = f"block {block} of checkpoint {checkpoint} to {self.folder.path}"
-            raise cannot_write(where, error) from None
         if self._ledger is not None:
             name = RAW if RAW in values else FEATURES
             self._ledger.mark(f"{name}/{checkpoint}", block + 1)

@@ -125,11 +125,7 @@ class Folder:
         Raises:
           StoreError: if it cannot be written.
         """
-        text = json.dumps(contents, indent=1) + "\n"
-        try:
-            self._files.write(name, text.encode()).result()
-        except ValueError as error:
-            raise cannot_write(f"{self.path}/{name}", error) from None
+        self._put(name, (json.dumps(contents, indent=1) + "\n").encode())
 
     def exchange(self, name: str, contents: Any | None, generation: bytes) -> bytes | None:
         """Writes or deletes a JSON file if it is still the one that was read, as one step.
@@ -146,25 +142,20 @@ class Folder:
           StoreError: if it cannot be written.
         """
         value = None if contents is None else json.dumps(contents).encode()
-        try:
-            written = self._files.write(name, value, if_equal=generation).result()
-        except ValueError as error:
-            raise cannot_write(f"{self.path}/{name}", error) from None
-        return written.generation or None
+        return self._put(name, value, if_equal=generation).generation or None
 
     def delete(self, name: str) -> None:
         """Deletes a file, if it is there."""
-        try:
-            self._files.write(name, None).result()
-        except ValueError as error:
-            raise cannot_write(f"{self.path}/{name}", error) from None
+        self._put(name, None)
+
+    def _put(self, name: str, value: bytes | None, **options: Any) -> Any:
+        with writing(f"{self.path}/{name}"):
+            return self._files.write(name, value, **options).result()
 
     def delete_under(self, prefix: str) -> None:
         """Deletes all files whose names begin so; on local disk also what folders that leaves."""
-        try:
+        with writing(f"{self.path}/{prefix}"):
             self._files.delete_range(ts.KvStore.KeyRange(prefix, prefix + "\U0010ffff")).result()
-        except ValueError as error:
-            raise cannot_write(f"{self.path}/{prefix}", error) from None
         if not self.remote and prefix.endswith("/"):
             shutil.rmtree(os.path.join(self.path, prefix), ignore_errors=True)
 
@@ -286,9 +277,21 @@ def first_line(error: Exception) -> str:
     return re.sub(r"(?s) \[(source locations|tensorstore_spec|os_error_code)=.*", "", text)[:400]
 
 
-def cannot_write(where: str, error: Exception) -> StoreError:
-    """Returns the error to raise where a write failed."""
-    return StoreError(
-        f"Cannot write {where}: {first_line(error)}. Check that the place exists, may be written "
-        "to and has space left; then run the same again: finished blocks are kept."
-    )
+@contextlib.contextmanager
+def writing(where: str, kinds: type[Exception] = ValueError) -> Iterator[None]:
+    """Turns what goes wrong in a write into an error about it.
+
+    Args:
+      where: it goes.
+      kinds: of errors that a write that fails raises.
+
+    Raises:
+      StoreError: if one is raised.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise StoreError(
+            f"Cannot write {where}: {first_line(error)}. Check that the place exists, may be "
+            "written to and has space left; then run the same again: finished blocks are kept."
+        ) from None

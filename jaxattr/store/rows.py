@@ -153,50 +153,39 @@ class Rows(Protocol):
     @property
     def layout(self) -> RowLayout:
         """The shapes."""
-        ...
 
     @property
     def place(self) -> Placement:
         """Where blocks go when they are read."""
-        ...
 
     @property
     def resident(self) -> bool:
         """Whether all rows are in device memory."""
-        ...
 
     @property
     def arrays(self) -> Mapping[str, jax.Array]:
         """Those in device memory, {name: [blocks, b, c, width]}; empty unless `resident`."""
-        ...
 
     def made_by(self, name: str, checkpoint: int, make: Make) -> bool:
         """Tells how rows of a checkpoint are made; whether they are, when they are asked for."""
-        ...
 
     def begin(self, checkpoint: int) -> None:
         """Makes room for the raw features of a checkpoint."""
-        ...
 
     def write(self, block: int, checkpoint: int, values: Mapping[str, jax.Array]) -> None:
         """Keeps rows [b, width] of some arrays, of one block and checkpoint; compresses them."""
-        ...
 
     def flush(self) -> None:
         """Waits until all is written."""
-        ...
 
     def finish(self, checkpoint: int) -> None:
         """Lets go of the raw features of a checkpoint."""
-        ...
 
     def read(self, name: str, block: int, checkpoint: int) -> jax.Array:
         """Returns rows [b, width] of one array, one block and checkpoint; widened."""
-        ...
 
     def column(self, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
         """Returns columns of one array for all examples, [n, width], on every host; widened."""
-        ...
 
     def slabs(
         self, names: Sequence[str], rows: int, checkpoint: int | None = None
@@ -205,7 +194,6 @@ class Rows(Protocol):
 
         Arrays are as they are stored, here and in `pick`: see `RowLayout.side` and `values_of`.
         """
-        ...
 
     def pick(self, names: Sequence[str], ids: np.ndarray) -> dict[str, jax.Array]:
         """Returns rows of some examples, laid out as a block of a slab; see `by_shard`.
@@ -217,7 +205,6 @@ class Rows(Protocol):
         Returns:
           {name: [1, shards * l, c, width]}; what stands where there is none means nothing.
         """
-        ...
 
 
 class MemoryRows:

@@ -13,7 +13,7 @@ import numpy as np
 import tensorstore as ts
 
 from jaxattr.sharding import Placement
-from jaxattr.store.folder import Folder, cannot_write, first_line, malformed, reading
+from jaxattr.store.folder import Folder, first_line, malformed, reading, writing
 
 
 def save_state(folder: Folder, name: str, arrays: dict[str, Any], place: Placement) -> None:
@@ -38,10 +38,8 @@ def save_state(folder: Folder, name: str, arrays: dict[str, Any], place: Placeme
             folder.delete_under(f"{left}/")
     from jaxattr.store.orbax_arrays import save_arrays  # slow to import, and needed here alone
 
-    try:
+    with writing(f"{folder.path}/{name}", Exception):  # of many kinds, one per library below
         save_arrays(f"{folder.plain}/{name}", values or {"nothing": np.zeros(1)})
-    except Exception as error:  # of many kinds, one per library below
-        raise cannot_write(f"{folder.path}/{name}", error) from None
     described = {
         "names": names,
         "shapes": [[list(value.shape), value.dtype.name] for value in values.values()],

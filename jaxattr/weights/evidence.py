@@ -1,6 +1,6 @@
 """What retrained models and noised copies say of weights, from one pass over the training set."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,36 +10,16 @@ from jaxattr.index.index import Index
 from jaxattr.index.queries import QueryFeatures, as_queries, query_features
 from jaxattr.scores.subsets import Asked, SubsetSums, checked_masks, subset_sums
 from jaxattr.weights.agreement import Evidence, LinearSums, SquaredSums, Sums
-from jaxattr.weights.outcomes import (
-    Agreed,
-    Outcomes,
-    agreed,
-    check_queries,
-    variance_of_sums,
-)
+from jaxattr.weights.outcomes import Agreed, Outcomes, agreed, check_queries, variance_of_sums
 from jaxattr.weights.report import ContributionStatistics
 
 # Sums of squared scores are kept as products of contributions, up to so many bytes.
 _PRODUCT_BYTES = 1 << 32
 
 
-class Gathered(NamedTuple):
-    """Evidence, and what is to be said of it.
-
-    Attributes:
-      evidence: float64, on the host.
-      statistics: of the contributions of the learning queries.
-      agreed: the outcomes.
-    """
-
-    evidence: Evidence
-    statistics: ContributionStatistics
-    agreed: Agreed
-
-
 def gather(
     index: Index, queries: Any, outcomes: Outcomes, copies: tuple[Any, Any] | None
-) -> Gathered:
+) -> tuple[Evidence, ContributionStatistics, Agreed]:
     """Goes over the training set once.
 
     Args:
@@ -48,13 +28,17 @@ def gather(
       outcomes: of retrained models on them.
       copies: noised copies of training examples and the ids of those, or None.
 
+    Returns:
+      Evidence, float64, on the host; statistics of the contributions of the learning queries; and
+      the outcomes.
+
     Raises:
       ValueError: if outcomes are of other queries or of another n, sources are no ids, or nothing
         is finite.
     """
     checked_masks(outcomes.masks, index.size)
     prepared = query_features(index, queries)
-    _check_queries(prepared, queries, outcomes)
+    check_queries(outcomes, queries, len(prepared.features))
     kept = np.setdiff1d(np.arange(len(prepared.features)), prepared.non_finite)
     if not len(kept):
         raise ValueError("No query has a finite gradient: there is nothing to learn from.")
@@ -72,7 +56,7 @@ def gather(
         LinearSums(own[0].own[None], own[0].gram / own[0].examples) if own else None,
     )
     statistics = ContributionStatistics(sums.squares, sums.largest, sums.examples)
-    return Gathered(evidence, statistics, found)
+    return evidence, statistics, found
 
 
 def _only(prepared: QueryFeatures, kept: np.ndarray) -> jax.Array:
@@ -86,16 +70,6 @@ def _sums(found: SubsetSums, masks: np.ndarray) -> Sums:
         return SquaredSums(found.products - found.products.mean(axis=0))
     gram = found.gram * variance_of_sums(masks, found.examples)
     return LinearSums(found.sums - found.sums.mean(axis=0), gram)
-
-
-def _check_queries(prepared: QueryFeatures, queries: Any, outcomes: Outcomes) -> None:
-    q = outcomes.outputs.shape[1]
-    if q != len(prepared.features):
-        raise ValueError(
-            f"Outcomes are of {q} queries, and there are {len(prepared.features)}: pass the queries"
-            " that the retrained models were asked, in their order."
-        )
-    check_queries(outcomes, queries)
 
 
 def _of_copies(index: Index, copies: tuple[Any, Any]) -> Asked:

@@ -1,50 +1,36 @@
 """Weights per parameter group, learned from unlabelled queries.
 
-The loss is a pure function of a weight pytree (see `loss`); `learn_weights` is an Optax loop over
-it. The loss does not see the scale of w; results have mean one, so that ones are the base method.
+The loss is a pure function of weights (see `loss`); `learn_weights` is an Optax loop over it. The
+loss does not see the scale of w; results have mean one, so that ones are the base method.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jaxattr.counts import whole_number
 from jaxattr.index.index import Index, check_index
-from jaxattr.index.queries import as_queries, query_features
+from jaxattr.index.queries import QueryFeatures, as_queries, query_features
 from jaxattr.keys import check_key
 from jaxattr.scales import exponent_of, scaled
 from jaxattr.scores import scoring
 from jaxattr.store.rows import SLAB
 from jaxattr.typing import Key
 from jaxattr.weights import optimising, shortlists
-from jaxattr.weights.loss import Signal, check_signal, signs_of
-from jaxattr.weights.optimising import AtWeights, FitOptions, Start
+from jaxattr.weights.optimising import AtWeights, FitOptions
 from jaxattr.weights.outcome_fits import fit_to_outcomes
 from jaxattr.weights.outcomes import Outcomes, digests_of_queries, outcomes_of_scores
-from jaxattr.weights.report import ContributionStatistics, Optimised, WeightFit, named, report
+from jaxattr.weights.report import ContributionStatistics, WeightFit, report
 from jaxattr.weights.shortlists import Shortlist
 
+Start = Literal["unit_rms", "uniform"]
 
-def unit_rms_weights(index: Index, queries: Any) -> dict[str, float]:
-    """Weights that scale every group's contributions to the same root mean square; nothing learned.
-
-    Args:
-      index: the index.
-      queries: a pytree of arrays, a random-access source, or `query_features(index, ...)`.
-
-    Returns:
-      {group name: weight}, mean one; zero for a group without any contribution.
-    """
-    scores = _from_index(index, queries, None, 1, "top_k")
-    listed = scores.listed(np.ones(scores.groups))
-    return named(index.layout.names, _unit_rms(_statistics(scores, listed)))
+# Training examples that are taken for the signal, unless told otherwise.
+_TOP_K = 20
 
 
 def learn_weights(
@@ -56,14 +42,11 @@ def learn_weights(
     copies: tuple[Any, Any] | None = None,
     top_k: int | None = None,
     l2: float = 0.1,
-    signal: Signal | None = None,
     start: Start = "uniform",
     optimizer: optax.GradientTransformation | None = None,
     steps: int = 200,
-    batch_size: int | None = None,
     held_out: float = 0.2,
     key: Key | None = None,
-    materialize: bool | None = None,
 ) -> WeightFit:
     r"""Learns one weight per group from queries without labels.
 
@@ -94,23 +77,15 @@ def learn_weights(
       copies: noised copies of training examples and the ids of those, `(batch, ids)`; with
         outcomes alone, which they complement. See `ja.noised`.
       top_k: number of training examples taken for the signal, at most n; no more than two or three
-        times as many as a query has true proponents. Default: 20, or n if there are fewer.
+        times as many as a query has true proponents. Default: 20, or n if there are fewer. Those
+        with the largest scores; of a squared method (DAS) with the largest absolute ones.
       l2: strength of the pull towards the start, >= 0.
-      signal: "top_k", the mean of the largest scores; "top_k_abs", of the largest absolute scores;
-        "top_minus_bottom", half the distance between the means of the largest and the smallest.
-        Default: "top_k"; of a squared method (DAS) "top_k_abs", which ranks as the squares do and
-        stays linear in the weights.
       start: where learning starts, and what it is pulled to: "uniform" or "unit_rms".
       optimizer: any `optax.GradientTransformation`, over theta. Default: Adam with a cosine
         schedule from 0.05 to 0 over `steps`.
       steps: number of updates; the top k are found anew at each.
-      batch_size: queries per step. Default: all.
       held_out: share of the queries that is not learned from, but reported on.
-      key: key of the split into held-out queries and of the minibatches.
-      materialize: whether to keep the contributions [q, n, m]; or those of each query's strongest
-        examples alone, and to go over the training set again, in memory or on disk, whenever
-        others may have become the strongest. Same result; default: to keep them if they fit
-        512 MiB.
+      key: key of the split into held-out queries.
 
     Returns:
       The weights with diagnostics.
@@ -123,8 +98,9 @@ def learn_weights(
     Warns:
       WeightWarning: for each entry of `WeightFit.warnings`.
 
-    Cost: one pass over the training set with outcomes, and one or a few without; 2 q n m^2
-    operations beside those of `score`.
+    Cost: one pass over the training set with outcomes, and one or a few without: contributions
+    [q, n, m] of more than 512 MiB are not kept, but those of each query's strongest examples, until
+    others may have become the strongest. 2 q n m^2 operations beside those of `score`.
 
     References:
       Li et al. (2025), arXiv:2506.05647, section 3. Deviation: the unit of l2. The defaults are
@@ -140,9 +116,8 @@ def learn_weights(
     if outcomes is not None:
         _check_outcomes(outcomes)
         _check_goes_with_outcomes(
-            top_k=(top_k, None), l2=(l2, 0.1), signal=(signal, None), start=(start, "uniform"),
-            batch_size=(batch_size, None), held_out=(held_out, 0.2), key=(key, None),
-            materialize=(materialize, None),
+            top_k=(top_k, None), l2=(l2, 0.1), start=(start, "uniform"),
+            held_out=(held_out, 0.2), key=(key, None),
         )  # fmt: skip
         steps = whole_number("steps", steps)
         fit = fit_to_outcomes(index, queries, outcomes, copies, optimizer, steps)
@@ -152,12 +127,12 @@ def learn_weights(
             "copies complement outcomes, and there are none: alone they mislead. Pass outcomes= "
             "too, or leave copies out."
         )
-    top_k = min(_TOP_K, check_index(index).size) if top_k is None else top_k
-    if signal is None:
-        signal = "top_k_abs" if index.link == "square" else "top_k"
-    scores = _from_index(index, queries, materialize, top_k, signal)
-    options = FitOptions(top_k, l2, signal, start, optimizer, steps, batch_size, held_out)
-    return _knowing(_fit(scores, index.layout.names, options, key), queries, index)
+    n, squared = check_index(index).size, index.link == "square"
+    top_k = min(_TOP_K, n) if top_k is None else top_k
+    _check_options(top_k, l2, start, held_out, n)
+    options = FitOptions(top_k, squared, optimizer, whole_number("steps", steps))
+    key = jax.random.key(0) if key is None else check_key(key)
+    return _knowing(_fit(index, queries, options, start, l2, held_out, key), queries, index)
 
 
 def _knowing(fit: WeightFit, queries: Any, index: Index) -> WeightFit:
@@ -165,136 +140,40 @@ def _knowing(fit: WeightFit, queries: Any, index: Index) -> WeightFit:
     return dataclasses.replace(fit, learned_from=digests, learned_on=index.query_side)
 
 
-def fit_weights(
-    contributions: jax.Array,
-    names: Sequence[str] | None = None,
-    *,
-    top_k: int = 20,
-    l2: float = 0.1,
-    signal: Signal = "top_k",
-    start: Start = "uniform",
-    optimizer: optax.GradientTransformation | None = None,
-    steps: int = 200,
-    batch_size: int | None = None,
-    held_out: float = 0.2,
-    key: Key | None = None,
-) -> WeightFit:
-    """Learns weights from contributions that were computed elsewhere, by any library.
-
-    Args:
-      contributions: real numbers [q, n, m].
-      names: the m group names. Default: "0", "1", ...
-      top_k: number of training examples taken for the signal, at most n.
-      l2: strength of the pull towards the start, >= 0.
-      signal: "top_k", the mean of the largest scores; "top_k_abs", of the largest absolute scores;
-        "top_minus_bottom", half the distance between the means of the largest and the smallest.
-      start: where learning starts, and what it is pulled to: "uniform" or "unit_rms".
-      optimizer: any `optax.GradientTransformation`, over theta. Default: Adam with a cosine
-        schedule from 0.05 to 0 over `steps`.
-      steps: number of updates.
-      batch_size: queries per step. Default: all.
-      held_out: share of the queries that is not learned from, but reported on.
-      key: key of the split into held-out queries and of the minibatches.
-
-    Returns:
-      The weights with diagnostics.
-
-    Raises:
-      ValueError: if an argument is out of its range, a name occurs twice, or contributions are
-        complex, not finite, or all zero.
-
-    Warns:
-      WeightWarning: for each entry of `WeightFit.warnings`.
-    """
-    if contributions.ndim != 3:
-        raise ValueError(f"contributions must be [q, n, m], got shape {contributions.shape}.")
-    names = tuple(map(str, range(contributions.shape[2]))) if names is None else tuple(names)
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if len(names) != contributions.shape[2] or repeated:
-        raise ValueError(
-            f"Each of the {contributions.shape[2]} groups needs a name of its own, got {len(names)}"
-            f" names{', of which some occur twice: ' if repeated else ''}{', '.join(repeated)}."
-        )
-    contributions = _of_size_one(_as_floats(contributions), np.int32(0))
-    scores = _Scores(functools.partial(shortlists.everything, contributions), *contributions.shape)
-    options = FitOptions(top_k, l2, signal, start, optimizer, steps, batch_size, held_out)
-    return _fit(scores, names, options, key)
-
-
-class _Scores(NamedTuple):
-    """Scores of the learning queries as a linear function of the weights.
-
-    Attributes:
-      listed: weights [m] -> the shortlist of all queries under them; a pass over the training set.
-      queries: q.
-      examples: n.
-      groups: m.
-    """
-
-    listed: Callable[[Any], Shortlist]
-    queries: int
-    examples: int
-    groups: int
-
-
-# Training examples that are taken for the signal, unless told otherwise.
-_TOP_K = 20
-
-# Contributions of up to so many bytes are kept whole; of slabs, and of shortlists, half as many.
-_MATERIALIZE_BYTES = 1 << 29
+# Contributions of up to so many bytes are kept whole; else those of slabs, and of shortlists.
+_WHOLE_BYTES, _LIST_BYTES = 1 << 29, 1 << 28
 
 # Examples on a shortlist, at least, and relative to the top k.
 _SHORTEST, _PER_TOP = 512, 16
 
 
-def _from_index(
-    index: Index, queries: Any, materialize: bool | None, top_k: int, signal: Signal
-) -> _Scores:
+def _features(index: Index, queries: Any) -> jax.Array:
+    """Features of the finite queries, over a power of two."""
     prepared = query_features(index, queries)
     kept = np.setdiff1d(np.arange(prepared.features.shape[0]), prepared.non_finite)
     if not len(kept):
         raise ValueError("No query has a finite gradient: there is nothing to learn from.")
-    phi = _of_size_one(prepared.features, index.exponent, kept)
-    groups = len(index.layout.names)
-    if materialize is None:
-        numbers = len(kept) * index.size * groups
-        materialize = numbers * phi.dtype.itemsize <= _MATERIALIZE_BYTES
-    if materialize:
-        parts = scoring.contributions(
-            index, prepared._replace(features=phi, non_finite=np.zeros(0, np.int64))
-        )
-        return _Scores(
-            functools.partial(shortlists.everything, parts), len(kept), index.size, groups
-        )
-    phi = index.place.whole(phi)
-    listed = functools.partial(_pass_over, index, phi, top_k, signs_of(signal))
-    return _Scores(listed, len(kept), index.size, groups)
-
-
-def _as_floats(contributions: Any) -> Any:
-    if jnp.issubdtype(contributions.dtype, jnp.complexfloating):
-        raise ValueError(f"contributions must be real, got {contributions.dtype}.")
-    if contributions.dtype in (np.float32, np.float64):
-        return contributions
-    return np.asarray(contributions, jnp.result_type(float))
+    return index.place.whole(_of_size_one(prepared.features, index.exponent, kept))
 
 
 @jax.jit
-def _of_size_one(x: jax.Array, exponent: jax.Array, kept: jax.Array | None = None) -> jax.Array:
-    """Over a power of two, and another one, so that squares stay within range: no loss sees it."""
-    x = x if kept is None else x[kept]
-    return scaled(x, -exponent_of(x) - exponent)
+def _of_size_one(phi: jax.Array, exponent: jax.Array, kept: jax.Array) -> jax.Array:
+    """Some queries over a power of two, so that squares stay within range: no loss sees it."""
+    phi = phi[kept]
+    return scaled(phi, -exponent_of(phi) - exponent)
 
 
-def _pass_over(
-    index: Index, phi: jax.Array, top_k: int, signs: tuple[int, ...], w: Any
-) -> Shortlist:
-    """Makes the shortlist of all queries: one pass over the training set."""
+def _listed(index: Index, phi: jax.Array, top_k: int, w: Any) -> Shortlist:
+    """The shortlist of all queries under weights [m]: one pass over the training set."""
+    numbers = len(phi) * len(index.layout.names) * phi.dtype.itemsize
+    if numbers * index.size <= _WHOLE_BYTES:
+        whole = QueryFeatures(phi, np.zeros(0, np.int64), index.query_side)
+        return shortlists.everything(scoring.contributions(index, whole), w)
     layout, place = index.layout, index.place
-    numbers = len(phi) * len(layout.names) * phi.dtype.itemsize
-    affordable = _MATERIALIZE_BYTES // 2 // numbers
+    affordable = _LIST_BYTES // numbers
     length = max(top_k, min(affordable, max(_SHORTEST, _PER_TOP * top_k)) // place.shards)
-    start, absorb, merge = shortlists.compiled_pass(place, layout, length, signs, top_k)
+    squared = index.link == "square"
+    start, absorb, merge = shortlists.compiled_pass(place, layout, length, squared, top_k)
     state = start(place.whole(w), phi)
     rows = max(index.batch_size, min(affordable, SLAB))
     for slab in index.rows.slabs(index.rows.layout.side, rows):
@@ -302,13 +181,11 @@ def _pass_over(
     return merge(state)
 
 
-def _statistics(scores: _Scores, listed: Shortlist) -> ContributionStatistics:
-    squares, largest = np.asarray(listed.squares, np.float64), np.asarray(listed.largest)
-    if not np.isfinite(squares).all():
-        raise ValueError("The contributions are not all finite: leave the bad rows out first.")
+def _statistics(listed: Shortlist, n: int) -> ContributionStatistics:
+    squares = np.einsum("qmm->qm", np.asarray(listed.gram, np.float64))
     if not squares.any():
         raise ValueError("Every contribution is zero: there is nothing to weight.")
-    return ContributionStatistics(squares, largest.astype(np.float64), scores.examples)
+    return ContributionStatistics(squares, np.asarray(listed.largest, np.float64), n)
 
 
 def _unit_rms(statistics: ContributionStatistics) -> np.ndarray:
@@ -318,51 +195,46 @@ def _unit_rms(statistics: ContributionStatistics) -> np.ndarray:
 
 
 def _fit(
-    scores: _Scores, names: tuple[str, ...], options: FitOptions, key: Key | None
-) -> WeightFit:
-    _check_options(options, scores.examples)
-    held = int(scores.queries * options.held_out)
-    key = jax.random.key(0) if key is None else check_key(key)
-    order, keys, loop = optimising.begin(key, scores.queries, scores.groups, options)
+    index: Index, queries: Any, options: FitOptions, start: Start, l2: float, held_out: float,
+    key: Key,
+) -> WeightFit:  # fmt: skip
+    names, phi = index.layout.names, _features(index, queries)
+    q, m, held = len(phi), len(names), int(len(phi) * held_out)
+    order, loop = optimising.begin(key, q, m, options)
+    order = np.asarray(order)
     rows = (order[held:], order[:held])  # learned from, held out
 
-    listed, passes = scores.listed(np.ones(scores.groups)), 1
-    statistics = _statistics(scores, listed)
-    gauge = np.ones(scores.groups) if options.start == "uniform" else _unit_rms(statistics)
-    listed, before, passes = _at_certain(gauge, scores, listed, rows, options, passes)
+    listed, passes = _listed(index, phi, options.top_k, np.ones(m)), 1
+    statistics = _statistics(listed, index.size)
+    gauge = np.ones(m) if start == "uniform" else _unit_rms(statistics)
 
+    def at_certain(w: np.ndarray) -> AtWeights:
+        """What some weights come to, by a shortlist that is certain there."""
+        nonlocal listed, passes
+        found = optimising.at_weights(listed, rows, w, options)
+        if not found.certain:
+            listed, passes = _listed(index, phi, options.top_k, w), passes + 1
+            found = optimising.at_weights(listed, rows, w, options)
+        return found
+
+    before = at_certain(gauge)
     while True:
-        loop = optimising.run(listed, rows[0], loop, keys, gauge, before.losses[0], options)
+        loop = optimising.run(listed, rows[0], loop, gauge, before.losses[0], l2, options)
         theta = np.asarray(loop.theta, np.float64)
         w = gauge * np.exp(theta - theta.max())
         w = w / w.mean()
         if int(loop.step) == options.steps:
             break
-        listed, passes = scores.listed(w), passes + 1
+        listed, passes = _listed(index, phi, options.top_k, w), passes + 1
 
-    _, after, passes = _at_certain(w, scores, listed, rows, options, passes)
-    learned, held_out = zip(before.losses, after.losses, strict=True)
-    found = Optimised(
-        gauge, w, np.asarray(loop.losses), learned, held_out if held else None,
-        *optimising.hub(after.strongest), options.top_k, passes,
+    after = at_certain(w)
+    learned, of_others = zip(before.losses, after.losses, strict=True)
+    hub, hub_share = optimising.hub(after.strongest)
+    return report(
+        names, statistics, gauge, w, losses=np.asarray(loop.losses), loss=learned,
+        held_out_loss=of_others if held else None, hub=hub, hub_share=hub_share,
+        gain=None, top_k=options.top_k, passes=passes,
     )  # fmt: skip
-    return report(names, found, statistics)
-
-
-def _at_certain(
-    w: np.ndarray,
-    scores: _Scores,
-    listed: Shortlist,
-    rows: tuple[np.ndarray, np.ndarray],
-    options: FitOptions,
-    passes: int,
-) -> tuple[Shortlist, AtWeights, int]:
-    """A shortlist that is certain at some weights, what they come to, and passes so far."""
-    found = optimising.at_weights(listed, rows, w, options)
-    if found.certain:
-        return listed, found, passes
-    listed = scores.listed(w)
-    return listed, optimising.at_weights(listed, rows, w, options), passes + 1
 
 
 def _check_outcomes(outcomes: Any) -> None:
@@ -383,14 +255,12 @@ def _check_goes_with_outcomes(**options: tuple[Any, Any]) -> None:
         )
 
 
-def _check_options(options: FitOptions, n: int) -> None:
-    check_signal(options.signal, options.top_k, n)
-    if options.start not in ("unit_rms", "uniform"):
-        raise ValueError(f'start must be "unit_rms" or "uniform", got {options.start!r}.')
-    if not (math.isfinite(options.l2) and options.l2 >= 0):
-        raise ValueError(f"l2 must be finite and at least 0, got {options.l2}.")
-    whole_number("steps", options.steps)
-    if options.batch_size is not None:
-        whole_number("batch_size", options.batch_size)
-    if not 0 <= options.held_out < 1:
-        raise ValueError(f"held_out must be at least 0 and below 1, got {options.held_out}.")
+def _check_options(top_k: int, l2: float, start: str, held_out: float, n: int) -> None:
+    if not 1 <= whole_number("top_k", top_k, least=None) <= n:
+        raise ValueError(f"top_k must be between 1 and the {n} training examples, got {top_k}.")
+    if start not in ("unit_rms", "uniform"):
+        raise ValueError(f'start must be "unit_rms" or "uniform", got {start!r}.')
+    if not (math.isfinite(l2) and l2 >= 0):
+        raise ValueError(f"l2 must be finite and at least 0, got {l2}.")
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out must be at least 0 and below 1, got {held_out}.")

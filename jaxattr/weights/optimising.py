@@ -5,7 +5,7 @@ from fit to fit is an argument.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,8 @@ import optax
 
 from jaxattr.typing import Key
 from jaxattr.weights import shortlists
-from jaxattr.weights.loss import Signal, certain, loss_of_list, signs_of
+from jaxattr.weights.loss import loss_of_list
 from jaxattr.weights.shortlists import Shortlist
-
-Start = Literal["unit_rms", "uniform"]
 
 
 class FitOptions(NamedTuple):
@@ -25,23 +23,15 @@ class FitOptions(NamedTuple):
 
     Attributes:
       top_k: number of training examples taken for the signal.
-      l2: strength of the pull towards the start.
-      signal: "top_k", "top_k_abs" or "top_minus_bottom".
-      start: where learning starts, "uniform" or "unit_rms".
+      squared: whether scores are squares.
       optimizer: over theta; None for Adam with a cosine schedule.
       steps: number of updates.
-      batch_size: queries per step; None for all.
-      held_out: share of the queries that is not learned from.
     """
 
     top_k: int
-    l2: float
-    signal: Signal
-    start: Start
+    squared: bool
     optimizer: optax.GradientTransformation | None
     steps: int
-    batch_size: int | None
-    held_out: float
 
 
 class LoopState(NamedTuple):
@@ -62,20 +52,6 @@ class LoopState(NamedTuple):
     certain: jax.Array
 
 
-class Beginning(NamedTuple):
-    """What a fit begins with.
-
-    Attributes:
-      order: of the queries, at random; the first are held out, [q].
-      keys: one per step, for its minibatch, [steps].
-      loop: the state before the first update.
-    """
-
-    order: np.ndarray
-    keys: Key
-    loop: LoopState
-
-
 class AtWeights(NamedTuple):
     """What some weights come to.
 
@@ -91,26 +67,23 @@ class AtWeights(NamedTuple):
     strongest: np.ndarray
 
 
-def begin(key: Key, queries: int, m: int, options: FitOptions) -> Beginning:
-    """Splits the queries, and makes the keys of the minibatches and the state of the loop.
-
-    Args:
-      key: of the fit.
-      queries: q.
-      m: number of groups.
-      options: of the fit.
-    """
-    order, keys, loop = _begin(key, queries, m, options.optimizer, options.steps)
-    return Beginning(np.asarray(order), keys, loop)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def begin(key: Key, queries: int, m: int, options: FitOptions) -> tuple[jax.Array, LoopState]:
+    """The queries in random order, of which the first are held out; and the state to begin with."""
+    theta = jnp.zeros(m)
+    losses = jnp.zeros(options.steps, theta.dtype)
+    state = _optimizer(options).init(theta)
+    loop = LoopState(theta, state, jnp.asarray(0), losses, jnp.asarray(True))
+    return jax.random.permutation(jax.random.split(key)[0], queries), loop
 
 
 def run(
     listed: Shortlist,
     rows: np.ndarray,
     state: LoopState,
-    keys: Key,
     gauge: np.ndarray,
     loss_at_start: float,
+    l2: float,
     options: FitOptions,
 ) -> LoopState:
     """Updates until all steps are made, or the shortlist may no longer be certain.
@@ -119,15 +92,14 @@ def run(
       listed: the shortlist, made with the weights of the state.
       rows: queries that are learned from.
       state: where to begin.
-      keys: of the minibatches, one per step.
       gauge: weights that the softmax is multiplied with, [m].
       loss_at_start: what the loss is divided by.
+      l2: strength of the pull towards the start.
       options: of the fit.
     """
-    dynamic = (gauge, abs(loss_at_start) or 1.0, float(options.l2))
-    static = options._replace(l2=0.0, held_out=0.0, start="uniform")
+    dynamic = (gauge, abs(loss_at_start) or 1.0, float(l2))
     with jax.numpy_dtype_promotion("standard"):  # which Optax's schedules take for granted
-        return _run(listed, rows, state, keys, *dynamic, options=static)
+        return _run(listed, rows, state, *dynamic, options=options)
 
 
 def at_weights(
@@ -141,7 +113,7 @@ def at_weights(
       w: weights [m].
       options: of the fit.
     """
-    losses, certain, strongest = _at_weights(listed, rows, w, options.top_k, options.signal)
+    losses, certain, strongest = _at_weights(listed, rows, w, options.top_k, options.squared)
     learned, held = map(float, losses)
     return AtWeights((learned, held), bool(certain), np.asarray(strongest))
 
@@ -156,24 +128,10 @@ def hub(strongest: np.ndarray) -> tuple[int, float]:
     return int(found[counts.argmax()]), float(counts.max() / len(strongest))
 
 
-def _optimizer(
-    given: optax.GradientTransformation | None, steps: int
-) -> optax.GradientTransformation:
-    if given is not None:
-        return given
-    return optax.adam(optax.cosine_decay_schedule(0.05, steps))
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _begin(
-    key: Key, queries: int, m: int, optimizer: optax.GradientTransformation | None, steps: int
-) -> tuple[jax.Array, Key, LoopState]:
-    split_key, batch_key = jax.random.split(key)
-    theta = jnp.zeros(m)
-    losses = jnp.zeros(steps, theta.dtype)
-    state = _optimizer(optimizer, steps).init(theta)
-    loop = LoopState(theta, state, jnp.asarray(0), losses, jnp.asarray(True))
-    return jax.random.permutation(split_key, queries), jax.random.split(batch_key, steps), loop
+def _optimizer(options: FitOptions) -> optax.GradientTransformation:
+    if options.optimizer is not None:
+        return options.optimizer
+    return optax.adam(optax.cosine_decay_schedule(0.05, options.steps))
 
 
 @functools.partial(jax.jit, static_argnames="options")
@@ -181,41 +139,35 @@ def _run(
     listed: Shortlist,
     rows: jax.Array,
     state: LoopState,
-    keys: Key,
     gauge: jax.Array,
     scale: jax.Array,
     l2: jax.Array,
     *,
     options: FitOptions,
 ) -> LoopState:
-    m, q = len(gauge), len(rows)
-    listed = listed.rows(rows)
-    optimizer = _optimizer(options.optimizer, options.steps)
+    m, optimizer, listed = len(gauge), _optimizer(options), listed.rows(rows)
+    first = state.step
 
-    def weights(theta: jax.Array) -> jax.Array:
-        return gauge * m * jax.nn.softmax(theta)
-
-    def objective(theta: jax.Array, listed: Shortlist) -> jax.Array:
-        loss = loss_of_list(listed, weights(theta), options.top_k, options.signal)
-        spread = jnp.mean((m * jax.nn.softmax(theta)) ** 2) - 1  # squared coefficient of variation
-        return loss / scale + l2 * spread
+    def objective(theta: jax.Array) -> tuple[jax.Array, jax.Array]:
+        share = m * jax.nn.softmax(theta)
+        loss, certain = loss_of_list(listed, gauge * share, options.top_k, options.squared)
+        spread = jnp.mean(share**2) - 1  # squared coefficient of variation
+        return loss / scale + l2 * spread, certain
 
     def update(state: LoopState) -> LoopState:
-        chosen = listed
-        if options.batch_size is not None and options.batch_size < q:
-            drawn = jax.random.choice(keys[state.step], q, (options.batch_size,), replace=False)
-            chosen = listed.rows(drawn)
-        loss, gradient = jax.value_and_grad(objective)(state.theta, chosen)
+        (loss, certain), gradient = jax.value_and_grad(objective, has_aux=True)(state.theta)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.theta)
         theta = optax.apply_updates(state.theta, updates)
-        still = certain(listed, weights(theta), options.top_k, options.signal)
         losses = state.losses.at[state.step].set(loss.astype(state.losses.dtype))
-        return LoopState(theta, optimizer_state, state.step + 1, losses, still)
+        certain |= state.step == first  # the pass was made with these very weights
+        made = LoopState(theta, optimizer_state, state.step + 1, losses, certain)
+        # What was found among other examples than all is dropped.
+        kept = jax.tree.map(lambda new, old: jnp.where(certain, new, old), made, state)
+        return kept._replace(certain=certain)
 
     return jax.lax.while_loop(
         lambda state: (state.step < options.steps) & state.certain,
         update,
-        # The pass was made with these very weights.
         state._replace(certain=jnp.asarray(True)),
     )
 
@@ -226,20 +178,10 @@ def _at_weights(
     rows: tuple[jax.Array, jax.Array],
     w: jax.Array,
     top_k: int,
-    signal: Signal,
+    squared: bool,
 ) -> tuple[list[Any], jax.Array, jax.Array]:
-    losses = [
-        loss_of_list(listed.rows(each), w, top_k, signal) if len(each) else 0 for each in rows
-    ]
-    return losses, certain(listed, w, top_k, signal), _strongest(listed, w, top_k, signal)
-
-
-def _strongest(listed: Shortlist, w: jax.Array, top_k: int, signal: Signal) -> jax.Array:
-    """Ids of the strongest examples of each query, [q, k]."""
-    signs = signs_of(signal)
-    scores = shortlists.signed_scores(listed, w, signs)  # [l, q, s]
-    lists = [listed.ids[0 if listed.complete else i] for i in range(len(signs))]
-    if signal != "top_k_abs":
-        scores, lists = scores[:1], lists[:1]
-    places = jax.lax.top_k(jnp.concatenate(list(scores), axis=-1), top_k)[1]
-    return jnp.take_along_axis(jnp.concatenate(lists, axis=-1), places, axis=1)
+    found = [loss_of_list(listed.rows(each), w, top_k, squared) for each in rows if len(each)]
+    losses = [loss for loss, _ in found] + [0.0] * (2 - len(found))
+    certain = functools.reduce(jnp.logical_and, [certain for _, certain in found])
+    places = jax.lax.top_k(shortlists.strengths(listed, w, squared), top_k)[1]
+    return losses, certain, jnp.take_along_axis(listed.ids, places, axis=1)

@@ -20,7 +20,7 @@ from jaxattr.index.index import Index
 from jaxattr.weights.agreement import Evidence, Strengths, outcome_loss
 from jaxattr.weights.evidence import gather
 from jaxattr.weights.outcomes import Outcomes
-from jaxattr.weights.report import Gain, Optimised, WeightFit, report
+from jaxattr.weights.report import Gain, WeightFit, report
 
 # Lambda of the pull towards uniform weights; each fit starts where the one before ended. Uniform
 # weights, where the first starts, stand for an infinite one.
@@ -57,10 +57,9 @@ def fit_to_outcomes(
     Returns:
       The weights with diagnostics.
     """
-    gathered = gather(index, queries, outcomes, copies)
+    evidence, statistics, agreed = gather(index, queries, outcomes, copies)
     names = index.layout.names
-    found = cross_fitted(gathered.evidence, optimizer, steps)
-    agreed = gathered.agreed
+    found = cross_fitted(evidence, optimizer, steps)
     models, asked = agreed.ranks.shape
     gain = Gain(
         mean=found.gain.mean, low=found.gain.low, high=found.gain.high, uniform=found.uniform.mean,
@@ -69,13 +68,12 @@ def fit_to_outcomes(
         skipped=agreed.skipped, to_uniform=found.to_uniform,
     )  # fmt: skip
     w = np.exp(found.theta)
-    optimised = Optimised(
-        start=np.ones(len(names)), w=w / w.mean(), losses=found.losses,
+    return report(
+        names, statistics, np.ones(len(names)), w / w.mean(), losses=found.losses,
         loss=(-found.uniform.mean, -found.reached),
         held_out_loss=(-found.uniform.mean, -found.uniform.mean - found.gain.mean),
-        hub=None, hub_share=None, top_k=None, passes=1, gain=gain,
+        hub=None, hub_share=None, passes=1, gain=gain,
     )  # fmt: skip
-    return report(names, optimised, gathered.statistics)
 
 
 class Estimate(NamedTuple):
@@ -141,7 +139,9 @@ def _cross_fitted(
     models, m = len(evidence.ranks), _groups(evidence)
     folds = np.arange(models) % FOLDS
     included = np.stack([*(folds != fold for fold in range(FOLDS)), np.ones(models, bool)])
-    theta, losses = _fits(evidence, included, optimizer, steps)  # [folds + 1, pulls, m]
+    counted = jnp.asarray(included, jnp.float64)
+    found = _path(evidence, counted, optimizer=optimizer, steps=steps)
+    theta, losses = map(np.asarray, found)  # [folds + 1, pulls, m]
     uniform = _shares(evidence, np.zeros((1, m)))[0]  # [s, q]
     gains = np.stack(
         [_shares(evidence, theta[fold]) - uniform for fold in range(FOLDS)]
@@ -168,19 +168,6 @@ def _cross_fitted(
 
 def _groups(evidence: Evidence) -> int:
     return jax.tree.leaves(evidence.sums)[0].shape[-1]
-
-
-def _fits(
-    evidence: Evidence,
-    included: np.ndarray,
-    optimizer: optax.GradientTransformation | None,
-    steps: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Theta [folds, pulls, m] of every fold and pull, and the losses there."""
-    theta, losses = _path(
-        evidence, jnp.asarray(included, jnp.float64), optimizer=optimizer, steps=steps
-    )
-    return np.asarray(theta), np.asarray(losses)
 
 
 @functools.partial(jax.jit, static_argnames=("optimizer", "steps"))

@@ -10,6 +10,7 @@ import numpy as np
 from jaxattr.identity import Contents
 from jaxattr.index.queries import QueryFeatures
 from jaxattr.scales import widened
+from jaxattr.scores.subsets import checked_masks
 
 # Fewer models cannot be split into some to fit to and some to check on.
 FEWEST_MODELS = 8
@@ -48,13 +49,7 @@ class Outcomes:
     reference: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        masks, outputs = np.asarray(self.masks), widened(self.outputs)
-        if masks.dtype != bool or masks.ndim != 2:
-            raise ValueError(
-                f"masks must be bool [models, n], got {masks.dtype} {list(masks.shape)}. If those "
-                "are ids of the examples in each subset, make a mask of each: "
-                "mask = np.zeros(n, bool); mask[ids] = True."
-            )
+        masks, outputs = checked_masks(self.masks), widened(self.outputs)
         if outputs.ndim != 2 or len(outputs) != len(masks) or outputs.dtype.kind not in "fiu":
             raise ValueError(
                 f"outputs must be real numbers [models, queries], a row for each of the "
@@ -117,20 +112,27 @@ def outcomes_of_scores(scores: Any, n: int) -> Outcomes:
     return Outcomes(masks, masks @ scores.T)
 
 
-def check_queries(outcomes: Outcomes, queries: Any) -> None:
-    """Checks that outcomes are of these queries, where both are known.
+def check_queries(outcomes: Outcomes, queries: Any, count: int) -> None:
+    """Checks that outcomes are of these queries, as far as those are known.
 
     Args:
       outcomes: of retrained models.
-      queries: as many.
+      queries: arrays, a source or features.
+      count: how many they are.
 
     Raises:
       ValueError: if they are of others.
     """
+    q = outcomes.outputs.shape[1]
+    if q != count:
+        raise ValueError(
+            f"Outcomes are of {q} queries, and there are {count}: pass the queries that the "
+            "retrained models were asked, in their order."
+        )
     found = digest_of_queries(queries)
     if None not in (found, outcomes.queries) and found != outcomes.queries:
         raise ValueError(
-            f"Outcomes are of {outcomes.outputs.shape[1]} other queries than those that are given, "
+            f"Outcomes are of {q} other queries than those that are given, "
             "though as many: pass the queries that ja.outcomes was given, in their order."
         )
 

@@ -5,7 +5,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -181,69 +181,46 @@ class ContributionStatistics(NamedTuple):
         return np.mean(self.largest / np.where(rms > 0, rms, 1), axis=0)
 
 
-class Optimised(NamedTuple):
-    """What optimisation leaves behind.
-
-    Attributes:
-      start: weights where learning started, [m].
-      w: learned weights, mean one, [m].
-      losses: the objective at each step.
-      loss: on the queries that were learned from, (start, end); no penalty.
-      held_out_loss: the same on queries that were held out; None if there were none.
-      hub: id of the training example that is in the top k of the most queries, if it is known.
-      hub_share: in how many, as a share.
-      top_k: number of training examples taken for the signal.
-      passes: how often the training set was gone over.
-      gain: over uniform weights, if it is known.
-    """
-
-    start: np.ndarray
-    w: np.ndarray
-    losses: np.ndarray
-    loss: tuple[float, float]
-    held_out_loss: tuple[float, float] | None
-    hub: int | None
-    hub_share: float | None
-    top_k: int | None
-    passes: int
-    gain: Gain | None = None
-
-
-def named(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
+def _named(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
     """Returns {name: float}."""
     return {name: float(value) for name, value in zip(names, values, strict=True)}
 
 
-def report(names: Sequence[str], found: Optimised, statistics: ContributionStatistics) -> WeightFit:
+def report(
+    names: Sequence[str],
+    statistics: ContributionStatistics,
+    start: np.ndarray,
+    w: np.ndarray,
+    *,
+    top_k: int | None = None,
+    **found: Any,
+) -> WeightFit:
     """Makes the report, and warns of what is suspicious in it.
 
     Args:
       names: group names.
-      found: the result of learning.
       statistics: of the contributions.
+      start: weights where learning started, [m].
+      w: learned weights, mean one, [m].
+      top_k: number of training examples taken for the signal.
+      **found: the fields of `WeightFit` that are no function of these.
 
     Returns:
       The report.
     """
-    shares = _shares(found.w, statistics)
+    shares = _shares(w, statistics)
     present = shares[shares > 0]
     entropy = -float(np.sum(present * np.log(present)))
     fit = WeightFit(
-        weights=named(names, found.w),
-        gain=found.gain,
-        losses=found.losses,
-        loss=found.loss,
-        held_out_loss=found.held_out_loss,
-        shares=named(names, shares),
-        start_shares=named(names, _shares(found.start, statistics)),
+        weights=_named(names, w),
+        shares=_named(names, shares),
+        start_shares=_named(names, _shares(start, statistics)),
         entropy=entropy / math.log(len(shares)) if len(shares) > 1 else 1.0,
-        tail_ratio=named(names, statistics.tail_ratios()),
-        hub=found.hub,
-        hub_share=found.hub_share,
-        passes=found.passes,
+        tail_ratio=_named(names, statistics.tail_ratios()),
         warnings=(),
+        **found,
     )
-    suspicions = tuple(_suspicions(fit, statistics, found.top_k))
+    suspicions = tuple(_suspicions(fit, statistics, top_k))
     for message in suspicions:
         warnings.warn(message, WeightWarning, stacklevel=4)
     return dataclasses.replace(fit, warnings=suspicions)

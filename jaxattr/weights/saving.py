@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxattr.index.index import Index
 from jaxattr.scores.weighting import weight_array
-from jaxattr.store import Folder, StoreError, on_first_process, reading
+from jaxattr.store.folder import Folder, StoreError, on_first_process, reading
 from jaxattr.weights.report import Gain, WeightFit
 
 _FORMAT = 1

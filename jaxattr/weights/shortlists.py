@@ -31,13 +31,7 @@ import jax.numpy as jnp
 from jaxattr import identity
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.scales import wide
-from jaxattr.scores.ranking import (
-    TrainSide,
-    local_contributions,
-    side_axes,
-    slab_ids,
-    train_side,
-)
+from jaxattr.scores.ranking import TrainSide, fresh_rows, local_contributions, side_axes, train_side
 from jaxattr.sharding import DATA, Placement
 from jaxattr.store.rows import EXAMPLES
 from jaxattr.typing import Features
@@ -47,14 +41,11 @@ class Shortlist(NamedTuple):
     """What one pass over the training set leaves of the contributions of some queries.
 
     Attributes:
-      ids: of the listed examples, [l, q, s]; -1 where there is none. One list holds the largest
-        scores; a second, where it is wanted, the smallest.
-      parts: their contributions, [l, q, s, m].
-      dropped: the largest signed score of the others, or a bound on it, [l, q]; -inf if there are
-        no others.
-      radius: the largest norm of the others' weighted contributions, [l, q].
-      gram: sum of c_n c_n^T over all examples, [q, m, m]; None if every example is listed.
-      squares: sum of squared contributions over all examples, [q, m].
+      ids: of the strongest examples, [q, s]; -1 where there is none.
+      parts: their contributions, [q, s, m].
+      dropped: the largest strength of the others, or a bound on it, [q]; -inf if there are none.
+      radius: the largest norm of the others' weighted contributions, [q].
+      gram: sum of c_n c_n^T over all examples, [q, m, m].
       largest: largest absolute contribution, [q, m].
       weights: w of the pass, [m].
     """
@@ -63,68 +54,49 @@ class Shortlist(NamedTuple):
     parts: jax.Array
     dropped: jax.Array
     radius: jax.Array
-    gram: jax.Array | None
-    squares: jax.Array
+    gram: jax.Array
     largest: jax.Array
     weights: jax.Array
 
-    @property
-    def complete(self) -> bool:
-        """Whether every example is listed."""
-        return self.gram is None
-
     def rows(self, positions: jax.Array) -> "Shortlist":
         """Those of some queries."""
-        lists = {
-            name: getattr(self, name)[:, positions]
-            for name in ("ids", "parts", "dropped", "radius")
-        }
-        gram = None if self.gram is None else self.gram[positions]
-        squares, largest = self.squares[positions], self.largest[positions]
-        return self._replace(**lists, gram=gram, squares=squares, largest=largest)
+        return Shortlist._make([*(x[positions] for x in self[:-1]), self.weights])
 
 
 @jax.jit
 def everything(contributions: jax.Array, w: jax.Array) -> Shortlist:
-    """A list of all examples.
+    """A list of all examples, which drops none.
 
     Args:
       contributions: [q, n, m].
       w: weights [m].
-
-    Returns:
-      One list, that drops none.
     """
     q, n, _ = contributions.shape
-    nothing = jnp.zeros((1, q), contributions.dtype)
+    nothing = jnp.zeros(q, contributions.dtype)
     return Shortlist(
-        ids=jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None, None], (1, q, n)),
-        parts=contributions[None],
+        ids=jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32)[None], (q, n)),
+        parts=contributions,
         dropped=nothing - jnp.inf,
         radius=nothing,
-        gram=None,
-        squares=jnp.sum(contributions**2, axis=1),
+        gram=jnp.einsum("qnm,qnk->qmk", contributions, contributions, precision="highest"),
         largest=jnp.abs(contributions).max(axis=1),
         weights=w,
     )
 
 
-def signed_scores(listed: Shortlist, w: jax.Array, signs: tuple[int, ...]) -> jax.Array:
-    """Scores of the listed examples, largest where they matter; linear in w.
+def strengths(listed: Shortlist, w: jax.Array, squared: bool) -> jax.Array:
+    """What the listed examples are ranked by: their scores, or the sizes of these.
 
     Args:
       listed: the shortlist.
       w: weights [m].
-      signs: 1 for the largest scores, -1 for the smallest.
+      squared: whether scores are squares, which rank as sizes do.
 
     Returns:
-      [l, q, s], -inf where there is no example.
+      [q, s], -inf where there is no example.
     """
     scores = jnp.matmul(listed.parts, w.astype(listed.parts.dtype), precision="highest")
-    if listed.complete:  # one list, which serves for both ends
-        return jnp.stack([sign * scores[0] for sign in signs])
-    scores = scores * jnp.asarray(signs, scores.dtype)[:, None, None]
-    return jnp.where(listed.ids >= 0, scores, -jnp.inf)
+    return jnp.where(listed.ids >= 0, jnp.abs(scores) if squared else scores, -jnp.inf)
 
 
 def sum_of_squares(listed: Shortlist, w: jax.Array) -> jax.Array:
@@ -134,16 +106,13 @@ def sum_of_squares(listed: Shortlist, w: jax.Array) -> jax.Array:
       listed: the shortlist.
       w: weights [m].
     """
-    if listed.gram is None:
-        scores = jnp.matmul(listed.parts[0], w.astype(listed.parts.dtype), precision="highest")
-        return jnp.sum(scores**2, axis=-1)
     w = w.astype(listed.gram.dtype)
     product = jnp.matmul(listed.gram, w, precision="highest")  # [q, m]
     return jnp.maximum(jnp.matmul(product, w, precision="highest"), 0)
 
 
 def bounds(listed: Shortlist, w: jax.Array) -> jax.Array:
-    """What no dropped example's signed score exceeds under other weights, [l, q].
+    """What no dropped example's strength exceeds under other weights, [q].
 
     Args:
       listed: the shortlist.
@@ -160,19 +129,19 @@ def bounds(listed: Shortlist, w: jax.Array) -> jax.Array:
 
 
 class _Rows(NamedTuple):
-    """Examples per query, [q, r] and [q, r, m]; of several lists, [l, q, r] and [l, q, r, m].
+    """Examples per query, [q, r] and [q, r, m].
 
     Attributes:
       ids: -1 where there is none.
       parts: contributions.
-      scores: signed, under the weights of the pass.
+      strengths: under the weights of the pass; -inf where there is none.
       lengths: norms of weighted contributions.
       digests: of the examples' features, [q, r, 2].
     """
 
     ids: jax.Array
     parts: jax.Array
-    scores: jax.Array
+    strengths: jax.Array
     lengths: jax.Array
     digests: jax.Array
 
@@ -181,10 +150,9 @@ class _Pass(NamedTuple):
     """What a device has found so far.
 
     Attributes:
-      rows: on each list, [l, q, s].
-      radius: the largest norm of the weighted contributions of rows that are on no list, [l, q].
+      rows: on the list, [q, s].
+      radius: the largest norm of the weighted contributions of rows that are on no list, [q].
       gram: sum of c_n c_n^T, [q, m, m].
-      squares: sum of squared contributions, [q, m].
       largest: largest absolute contribution, [q, m].
       weights: of the pass, [m].
     """
@@ -192,14 +160,13 @@ class _Pass(NamedTuple):
     rows: _Rows
     radius: jax.Array
     gram: jax.Array
-    squares: jax.Array
     largest: jax.Array
     weights: jax.Array
 
 
 @functools.lru_cache(maxsize=16)
 def compiled_pass(
-    place: Placement, layout: FeatureLayout, length: int, signs: tuple[int, ...], top_k: int
+    place: Placement, layout: FeatureLayout, length: int, squared: bool, top_k: int
 ) -> tuple[Any, Any, Any]:
     """The steps of a pass.
 
@@ -207,7 +174,7 @@ def compiled_pass(
       place: the devices.
       layout: the groups.
       length: examples per list and device.
-      signs: 1 for a list of the largest scores, -1 for one of the smallest.
+      squared: whether scores are squares.
       top_k: examples of a top k; a list takes as many copies of one, and no more.
 
     Returns:
@@ -217,29 +184,24 @@ def compiled_pass(
     """
     own = (DATA,)  # every array of the state has a leading axis of devices
     absorbing = place.over_shards(
-        functools.partial(_absorb, place, layout, signs, top_k), (own, (), side_axes, (), ()), own
+        functools.partial(_absorb, place, layout, squared, top_k), (own, (), side_axes, (), ()), own
     )
     merging = place.over_shards(functools.partial(_merge, place), (own,), ())
 
     def start(w: jax.Array, phi: Features) -> _Pass:
-        q, m, lists, shards = len(phi), len(layout.names), len(signs), place.shards
+        q, m, shards = len(phi), len(layout.names), place.shards
         dtype = wide(phi.dtype)
         zeros = functools.partial(jnp.zeros, dtype=dtype)
         rows = _Rows(
-            jnp.full((shards, lists, q, length), -1, jnp.int32),
-            zeros((shards, lists, q, length, m)),
-            jnp.full((shards, lists, q, length), -jnp.inf, dtype),
-            zeros((shards, lists, q, length)),
-            jnp.zeros((shards, lists, q, length, identity.LANES), jnp.uint32),
+            jnp.full((shards, q, length), -1, jnp.int32),
+            zeros((shards, q, length, m)),
+            jnp.full((shards, q, length), -jnp.inf, dtype),
+            zeros((shards, q, length)),
+            jnp.zeros((shards, q, length, identity.LANES), jnp.uint32),
         )
-        return _Pass(
-            rows=rows,
-            radius=zeros((shards, lists, q)),
-            gram=zeros((shards, q, m, m)),
-            squares=zeros((shards, q, m)),
-            largest=zeros((shards, q, m)),
-            weights=jnp.broadcast_to(w.astype(dtype)[None], (shards, m)),
-        )
+        weights = jnp.broadcast_to(w.astype(dtype)[None], (shards, m))
+        gram, largest = zeros((shards, q, m, m)), zeros((shards, q, m))
+        return _Pass(rows, zeros((shards, q)), gram, largest, weights)
 
     return jax.jit(start), jax.jit(absorbing, donate_argnums=0), jax.jit(merging)
 
@@ -247,7 +209,7 @@ def compiled_pass(
 def _absorb(
     place: Placement,
     layout: FeatureLayout,
-    signs: tuple[int, ...],
+    squared: bool,
     top_k: int,
     found: _Pass,
     phi: Features,
@@ -257,8 +219,7 @@ def _absorb(
 ) -> _Pass:
     """Takes a slab in; every array of the state has a leading axis of one device."""
     found = jax.tree.map(lambda x: x[0], found)
-    g, b = arrays[EXAMPLES].shape[:2]
-    fresh = jnp.repeat(jnp.arange(g) >= skip, b)
+    numbers, fresh = fresh_rows(place, arrays[EXAMPLES].shape[:2], first, skip)
     side = train_side(place, arrays)
     counted = side.counted & fresh
     digests = _digests(place, side)  # [r, 2]
@@ -267,27 +228,23 @@ def _absorb(
     listable = counted & ~_further_copies(digests, counted, jnp.moveaxis(parts, 1, 0), top_k)
     weighted = parts * found.weights[None, None]
     scores, lengths = weighted.sum(axis=-1), jnp.linalg.norm(weighted, axis=-1)  # [q, r]
-    ids = jnp.where(counted, slab_ids(place, (g, b), first), -1).astype(found.rows.ids.dtype)
-    ids = jnp.broadcast_to(ids[None], scores.shape)
-    digests = jnp.broadcast_to(digests[None], (*scores.shape, identity.LANES))
-    lengths = jnp.where(listable[None], lengths, 0)
-    lists = []
-    for number, sign in enumerate(signs):
-        signed = jnp.where(listable[None], sign * scores, -jnp.inf)
-        before = jax.tree.map(lambda x, i=number: x[i], found.rows)
-        rows = _Rows(ids, parts, signed, lengths, digests)
-        candidates, left = _strongest(rows, before.ids.shape[1])
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), before, candidates)
-        both = _without_copies(both, top_k)
-        kept, evicted = _strongest(both, before.ids.shape[1])
-        lists.append((kept, functools.reduce(jnp.maximum, (found.radius[number], left, evicted))))
-    kept, radius = jax.tree.map(lambda *each: jnp.stack(each), *lists)
+    ids = jnp.where(counted, numbers, -1).astype(found.rows.ids.dtype)
+    rows = _Rows(
+        jnp.broadcast_to(ids[None], scores.shape),
+        parts,
+        jnp.where(listable[None], jnp.abs(scores) if squared else scores, -jnp.inf),
+        jnp.where(listable[None], lengths, 0),
+        jnp.broadcast_to(digests[None], (*scores.shape, identity.LANES)),
+    )
+    length = found.rows.ids.shape[1]
+    candidates, left = _strongest(rows, length)
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), found.rows, candidates)
+    kept, evicted = _strongest(_without_copies(both, top_k), length)
     gram = jnp.einsum("qrm,qrk->qmk", parts, parts, precision="highest")
     new = _Pass(
         rows=kept,
-        radius=radius,
+        radius=functools.reduce(jnp.maximum, (found.radius, left, evicted)),
         gram=found.gram + gram,
-        squares=found.squares + jnp.einsum("qmm->qm", gram),
         largest=jnp.maximum(found.largest, jnp.abs(parts).max(axis=1)),
         weights=found.weights,
     )
@@ -324,16 +281,16 @@ def _without_copies(rows: _Rows, top_k: int) -> _Rows:
     out = jax.vmap(further)(rows.digests, rows.ids >= 0, rows.parts)
     return rows._replace(
         ids=jnp.where(out, -1, rows.ids),
-        scores=jnp.where(out, -jnp.inf, rows.scores),
+        strengths=jnp.where(out, -jnp.inf, rows.strengths),
         lengths=jnp.where(out, 0, rows.lengths),
     )
 
 
 def _strongest(rows: _Rows, length: int) -> tuple[_Rows, jax.Array]:
-    """Those with the largest scores, at most so many; and the largest norm of the others, [q]."""
+    """The strongest, at most so many; and the largest norm of the others, [q]."""
     if rows.ids.shape[1] <= length:
         return rows, jnp.zeros(len(rows.ids), rows.lengths.dtype)
-    _, places = jax.lax.top_k(rows.scores, length)
+    _, places = jax.lax.top_k(rows.strengths, length)
     chosen = jax.tree.map(
         lambda x: jnp.take_along_axis(
             x, places.reshape(*places.shape, *(1,) * (x.ndim - 2)), axis=1
@@ -348,9 +305,9 @@ def _merge(place: Placement, found: _Pass) -> Shortlist:
     """Joins the lists of all devices; sums and extremes over them."""
     found = jax.tree.map(lambda x: x[0], found)
 
-    def joined(x: jax.Array) -> jax.Array:  # [shards, l, q, s, ...] -> [l, q, shards * s, ...]
-        x = jnp.moveaxis(place.gather_shards(x), 0, 2)
-        return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+    def joined(x: jax.Array) -> jax.Array:  # [shards, q, s, ...] -> [q, shards * s, ...]
+        x = jnp.moveaxis(place.gather_shards(x), 0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])
 
     # By id, so that ties go to the lower one, as they do where all examples are listed.
     ids, parts = joined(found.rows.ids), joined(found.rows.parts)
@@ -359,10 +316,9 @@ def _merge(place: Placement, found: _Pass) -> Shortlist:
     return Shortlist(
         ids=jnp.take_along_axis(ids, order, axis=-1),
         parts=jnp.take_along_axis(parts, order[..., None], axis=-2),
-        dropped=place.largest_of_shards(found.rows.scores.min(axis=-1)),
+        dropped=place.largest_of_shards(found.rows.strengths.min(axis=-1)),
         radius=place.largest_of_shards(found.radius),
         gram=place.sum_shards(found.gram),
-        squares=place.sum_shards(found.squares),
         largest=place.largest_of_shards(found.largest),
         weights=found.weights,
     )

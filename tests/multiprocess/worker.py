@@ -13,11 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxattr as ja
 from jaxattr.features import projections
-from jaxattr.store import DiskRows
+from jaxattr.store.disk_rows import DiskRows
+from jaxattr.weights import learning
 from tests import models
 
 SIZE, BATCH = 61, 8
-FIT = {"steps": 5, "top_k": 5, "materialize": False}
+FIT = {"steps": 5, "top_k": 5}
 
 
 def checkpoints():
@@ -71,7 +72,8 @@ def results(index):
     fit = ja.learn_weights(index, queries, **FIT)
     found = {"scores": ja.score(index, queries), "ids": top.ids, "top": top.scores}
     among = (7 * np.arange(6)[:, None] + 5 * np.arange(12)) % SIZE
-    found["among"] = ja.top_k(index, queries, k=4, among=among, block_size=9).ids
+    with models.slabs_of(9):
+        found["among"] = ja.top_k(index, queries, k=4, among=among).ids
     if index.link == "identity":
         others = models.data(6, seed=2)
         found["contrast"] = ja.score(index, ja.contrast(index, queries, others))
@@ -232,4 +234,5 @@ if __name__ == "__main__":
         "global_data": global_data, "fail": fail, "over_columns": over_columns,
         "compressed": compressed,
     }  # fmt: skip
+    learning._WHOLE_BYTES = 0  # contributions are not kept
     tasks[task](folder)
