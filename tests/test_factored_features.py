@@ -247,12 +247,15 @@ def test_bands_are_blocks_of_columns():
     np.testing.assert_allclose(ja.score(index, data), ja.score(plain, data), rtol=1e-9)
 
 
-def test_a_rank_above_a_layer_is_clipped_and_said_so():
+def test_a_rank_that_leaves_a_layer_whole_says_so():
     params, data = models.mlp_params(), models.data(3)
     method = ja.tracin(models.loss, projection=projections.two_sided(6))
     text = str(ja.describe(method, params, models.one(data)))
-    assert "dense 7x7 -> 6x6" in text  # with the bias
-    assert "dense 6x3 -> 6x3 (rank 6 clipped)" in text
+    assert "dense 7x7 -> 6x6\n" in text  # with the bias
+    assert "dense 6x3 -> 6x3 (rank 6: whole)" in text
+    method = ja.tracin(models.loss, projection=projections.two_sided(4))
+    text = str(ja.describe(method, params, models.one(data)))
+    assert "dense 6x3 -> 4x3 (rank 4: one side whole)" in text
 
 
 def test_layout_without_blocks_takes_groups_as_blocks():

@@ -63,6 +63,18 @@ class Typed(Items):
     dtype = np.float32
 
 
+class Loader:
+    """Like that of PyTorch."""
+
+    dataset = D
+
+    def __len__(self):
+        return 5
+
+    def __iter__(self):
+        return iter(BATCHES)
+
+
 class Endless(Items):
     def __len__(self):
         raise TypeError("infinite")
@@ -97,6 +109,23 @@ class Nnx(nnx.Module):
 
     def __call__(self, x):
         return self.dropout(self.norm(self.dense(x)))
+
+
+class Recurrent(nnx.Module):
+    def __init__(self, rngs):
+        self.cells = nnx.RNN(nnx.GRUCell(1, 3, rngs=rngs))
+
+    def __call__(self, x):  # [t, 1] -> [t, 3]
+        return self.cells(x[None])[0]
+
+
+RECURRENT = Recurrent(nnx.Rngs(0))
+RECURRENT.eval()
+RNN = nnx.split(RECURRENT, nnx.Param, ...)
+
+
+def recurrent_loss(params, example, key):
+    return nnx.merge(RNN[0], params, RNN[2])(example["x"]).sum()
 
 
 VARIABLES = Regressor().init(KEY, X)
@@ -154,6 +183,11 @@ def fields_loss(params, x, y):
     return jnp.sum((x @ params["w"]) ** 2) * y.astype(float)
 
 
+def labelled_loss(params, example, key):
+    logits = example["x"] @ params["w"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, example["y"])
+
+
 def embedded(params, example, key):
     return params["w"][jnp.asarray(example) % 4].sum()
 
@@ -175,6 +209,9 @@ WRONG = {  # name: (call, error, words)
     "generator": (
         lambda: build({"x": row} for row in X), TypeError,
         ["generator", "__len__ and __getitem__", "list(train)"],
+    ),
+    "a loader of batches": (
+        lambda: build(Loader()), TypeError, ["Loader", "pass train.dataset, of which"],
     ),
     "iterator": (lambda: build(iter([ONE])), TypeError, ["list_iterator", "__len__"]),
     "loader without items": (
@@ -362,6 +399,13 @@ WRONG = {  # name: (call, error, words)
         lambda: build(D, lambda p, e, key: loss(P, e, key)), ValueError,
         ["does not depend on its parameters", "close over the trained ones"],
     ),
+    "a tuple, read by name": (
+        lambda: build((X, Y)), ValueError, ["by position, example[0]", "{'x': ..., 'y': ...}"],
+    ),
+    "labels of floats": (
+        lambda: build(D | {"y": Y.astype(np.float32)}, labelled_loss), ValueError,
+        ["where 'y' holds integers", ".astype(np.int32)", "y float32[]"],
+    ),
     "a tuple as arguments": (
         lambda: build((X, Y), fields_loss), ValueError,
         ["called as (params, example, key)", "fields_loss(params, *example)"],
@@ -396,6 +440,10 @@ WRONG = {  # name: (call, error, words)
     "state of nnx": (
         lambda: build(D, nnx_loss, PARAMS), ValueError,
         ["copy=True", "nnx.reseed(model, default=key)", "model.eval()"],
+    ),
+    "an nnx.RNN in evaluation mode": (
+        lambda: build({"x": X[:, :, None]}, recurrent_loss, RNN[1]), ValueError,
+        ["If it still does, as nnx.RNN", "copy=True"],
     ),
     "state of linen": (
         lambda: build(D, noisy_linen_loss, VARIABLES, groups=ja.by_layer(exclude="batch_stats")),
@@ -467,6 +515,10 @@ WRONG = {  # name: (call, error, words)
     "ONE query": (
         lambda: ja.score(INDEX, ONE), ValueError,
         ["float32[]", "ONE query, add an axis", "x[None]"],
+    ),
+    "ONE query with a label": (
+        lambda: ja.score(INDEX, ONE | {"y": Y[0]}), ValueError,
+        ["x float32[4], y int64[]", "ONE example, add an axis", "x[None]"],
     ),
     "no timestep": (
         lambda: ja.expectation(loss, timesteps=range(3)), TypeError,

@@ -45,7 +45,7 @@ def other_loss(params, example, key):
          "the function that is attributed .the loss, .* computes something else than when"),
         ({"method": ja.tracin(models.loss, projection=projections.rademacher(9))},
          "projection.kind: the index has Identity, got Rademacher"),
-        ({"checkpoints": CHECKPOINTS[::-1]}, "parameters of checkpoint 1 differ: layer2/kernel"),
+        ({"checkpoints": CHECKPOINTS[::-1]}, "parameters of checkpoint 1 differ: .*layer2/kernel"),
         ({"checkpoints": CHECKPOINTS[:1]}, "rows.checkpoints: the index has 2, got 1"),
         ({"train": models.data(SIZE, seed=3)}, "train: x of 53 examples differs .*: 0, 1, 2"),
         ({"train": models.data(SIZE + 1)}, "data.examples: the index has 53, got 54"),
@@ -59,6 +59,24 @@ def test_what_does_not_belong_together_is_refused(finished_index, change, messag
     options = {"method": IDENTITY, "checkpoints": CHECKPOINTS, "train": TRAIN} | change
     with pytest.raises(StoreError, match=f"(?s)was made from something else.*{message}"):
         build(finished_index, **options)
+
+
+def test_what_follows_from_another_difference_is_not_listed(finished_index):
+    """Another method and other parameters also change widths and the layout of columns."""
+    method = ja.tracin(models.loss, projection=projections.rademacher(9))
+    with pytest.raises(StoreError) as caught:
+        build(finished_index, method, CHECKPOINTS[::-1])
+    lines = str(caught.value).splitlines()[1:-1]
+    leaves = "layer0/bias, layer0/kernel, layer1/bias, layer1/kernel, layer2/bias, layer2/kernel"
+    for number in range(2):
+        assert f"  the parameters of checkpoint {number} differ: {leaves}" in lines
+    others = [line for line in lines if "parameters of checkpoint" not in line]
+    assert others and all(line.startswith("  method.rule.projection.") for line in others)
+
+
+def test_groups_that_differ_are_told_apart_by_name_and_size(finished_index):
+    with pytest.raises(StoreError, match="groups: the index has layer0 of .* parameters, .*got l"):
+        build(finished_index, groups=ja.by_leaf)
 
 
 def test_opening_checks_method_and_checkpoints(finished_index):

@@ -15,6 +15,7 @@ from jaxattr.features.bases import Fitted
 from jaxattr.features.featurizer import FeatureRule, Featurizer
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.groups import GroupLayout, Member, named_leaves
+from jaxattr.inputs.wording import listed
 from jaxattr.methods.method import Method
 from jaxattr.sources import Source
 from jaxattr.store.rows import RowLayout
@@ -84,9 +85,11 @@ def differences(there: Any, here: Any) -> list[str]:
       here: of what was asked for now.
 
     Returns:
-      One line per difference, in words of the call.
+      One line per difference, in words of the call. What follows from another one is left out.
     """
-    found = {}
+    found: dict[str, str] = {}
+    follow: dict[str, str] = {}
+    leaves: dict[str, list[str]] = {}
     for name, a, b in _unequal(there, here, ""):
         if name.partition(".")[0] in ("versions", "covered"):
             continue
@@ -101,10 +104,20 @@ def differences(there: Any, here: Any) -> list[str]:
             found.setdefault(part, f"{_worded(part)} {what} than when the index was built")
         elif name.startswith("params."):
             _, number, leaf = name.split(".", 2)
-            found[name] = f"the parameters of checkpoint {number} differ: {leaf}"
+            leaves.setdefault(number, []).append(leaf)
         else:
-            found[name] = f"{name}: the index has {_short(a)}, got {_short(b)}"
-    return list(found.values())
+            if name == "groups" and _groups_in_words(a) != _groups_in_words(b):
+                a, b = _groups_in_words(a), _groups_in_words(b)
+            lines = follow if name.startswith(("layout.", "rows.widths.")) else found
+            lines[name] = f"{name}: the index has {_short(a)}, got {_short(b)}"
+    for number, those in leaves.items():
+        found[number] = f"the parameters of checkpoint {number} differ: {listed(those)}"
+    return list((found or follow).values())
+
+
+def _groups_in_words(described: Sequence[Mapping[str, Any]]) -> str:
+    sizes = {group["name"]: sum(each[2] for each in group["members"]) for group in described[:-1]}
+    return listed(f"{name} of {size} parameters" for name, size in sizes.items())
 
 
 def describe_method(method: Method, rule: FeatureRule) -> Any:

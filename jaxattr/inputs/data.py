@@ -167,10 +167,13 @@ def _refuse_what_is_none(data: Any, role: str) -> None:
     if reads and is_one_leaf(data) and not hasattr(data, "shape"):
         lacking = [name for name in ("__len__", "__getitem__") if not hasattr(data, name)]
         if lacking:
+            instead = "give it __len__ and __getitem__, or pass "
+            instead += f"list({role}) if it fits in memory and ends"
+            if hasattr(data, "dataset"):  # a loader of PyTorch, whose items are batches
+                instead = f"pass {role}.dataset, of which it makes batches"
             raise TypeError(
                 f"{role} is a {kind}, and lacks {' and '.join(lacking)}. Examples are "
-                f"read by their number, several times: give it __len__ and __getitem__, or pass "
-                f"list({role}) if it fits in memory and ends."
+                f"read by their number, several times: {instead}."
             )
 
 
@@ -274,9 +277,11 @@ def _check_leading(batch: Batch, role: str) -> None:
     leaves = jax.tree.leaves(batch)
     sizes = {jnp.shape(leaf)[:1] for leaf in leaves}
     if len(sizes) != 1 or () in sizes:
+        single = " If this is ONE example, add an axis: jax.tree.map(lambda x: x[None], example)."
         raise ValueError(
             f"All arrays of a data set need the same leading axis, one row per example. {role} has "
-            f"{shapes(batch)}. Scalars that all examples share belong into the function."
+            f"{shapes(batch)}. Scalars that all examples share belong in the function."
+            f"{single if () in sizes else ''}"
         )
     if sizes == {(0,)}:
         raise ValueError(f"{role} is empty: it has no examples, and at least one is needed.")

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxattr.inputs.arrays import field_names
 from jaxattr.inputs.traces import read_inputs, shapes_of, trace, warn_of_shared_randomness
 from jaxattr.inputs.wording import brief, name_of, shapes
 from jaxattr.typing import Example, Key, OutputFn, Params
@@ -178,7 +179,12 @@ def _returned(function: OutputFn, params: Params, example: Example, error: _NoSc
 
 def _failed(function: OutputFn, params: Params, example: Example, error: Exception) -> ValueError:
     kind = type(error).__name__
-    remedy = _REMEDIES.get(kind) or _likely_meant(function, params, example) or ""
+    remedy = _REMEDIES.get(kind) or _likely_meant(function, params, example)
+    if remedy is None and isinstance(example, tuple | list) and "indices must be" in str(error):
+        remedy = (
+            "Examples are read by position, example[0]. To read them by name, pass the "
+            "data as a dict, {'x': ..., 'y': ...}, or items that are dicts."
+        )
     return ValueError(
         f"The function {name_of(function)!r} fails on one example: {kind}: {brief(error, 300)}\n"
         + (f"{remedy}\n" if remedy else "")
@@ -240,6 +246,7 @@ def _slips(params: Params, example: Example) -> Any:
             params,
             one,
         )
+    yield from _with_whole_numbers(params, example)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), example)
     yield (
         "It runs on a batch of one: it wants a batch axis, which an example has not. Add it "
@@ -247,6 +254,22 @@ def _slips(params: Params, example: Example) -> Any:
         params,
         batch,
     )
+
+
+def _with_whole_numbers(params: Params, example: Example) -> Any:
+    """The same example with one of its fields of floats as integers: labels, or token ids."""
+    leaves, structure = jax.tree.flatten(example)
+    names = field_names(example) or [""] * len(leaves)
+    for number, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            whole = [*leaves]
+            whole[number] = jax.ShapeDtypeStruct(leaf.shape, jnp.int32)
+            yield (
+                f"It runs where {repr(name) if name else 'the example'} holds integers, as labels "
+                "and token ids are: convert it, .astype(np.int32).",
+                params,
+                jax.tree.unflatten(structure, whole),
+            )
 
 
 @contextlib.contextmanager
@@ -278,9 +301,9 @@ def _look_right(function: Any, params: Any, data: Any) -> bool:
 
 
 _STATE = (
-    "The model changes its own state while it runs. In evaluation mode it does not: model.eval() "
-    "before nnx.split. With dropout: model = nnx.merge(graph, params, rest, copy=True), then "
-    "nnx.reseed(model, default=key)."
+    "The model changes its own state while it runs. In evaluation mode most do not: model.eval() "
+    "before nnx.split. If it still does, as nnx.RNN, or for dropout: model = nnx.merge(graph, "
+    "params, rest, copy=True); dropout then wants nnx.reseed(model, default=key)."
 )
 _REMEDIES: dict[str, str] = {
     "TracerArrayConversionError": (

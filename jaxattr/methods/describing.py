@@ -132,8 +132,9 @@ def _routes(featurize: Featurizer) -> dict[str, str]:
             f"{factored.rows}x{found.size_out} -> {factored.left}x{factored.right}"
         )
         rank = projection.basis.rank if projection.basis is not None else None
-        if rank is not None and min(factored.left, factored.right) < rank:
-            route += f" (rank {rank} clipped)"
+        whole = (factored.left == factored.rows) + (factored.right == found.size_out)
+        if rank is not None and whole:
+            route += f" (rank {rank}: {'whole' if whole == 2 else 'one side whole'})"
         if found.uses > 1:
             route += f", used {found.uses} times"
         routes[found.leaf] = route
