@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +109,18 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dic
     return found
 
 
+@overload
+def by_leaf(
+    params: None = None, *, exclude: str | None = None, stacked: str | None = None
+) -> Callable[[Params], GroupLayout]: ...
+
+
+@overload
+def by_leaf(
+    params: Params, *, exclude: str | None = None, stacked: str | None = None
+) -> GroupLayout: ...
+
+
 def by_leaf(
     params: Params | None = None, *, exclude: str | None = None, stacked: str | None = None
 ) -> Any:
@@ -127,6 +139,18 @@ def by_leaf(
     if params is None:
         return lambda params: by_leaf(params, exclude=exclude, stacked=stacked)
     return _by_name(params, lambda name: name, exclude, stacked)
+
+
+@overload
+def by_layer(
+    params: None = None, *, exclude: str | None = None, stacked: str | None = None
+) -> Callable[[Params], GroupLayout]: ...
+
+
+@overload
+def by_layer(
+    params: Params, *, exclude: str | None = None, stacked: str | None = None
+) -> GroupLayout: ...
 
 
 def by_layer(
