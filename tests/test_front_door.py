@@ -740,9 +740,14 @@ def test_an_output_that_is_not_finite_is_counted_though_its_gradient_is():
     gradient = jax.grad(loss)(P, jax.tree.map(lambda x: x[wrong[0]], off), None)
     assert np.isfinite(gradient["w"]).all()
     for make in (ja.tracin, ja.grad_cos, ja.logra, ja.ekfac):
-        with pytest.warns(ja.NonFiniteWarning, match="20 of 40 training examples have outputs or"):
+        with pytest.warns(ja.NonFiniteWarning, match="20 of 40 .* is a label out of range"):
             index = ja.build_index(make(loss), P, off)
         np.testing.assert_array_equal(index.non_finite, wrong)
+
+
+def test_weights_of_one_group_say_that_they_change_nothing():
+    assert FIT.weights == {"w": 1.0}
+    assert "a single weight changes no ranking" in str(FIT)
 
 
 def test_an_example_that_is_not_read_is_warned_of():

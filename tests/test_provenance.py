@@ -74,6 +74,13 @@ def test_what_follows_from_another_difference_is_not_listed(finished_index):
     assert others and all(line.startswith("  method.rule.projection.") for line in others)
 
 
+def test_settings_of_another_method_are_not_listed(finished_index):
+    with pytest.raises(StoreError) as caught:
+        build(finished_index, ja.ekfac(models.loss))
+    line = "  method.name: the index has TracIn, got EK-FAC"
+    assert str(caught.value).splitlines()[1:-1] == [line]
+
+
 def test_groups_that_differ_are_told_apart_by_name_and_size(finished_index):
     with pytest.raises(StoreError, match="groups: the index has layer0 of .* parameters, .*got l"):
         build(finished_index, groups=ja.by_leaf)

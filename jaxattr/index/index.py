@@ -224,7 +224,8 @@ def report_non_finite(positions: np.ndarray, total: int, what: str, where: str =
         warnings.warn(
             f"{len(positions)} of {total} {what} have outputs or gradients that are not finite, or "
             f"too large for their squares to be summed, and were left out{where}: ids "
-            f"{first_ids(positions)}.",
+            f"{first_ids(positions)}. Look at them: is a label out of range, or a mask zero "
+            "everywhere?",
             NonFiniteWarning,
             stacklevel=3,
         )

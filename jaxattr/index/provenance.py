@@ -110,6 +110,9 @@ def differences(there: Any, here: Any) -> list[str]:
                 a, b = _groups_in_words(a), _groups_in_words(b)
             lines = follow if name.startswith(("layout.", "rows.widths.")) else found
             lines[name] = f"{name}: the index has {_short(a)}, got {_short(b)}"
+    if "method.name" in found:  # its settings are those of another method, and no more to mend
+        settings = ("method.kernel.", "method.rule.projection.", "rows.dtypes.raw")
+        found = {name: line for name, line in found.items() if not name.startswith(settings)}
     for number, those in leaves.items():
         found[number] = f"the parameters of checkpoint {number} differ: {listed(those)}"
     return list((found or follow).values())

@@ -181,7 +181,7 @@ def _toolbar(queries: Sequence[Query]) -> str:
 def _legend(queries: Sequence[Query], cards: Cards) -> str:
     """What the marks in the cards mean, of those that are there."""
     labels = any(query.item is not None and query.item.label is not None for query in queries)
-    said = ["Dotted labels are other than the query's."] if labels else []
+    said = ["Labels with a dotted line differ from the query's."] if labels else []
     if cards.by_query or cards.by_train:
         said += ["Blue tokens raise the score, orange ones lower it; the stronger, the more."]
         said += ["Underlined tokens are asked for, where others are given."]

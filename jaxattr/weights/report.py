@@ -61,8 +61,8 @@ class Gain:
         return (
             f"gain {100 * self.mean:+.1f} % LDS [{100 * self.low:+.1f}, {100 * self.high:+.1f}] "
             f"over uniform weights' {100 * self.uniform:.1f} %{shown} ({self.models} retrained "
-            f"models, {self.queries} queries{''.join(', ' + each for each in left)}; weights are "
-            f"{self.to_uniform:.0%} of the way to uniform)"
+            f"models, {self.queries} queries{''.join(', ' + each for each in left)}; weights "
+            f"were drawn {self.to_uniform:.0%} of the way to uniform)"
         )
 
 
@@ -72,6 +72,11 @@ _FEW_QUERIES = 10
 UNKNOWN_GAIN = (
     "gain over uniform weights: not known. Outcomes of small retrained models, "
     "learn_weights(..., outcomes=ja.outcomes(...)), give it, at the cost of 4 to 16 trainings."
+)
+
+
+_ONE_GROUP = (
+    "one group: a single weight changes no ranking. Build the index with more: groups=ja.by_leaf."
 )
 
 
@@ -134,6 +139,7 @@ class WeightFit:
             "    weight  share  group",
             *(f"  {self.weights[name]:8.3f}  {self.shares[name]:4.0%}   {name}" for name in ranked),
             *(f"warning: {warning}" for warning in self.warnings),
+            *([_ONE_GROUP] if len(self.weights) == 1 else []),
         ]
         return "\n".join(lines)
 
