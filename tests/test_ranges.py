@@ -65,6 +65,18 @@ def test_strongest_examples_past_the_range_of_float32(factor, opponents):
         np.testing.assert_array_equal(np.sign(top.scores), sides)
 
 
+def test_rows_made_anew_may_grow_from_block_to_block():
+    """Each block has its own largest feature, and the queries are scaled for it."""
+    x = X * np.logspace(-30, 28, N, dtype=np.float32)[:, None]
+    index = ja.build_index(
+        ja.tracin(linear), PARAMS, {"x": x}, groups=GROUPS, batch_size=2, store=False
+    )
+    queries = X * np.float32(1e-2)
+    np.testing.assert_allclose(ja.score(index, {"x": queries}), oracle(x, queries), rtol=1e-5)
+    parts = ja.contributions(index, {"x": queries}).sum(axis=-1)
+    np.testing.assert_allclose(parts, oracle(x, queries), rtol=1e-5)
+
+
 @pytest.mark.parametrize("path", [False, True])
 def test_scores_past_the_range_are_infinite_and_said(path, tmp_path):
     x = with_outlier(1e20)
