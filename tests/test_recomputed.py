@@ -51,6 +51,36 @@ def test_all_that_is_asked_of_an_index_is_the_same(name):
     np.testing.assert_allclose(*weighted, **same)
 
 
+class Counted:
+    """The training set, an example at a time, and how many were read."""
+
+    def __init__(self):
+        self.read = 0
+
+    def __len__(self):
+        return 37
+
+    def __getitem__(self, position):
+        self.read += 1
+        return jax.tree.map(lambda x: x[position], TRAIN)
+
+
+def test_what_is_made_of_each_example_waits_until_it_is_asked_for():
+    data = Counted()
+    index = ja.build_index(METHODS["trak"], CHECKPOINTS[0], data, batch_size=8, store=False)
+    queries = ja.query_features(index, QUERIES)
+
+    def passes(call):
+        before = data.read
+        call()
+        return (data.read - before) // len(data)
+
+    assert passes(lambda: ja.score(index, queries)) == 1
+    assert passes(lambda: ja.self_influence(index)) == 1
+    assert passes(lambda: ja.self_influence(index)) == 0
+    assert passes(lambda: ja.top_k(index, queries)) == 1
+
+
 def test_candidates_alone_are_computed(monkeypatch):
     stored, anew = both("ekfac")
     ids = np.array([[3, 30, 7], [36, 0, 3]])
