@@ -196,7 +196,7 @@ def test_groups_are_as_large_as_their_features_have_room(monkeypatch):
     monkeypatch.setattr(queries, "_streamed", counted)
     monkeypatch.setattr(featurizer, "_ROOM_OF_HOST", 5 * 2 * 8 * index.layout.total)  # float64
     np.testing.assert_allclose(ja.score(index, QUERIES), expected, rtol=1e-12)
-    assert sizes == [5, 5, 2]
+    assert sizes == [4, 4, 4]
 
 
 def test_a_group_has_queries():

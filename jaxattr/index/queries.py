@@ -131,7 +131,8 @@ def in_groups(index: Index, queries: Any, at_once: int | None) -> "QueryGroups":
         numbers = index.layout.total * index.rows.layout.checkpoints
         at_once = max(1, room() // (numbers * index.rows.layout.wide.itemsize))
     n = source.size
-    groups = [range(start, min(start + at_once, n)) for start in range(0, n, at_once)]
+    size = -(-n // -(-n // at_once))  # none is much smaller than the others, as each is a pass
+    groups = [range(start, min(start + size, n)) for start in range(0, n, size)]
     return QueryGroups(n, (_features_of(index, source, group) for group in groups))
 
 
@@ -357,15 +358,30 @@ def _streamed(
     step = _query_step(index.place, functions)
     block = _block_of(len(group), index)
     state, count = state_of(index), -(-len(group) // block)
-    found = []
+    rows: Any = None
+    finite = []
     for each in track(source.part(group).blocks(block, index.place), role, count):
-        first = group.start + each.start
-        ids = index.place.numbers(lambda rows: rows, -1 - first - np.arange(block))
-        features, finite = step(state, each.batch, ids)
-        found.append((index.place.gathered(features), index.place.gathered(finite)))
-    features = jnp.concatenate([features for features, _ in found])[: len(group)]
-    finite = np.concatenate([np.asarray(finite) for _, finite in found])[: len(group)]
-    return features, finite
+        ids = index.place.numbers(
+            lambda rows: rows, -1 - group.start - each.start - np.arange(block)
+        )
+        features, good = map(index.place.gathered, step(state, each.batch, ids))
+        part = features[: len(group) - each.start]
+        if rows is None:
+            whole = jax.ShapeDtypeStruct((len(group), part.shape[1]), part.dtype)
+            rows = part if count == 1 else index.place.zeros(whole, lambda path: ())
+        if count > 1:
+            # Not joined at the end, which would hold all of them twice.
+            rows = _compiled_insert(index.place)(rows, part, each.start)
+        finite.append(good)
+    return rows, np.concatenate([np.asarray(good) for good in finite])[: len(group)]
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_insert(place: Placement) -> Any:
+    def insert(rows: Features, part: Features, start: int) -> Features:
+        return jax.lax.dynamic_update_slice_in_dim(rows, part, start, axis=0)
+
+    return place.jit(insert, donate_argnums=0)
 
 
 def featurizer_of(

@@ -109,10 +109,11 @@ def score(
     check_index(index)
     w = index.place.whole(weights_for(index, weights))
     groups = in_groups(index, queries, queries_at_once)
-    scored = ((prepared, _scored(index, w, prepared)) for prepared in groups.each)
     if path is not None:
+        scored = ((prepared, _scored(index, w, prepared)) for prepared in groups.each)
         return written(index, groups.size, scored, Folder(path))
-    found = [_joined(index, *each) for each in scored]
+    # Not a loop, whose variable would hold a group while the next is made.
+    found = list(map(functools.partial(_of_group, index, w), groups.each))
     scores = found[0] if len(found) == 1 else jnp.concatenate(found)
     _warn_of_overflow(scores)
     return scores
@@ -135,11 +136,10 @@ def _scored(
         yield slab._replace(arrays={}), place.gathered(step(weighted, slab.arrays))
 
 
-def _joined(
-    index: Index, prepared: QueryFeatures, blocks: Iterator[tuple[Slab, jax.Array]]
-) -> jax.Array:
+def _of_group(index: Index, w: jax.Array, prepared: QueryFeatures) -> jax.Array:
     """Scores [q, n] of a group of queries."""
-    parts = [scores[:, slab.fresh :].reshape(len(scores), -1) for slab, scores in blocks]
+    slabs = _scored(index, w, prepared)
+    parts = [scores[:, slab.fresh :].reshape(len(scores), -1) for slab, scores in slabs]
     scores = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
     return _mark_queries(scores[:, : index.size], prepared)
 
@@ -226,6 +226,7 @@ def top_k(
         first = sum(len(each.ids) for each in found)
         own = None if ids is None else ids[first : first + len(prepared.features)]
         found.append(_best(index, w, prepared, k, sign, own))
+        del prepared  # while the next group is made
     top = found[0] if len(found) == 1 else TopK(*map(jnp.concatenate, zip(*found, strict=True)))
     _warn_of_overflow(top.scores)
     return top
