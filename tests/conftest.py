@@ -5,10 +5,8 @@ import os
 import shutil
 import tempfile
 
-# Tests compile more than they compute: machine code that is not optimised is there sooner.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 
 import jax
