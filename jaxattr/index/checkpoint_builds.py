@@ -126,7 +126,7 @@ def build_checkpoint(
     found = _operator(job, over, fitted, rows, ledger)
     apply, residual = apply_kernel(job.place, kernel, layout, eta)
     anew = over.anew(fitted)
-    made = _compiled_mapped(job.place, kernel, _Kept.of(rows.layout, kernel), eta)
+    made = _compiled_mapped(job.place, kernel, _RawForm.of(rows.layout, kernel), eta)
     rows.made_by(
         FEATURES,
         number,
@@ -177,7 +177,7 @@ def _operator(
     rows.begin(number)
 
     exponent = _unit_on_record(ledger, number) if first else None
-    store = _compiled_raw(job.place, _Kept.of(rows.layout, kernel))
+    store = _compiled_raw(job.place, _RawForm.of(rows.layout, kernel))
 
     def blocks() -> Iterator[tuple[int | None, Features, jax.Array]]:
         nonlocal exponent
@@ -321,7 +321,7 @@ def _compiled_identity(place: Placement, layout: FeatureLayout, eta: float) -> A
     return place.jit(prepare, DATA)
 
 
-class _Kept(NamedTuple):
+class _RawForm(NamedTuple):
     """How raw features are kept.
 
     Attributes:
@@ -337,7 +337,7 @@ class _Kept(NamedTuple):
     sized: bool
 
     @classmethod
-    def of(cls, layout: RowLayout, kernel: Kernel) -> "_Kept":
+    def of(cls, layout: RowLayout, kernel: Kernel) -> "_RawForm":
         """Of the rows and the kernel of a method."""
         return cls(layout.dtypes[RAW], layout.wide, layout.size, kernel.degree is not None)
 
@@ -350,7 +350,7 @@ class _Kept(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_raw(place: Placement, form: _Kept) -> Any:
+def _compiled_raw(place: Placement, form: _RawForm) -> Any:
     """The step (clean features, exponent) -> rows to keep, and which of them count."""
 
     def prepare(clean: CleanFeatures, exponent: jax.Array) -> tuple[dict, jax.Array]:
@@ -402,7 +402,7 @@ def apply_kernel(
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_mapped(place: Placement, kernel: Kernel, form: _Kept, eta: float) -> Any:
+def _compiled_mapped(place: Placement, kernel: Kernel, form: _RawForm, eta: float) -> Any:
     """The step (operator, exponent, *clean features) -> eta K phi, for rows made anew."""
 
     def mapped(operator: Any, exponent: jax.Array, *clean: Any) -> Features:
