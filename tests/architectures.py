@@ -134,7 +134,7 @@ class GPT(nnx.Module):
 
     def __init__(self, rngs):
         self.embed = nnx.Embed(VOCABULARY, 8, dtype=jnp.float64, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, dtype=jnp.float64, decode=False, rngs=rngs)
         self.norm = nnx.LayerNorm(8, rngs=rngs)
         self.up = nnx.Linear(8, 12, rngs=rngs)
         self.down = nnx.Linear(12, 8, rngs=rngs)

@@ -3,15 +3,38 @@
 import gc
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
-
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-).strip()
 
 import jax
 import pytest
 from xdist.scheduler import LoadFileScheduling
+
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+"""Programs here run once or twice, and compiling them is most of the time."""
+
+
+def known(flags):
+    """Whether this release of XLA has flags: those that it lacks end the process."""
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    check = [sys.executable, "-c", "import jax; jax.devices()"]
+    return subprocess.run(check, env=environment, capture_output=True).returncode == 0
+
+
+def settled():
+    """The flags of all processes of a run, those that tests start included."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    if "JAXATTR_TEST_CACHE" in os.environ:  # by the process that began the run
+        return " ".join(flags)
+    quick = QUICK.split() if known(QUICK) else []
+    return " ".join([*quick, *flags, "--xla_force_host_platform_device_count=8"])
+
+
+os.environ["XLA_FLAGS"] = settled()  # before the first array
 
 # Many tests compile the same programs. Each worker keeps its own: older releases of JAX may read
 # an entry that another process is still writing.

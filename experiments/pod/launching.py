@@ -31,7 +31,7 @@ def start(arguments: Sequence[str], own: Path, hosts: int, devices: int) -> Host
     # Most of the time goes to compiling, once on every host, and these programs run for moments.
     flags = (
         f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 "
-        "--xla_llvm_disable_expensive_passes=true"
+        "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
     )
     settings = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     with socket.socket() as probe:

@@ -5,7 +5,8 @@ import sys
 
 if __name__ == "__main__":  # and not where a test imports what it compares with
     devices = os.environ.get("DEVICES", "2")
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    os.environ["XLA_FLAGS"] = flags  # the last one counts
 
 import jax
 import numpy as np
