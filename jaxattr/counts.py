@@ -1,9 +1,14 @@
-"""Counts that callers give: whole numbers, and nothing that only equals one."""
+"""Counts: those that callers give are whole numbers, and nothing that only equals one."""
 
 import operator
 from typing import Any
 
 import numpy as np
+
+
+def counted(count: int, noun: str) -> str:
+    """Returns a count with its noun: "1 checkpoint", "2,000 examples"."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def whole_number(name: str, value: Any, *, least: int | None = 1) -> int:

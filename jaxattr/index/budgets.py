@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxattr import groups as groups_lib
-from jaxattr.counts import whole_number
+from jaxattr.counts import counted, whole_number
 from jaxattr.features.bases import NOTHING, Drawn, Fits, Fitted, Sides
 from jaxattr.features.featurizer import Featurizer, room
 from jaxattr.features.plans import FeatureLayout
@@ -89,10 +89,10 @@ class BuildPlan:
         where = "on disk" if self.on_disk else "per device"
         return "\n".join(
             [
-                f"{self.examples:,} examples x {self.checkpoints} checkpoints x {self.features:,} "
-                f"features, over {self.shards} devices",
-                f"  {self.blocks:,} blocks of {self.block} examples, {self.microbatch} at once per "
-                "device",
+                f"{counted(self.examples, 'example')} x {counted(self.checkpoints, 'checkpoint')} "
+                f"x {counted(self.features, 'feature')}, over {counted(self.shards, 'device')}",
+                f"  {counted(self.blocks, 'block')} of {counted(self.block, 'example')}, "
+                f"{self.microbatch} at once per device",
                 f"  index       {size_in_words(self.index_bytes)} {where}",
                 f"  per device  {size_in_words(self.device_bytes)}: "
                 f"parameters {size_in_words(self.params_bytes)}, "

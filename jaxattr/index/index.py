@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxattr import markup
+from jaxattr.counts import counted
 from jaxattr.features.bases import Drawn, Fitted
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.features.plans import FeatureLayout
@@ -154,8 +155,10 @@ class Index:
         name = "opened without its method" if self.method is None else self.method.name
         shards = self.place.shards
         return (
-            f"Index({name}: {self.size} training examples, {len(self.layout.names)} "
-            f"groups, {self.layout.total} features, {self.rows.layout.checkpoints} checkpoints, "
+            f"Index({name}: {counted(self.size, 'training example')}, "
+            f"{counted(len(self.layout.names), 'group')}, "
+            f"{counted(self.layout.total, 'feature')}, "
+            f"{counted(self.rows.layout.checkpoints, 'checkpoint')}, "
             f"{len(self.non_finite)} not finite"
             + (f", over {shards} devices" if shards > 1 else "")
             + ("" if self.rows.resident else f", {self._where()}")
