@@ -44,16 +44,18 @@ def main() -> None:
         console.print(f"[bold]{name}[/bold]: training")
         domain = DOMAINS[name](given.folder)
         results = given.folder / "leaderboard"
+        rows: list[Figures] = []
         for entry in domain.entries:
             if given.only and entry.name not in given.only:
                 continue
-            row = measuring.measure(domain, entry, results)
-            console.print(f"  {row.method}: LDS {_percent(row.lds['uniform'], '')}")
-            if given.queries:
-                row = measuring.with_qld(
-                    domain, entry, row, results, removed=given.removed, asked=given.queries
-                )
-            found.append(row)
+            rows.append(measuring.measure(domain, entry, results))
+            console.print(f"  {entry.name}: LDS {_percent(rows[-1].lds['uniform'], '')}")
+        if given.queries:
+            console.print(f"  models without the strongest of {given.queries} queries")
+            rows = measuring.with_qld(
+                domain, rows, results, removed=given.removed, asked=given.queries
+            )
+        found += rows
         for line in against_ekfac(domain, results, given.only):
             console.print(f"  {line}")
     for name in given.domains:

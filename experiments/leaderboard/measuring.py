@@ -49,7 +49,7 @@ def measure(domain: Domain, entry: Entry, folder: Path) -> Figures:
       entry: the method.
       folder: where figures and scores are kept.
     """
-    path = _path(domain, entry, folder, "json")
+    path = _path(domain, entry.name, folder, "json")
     if path.exists():
         return Figures(**json.loads(path.read_text()))
     with timed() as spent:
@@ -74,32 +74,41 @@ def measure(domain: Domain, entry: Entry, folder: Path) -> Figures:
         passes=spent() / _seconds_of_pass(domain),
         bytes=_bytes(ready),
     )
-    with files.written_whole(_path(domain, entry, folder, "npz")) as partial:
+    with files.written_whole(_path(domain, entry.name, folder, "npz")) as partial:
         np.savez(partial, **each)
     _keep(found, path)
     return found
 
 
+ROWS_AT_ONCE = 4
+"""Methods whose removals are trained together: random draws once, and not too much to lose."""
+
+
 def with_qld(
-    domain: Domain, entry: Entry, figures: Figures, folder: Path, *, removed: float, asked: int
-) -> Figures:
+    domain: Domain, rows: list[Figures], folder: Path, *, removed: float, asked: int
+) -> list[Figures]:
     """Retrains without each query's strongest, for scores that `measure` kept; once.
 
     Args:
       domain: the model.
-      entry: the method.
-      figures: its own so far.
+      rows: what was measured of each method so far.
       folder: as in `measure`.
       removed: share of the training set that is removed.
       asked: queries.
     """
-    kept = np.load(_path(domain, entry, folder, "npz"))
-    if set(kept.files) <= set(figures.qld):
-        return figures
-    fall = _falls(domain, [kept[kind][:asked] for kind in kept.files], removed)
-    figures = dataclasses.replace(figures, qld=dict(zip(kept.files, fall, strict=True)))
-    _keep(figures, _path(domain, entry, folder, "json"))
-    return figures
+    kept = {row.method: np.load(_path(domain, row.method, folder, "npz")) for row in rows}
+    missing = [row for row in rows if not set(kept[row.method].files) <= set(row.qld)]
+    done = {row.method: row for row in rows}
+    for first in range(0, len(missing), ROWS_AT_ONCE):
+        some = missing[first : first + ROWS_AT_ONCE]
+        cells = [(row.method, kind) for row in some for kind in kept[row.method].files]
+        falls = _falls(domain, [kept[method][kind][:asked] for method, kind in cells], removed)
+        for row in some:
+            own = {kind: fall for (method, kind), fall in zip(cells, falls, strict=True)
+                   if method == row.method}  # fmt: skip
+            done[row.method] = dataclasses.replace(row, qld=own)
+            _keep(done[row.method], _path(domain, row.method, folder, "json"))
+    return list(done.values())
 
 
 def differences(
@@ -115,7 +124,7 @@ def differences(
     Returns:
       {kind of the first one's weights: difference}.
     """
-    first, second = (np.load(_path(domain, entry, folder, "npz")) for entry in entries)
+    first, second = (np.load(_path(domain, entry.name, folder, "npz")) for entry in entries)
     truth = domain.truth
     base = ja.lds(second["uniform"], truth.masks, truth.evaluation)
     return {
@@ -124,8 +133,8 @@ def differences(
     }
 
 
-def _path(domain: Domain, entry: Entry, folder: Path, ending: str) -> Path:
-    name = entry.name.replace(", ", "-").replace(" ", "-")
+def _path(domain: Domain, method: str, folder: Path, ending: str) -> Path:
+    name = method.replace(", ", "-").replace(" ", "-")
     return folder / f"{domain.name}-{name}.{ending}"
 
 
