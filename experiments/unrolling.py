@@ -3,11 +3,12 @@
 python -m experiments.unrolling            # MLP and ViT on digits; five minutes of one core
 python -m experiments.unrolling gpt        # a small GPT-2, tuned from its pretrained start
 
-Prints the LDS of unrolled scores, of EK-FAC and of TracIn against models of the very run that was
-unrolled, with some examples left out of their batches, and against models of other runs.
+Prints the LDS of unrolled scores, of SOURCE, EK-FAC and TracIn against models of the very run that
+was unrolled, with some examples left out of their batches, and against models of other runs.
 """
 
 import argparse
+import functools
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +25,13 @@ from experiments.digits import data, models, training
 from experiments.ground_truth import minus
 from experiments.language import study as language
 from experiments.language import training as tuning
+from jaxattr.counts import counted
 from jaxattr.typing import OutputFn
 
 LEFT_OUT = (0.05, 0.5)
+
+SEGMENTS = (1, 3)
+"""Of SOURCE."""
 
 
 class Subject(NamedTuple):
@@ -38,6 +43,7 @@ class Subject(NamedTuple):
         is unrolled too, and the last is what others are measured on.
       output: (params, example, key) -> scalar; larger = more of it.
       loss: of a training example.
+      train: the training set.
       queries: that outputs are of.
       subsets: models to train again, for each share that is left out.
     """
@@ -46,6 +52,7 @@ class Subject(NamedTuple):
     runs: list[ja.TrainingRun]
     output: OutputFn
     loss: OutputFn
+    train: Any
     queries: Any
     subsets: int
 
@@ -72,7 +79,7 @@ def classifier(name: str, learning_rate: float, eps_root: float, unrolled: int =
     )  # fmt: skip
     runs = [fit.run(jax.random.key(seed)) for seed in range(unrolled + 1)]
     title = f"{name}, learning rate {learning_rate:g}, eps_root {eps_root:g}"
-    return Subject(title, runs, training.margin(model), loss, digits.evaluation, 48)
+    return Subject(title, runs, training.margin(model), loss, digits.train, digits.evaluation, 48)
 
 
 def gpt(folder: Path, learning_rate: float = 5e-4, eps_root: float = 1e-6) -> Subject:
@@ -111,7 +118,7 @@ def gpt(folder: Path, learning_rate: float = 5e-4, eps_root: float = 1e-6) -> Su
 
     queries = jax.tree.map(lambda x: x[:8], found.evaluation)
     title = f"gpt, learning rate {learning_rate:g}, eps_root {eps_root:g}, {steps} steps"
-    return Subject(title, [run(0), run(1)], minus(subject.loss), subject.loss, queries, 16)
+    return Subject(title, [run(0), run(1)], minus(subject.loss), subject.loss, rows, queries, 16)
 
 
 def study(subject: Subject, console: Console) -> Table:
@@ -125,9 +132,11 @@ def study(subject: Subject, console: Console) -> Table:
     if more:
         mean = np.mean([scores["unrolled"], *more], axis=0)
         scores[f"unrolled, mean of {1 + len(more)} runs"] = mean
+    for count in SEGMENTS:
+        scores[f"SOURCE, {counted(count, 'segment')}"] = by_segments(subject, run, count)
     params = run.params(run.trained())
     for method in (ja.ekfac, ja.tracin):
-        index = ja.build_index(method(subject.loss), params, run.train, batch_size=32)
+        index = ja.build_index(method(subject.loss), params, subject.train, batch_size=32)
         scores[index.method.name if index.method else ""] = np.asarray(
             ja.score(index, subject.queries)
         )
@@ -147,6 +156,55 @@ def study(subject: Subject, console: Console) -> Table:
         table.add_row(method_name, *cells)
     return table
 
+
+def by_segments(subject: Subject, run: ja.TrainingRun, count: int) -> np.ndarray:
+    """Scores of SOURCE, each segment at the checkpoint of its middle.
+
+    Args:
+      subject: the model.
+      run: its training.
+      count: number of segments.
+    """
+    indexes, state = [], run.start
+    for steps in np.array_split(np.arange(len(run)), count):
+        rates = []
+        for number in steps:
+            before, state = run.params(state), _after(run, state, int(number))
+            rows = _rows(subject, run, int(number))
+            rates.append(_rate(subject.loss, before, run.params(state), rows))
+            if number == steps[len(steps) // 2]:
+                middle = before
+        method = ja.source(subject.loss, learning_rate=float(np.mean(rates)), steps=len(steps))
+        indexes.append(ja.build_index(method, middle, subject.train, batch_size=32))
+    return ja.score_segments(indexes, subject.queries, params=run.params(state))
+
+
+def _after(run: ja.TrainingRun, state: Any, number: int) -> Any:
+    batch, _, weights = run.given(number)
+    return run.forward(state, batch, weights)
+
+
+def _rows(subject: Subject, run: ja.TrainingRun, number: int) -> Any:
+    ids = run.given(number)[1]
+    return jax.tree.map(lambda x: jnp.asarray(x)[ids], subject.train)
+
+
+def _rate(loss: OutputFn, before: Any, after: Any, rows: Any) -> jax.Array:
+    """The step over the gradient of the mean loss: Adam has no other learning rate."""
+    moved = jax.tree.map(jnp.subtract, before, after)
+    return optax.tree.norm(moved) / optax.tree.norm(_gradient(loss, before, rows))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient(loss: OutputFn, params: Any, batch: Any) -> Any:
+    def mean(params: Any) -> jax.Array:
+        return jnp.mean(jax.vmap(loss, in_axes=(None, 0, None))(params, batch, KEY))
+
+    return jax.grad(mean)(params)
+
+
+KEY = jax.random.key(0)
+"""That losses take; none of them draws."""
 
 RUNS = ("same run", "other run")
 
