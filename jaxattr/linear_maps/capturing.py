@@ -63,6 +63,8 @@ def capture(
       group, whose cotangents are zero outside the group's outputs.
 
     Guarantees: the uses' products inputs^T cotangents, summed, are the leaf's gradient exactly.
+    Where the loss is not finite, cotangents are NaN: a label out of range has a gradient that is
+    finite, and wrong.
 
     Raises:
       ValueError: if a leaf of `leaves` is no linear map; when called, if shapes are not those that
@@ -96,7 +98,9 @@ def capture(
             return evaluate(traced, args, {}, Walk(visitor=_Capture(chosen), sinks=sinks))
 
         sinks = {site: jnp.zeros(_sink_shape(use), use.result.dtype) for site, use in uses.items()}
-        cotangents, inputs = jax.grad(with_sinks, has_aux=True)(sinks)
+        (value, inputs), cotangents = jax.value_and_grad(with_sinks, has_aux=True)(sinks)
+        finite = jnp.isfinite(value)
+        cotangents = jax.tree.map(lambda side: jnp.where(finite, side, jnp.nan), cotangents)
         return {
             leaf: tuple(
                 _gather_layers(traced.found.maps[leaf], together, inputs, cotangents)
