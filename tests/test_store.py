@@ -92,6 +92,14 @@ def test_bfloat16(path):
             build(path, dtype=wrong)
 
 
+class _Unread:
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, position):
+        raise AssertionError(position)
+
+
 def test_scores_into_a_zarr(finished_index, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxattr.scores.writing.SLAB", 16)
     index = ja.open_index(finished_index, IDENTITY, CHECKPOINTS)
@@ -99,7 +107,7 @@ def test_scores_into_a_zarr(finished_index, tmp_path, monkeypatch):
     np.testing.assert_array_equal(scores.read().result(), ja.score(index, QUERIES))
     assert scores[:, 3:5].read().result().shape == (6, 2)
     with pytest.raises(StoreError, match="is not empty: give a new path"):
-        ja.score(index, QUERIES, path=tmp_path / "scores")
+        ja.score(index, _Unread(), path=tmp_path / "scores")
 
 
 @pytest.mark.filterwarnings("ignore::jaxattr.weights.report.WeightWarning")

@@ -37,6 +37,7 @@ from jaxattr.scores.ranking import TopK
 from jaxattr.scores.weighting import weights_for
 from jaxattr.scores.writing import written
 from jaxattr.sharding import DATA, Placement
+from jaxattr.store.arrays import check_vacant
 from jaxattr.store.folder import Folder
 from jaxattr.store.rows import COLUMNS, EXAMPLES, SELF, SLAB, Rows, Slab, blocks_at_once
 from jaxattr.typing import Batch, Features, Link, Weights
@@ -108,10 +109,13 @@ def score(
     """
     check_index(index)
     w = index.place.whole(weights_for(index, weights))
+    folder = None if path is None else Folder(path)
+    if folder is not None:
+        check_vacant(folder)  # before the queries' features, which may take long
     groups = in_groups(index, queries, queries_at_once)
-    if path is not None:
+    if folder is not None:
         scored = ((prepared, _scored(index, w, prepared)) for prepared in groups.each)
-        return written(index, groups.size, scored, Folder(path))
+        return written(index, groups.size, scored, folder)
     # Not a loop, whose variable would hold a group while the next is made.
     found = list(map(functools.partial(_of_group, index, w), groups.each))
     scores = found[0] if len(found) == 1 else jnp.concatenate(found)

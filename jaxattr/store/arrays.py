@@ -13,13 +13,26 @@ from jaxattr.store.folder import Folder, StoreError, first_line, writing
 _UNFINISHED = "unfinished.json"
 
 
+def check_vacant(folder: Folder) -> None:
+    """Refuses a folder that scores cannot be written to.
+
+    Args:
+      folder: where to: must be empty, or hold scores that were not finished.
+
+    Raises:
+      StoreError: if something else is there.
+    """
+    if folder.names() and folder.read(_UNFINISHED) is None:
+        raise StoreError(f"{folder.path} is not empty: give a new path for the scores.")
+
+
 def score_array(
     folder: Folder, queries: int, size: int, block: int, dtype: Any, create: bool
 ) -> Any:
     """Makes an array [q, n] for scores, or opens it.
 
     Args:
-      folder: where; must be empty, or hold scores that were not finished, which are deleted.
+      folder: where; see `check_vacant`. Scores that were not finished are deleted.
       queries: q.
       size: n.
       block: columns per chunk.
@@ -33,8 +46,7 @@ def score_array(
       StoreError: if something is there already, or it cannot be written.
     """
     if create:
-        if folder.names() and folder.read(_UNFINISHED) is None:
-            raise StoreError(f"{folder.path} is not empty: give a new path for the scores.")
+        check_vacant(folder)
         folder.delete_under("")  # what a killed run left
         folder.write(_UNFINISHED, {"queries": queries, "examples": size})
     spec = _spec(folder, (queries, size), dtype, (queries, block), {"fill_value": math.nan})
