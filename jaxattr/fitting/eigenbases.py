@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr import identity
+from jaxattr.batches import each_example
 from jaxattr.features.bases import UNKNOWN, Basis, Factored, Fitted, Sides
 from jaxattr.fitting.covariances import (
     Covariance,
@@ -35,7 +36,7 @@ from jaxattr.fitting.passes import (
 from jaxattr.kernels.diagonal import sum_of_squares
 from jaxattr.keys import example_keys, named_key
 from jaxattr.scales import scaled
-from jaxattr.typing import Example, Key, Params
+from jaxattr.typing import Example, Key, OutputFn, Params
 
 SampleFn = Callable[[Params, Example, Key], Example]
 """Draws the labels of ONE example from the model: returns the example with other labels."""
@@ -157,18 +158,22 @@ def _sampler(sample: SampleFn, over: TrainingPass) -> Callable[[NumberedBatch], 
             f"structure, shapes and dtypes: got {describe(drawn)}, needed {describe(example)}."
         )
 
-    step = _compiled_sampler(sample)
+    step = _compiled_sampler(sample, over.featurizer.rule.output)
     return functools.partial(step, over.featurizer.key, over.params)
 
 
 @functools.lru_cache(maxsize=16)
 def _compiled_sampler(
-    sample: SampleFn,
+    sample: SampleFn, output: OutputFn
 ) -> Callable[[Key, Params, NumberedBatch], NumberedBatch]:
     def draw(key: Key, params: Params, numbered: NumberedBatch) -> NumberedBatch:
         keys = example_keys(key, numbered.ids, "labels")
         batch = jax.vmap(sample, in_axes=(None, 0, 0))(params, numbered.batch, keys)
-        return numbered._replace(batch=batch)
+        # One that is left out with its own label is not to come back with another.
+        values = each_example(functools.partial(output, params))(
+            numbered.batch, example_keys(key, numbered.ids)
+        )
+        return numbered._replace(batch=batch, real=numbered.real & jnp.isfinite(values))
 
     return jax.jit(draw)
 
@@ -200,8 +205,8 @@ def _covariances(
     def sums(exponents: dict[str, Exponents]) -> tuple[dict[str, Covariance], jax.Array]:
         shared = over.place.whole((featurizer.key, over.params, projected, exponents))
         given = (
-            (shared, numbered if sampler is None else sampler(numbered), digests(numbered.batch))
-            for numbered in smaller.batches("covariances")
+            (shared, each if sampler is None else sampler(each), (digests(each.batch), each.real))
+            for each in smaller.batches("covariances")
         )
         return over.sums(function, given)
 
