@@ -18,6 +18,7 @@ import numpy as np
 from jaxattr import identity
 from jaxattr.batches import each_example
 from jaxattr.features.bases import UNKNOWN, Basis, Factored, Fitted, Sides
+from jaxattr.features.featurizer import FeatureRule
 from jaxattr.fitting.covariances import (
     Covariance,
     Covariances,
@@ -36,7 +37,7 @@ from jaxattr.fitting.passes import (
 from jaxattr.kernels.diagonal import sum_of_squares
 from jaxattr.keys import example_keys, named_key
 from jaxattr.scales import scaled
-from jaxattr.typing import Example, Key, OutputFn, Params
+from jaxattr.typing import Example, Key, Params
 
 SampleFn = Callable[[Params, Example, Key], Example]
 """Draws the labels of ONE example from the model: returns the example with other labels."""
@@ -158,19 +159,19 @@ def _sampler(sample: SampleFn, over: TrainingPass) -> Callable[[NumberedBatch], 
             f"structure, shapes and dtypes: got {describe(drawn)}, needed {describe(example)}."
         )
 
-    step = _compiled_sampler(sample, over.featurizer.rule.output)
+    step = _compiled_sampler(sample, over.featurizer.rule)
     return functools.partial(step, over.featurizer.key, over.params)
 
 
 @functools.lru_cache(maxsize=16)
 def _compiled_sampler(
-    sample: SampleFn, output: OutputFn
+    sample: SampleFn, rule: FeatureRule
 ) -> Callable[[Key, Params, NumberedBatch], NumberedBatch]:
     def draw(key: Key, params: Params, numbered: NumberedBatch) -> NumberedBatch:
         keys = example_keys(key, numbered.ids, "labels")
         batch = jax.vmap(sample, in_axes=(None, 0, 0))(params, numbered.batch, keys)
         # One that is left out with its own label is not to come back with another.
-        values = each_example(functools.partial(output, params))(
+        values = each_example(functools.partial(rule.output, params))(
             numbered.batch, example_keys(key, numbered.ids)
         )
         return numbered._replace(batch=batch, real=numbered.real & jnp.isfinite(values))
