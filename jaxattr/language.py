@@ -120,10 +120,12 @@ def log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
       targets: int [t].
 
     Returns:
-      Float [t].
+      Float [t]; NaN where a target is no token of the vocabulary.
     """
     logits = logits.astype(wide(logits.dtype))
     picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    # Below zero they would count from the end of the vocabulary.
+    picked = jnp.where(targets < 0, jnp.nan, picked)
     return picked - jax.nn.logsumexp(logits, axis=-1)
 
 
@@ -307,8 +309,10 @@ def _of_targets(
 
     def of_row(params: Params, example: Example, key: Key) -> jax.Array:
         del key
-        log_p = log_probabilities(logits_fn(params, example), example["targets"])
-        return function(log_p, example["mask"])
+        mask, targets = example["mask"], example["targets"]
+        # Those that do not count may be anything, such as -100.
+        asked = jnp.where(mask.astype(bool), targets, jnp.zeros_like(targets))
+        return function(log_probabilities(logits_fn(params, example), asked), mask)
 
     return of_row
 

@@ -130,6 +130,23 @@ def test_a_certain_target_has_a_finite_margin():
     assert jnp.isfinite(value) and jnp.isfinite(slope)
 
 
+OUTPUTS = [language.loss, language.margin, language.residual, language.probability]
+
+
+@pytest.mark.parametrize("make", OUTPUTS)
+@pytest.mark.parametrize("wrong", [-100, -1, 13])
+def test_a_target_that_is_no_token_is_not_finite_where_it_counts(make, wrong, tiny_params):
+    output = make(tiny_logits)
+    example = row(rows(), 0)
+    found = jax.jit(jax.value_and_grad(output))
+    expected = found(tiny_params, example, jax.random.key(0))
+    padded = jnp.where(example["mask"], example["targets"], wrong)
+    given = found(tiny_params, example | {"targets": padded}, jax.random.key(0))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), given, expected)
+    asked = example | {"targets": example["targets"].at[1].set(wrong)}
+    assert jnp.isnan(output(tiny_params, asked, jax.random.key(0)))
+
+
 def test_sampled_targets_replace_those_that_count(params):
     example = row(rows(prompts=[3, 1, 1, 1]), 0)
     drawn = LOSS.sample(params, example, jax.random.key(1))

@@ -65,6 +65,20 @@ def test_strongest_examples_past_the_range_of_float32(factor, opponents):
         np.testing.assert_array_equal(np.sign(top.scores), sides)
 
 
+@pytest.mark.parametrize("weight", [1e30, 1e-30])
+def test_weights_far_from_one(weight):
+    index = ja.build_index(ja.tracin(linear), PARAMS, {"x": X}, groups=GROUPS)
+    queries, weights = {"x": X[:4]}, {"a": weight, "b": weight / 2}
+    expected = oracle(X * np.array([1, 1, 0.5]), X[:4]) * weight
+    order = np.argsort(-expected, axis=1)
+    np.testing.assert_allclose(ja.score(index, queries, weights=weights), expected, rtol=1e-5)
+    top = ja.top_k(index, queries, k=N, weights=weights)
+    np.testing.assert_array_equal(top.ids, order)
+    np.testing.assert_allclose(top.scores, np.take_along_axis(expected, order, axis=1), rtol=1e-5)
+    found = ja.attributor(index, weights=weights, k=N)(queries)
+    np.testing.assert_array_equal(found.ids, order)
+
+
 def test_rows_made_anew_may_grow_from_block_to_block():
     """Each block has its own largest feature, and the queries are scaled for it."""
     x = X * np.logspace(-30, 28, N, dtype=np.float32)[:, None]

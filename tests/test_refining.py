@@ -161,6 +161,14 @@ def test_examples_that_are_not_finite_have_no_part_in_it(kind):
     np.testing.assert_allclose(np.delete(scores, 2, 0)[:, 1:], expected, rtol=1e-8, atol=1e-10)
 
 
+def test_a_loss_of_outputs_is_compared_where_it_is_finite():
+    broken = dict(TRAIN, x=TRAIN["x"].at[0].set(jnp.nan))
+    with pytest.warns(ja.NonFiniteWarning, match="ids 0"):
+        index = ja.build_index(ja.ekfac(models.loss), CHECKPOINTS, broken, batch_size=16)
+    with pytest.raises(ValueError, match="must be the function that is .* training example 1 "):
+        ja.astra(index, QUERIES, outputs=outputs, loss=lambda z, e: 2 * loss_of(z, e))
+
+
 def test_curvature_of_some_examples_is_that_of_an_index_of_those():
     index = index_of()
     some = ja.astra(index, QUERIES, examples=25, **EXACT_GAUSS_NEWTON)

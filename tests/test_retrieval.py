@@ -23,6 +23,16 @@ def test_metrics_by_hand():
     assert evaluation.mean_reciprocal_rank(SCORES, RELEVANT) == 0.5
 
 
+def test_a_query_without_finite_scores_finds_nothing():
+    # As ja.score gives it: all are tied, and the relevant one has the lowest id.
+    scores, relevant = np.full((1, 4), np.nan), np.array([[True, False, False, False]])
+    assert evaluation.ranks(scores, relevant).tolist() == [4]
+    assert evaluation.mean_reciprocal_rank(scores, relevant) == 0.25
+    for metric in (evaluation.hit_at_k, evaluation.recall_at_k, evaluation.precision_at_k):
+        assert metric(scores, relevant, 2).tolist() == [0]
+        assert metric(scores, relevant, 4).tolist() == [0]
+
+
 def test_interval_of_a_mean_covers_it():
     values = np.random.default_rng(0).random(400) < 0.3
     low, high = evaluation.mean_interval(values)

@@ -90,13 +90,35 @@ def test_an_index_on_disk_keeps_its_curvature(tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-def test_a_query_that_is_not_finite():
-    bad = QUERIES | {"x": QUERIES["x"].at[1].set(jnp.nan)}
+@pytest.mark.parametrize("field", QUERIES)
+def test_a_query_that_is_not_finite(field):
+    # A label out of range: the loss is not a number, and its gradient finite.
+    bad = QUERIES | {field: QUERIES[field].at[1].set(jnp.nan if field == "x" else 99)}
     with pytest.warns(ja.NonFiniteWarning, match="1 of 3 queries .* ids 1"):
         found = ja.score_segments([index_of(0), index_of(1)], bad)
     assert np.isnan(found[1]).all()
     expected = ja.score_segments([index_of(0), index_of(1)], QUERIES)
     np.testing.assert_allclose(found[[0, 2]], expected[[0, 2]], rtol=1e-10)
+
+
+def test_an_example_that_is_not_finite_in_one_segment_has_no_score():
+    biases = [float(params["layer0"]["bias"][0]) for params in CHECKPOINTS[:2]]
+
+    def loss(params, example, key):
+        there = params["layer0"]["bias"][0] > example["least"]
+        return models.loss(params, example, key) / there.astype(jnp.float64)
+
+    least = jnp.full(N, min(biases) - 1)
+    method = ja.source(loss, learning_rate=0.1, steps=30)
+    usual, broken = (TRAIN | {"least": x} for x in (least, least.at[4].set(np.mean(biases))))
+    queries = QUERIES | {"least": least[:Q]}
+    with pytest.warns(ja.NonFiniteWarning, match="1 of 20 training examples.*ids 4"):
+        segments = [ja.build_index(method, params, broken) for params in CHECKPOINTS[:2]]
+    assert sum(len(index.non_finite) for index in segments) == 1
+    found = ja.score_segments(segments, queries)
+    assert (found[:, 4] == 0).all()
+    others = ja.score_segments([ja.build_index(method, p, usual) for p in CHECKPOINTS[:2]], queries)
+    assert (others[:, 4] != 0).all()
 
 
 def test_what_are_no_segments_is_refused():

@@ -52,6 +52,21 @@ def test_missing_proponents_are_not_counted():
     assert np.isnan(changes).tolist() == [[False, True], [False, False]]
 
 
+def test_a_proponent_whose_loss_is_not_finite_has_no_change():
+    def of_label(params, example, key):
+        return optax.softmax_cross_entropy_with_integer_labels(params["w"], example)
+
+    def tail_patch(labels):
+        return evaluation.tail_patch(
+            of_label, of_label, PARAMS, labels, jnp.array([0]), [[0, 1]], optimizer=optax.sgd(0.1)
+        )
+
+    # Its gradient is finite: as if no label were the right one.
+    changes = tail_patch(jnp.array([1, 99]))
+    assert np.isnan(changes).tolist() == [[False, True]]
+    assert changes[0, 0] == tail_patch(jnp.array([1, 1]))[0, 0]
+
+
 @pytest.mark.parametrize(
     ("ids", "match"),
     [

@@ -267,6 +267,18 @@ def test_the_root_of_adam_at_zero_is_reported():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("field", QUERIES)
+def test_a_query_that_is_not_finite_is_marked(field):
+    # A label out of range: the output is not a number, and its gradient finite.
+    bad = QUERIES | {field: QUERIES[field].at[3].set(jnp.nan if field == "x" else 99)}
+    run = run_of(SGD)
+    with pytest.warns(ja.NonFiniteWarning, match="1 of 5 queries .* ids 3"):
+        found = ja.unroll(run, minus_loss, bad, at_once=2)
+    assert np.isnan(found[3]).all()
+    expected = np.delete(ja.unroll(run, minus_loss, QUERIES), 3, axis=0)
+    np.testing.assert_allclose(np.delete(found, 3, axis=0), expected, rtol=1e-10)
+
+
 def test_a_run_that_diverges_is_refused():
     run = run_of(
         SGD, lambda params, batch: batch["x"][:, 0] * jnp.inf * params["layer0"]["bias"][0]

@@ -100,6 +100,22 @@ def test_the_same_weights_with_and_without_contributions(index, monkeypatch):
 
 
 @QUIET
+@QUIET
+def test_an_example_that_is_not_finite_is_not_above_opponents():
+    # It has no contributions, and so a score above those of many examples.
+    bad = dict(TRAIN, x=TRAIN["x"].at[39].set(jnp.nan))
+    others = jax.tree.map(lambda x: x[:39], TRAIN)
+    with pytest.warns(ja.NonFiniteWarning, match="ids 39"):
+        indexes = [
+            ja.build_index(ja.tracin(models.loss), models.mlp_params(), data)
+            for data in (others, bad)
+        ]
+    options = dict(top_k=30, l2=0.0, held_out=0.0, steps=40)
+    expected, found = (ja.learn_weights(each, QUERIES, **options) for each in indexes)
+    for name, weight in expected.weights.items():
+        np.testing.assert_allclose(found.weights[name], weight, rtol=1e-9)
+
+
 def test_one_step_by_hand():
     parts = random_contributions(q=6)
     fit = learned(parts, optimizer=optax.sgd(2.0), steps=1, held_out=0, l2=0.0)

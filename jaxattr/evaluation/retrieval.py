@@ -42,14 +42,16 @@ def ranks(scores: Any, relevant: Any) -> np.ndarray:
       relevant: bool [q, n], which training examples answer each query.
 
     Returns:
-      Integers [q]. Ties go to the lower id, as in `ja.top_k`; what is not finite comes last.
+      Integers [q]. Ties go to the lower id, as in `ja.top_k`; what is not finite comes last: of a
+      query without finite scores the rank is n.
 
     Raises:
       ValueError: if shapes differ, or a query has no relevant example.
     """
     scores, relevant = _checked(scores, relevant)
     order = strongest(scores, scores.shape[1])
-    return np.take_along_axis(relevant, order, axis=1).argmax(axis=1) + 1
+    first = np.take_along_axis(relevant, order, axis=1).argmax(axis=1) + 1
+    return np.where(relevant.any(axis=1), first, scores.shape[1])
 
 
 def mean_reciprocal_rank(scores: Any, relevant: Any) -> float:
@@ -144,6 +146,7 @@ def _found(scores: Any, relevant: Any, k: int) -> np.ndarray:
 
 
 def _checked(scores: Any, relevant: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Scores, -inf where not finite; and which are of relevant examples and finite."""
     scores, relevant = np.asarray(scores, np.float64), np.asarray(relevant, bool)
     if scores.ndim != 2 or scores.shape != relevant.shape:
         raise ValueError(
@@ -156,4 +159,5 @@ def _checked(scores: Any, relevant: Any) -> tuple[np.ndarray, np.ndarray]:
             f"{len(lonely)} queries have no relevant training example, at positions "
             f"{lonely[:10].tolist()}: leave them out."
         )
-    return np.where(np.isfinite(scores), scores, -np.inf), relevant
+    finite = np.isfinite(scores)
+    return np.where(finite, scores, -np.inf), relevant & finite

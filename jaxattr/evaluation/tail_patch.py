@@ -45,7 +45,7 @@ def tail_patch(
 
     Returns:
       measure after the step minus before, float [q, k]; the paper reports 100 times its mean. NaN
-      for proponents that are missing (id -1).
+      for proponents that are missing (id -1), or have a loss that is not finite.
 
     Raises:
       ValueError: if ids are no [q, k] of training examples.
@@ -95,9 +95,12 @@ def _compiled_steps(
         def change(pair: jax.Array) -> jax.Array:
             query = jax.tree.map(lambda x: x[pair[0]], queries)
             example = jax.tree.map(lambda x: x[pair[1]], train)
-            updates, _ = optimizer.update(jax.grad(loss)(params, example, key), state, params)
+            value, gradient = jax.value_and_grad(loss)(params, example, key)
+            updates, _ = optimizer.update(gradient, state, params)
             patched = optax.apply_updates(params, updates)
-            return measure(patched, query, key) - measure(params, query, key)
+            found = measure(patched, query, key) - measure(params, query, key)
+            # A label out of range: the gradient is finite, and wrong.
+            return jnp.where(jnp.isfinite(value), found, jnp.nan)
 
         return jax.lax.map(change, pairs, batch_size=at_once)
 

@@ -163,8 +163,9 @@ def _sums_of_batch(
     factors: Factors,
     shared: tuple[Key, Params, Mapping[str, Narrow], Mapping[str, Exponents]],
     numbered: NumberedBatch,
-    digests: jax.Array,
+    read: tuple[jax.Array, jax.Array],
 ) -> tuple[dict[str, Covariance], jax.Array]:
+    """Sums of examples that count; and the digest of all that were read, `read` (digests, real)."""
     key, params, projected, exponents = shared
     keys = example_keys(key, numbered.ids)
     weights = factors.weights(numbered.batch)
@@ -186,7 +187,8 @@ def _sums_of_batch(
     refuse_unit_norm(output, "A basis of covariances (ja.kfac, ja.ekfac, ja.eshampoo, ja.logra)")
     # Each draw counts as a position, like the tokens of a text, or as an example.
     found = sum_over_draws(output, numbered.batch, keys, sums)
-    return found, identity.sum_of_rows(digests, numbered.ids, numbered.real)
+    digests, real = read
+    return found, identity.sum_of_rows(digests, numbered.ids, real)
 
 
 def _all_finite(uses: Mapping[str, tuple[Captured, ...]]) -> jax.Array:

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr import identity
+from jaxattr.batches import each_example
 from jaxattr.features.bases import UNKNOWN, Basis, Factored, Fitted, Sides
+from jaxattr.features.featurizer import FeatureRule
 from jaxattr.fitting.covariances import (
     Covariance,
     Covariances,
@@ -157,18 +159,22 @@ def _sampler(sample: SampleFn, over: TrainingPass) -> Callable[[NumberedBatch], 
             f"structure, shapes and dtypes: got {describe(drawn)}, needed {describe(example)}."
         )
 
-    step = _compiled_sampler(sample)
+    step = _compiled_sampler(sample, over.featurizer.rule)
     return functools.partial(step, over.featurizer.key, over.params)
 
 
 @functools.lru_cache(maxsize=16)
 def _compiled_sampler(
-    sample: SampleFn,
+    sample: SampleFn, rule: FeatureRule
 ) -> Callable[[Key, Params, NumberedBatch], NumberedBatch]:
     def draw(key: Key, params: Params, numbered: NumberedBatch) -> NumberedBatch:
         keys = example_keys(key, numbered.ids, "labels")
         batch = jax.vmap(sample, in_axes=(None, 0, 0))(params, numbered.batch, keys)
-        return numbered._replace(batch=batch)
+        # One that is left out with its own label is not to come back with another.
+        values = each_example(functools.partial(rule.output, params))(
+            numbered.batch, example_keys(key, numbered.ids)
+        )
+        return numbered._replace(batch=batch, real=numbered.real & jnp.isfinite(values))
 
     return jax.jit(draw)
 
@@ -200,8 +206,8 @@ def _covariances(
     def sums(exponents: dict[str, Exponents]) -> tuple[dict[str, Covariance], jax.Array]:
         shared = over.place.whole((featurizer.key, over.params, projected, exponents))
         given = (
-            (shared, numbered if sampler is None else sampler(numbered), digests(numbered.batch))
-            for numbered in smaller.batches("covariances")
+            (shared, each if sampler is None else sampler(each), (digests(each.batch), each.real))
+            for each in smaller.batches("covariances")
         )
         return over.sums(function, given)
 

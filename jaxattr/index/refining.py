@@ -264,7 +264,8 @@ def _as_attributed(
     """What the functions compute now; raises if that is not the function that is attributed."""
     assert index.featurizer is not None and index.train is not None
     attributed, params = index.featurizer.rule.output, index.checkpoints[0]
-    batch = index.place.whole(index.train.read(np.zeros(1, np.int64)))
+    number = np.setdiff1d(np.arange(index.size), index.non_finite)[:1]
+    batch = index.place.whole(index.train.read(number))
     example = jax.tree.map(lambda x: x[0], batch)
 
     key = index.featurizer.key
@@ -278,10 +279,10 @@ def _as_attributed(
         return attributed(params, example, key), curvature.loss(z, example)
 
     expected, found = map(float, both(params, example, key))
-    if not np.isclose(found, expected, rtol=1e-3, atol=1e-6, equal_nan=True):
+    if not np.isclose(found, expected, rtol=1e-3, atol=1e-6):
         raise ValueError(
             "loss(outputs(params, example, key), example) must be the function that is attributed: "
-            f"for the first training example it is {found:.6g}, and that is {expected:.6g}."
+            f"for training example {number[0]} it is {found:.6g}, and that is {expected:.6g}."
         )
     return curvature
 

@@ -178,8 +178,9 @@ def weigh(
     own = exponent_of(phi, axis=1)
     small = scaled(lay_out(layout, place, phi), -own[:, None, None])
     weighted = small * pad_columns(columns[None, None], small.shape[-1])
-    lift = jnp.minimum(_LARGEST - exponent, _LARGEST)
-    return Weighted(scaled(weighted, lift), own - lift)
+    of_weights = exponent_of(weighted, axis=(1, 2))  # which may be large too
+    lift = jnp.minimum(_LARGEST - exponent, _LARGEST) - of_weights
+    return Weighted(scaled(weighted, lift[:, None, None]), own - lift)
 
 
 def lay_out(layout: FeatureLayout, place: Placement, phi: Features) -> jax.Array:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.counts import whole_number
-from jaxattr.index.index import NonFiniteWarning
+from jaxattr.index.index import NonFiniteWarning, report_non_finite
 from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function, check_output, runs
 from jaxattr.keys import check_key, example_keys
@@ -64,16 +64,17 @@ def unroll(
 
     Returns:
       Scores, float64 [q, n]; as those of an index in `ja.lds`, and a reference in
-      `ja.learn_weights`.
+      `ja.learn_weights`. A query whose output or its gradient is not finite has NaN.
 
     Raises:
       TypeError: if an argument is none of what it may be.
       ValueError: if the output is no scalar, or the run ends with a state that is not finite.
 
     Warns:
-      NonFiniteWarning: with how many queries have scores that are not finite. The root of Adam has
-        no derivative where a second moment is zero, as of a parameter that has had no gradient:
-        train with `optax.adam(..., eps_root=1e-8)`.
+      NonFiniteWarning: with the positions of queries whose output or its gradient is not finite,
+        and with how many others have scores that are not. The root of Adam has no derivative where
+        a second moment is zero, as of a parameter that has had no gradient: train with
+        `optax.adam(..., eps_root=1e-8)`.
       UserWarning: if every score is zero.
 
     Example:
@@ -105,14 +106,16 @@ def unroll(
     final = _advanced(run, segments[-1].state, segments[-1].first, len(run))
     _check_finite(final)
     count = leading_size(queries)
-    scores = np.zeros((count, run.size))
-    given = _all_given(run, output, queries, key, segments, final, at_once, stored)
+    scores, lost = np.zeros((count, run.size)), np.zeros(count, bool)
+    given = _all_given(run, output, queries, key, segments, final, at_once, stored, lost)
     last_bad = -1
     for number, first, ids, found in track(given, "unrolling", len(run) * -(-count // at_once)):
         if not np.isfinite(found).all():
             last_bad = max(last_bad, number)
         np.add.at(scores[first : first + len(found)].T, ids, found.T)
-    _warn(scores, last_bad, len(run))
+    report_non_finite(np.flatnonzero(lost), count, "queries")
+    _warn(scores[~lost], last_bad, len(run))
+    scores[lost] = np.nan
     return scores
 
 
@@ -159,18 +162,29 @@ def _all_given(
     final: Any,
     at_once: int,
     stored: int,
+    lost: np.ndarray,
 ) -> Generator[tuple[int, int, np.ndarray, np.ndarray], None, None]:
-    """Yields (step, first query, ids [b], cotangents of weights [some queries, b])."""
+    """Yields (step, first query, ids [b], cotangents of weights [some queries, b]).
+
+    Those of queries that are not finite are zero; which these are is written to `lost`.
+    """
 
     def value(floats: list[jax.Array], query: Any, key: Key) -> jax.Array:
         return output(run.params(with_floats(final, floats)), query, key)
 
-    gradients = jax.jit(jax.vmap(jax.grad(value), in_axes=(None, 0, 0)))
+    def gradient(floats: list[jax.Array], query: Any, key: Key) -> tuple[Any, jax.Array]:
+        # An output that is none may have a gradient (a label out of range).
+        found = jax.value_and_grad(value)(floats, query, key)
+        finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(found)]).all()
+        return jax.tree.map(lambda x: jnp.where(finite, x, 0), found[1]), finite
+
+    gradients = jax.jit(jax.vmap(gradient, in_axes=(None, 0, 0)))
     count = leading_size(queries)
     keys = example_keys(key, jnp.arange(count), "queries")
     for first in range(0, count, at_once):
         some = jax.tree.map(lambda x, first=first: x[first : first + at_once], (queries, keys))
-        cotangents = gradients(floats_of(final), *some)
+        cotangents, finite = gradients(floats_of(final), *some)
+        lost[first : first + at_once] = ~np.asarray(finite)
         for number, ids, found in _back(run, segments, cotangents, stored):
             yield number, first, ids, np.asarray(found, np.float64)
 
@@ -209,7 +223,7 @@ def _warn(scores: np.ndarray, last_bad: int, steps: int) -> None:
             NonFiniteWarning,
             stacklevel=3,
         )
-    elif not scores.any():
+    elif len(scores) and not scores.any():
         warnings.warn(
             "Every score is zero: the state depends on weights, but has no derivative by them. "
             "Does step compare them, round them or stop their gradient? It must multiply the loss "

@@ -43,7 +43,8 @@ def score_segments(
       params: the parameters at the end of training. Default: the checkpoint of the last index.
 
     Returns:
-      Scores, float64 [q, n]. A query whose gradient is not finite has NaN.
+      Scores, float64 [q, n]. A query whose output or gradient is not finite has NaN. Training
+      examples that are not finite in some segment score 0.
 
     Raises:
       TypeError: if the indexes are none of one.
@@ -75,7 +76,9 @@ def score_segments(
     of_leaves, leaves = as_function_of(output, plan.rest | plan.covered, params)
     count = leading_size(queries)
     keys = example_keys(featurizer.key, -1 - jnp.arange(count))  # as queries of any index
-    gradients = jax.jit(jax.vmap(jax.grad(of_leaves), in_axes=(None, 0, 0)))(leaves, queries, keys)
+    of_each = jax.vmap(jax.value_and_grad(of_leaves), in_axes=(None, 0, 0))
+    values, gradients = jax.jit(of_each)(leaves, queries, keys)
+    lost = np.flatnonzero(~np.isfinite(values))
     scores = np.zeros((count, last.size))
     for index, segment, featurizer in reversed(found):
         kernel: Any = segment.kernel
@@ -83,12 +86,15 @@ def score_segments(
             segment.rule.projection, featurizer.plan, index.drawn[0], index.fitted[0]
         )
         phi = jax.vmap(to_features)(gradients)
-        bad = np.flatnonzero(~np.isfinite(phi).all(axis=1))
+        bad = np.union1d(lost, np.flatnonzero(~np.isfinite(phi).all(axis=1)))
         scores += np.asarray(score(index, QueryFeatures(phi, bad, index.query_side)))
         _, to_parameters = jax.vjp(to_features, leaves)
         decay = kernel.decayed(index.operators[0], phi)
         gradients = jax.tree.map(jnp.add, gradients, jax.vmap(to_parameters)(decay)[0])
-    report_non_finite(np.flatnonzero(np.isnan(scores).any(axis=1)), count, "queries")
+    finite = ~np.isnan(scores).any(axis=1)
+    report_non_finite(np.flatnonzero(~finite), count, "queries")
+    for index, *_ in found:  # and not what the other segments did
+        scores[np.ix_(finite, index.non_finite)] = 0
     return scores
 
 

@@ -168,7 +168,10 @@ def _listed(index: Index, phi: jax.Array, top_k: int, w: Any) -> Shortlist:
     numbers = len(phi) * len(index.layout.names) * phi.dtype.itemsize
     if numbers * index.size <= _WHOLE_BYTES:
         whole = QueryFeatures(phi, np.zeros(0, np.int64), index.query_side)
-        return shortlists.everything(scoring.contributions(index, whole), w)
+        found = shortlists.everything(scoring.contributions(index, whole), w)
+        # Those without a score are not above those with scores below zero.
+        lost = index.non_finite
+        return found._replace(ids=found.ids.at[:, lost].set(-1)) if len(lost) else found
     layout, place = index.layout, index.place
     affordable = _LIST_BYTES // numbers
     length = max(top_k, min(affordable, max(_SHORTEST, _PER_TOP * top_k)) // place.shards)
