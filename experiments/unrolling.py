@@ -30,8 +30,9 @@ from jaxattr.typing import OutputFn
 
 LEFT_OUT = (0.05, 0.5)
 
-SEGMENTS = (1, 3)
-"""Of SOURCE."""
+SEGMENTS = ((1, 1), (3, 1), (3, 100))
+"""Of SOURCE: how many, and how many times longer than the lengths of steps say. Adam moves weak
+directions further than those."""
 
 
 class Subject(NamedTuple):
@@ -132,8 +133,9 @@ def study(subject: Subject, console: Console) -> Table:
     if more:
         mean = np.mean([scores["unrolled"], *more], axis=0)
         scores[f"unrolled, mean of {1 + len(more)} runs"] = mean
-    for count in SEGMENTS:
-        scores[f"SOURCE, {counted(count, 'segment')}"] = by_segments(subject, run, count)
+    for number, times in SEGMENTS:
+        name = f"SOURCE, {counted(number, 'segment')}" + (f", x {times}" if times > 1 else "")
+        scores[name] = by_segments(subject, run, number, times)
     params = run.params(run.trained())
     for method in (ja.ekfac, ja.tracin):
         index = ja.build_index(method(subject.loss), params, subject.train, batch_size=32)
@@ -157,13 +159,14 @@ def study(subject: Subject, console: Console) -> Table:
     return table
 
 
-def by_segments(subject: Subject, run: ja.TrainingRun, count: int) -> np.ndarray:
+def by_segments(subject: Subject, run: ja.TrainingRun, count: int, times: float) -> np.ndarray:
     """Scores of SOURCE, each segment at the checkpoint of its middle.
 
     Args:
       subject: the model.
       run: its training.
       count: number of segments.
+      times: what learning rates are multiplied by.
     """
     indexes, state = [], run.start
     for steps in np.array_split(np.arange(len(run)), count):
@@ -174,7 +177,9 @@ def by_segments(subject: Subject, run: ja.TrainingRun, count: int) -> np.ndarray
             rates.append(_rate(subject.loss, before, run.params(state), rows))
             if number == steps[len(steps) // 2]:
                 middle = before
-        method = ja.source(subject.loss, learning_rate=float(np.mean(rates)), steps=len(steps))
+        method = ja.source(
+            subject.loss, learning_rate=times * float(np.mean(rates)), steps=len(steps)
+        )
         indexes.append(ja.build_index(method, middle, subject.train, batch_size=32))
     return ja.score_segments(indexes, subject.queries, params=run.params(state))
 

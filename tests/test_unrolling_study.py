@@ -16,6 +16,7 @@ def test_every_method_is_measured_on_both_runs():
     told = io.StringIO()
     shown = unrolling.study(subject._replace(queries=queries, subsets=6), Console(file=told))
     names, *columns = (list(column.cells) for column in shown.columns)
-    assert names == ["unrolled", "SOURCE, 1 segment", "SOURCE, 3 segments", "EK-FAC", "TracIn"]
+    source = ["SOURCE, 1 segment", "SOURCE, 3 segments", "SOURCE, 3 segments, x 100"]
+    assert names == ["unrolled", *source, "EK-FAC", "TracIn"]
     assert len(columns) == 4 and all(cell.count("%") == 1 for cells in columns for cell in cells)
     assert "120 steps unrolled" in told.getvalue()
