@@ -180,6 +180,17 @@ def test_paired_differences_know_more_than_two_intervals():
         evaluation.paired_difference(better, ja.lds(scores, masks, outputs, resamples=10))
 
 
+def test_scores_that_skip_other_queries_are_not_paired():
+    """The means are then of other queries: the same scores would differ."""
+    scores, masks, outputs = random_problem(q=10, m=50)
+    constant = np.where(np.arange(10)[:, None] == 3, 0, scores)
+    fewer, every = (ja.lds(each, masks, outputs) for each in (constant, scores))
+    with pytest.raises(ValueError, match=r"1 queries have .* in one .* alone, at positions \[3\]"):
+        evaluation.paired_difference(fewer, every)
+    both = evaluation.paired_difference(fewer, fewer)
+    assert (both.mean, both.low, both.high) == (0, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("scores", "masks", "outputs", "message"),
     [

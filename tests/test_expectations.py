@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,6 +121,26 @@ def test_covariances_count_each_draw_as_a_position():
         for method, data in ((apart, twice), (together, train))
     ]
     np.testing.assert_allclose(*curvatures, rtol=1e-9)
+
+
+@pytest.mark.parametrize("make", [ja.kfac, ja.ekfac, ja.eshampoo])
+@pytest.mark.parametrize("mesh", [None, jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])])
+def test_an_example_with_a_draw_that_is_not_finite_has_no_part_in_covariances(make, mesh):
+    """Its other draws are finite, and its features, means over draws, are not."""
+
+    def loss(params, example, key, timestep):
+        lost = jnp.where((timestep == 5) & (example["number"] == 8), jnp.nan, 0)
+        return toy.LOSS(params, example, key, timestep) + lost
+
+    # The last, since noise is drawn by id.
+    train = toy.images(9) | {"number": np.arange(9)}
+    queries = jax.tree.map(lambda x: x[:3], train)
+    method = make(ja.expectation(loss, timesteps=[2, 5, 7]))
+    build = functools.partial(ja.build_index, method, toy.params(), batch_size=4, mesh=mesh)
+    with pytest.warns(ja.NonFiniteWarning, match="1 of 9 training examples.*ids 8"):
+        scores = ja.score(build(train), queries)
+    without = ja.score(build(jax.tree.map(lambda x: x[:8], train)), queries)
+    np.testing.assert_allclose(scores[:, :8], without, rtol=1e-9)
 
 
 def test_an_equal_expectation_compiles_nothing_new():

@@ -471,6 +471,43 @@ CASES = {
         lambda p, e: (lambda y: (y + p["b"]) * jnp.sin(y))(e["x"] @ p["w"]),
         {"w": "dense 6 5", "b": "used by add"},
     ),
+    "a scalar on top of a product": (
+        {"w": (6, 5), "b": ()},
+        lambda p, e: e["x"] @ p["w"] + p["b"],
+        {"w": "dense 6 5", "b": ".*"},
+    ),
+    "a scalar on top of a product in a scan": (
+        {"w": (3, 6, 6), "b": (3,)},
+        lambda p, e: jax.lax.scan(
+            lambda x, layer: (jnp.tanh(x @ layer["w"] + layer["b"]), None), e["x"], p
+        )[0],
+        {"w": "dense 6 6 x3", "b": ".*"},
+    ),
+    "a vector on top of a scalar": (
+        {"w": (6,), "b": (5,)},
+        lambda p, e: e["x"][0] @ p["w"] + p["b"],
+        {"w": "dense 6 1", "b": ".*"},
+    ),
+    "a scalar beside a bias": (
+        {"w": (6, 5), "b": (5,), "c": ()},
+        lambda p, e: e["x"] @ p["w"] + p["b"] + p["c"],
+        {"w": "dense 6 5 b", "c": ".*"},
+    ),
+    "a scalar added to inputs and outputs": (
+        {"w": (6, 5), "b": ()},
+        lambda p, e: (e["x"] + p["b"]) @ p["w"] - p["b"],
+        {"w": "dense 6 5", "b": ".*"},
+    ),
+    "a scalar added to a matrix": (
+        {"w": (6, 5), "b": ()},
+        lambda p, e: e["x"] @ (p["w"] + p["b"]),
+        {"w": ".*", "b": ".*"},
+    ),
+    "a scalar times a constant": (
+        {"w": (6, 5), "b": ()},
+        lambda p, e: e["x"] @ p["w"] + p["b"] * jnp.arange(20.0).reshape(4, 5),
+        {"w": "dense 6 5", "b": ".*"},
+    ),
     "lookup": ({"w": (7, 5)}, lambda p, e: p["w"][e["ids"]], {"w": "embedding 7 5"}),
     "lookup of one": ({"w": (7, 5)}, lambda p, e: p["w"][e["ids"][0]], {"w": "embedding 7 5"}),
     "lookup along the second axis": (

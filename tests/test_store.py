@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxattr as ja
+from jaxattr import kernels
 from jaxattr.sharding import Placement
 from jaxattr.store.folder import Folder, StoreError
 from jaxattr.store.ledger import finished
@@ -263,6 +264,18 @@ def test_extending_is_refused_where_the_kernel_depends_on_all(path):
         build(path, TRAK, train=models.data(SIZE + 20), extend=True)
     with pytest.raises(ValueError, match="extend=True adds to an index on disk: give its path"):
         build(None, extend=True)
+
+
+def test_extending_is_refused_where_the_basis_is_fitted_to_all(path):
+    rule = ja.logra(models.loss, rank=3, basis="pca").rule
+    method = ja.Method("PCA", rule, kernels.Identity())
+    scores = ja.score(build(path, method), QUERIES)
+    grown = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), TRAIN, models.data(20, seed=4))
+    with pytest.raises(StoreError, match="PCA has a basis that is fitted to all training"):
+        build(path, method, train=grown, extend=True)
+    # And the index is as it was.
+    found = ja.score(ja.open_index(path, method, CHECKPOINTS), QUERIES)
+    np.testing.assert_array_equal(found, scores)
 
 
 def test_a_build_goes_on_with_other_hosts_if_they_share_no_chunk(path, monkeypatch):

@@ -167,7 +167,7 @@ def paired_difference(first: LDS, second: LDS) -> Difference:
       First minus second.
 
     Raises:
-      ValueError: if the two differ in their resamples or queries.
+      ValueError: if the two differ in their resamples or queries, or in those they skipped.
     """
     if first.resampled.shape != second.resampled.shape or len(first.per_query) != len(
         second.per_query
@@ -176,6 +176,14 @@ def paired_difference(first: LDS, second: LDS) -> Difference:
             f"Only scores of the same queries and resamples can be paired; got "
             f"{len(first.per_query)} and {len(second.per_query)} queries, "
             f"{len(first.resampled)} and {len(second.resampled)} resamples."
+        )
+    known = [np.isfinite(each.per_query) for each in (first, second)]
+    alone = np.flatnonzero(known[0] != known[1])
+    if len(alone):
+        raise ValueError(
+            f"{len(alone)} queries have a correlation in one of both scores alone, at positions "
+            f"{alone[:10].tolist()}, so that the means are of other queries: leave these out of "
+            "both."
         )
     low, high = np.quantile(first.resampled - second.resampled, [0.025, 0.975])
     return Difference(mean=first.mean - second.mean, low=float(low), high=float(high))

@@ -193,6 +193,11 @@ def has_unit_norm(output: OutputFn) -> bool:
     return isinstance(output, Expectation) and output.unit_norm
 
 
+def number_of_draws(output: OutputFn) -> int:
+    """Returns how many draws of each example there are; one of an output that is no expectation."""
+    return output.count if isinstance(output, Expectation) else 1
+
+
 def sum_over_draws(
     output: OutputFn, batch: Batch, keys: Key, function: Callable[[OutputFn, Batch, Key], Any]
 ) -> Any:

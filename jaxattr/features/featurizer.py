@@ -23,9 +23,9 @@ from jaxattr.batches import each_example, in_microbatches, leading_size, shapes_
 from jaxattr.features import projections, signs
 from jaxattr.features.bases import NOTHING, Drawn, Fits, Fitted, Sides, cut_sides
 from jaxattr.features.expectations import (
-    Expectation,
     at_one_draw,
     has_unit_norm,
+    number_of_draws,
     sum_over_draws,
 )
 from jaxattr.features.plans import FeatureLayout, Plan, make_plan
@@ -313,7 +313,7 @@ def _features(
         # Sums of many draws would stand still in a narrow type.
         return jax.tree.map(lambda x: x.astype(wide(x.dtype)), found)
 
-    count = output.count if isinstance(output, Expectation) else 1
+    count = number_of_draws(output)
     total = sum_over_draws(output, batch, keys, gradients)
     mean = jax.tree.map(lambda x: x / count, total) if count > 1 else total
     # Projecting is linear, so it is done once, for the mean.

@@ -17,7 +17,7 @@ import numpy as np
 from jaxattr import identity, linear_maps
 from jaxattr.batches import each_example, shapes_of_one
 from jaxattr.features.bases import Factored
-from jaxattr.features.expectations import refuse_unit_norm, sum_over_draws
+from jaxattr.features.expectations import number_of_draws, refuse_unit_norm, sum_over_draws
 from jaxattr.features.featurizer import FeatureRule
 from jaxattr.fitting.passes import NumberedBatch
 from jaxattr.keys import example_keys
@@ -170,11 +170,13 @@ def _sums_of_batch(
     keys = example_keys(key, numbered.ids)
     weights = factors.weights(numbered.batch)
 
-    def sums(output: OutputFn, batch: Batch, keys: Key) -> dict[str, Covariance]:
+    def sums(
+        real: jax.Array, output: OutputFn, batch: Batch, keys: Key
+    ) -> tuple[dict[str, Covariance], jax.Array]:
         shapes = shapes_of_one((batch, keys))
         captured = linear_maps.capture(output, params, *shapes, leaves=list(factored))
         uses = each_example(functools.partial(captured, params))(batch, keys)
-        finite = numbered.real & _all_finite(uses)
+        finite = real & _all_finite(uses)
         kept = finite & _in_range(uses, exponents, factors)
         found = {}
         for leaf, captured_uses in uses.items():
@@ -182,13 +184,37 @@ def _sums_of_batch(
             given = [_use(own, each, kept, narrow, over) for each in captured_uses]
             sums = factors.sums(own, given, kept, weights)
             found[leaf] = Covariance(*sums, sizes=_sizes(captured_uses, finite))
-        return found
+        return found, (real & ~finite).astype(jnp.int32)
+
+    def of_all_draws(real: jax.Array) -> tuple[dict[str, Covariance], jax.Array]:
+        # Each draw counts as a position, like the tokens of a text, or as an example.
+        return sum_over_draws(output, numbered.batch, keys, functools.partial(sums, real))
 
     refuse_unit_norm(output, "A basis of covariances (ja.kfac, ja.ekfac, ja.eshampoo, ja.logra)")
-    # Each draw counts as a position, like the tokens of a text, or as an example.
-    found = sum_over_draws(output, numbered.batch, keys, sums)
+    if number_of_draws(output) == 1:
+        found, _ = of_all_draws(numbered.real)
+    else:
+        found = _of_whole_examples(of_all_draws, numbered.real)
     digests, real = read
     return found, identity.sum_of_rows(digests, numbered.ids, real)
+
+
+def _of_whole_examples(sums: Callable[[jax.Array], tuple[Any, jax.Array]], real: jax.Array) -> Any:
+    """Sums over examples all of whose draws are finite: the others have no features.
+
+    Args:
+      sums: which examples count, bool [b] -> sums, and how many draws of each were lost, int [b].
+      real: which rows are examples, bool [b].
+    """
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(sums, real)[0])
+
+    def add(carry: tuple) -> tuple:
+        kept, _, _ = carry
+        found, lost = sums(kept)
+        return kept & (lost == 0), found, (lost > 0).any()
+
+    # Once more where some were lost, and no second program for that.
+    return jax.lax.while_loop(lambda carry: carry[2], add, (real, zeros, jnp.array(True)))[1]
 
 
 def _all_finite(uses: Mapping[str, tuple[Captured, ...]]) -> jax.Array:

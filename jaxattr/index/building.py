@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxattr import groups as groups_lib
+from jaxattr.features.bases import Fits
 from jaxattr.groups import Groups
 from jaxattr.index import provenance
 from jaxattr.index.budgets import BuildRequest, check_device, looking_at
@@ -105,7 +106,7 @@ def build_index(
         whole gradients (`ja.projections.identity()`, exact EK-FAC).
         Blocks are as large as their features have room; queries' features are held as ever.
       extend: `train` has grown since the index was finished: adds the new examples, for methods
-        whose kernel is the identity.
+        whose kernel is the identity and whose basis, if any, is not fitted to the data.
       verify: how much of `train` is compared, example by example, with what an index that is there
         already was made from: "all", the default for arrays in memory; or "sample", 64 examples,
         evenly spread, the default for sources: other changes go unseen. What is read anyway is
@@ -278,6 +279,13 @@ def _check_manifest(
             f"{folder.path} cannot be extended: {job.method.name} has a kernel that depends on all "
             f"training examples ({job.method.kernel.name}), so new ones change every row. Build a "
             "new index."
+        )
+    basis = job.featurizer.rule.projection.basis
+    if isinstance(basis, Fits):
+        raise StoreError(
+            f"{folder.path} cannot be extended: {job.method.name} has a basis that is fitted to "
+            f"all training examples ({basis.name}), so new ones change every row. Build a new "
+            "index."
         )
     if before > job.source.size:
         raise StoreError(

@@ -236,6 +236,7 @@ def _may_be_bias(view: View, other: Any) -> bool:
     return (
         isinstance(other, Output)
         and not view.scales
+        and len(view.dims) == len(other.dims)  # JAX adds a scalar as it is
         and not any(
             labels.extent(dim) > 1 and not labels.axes(result) and labels.axes(dim)
             for dim, result in zip(view.dims, other.dims, strict=True)

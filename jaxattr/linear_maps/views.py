@@ -186,7 +186,10 @@ class View:
         return dataclasses.replace(self, value=value, scales=scales)
 
     def spread(self, shape: Sequence[int]) -> "View":
-        """The view as elementwise operations take it, which repeat axes of size one."""
+        """The view as elementwise operations take it, which repeat scalars and axes of size one."""
+        if not self.dims and shape:
+            axes = dataclasses.replace(self, dims=((),) * len(shape))
+            return axes.spread(shape)
         wide = labels_lib.broadcast(self.dims, shape, range(len(shape)))
         margins = self.margins or ((0, 0),) * len(shape)
         dims = [
