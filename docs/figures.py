@@ -47,7 +47,7 @@ FIGURES = [
         "methods": ("had {2} and DAS {3}, where they had {0} and {1}", "{0} (+{4}) | {1} (+0.0) |"),
         "limits": ("{2} against {0} % LDS", "DAS ({1} to -2.3)"), README: "{1:.0f} % for DAS",
         "weights": "from {0:.0f} to {5} %", "trust": "{1:.0f} % in the best case"}),
-    ("unrolled scores", (83.8, 93.6, 63.9, 54.9, 57.8, 40.9, 96.7, 73.9), {
+    ("unrolled scores", (83.8, 93.6, 63.9, 54.9, 56.2, 40.9, 96.7, 73.9), {
         NOTES: ("| unrolled | {0} [… | … | … | {4} [", "| unrolled | {1} [… | … | … | {5} [",
                 "| EK-FAC | {2} [", "| EK-FAC | {3} [", "| unrolled | {6} [… | {7} ["),
         "trust": ("LDS of {0:.0f} % (MLP) and {1:.0f} % (ViT)", "had {2:.0f} and {3:.0f} %",
