@@ -90,9 +90,24 @@ def in_scan(xs: Any) -> tuple[int, ...] | None:
     return tuple(known.tolist()) if known is not None and known.ndim else None
 
 
+def carried_by(eqn: JaxprEqn) -> slice:
+    """Which operands a scan carries; it closes over those before, and runs over those behind.
+
+    By shapes: releases of JAX keep these counts under other names.
+    """
+    body = eqn.params["jaxpr"].jaxpr
+
+    def cut(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        pairs = zip(outside, inside, strict=True)
+        return sum(len(aval(x).shape) > len(aval(row).shape) for x, row in pairs)
+
+    last = len(eqn.invars) - cut(eqn.invars, body.invars)
+    return slice(last - len(eqn.outvars) + cut(eqn.outvars, body.outvars), last)
+
+
 def carried(eqn: JaxprEqn, init: Sequence[Any]) -> list[tuple[int, ...] | None]:
     """For each value that a scan carries, what it is at each step if it counts these; else None."""
-    program, consts = eqn.params["jaxpr"].jaxpr, eqn.params["num_consts"]
+    program, consts = eqn.params["jaxpr"].jaxpr, carried_by(eqn).start
     result: list[tuple[int, ...] | None] = []
     made = {v: each for each in program.eqns for v in each.outvars}
     for before, after, first in zip(program.invars[consts:], program.outvars, init, strict=False):

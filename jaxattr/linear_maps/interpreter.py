@@ -361,7 +361,8 @@ def _remat(eqn: JaxprEqn, args: list[Any], walk: Walk) -> Evaluated:
 def _scan(eqn: JaxprEqn, args: list[Any], walk: Walk) -> Evaluated:
     """A leaf that the scan runs over is a stack of layers; one that it closes over is reused."""
     params, args = eqn.params, _without_outputs(args)
-    first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+    place = counters.carried_by(eqn)
+    first, last = place.start, place.stop
     for carried in args[first:last]:
         _reject(carried, "carried by a scan", walk)
     consts = [_fixed(const, walk.site) for const in args[:first]]
