@@ -103,9 +103,9 @@ def with_qld(
         some = missing[first : first + ROWS_AT_ONCE]
         cells = [(row.method, kind) for row in some for kind in kept[row.method].files]
         falls = _falls(domain, [kept[method][kind][:asked] for method, kind in cells], removed)
+        found = dict(zip(cells, falls, strict=True))
         for row in some:
-            own = {kind: fall for (method, kind), fall in zip(cells, falls, strict=True)
-                   if method == row.method}  # fmt: skip
+            own = {kind: found[row.method, kind] for kind in kept[row.method].files}
             done[row.method] = dataclasses.replace(row, qld=own)
             _keep(done[row.method], _path(domain, row.method, folder, "json"))
     return list(done.values())
