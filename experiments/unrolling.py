@@ -67,16 +67,10 @@ def classifier(name: str, learning_rate: float, eps_root: float, unrolled: int =
       eps_root: what is added under Adam's root.
       unrolled: runs whose scores are averaged.
     """
-
-    def optimizer(steps: int) -> Any:
-        schedule = optax.cosine_onecycle_schedule(steps, learning_rate)
-        return optax.adamw(schedule, eps_root=eps_root, weight_decay=1e-3)
-
     digits, model = data.load(train=300, evaluation=32), models.make_model(name)
     loss = training.loss(model)
-    fit = ja.trainer(
-        loss, model.init, digits.train, optimizer=optimizer, batch_size=25,
-        epochs=model.recipe.epochs,
+    fit = training.step_by_step(
+        model, digits.train, learning_rate=learning_rate, eps_root=eps_root
     )  # fmt: skip
     runs = [fit.run(jax.random.key(seed)) for seed in range(unrolled + 1)]
     title = f"{name}, learning rate {learning_rate:g}, eps_root {eps_root:g}"
@@ -93,33 +87,16 @@ def gpt(folder: Path, learning_rate: float = 5e-4, eps_root: float = 1e-6) -> Su
     """
     subject = language.quick(folder)
     found = subject.corpus
-    count, size, epochs = 256, 16, 2
-    rows = jax.tree.map(lambda x: jnp.asarray(x[:count]), found.train)
-    steps = epochs * count // size
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, eps_root=eps_root, weight_decay=0.01)
+    rows = jax.tree.map(lambda x: jnp.asarray(x[:256]), found.train)
+    recipe = tuning.Recipe(epochs=2, batch=16, rate=learning_rate)
+    run = functools.partial(
+        tuning.step_by_step, subject.logits_fn, rows, subject.start, recipe, eps_root=eps_root
     )
-    mean_loss = tuning.mean_loss(subject.logits_fn)
-
-    def step(state: Any, batch: Any, weights: jax.Array) -> Any:
-        params, optimizer_state = state
-        gradient = jax.grad(mean_loss)(params, batch, weights)
-        updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
-        return optax.apply_updates(params, updates), optimizer_state
-
-    def run(seed: int) -> ja.TrainingRun:
-        orders = np.random.default_rng(seed).permuted(
-            np.tile(np.arange(count), (epochs, 1)), axis=1
-        )
-        state = subject.start, optimizer.init(subject.start)
-        return ja.TrainingRun(
-            step, state, orders.reshape(-1, size), rows, params=lambda state: state[0]
-        )
-
     queries = jax.tree.map(lambda x: x[:8], found.evaluation)
-    title = f"gpt, learning rate {learning_rate:g}, eps_root {eps_root:g}, {steps} steps"
-    return Subject(title, [run(0), run(1)], minus(subject.loss), subject.loss, rows, queries, 16)
+    title = f"gpt, learning rate {learning_rate:g}, eps_root {eps_root:g}"
+    return Subject(
+        title, [run(seed=0), run(seed=1)], minus(subject.loss), subject.loss, rows, queries, 16
+    )
 
 
 def study(subject: Subject, console: Console) -> Table:

@@ -7,14 +7,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
+import jaxattr as ja
 from experiments.digits.data import Images
 from experiments.digits.models import Model
+from jaxattr.evaluation.training import Trainer
 from jaxattr.fitting.eigenbases import SampleFn
 from jaxattr.typing import OutputFn
 
+BATCH = 25
+"""Examples per step."""
+
 
 def trainer(
-    model: Model, train: Images, *, batch_size: int = 25, state: bool = False
+    model: Model, train: Images, *, batch_size: int = BATCH, state: bool = False
 ) -> Callable[[jax.Array, jax.Array], Any]:
     """Makes the function that `jaxattr.retrain` maps over subsets.
 
@@ -32,8 +37,7 @@ def trainer(
 
     def train_on(key: jax.Array, ids: jax.Array) -> Any:
         per_epoch = len(ids) // batch_size
-        schedule = optax.cosine_onecycle_schedule(epochs * per_epoch, model.recipe.learning_rate)
-        optimizer = optax.adamw(schedule, weight_decay=1e-3)
+        optimizer = _optimizer(epochs * per_epoch, model.recipe.learning_rate)
 
         def mean_loss(params: Any, rows: jax.Array) -> jax.Array:
             logits = model.apply(params, images[rows])
@@ -55,6 +59,32 @@ def trainer(
         return trained if state else trained[0]
 
     return train_on
+
+
+def step_by_step(
+    model: Model, train: Images, *, learning_rate: float | None = None, eps_root: float = 1e-8
+) -> Trainer:
+    """The same training as steps that `ja.unroll` goes back through.
+
+    Args:
+      model: the network.
+      train: the training set.
+      learning_rate: at its peak; by default the recipe's.
+      eps_root: what is added under Adam's root, so that it has a derivative everywhere.
+
+    Returns:
+      What `.run(key)` makes a run of.
+    """
+    peak = learning_rate or model.recipe.learning_rate
+    return ja.trainer(
+        loss(model), model.init, train, batch_size=BATCH, epochs=model.recipe.epochs,
+        optimizer=lambda steps: _optimizer(steps, peak, eps_root),
+    )  # fmt: skip
+
+
+def _optimizer(steps: int, peak: float, eps_root: float = 0.0) -> optax.GradientTransformation:
+    schedule = optax.cosine_onecycle_schedule(steps, peak)
+    return optax.adamw(schedule, eps_root=eps_root, weight_decay=1e-3)
 
 
 def loss(model: Model) -> OutputFn:

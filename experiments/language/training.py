@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import jaxattr as ja
 from jaxattr import language
 from jaxattr.language import LogitsFn, Rows
 from jaxattr.typing import Params
@@ -36,14 +37,15 @@ class Recipe:
         """Number of steps for so many rows."""
         return self.epochs * (rows // min(self.batch, rows))
 
-    def optimizer(self, rows: int) -> optax.GradientTransformation:
-        """AdamW with warm-up and cosine decay."""
+    def optimizer(self, rows: int, eps_root: float = 0.0) -> optax.GradientTransformation:
+        """AdamW with warm-up and cosine decay; its root has a derivative if eps_root is not 0."""
         steps = self.steps(rows)
         schedule = optax.warmup_cosine_decay_schedule(
             0.0, self.rate, max(1, steps // 20), steps, self.final * self.rate
         )
         return optax.chain(
-            optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=self.decay)
+            optax.clip_by_global_norm(1.0),
+            optax.adamw(schedule, eps_root=eps_root, weight_decay=self.decay),
         )
 
 
@@ -99,6 +101,39 @@ def make_train(
         return jax.lax.scan(step, (params, optimizer.init(params)), batches)[0]
 
     return train
+
+
+def step_by_step(
+    logits_fn: LogitsFn, rows: Rows, start: Params, recipe: Recipe, *, seed: int, eps_root: float
+) -> ja.TrainingRun:
+    """The same training as steps that `ja.unroll` goes back through.
+
+    Args:
+      logits_fn: the model.
+      rows: all rows.
+      start: initial params.
+      recipe: how.
+      seed: of the order of rows.
+      eps_root: what is added under Adam's root, so that it has a derivative everywhere.
+
+    Returns:
+      The run, of all rows.
+    """
+    loss, count = mean_loss(logits_fn), len(rows["mask"])
+    optimizer, size = recipe.optimizer(count, eps_root), min(recipe.batch, count)
+    epochs = np.tile(np.arange(count), (recipe.epochs, 1))
+    orders = np.random.default_rng(seed).permuted(epochs, axis=1)[:, : count // size * size]
+
+    def step(state: Any, batch: Any, weights: jax.Array) -> Any:
+        params, optimizer_state = state
+        gradient = jax.grad(loss)(params, batch, weights)
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+        return optax.apply_updates(params, updates), optimizer_state
+
+    state = start, optimizer.init(start)
+    return ja.TrainingRun(
+        step, state, orders.reshape(-1, size), rows, params=lambda state: state[0]
+    )
 
 
 def perplexity(logits_fn: LogitsFn, params: Params, rows: Rows, batch: int = 64) -> float:

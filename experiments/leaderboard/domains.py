@@ -83,6 +83,12 @@ ITERATIONS = 10
 ENSEMBLE = 8
 """Models of the ensemble of TRAK."""
 
+UNROLLED = 2
+"""Training runs that are unrolled, for the mean of their scores."""
+
+UNROLLED_QUERIES = 12
+"""Of the GPT: going back takes a gradient of each step for each query."""
+
 
 def classifier(name: str, folder: Path) -> Domain:
     """A classifier of digits.
@@ -141,6 +147,14 @@ def classifier(name: str, folder: Path) -> Domain:
             ja.influence(loss, damping=ja.relative(4), curvature="fisher"),
         ),
         entry("ASTRA", everything, refine=refine),
+        Entry(
+            f"unrolled, {UNROLLED} runs",
+            lambda: _unrolled(
+                [training.step_by_step(model, train).run(jax.random.key(seed))
+                 for seed in range(UNROLLED)],
+                training.margin(model), train, asked,
+            ),
+        ),
     ]  # fmt: skip
     return Domain(
         name=name,
@@ -194,7 +208,17 @@ def gpt(folder: Path) -> Domain:
             ),
         ),
         entry("ASTRA", everything, refine=refine),
-    ]
+        Entry(
+            "unrolled, 1 run",
+            lambda: _unrolled(
+                [tuning.step_by_step(
+                    subject.logits_fn, found.train, subject.start, config.tuning,
+                    seed=0, eps_root=1e-6,
+                )],
+                minus(loss), found.train, jax.tree.map(lambda x: x[:UNROLLED_QUERIES], asked),
+            ),
+        ),
+    ]  # fmt: skip
     return Domain(
         name="gpt",
         entries=entries,
@@ -277,6 +301,13 @@ def _embedded(embed: Any, checkpoints: list[Any], train: Any, asked: Any, name: 
         groups=ja.by_leaf(exclude="^model"),
     )  # fmt: skip
     return Asked(index, None, ja.query_features(index, asked))
+
+
+def _unrolled(runs: list[ja.TrainingRun], output: OutputFn, train: Any, asked: Any) -> Asked:
+    """Scores of going back through each run, their mean."""
+    scores = np.mean([ja.unroll(run, output, asked) for run in runs], axis=0)
+    index, queries = evaluation.index_of_scores(scores, train, asked, name="unrolled")
+    return Asked(index, None, ja.query_features(index, queries))
 
 
 def _activations(subject: language.Subject, config: language.Config, asked: Any) -> Asked:

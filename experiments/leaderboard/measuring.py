@@ -59,8 +59,7 @@ def measure(domain: Domain, entry: Entry, folder: Path) -> Figures:
     if ready.learning is not None and len(ready.made.layout.names) > 1:
         fit = ja.learn_weights(ready.made, ready.learning, outcomes=domain.outcomes())
         each["learned"] = np.asarray(ja.score(ready.made, ready.evaluation, weights=fit))
-    truth = domain.truth
-    lds = {kind: ja.lds(found, truth.masks, truth.evaluation) for kind, found in each.items()}
+    lds = {kind: _lds(domain, found) for kind, found in each.items()}
     gain = None
     if "learned" in lds:
         change = evaluation.paired_difference(lds["learned"], lds["uniform"])
@@ -102,7 +101,9 @@ def with_qld(
     for first in range(0, len(missing), ROWS_AT_ONCE):
         some = missing[first : first + ROWS_AT_ONCE]
         cells = [(row.method, kind) for row in some for kind in kept[row.method].files]
-        falls = _falls(domain, [kept[method][kind][:asked] for method, kind in cells], removed)
+        scores = [kept[method][kind] for method, kind in cells]
+        first_few = min(asked, *map(len, scores))
+        falls = _falls(domain, [each[:first_few] for each in scores], removed)
         found = dict(zip(cells, falls, strict=True))
         for row in some:
             own = {kind: found[row.method, kind] for kind in kept[row.method].files}
@@ -125,12 +126,16 @@ def differences(
       {kind of the first one's weights: difference}.
     """
     first, second = (np.load(_path(domain, entry.name, folder, "npz")) for entry in entries)
-    truth = domain.truth
-    base = ja.lds(second["uniform"], truth.masks, truth.evaluation)
+    base = _lds(domain, second["uniform"])
     return {
-        kind: evaluation.paired_difference(ja.lds(first[kind], truth.masks, truth.evaluation), base)
-        for kind in first.files
+        kind: evaluation.paired_difference(_lds(domain, first[kind]), base) for kind in first.files
     }
+
+
+def _lds(domain: Domain, scores: np.ndarray) -> evaluation.LDS:
+    """Of the first queries, as many as have scores."""
+    truth = domain.truth
+    return ja.lds(scores, truth.masks, truth.evaluation[..., : len(scores)])
 
 
 def _path(domain: Domain, method: str, folder: Path, ending: str) -> Path:
