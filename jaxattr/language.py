@@ -308,7 +308,6 @@ def _of_targets(
     """An output function of the log-probabilities of a row's targets, and its mask."""
 
     def of_row(params: Params, example: Example, key: Key) -> jax.Array:
-        del key
         mask, targets = example["mask"], example["targets"]
         # Those that do not count may be anything, such as -100.
         asked = jnp.where(mask.astype(bool), targets, jnp.zeros_like(targets))

@@ -151,12 +151,10 @@ class Basis:
           seed: of the checkpoint's projections.
           factored: the linear maps.
         """
-        del seed, factored
         return {}
 
     def draw_mixing(self, seed: bytes, factored: Sequence[Factored]) -> Any:
         """Returns what `mix` takes, a pytree; on the host."""
-        del seed, factored
         return ()
 
     def mix(
@@ -172,7 +170,6 @@ class Basis:
         Returns:
           {leaf: [b, *stack, left, right]}.
         """
-        del drawn, factored
         return z
 
 
@@ -182,7 +179,6 @@ class Fits(Protocol):
 
     def fit(self, over: Any) -> Fitted:
         """Returns what was fitted in a pass over the training data."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

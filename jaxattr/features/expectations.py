@@ -24,7 +24,6 @@ class TimestepFn(Protocol):
         self, params: Params, example: Example, key: Key, timestep: jax.Array, /
     ) -> jax.Array:
         """Returns a float scalar."""
-        ...
 
 
 Timesteps = tuple[int, ...] | Callable[[Key], jax.Array]

@@ -38,7 +38,6 @@ class Projection(Protocol):
     @property
     def name(self) -> str:
         """What `describe` shows."""
-        ...
 
     @property
     def basis(self) -> Basis | None:
@@ -46,11 +45,9 @@ class Projection(Protocol):
 
         None if they are projected as all others are.
         """
-        ...
 
     def dim(self, size: int) -> int:
         """Returns the number of features p of a group with so many parameters."""
-        ...
 
     def project(self, key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
         """Returns features [b, p] of the members {leaf name: [b, size]}. Jittable.
@@ -59,7 +56,6 @@ class Projection(Protocol):
           key: the group's, the same for all batches of a checkpoint.
           members: the gradients of the group's leaves, flat; their sizes add up to that of `dim`.
         """
-        ...
 
 
 def identity() -> Projection:
@@ -235,7 +231,6 @@ class Identity:
 
     def project(self, key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
         """See `Projection`."""
-        del key
         return jnp.concatenate(list(members.values()), axis=1)  # [b, size]
 
 

@@ -29,11 +29,9 @@ class ProjectsTogether(Protocol):
 
     def draw(self, seed: bytes, sizes: Mapping[str, Mapping[str, int]]) -> Any:
         """Draws what `project_groups` takes, a pytree, for {group: {leaf name: size}}."""
-        ...
 
     def project_groups(self, drawn: Any, groups: Members) -> dict[str, jax.Array]:
         """Projects groups {group: {leaf name: [b, size]}} to {group: features [b, p]}."""
-        ...
 
 
 def draw_groups(projection: Any, seed: bytes, sizes: Mapping[str, Mapping[str, int]]) -> Any:

@@ -48,7 +48,6 @@ class Curvature(Protocol):
 
     def product(self, params: Params, chosen: Collection[str]) -> Product:
         """Returns the product of the chosen leaves."""
-        ...
 
     def __hash__(self) -> int: ...
 

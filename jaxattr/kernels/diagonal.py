@@ -68,7 +68,6 @@ class SecondMoment:
 
     def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> Squares:
         """See `Kernel`."""
-        del layout, n
         return Squares.of(phi, kept)
 
     def finalize(self, statistics: Squares, surroundings: Surroundings) -> jax.Array:

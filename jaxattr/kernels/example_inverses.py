@@ -61,7 +61,6 @@ class DataInf:
 
     def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> jax.Array:
         """See `Kernel`: how many examples count."""
-        del layout, n
         return kept.sum(dtype=phi.dtype)
 
     def finalize(self, statistics: jax.Array, surroundings: Surroundings) -> DataInfOperator:

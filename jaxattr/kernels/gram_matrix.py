@@ -96,7 +96,6 @@ class Gram:
         self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array
     ) -> list[jax.Array]:
         """See `Kernel`: phi^T phi of each block."""
-        del kept
         # A block with more features than examples is inverted from its rows, when they are there.
         return [
             jnp.matmul(part.T, part, precision="highest") if part.shape[1] <= n else part[0, :0]

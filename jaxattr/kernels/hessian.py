@@ -53,7 +53,6 @@ class InverseHessian(WithoutSums):
 
     def finalize(self, statistics: Any, surroundings: Surroundings) -> jax.Array:
         """See `Kernel`."""
-        del statistics
         products, operands = surroundings.hessian()
         total = surroundings.layout.total
         rows, dtype = [], None
@@ -137,7 +136,6 @@ class ConjugateGradient(WithoutSums):
 
     def finalize(self, statistics: Any, surroundings: Surroundings) -> Solver:
         """See `Kernel`."""
-        del statistics
         products, operands = surroundings.hessian()
         return Solver(jax.tree_util.Partial(products, operands), jnp.asarray(self.damping.value))
 

@@ -75,7 +75,6 @@ class Whitening:
         self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array
     ) -> Autocorrelation:
         """See `Kernel`."""
-        del n
         parts = split_columns(phi, layout.dims)
         blocks = [jnp.matmul(part.T, part, precision="highest") for part in parts]
         return Autocorrelation(blocks, kept.sum(dtype=phi.dtype))
