@@ -189,7 +189,7 @@ class HasSpectrum(Protocol):
 class WithoutSums:
     """A kernel that needs no statistics."""
 
-    degree: ClassVar[None] = None
+    degree: ClassVar[int | None] = None
 
     def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> tuple[()]:
         """See `Kernel`: none."""
@@ -209,6 +209,27 @@ class Identity(WithoutSums):
     def apply(self, operator: Any, phi: Features) -> Features:
         """See `Kernel`: the features themselves."""
         return phi
+
+
+@dataclasses.dataclass(frozen=True)
+class Damped:
+    """A kernel that inverts a matrix to which damping is added.
+
+    Attributes:
+      damping: what is added.
+    """
+
+    damping: Damping
+    degree: ClassVar[int | None] = -1
+    what: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+
+    @property
+    def name(self) -> str:
+        """See `Kernel`."""
+        return f"{self.what}, damping {self.damping}"
 
 
 def split_columns(phi: Features, widths: Sequence[int]) -> list[Features]:

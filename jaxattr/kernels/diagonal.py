@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxattr.features.bases import UNKNOWN
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.kernels.base import Damping, Surroundings, check_damping
+from jaxattr.kernels.base import Damped, Damping, Surroundings
 from jaxattr.typing import Features
 
 
@@ -35,7 +35,7 @@ class Squares(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class SecondMoment:
+class SecondMoment(Damped):
     r"""Divides by the damped second moments of the features.
 
     .. math:: K = \mathrm{diag}(\Lambda + \lambda)^{-1}, \qquad
@@ -55,16 +55,7 @@ class SecondMoment:
       George et al. (2018), arXiv:1806.03884; Grosse et al. (2023), arXiv:2308.03296, section 2.4.
     """
 
-    damping: Damping
-    degree: ClassVar[int] = -1
-
-    def __post_init__(self) -> None:
-        check_damping(self.damping)
-
-    @property
-    def name(self) -> str:
-        """See `Kernel`."""
-        return f"second moment, damping {self.damping}"
+    what: ClassVar[str] = "second moment"
 
     def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> Squares:
         """See `Kernel`."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.kernels.base import Damping, Surroundings, check_damping, split_columns
+from jaxattr.kernels.base import Damped, Surroundings, check_damping, split_columns
 from jaxattr.typing import Features
 
 
@@ -26,7 +26,7 @@ class DataInfOperator(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class DataInf:
+class DataInf(Damped):
     r"""Averages, instead of inverting the average.
 
     .. math:: K = \frac1N \sum_n (\phi_n \phi_n^\top + \lambda I)^{-1}
@@ -47,17 +47,11 @@ class DataInf:
       Kwon et al. (2024), DataInf, arXiv:2310.00902, Eq. 5.
     """
 
-    damping: Damping
-    degree: ClassVar[int] = -1
+    what: ClassVar[str] = "DataInf"
 
     def __post_init__(self) -> None:
         if check_damping(self.damping).value == 0:
             raise ValueError("DataInf divides by its damping, which must be above 0, got 0.")
-
-    @property
-    def name(self) -> str:
-        """See `Kernel`."""
-        return f"DataInf, damping {self.damping}"
 
     def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> jax.Array:
         """See `Kernel`: how many examples count."""

@@ -3,14 +3,14 @@
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.kernels.base import Damping, Surroundings, check_damping, split_columns
+from jaxattr.kernels.base import Damped, Damping, Surroundings, check_damping, split_columns
 from jaxattr.typing import Features
 
 
@@ -45,7 +45,7 @@ _LEAST_SHARE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class Gram:
+class Gram(Damped):
     r"""Inverts the damped Gram matrix of the training features, as TRAK does.
 
     .. math:: K = (\Phi^\top \Phi + \lambda I)^{-1}
@@ -74,13 +74,11 @@ class Gram:
       Park et al. (2023), TRAK, arXiv:2303.14186, Eq. 12-13.
     """
 
-    damping: Damping
     dense: bool = False
     leverage: bool = False
-    degree: ClassVar[int] = -1
 
     def __post_init__(self) -> None:
-        check_damping(self.damping)
+        super().__post_init__()
         if self.leverage and not self.dense:
             raise ValueError(
                 "leverage=True needs dense=True: it is that of one matrix for all groups."

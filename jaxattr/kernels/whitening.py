@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.identity import Contents
-from jaxattr.kernels.base import Damping, Surroundings, check_damping, split_columns
+from jaxattr.kernels.base import Damped, Damping, Surroundings, split_columns
 from jaxattr.scales import unit_norm
 from jaxattr.typing import Features
 
@@ -29,7 +29,7 @@ class Autocorrelation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Whitening:
+class Whitening(Damped):
     r"""Whitens both sides and scales them to unit norm.
 
     .. math:: u(x) = R^{-1/2} \phi(x), \quad \tau = \frac{u(q)^\top u(n)}{\|u(q)\| \|u(n)\|}, \quad
@@ -52,14 +52,13 @@ class Whitening:
       Chang et al. (2024), TrackStar, arXiv:2410.17413, section 3.
     """
 
-    damping: Damping
     queries: Contents | None = None
     mixing: float | None = None
     component: int | None = None
-    degree: ClassVar[int] = 0
+    degree: ClassVar[int | None] = 0
 
     def __post_init__(self) -> None:
-        check_damping(self.damping)
+        super().__post_init__()
         if self.mixing is not None and not 0 <= self.mixing <= 1:
             raise ValueError(f"mixing must be between 0 and 1, got {self.mixing}.")
         if self.queries is None and self.mixing:
