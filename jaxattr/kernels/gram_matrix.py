@@ -1,7 +1,6 @@
 """The inverse of the features' Gram matrix, dense or block-diagonal, primal or dual."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -97,7 +96,7 @@ class Gram(Damped):
         # A block with more features than examples is inverted from its rows, when they are there.
         return [
             jnp.matmul(part.T, part, precision="highest") if part.shape[1] <= n else part[0, :0]
-            for part in split_columns(phi, self._blocks(layout))
+            for part in (phi[:, columns] for columns in self._columns(layout))
         ]
 
     def finalize(
@@ -142,12 +141,8 @@ class Gram(Damped):
             )
         return [_operator_at(each, damping, exponent) for each in spectrum]
 
-    def _blocks(self, layout: FeatureLayout) -> tuple[int, ...]:
-        return (layout.total,) if self.dense else layout.dims
-
     def _columns(self, layout: FeatureLayout) -> list[slice]:
-        edges = np.cumsum([0, *self._blocks(layout)]).tolist()
-        return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+        return [slice(0, layout.total)] if self.dense else list(layout.slices.values())
 
 
 def _multiply(block: GramOperator, phi: Features) -> Features:
