@@ -62,9 +62,9 @@ class AtWeights(NamedTuple):
       strongest: their ids, [q, k].
     """
 
-    losses: tuple[float, float]
-    certain: bool
-    strongest: np.ndarray
+    losses: list[Any]
+    certain: jax.Array
+    strongest: jax.Array
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -77,13 +77,14 @@ def begin(key: Key, queries: int, m: int, options: FitOptions) -> tuple[jax.Arra
     return jax.random.permutation(jax.random.split(key)[0], queries), loop
 
 
+@functools.partial(jax.jit, static_argnames="options")
 def run(
     listed: Shortlist,
-    rows: np.ndarray,
+    rows: jax.Array,
     state: LoopState,
-    gauge: np.ndarray,
-    loss_at_start: float,
-    l2: float,
+    gauge: jax.Array,
+    loss_at_start: jax.Array,
+    l2: jax.Array,
     options: FitOptions,
 ) -> LoopState:
     """Updates until all steps are made, or the shortlist may no longer be certain.
@@ -97,56 +98,8 @@ def run(
       l2: strength of the pull towards the start.
       options: of the fit.
     """
-    dynamic = (gauge, abs(loss_at_start) or 1.0, float(l2))
-    with jax.numpy_dtype_promotion("standard"):  # which Optax's schedules take for granted
-        return _run(listed, rows, state, *dynamic, options=options)
-
-
-def at_weights(
-    listed: Shortlist, rows: tuple[np.ndarray, np.ndarray], w: np.ndarray, options: FitOptions
-) -> AtWeights:
-    """The losses of some weights, and the strongest examples under them.
-
-    Args:
-      listed: the shortlist.
-      rows: queries that are learned from, and those that are held out.
-      w: weights [m].
-      options: of the fit.
-    """
-    losses, certain, strongest = _at_weights(listed, rows, w, options.top_k, options.squared)
-    learned, held = map(float, losses)
-    return AtWeights((learned, held), bool(certain), np.asarray(strongest))
-
-
-def hub(strongest: np.ndarray) -> tuple[int, float]:
-    """The example that is among the strongest of the most queries, and of what share of them.
-
-    Args:
-      strongest: ids [q, k].
-    """
-    found, counts = np.unique(strongest[strongest >= 0], return_counts=True)
-    return int(found[counts.argmax()]), float(counts.max() / len(strongest))
-
-
-def _optimizer(options: FitOptions) -> optax.GradientTransformation:
-    if options.optimizer is not None:
-        return options.optimizer
-    return optax.adam(optax.cosine_decay_schedule(0.05, options.steps))
-
-
-@functools.partial(jax.jit, static_argnames="options")
-def _run(
-    listed: Shortlist,
-    rows: jax.Array,
-    state: LoopState,
-    gauge: jax.Array,
-    scale: jax.Array,
-    l2: jax.Array,
-    *,
-    options: FitOptions,
-) -> LoopState:
     m, optimizer, listed = len(gauge), _optimizer(options), listed.rows(rows)
-    first = state.step
+    first, scale = state.step, jnp.where(loss_at_start == 0, 1, abs(loss_at_start))
 
     def objective(theta: jax.Array) -> tuple[jax.Array, jax.Array]:
         share = m * jax.nn.softmax(theta)
@@ -165,23 +118,44 @@ def _run(
         kept = jax.tree.map(lambda new, old: jnp.where(certain, new, old), made, state)
         return kept._replace(certain=certain)
 
-    return jax.lax.while_loop(
-        lambda state: (state.step < options.steps) & state.certain,
-        update,
-        state._replace(certain=jnp.asarray(True)),
-    )
+    def unfinished(state: LoopState) -> jax.Array:
+        return (state.step < options.steps) & state.certain
+
+    with jax.numpy_dtype_promotion("standard"):  # which Optax's schedules take for granted
+        return jax.lax.while_loop(unfinished, update, state._replace(certain=jnp.asarray(True)))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _at_weights(
-    listed: Shortlist,
-    rows: tuple[jax.Array, jax.Array],
-    w: jax.Array,
-    top_k: int,
-    squared: bool,
-) -> tuple[list[Any], jax.Array, jax.Array]:
+def at_weights(
+    listed: Shortlist, rows: tuple[jax.Array, jax.Array], w: jax.Array, top_k: int, squared: bool
+) -> AtWeights:
+    """The losses of some weights, and the strongest examples under them.
+
+    Args:
+      listed: the shortlist.
+      rows: queries that are learned from, and those that are held out.
+      w: weights [m].
+      top_k: see `FitOptions`.
+      squared: likewise.
+    """
     found = [loss_of_list(listed.rows(each), w, top_k, squared) for each in rows if len(each)]
     losses = [loss for loss, _ in found] + [0.0] * (2 - len(found))
     certain = functools.reduce(jnp.logical_and, [certain for _, certain in found])
     places = jax.lax.top_k(shortlists.strengths(listed, w, squared), top_k)[1]
-    return losses, certain, jnp.take_along_axis(listed.ids, places, axis=1)
+    return AtWeights(losses, certain, jnp.take_along_axis(listed.ids, places, axis=1))
+
+
+def hub(strongest: np.ndarray) -> tuple[int, float]:
+    """The example that is among the strongest of the most queries, and of what share of them.
+
+    Args:
+      strongest: ids [q, k].
+    """
+    found, counts = np.unique(strongest[strongest >= 0], return_counts=True)
+    return int(found[counts.argmax()]), float(counts.max() / len(strongest))
+
+
+def _optimizer(options: FitOptions) -> optax.GradientTransformation:
+    if options.optimizer is not None:
+        return options.optimizer
+    return optax.adam(optax.cosine_decay_schedule(0.05, options.steps))
