@@ -15,16 +15,7 @@ import jax.numpy as jnp
 from jaxattr.features import bases
 from jaxattr.features.bases import Basis
 from jaxattr.features.grass import Masks
-from jaxattr.features.random_maps import (
-    Gaussian,
-    Grass,
-    Members,
-    Rademacher,
-    Sjlt,
-    Srht,
-    draw_groups,
-    project_groups,
-)
+from jaxattr.features.random_maps import Gaussian, Grass, Members, Rademacher, Sjlt, Srht
 from jaxattr.typing import Key
 
 
@@ -256,7 +247,7 @@ class TwoSided:
         return self.basis.references
 
     @property
-    def rest(self) -> Projection:
+    def rest(self) -> Rademacher:
         """The projection of parameters that belong to no linear map."""
         return Rademacher(self.rank**2)
 
@@ -270,8 +261,8 @@ class TwoSided:
 
     def draw(self, seed: bytes, sizes: Mapping[str, Mapping[str, int]]) -> Any:
         """See `ProjectsTogether`; of the rest."""
-        return draw_groups(self.rest, seed, sizes)
+        return self.rest.draw(seed, sizes)
 
     def project_groups(self, drawn: Any, groups: Members) -> dict[str, jax.Array]:
         """See `ProjectsTogether`; of the rest."""
-        return project_groups(self.rest, drawn, groups)
+        return self.rest.project_groups(drawn, groups)
