@@ -161,11 +161,9 @@ def _primal(matrix: np.ndarray, damping: Damping, exponent: int, dtype: Any) -> 
 
 
 def _dual(rows: np.ndarray, damping: Damping, exponent: int, dtype: Any) -> GramOperator:
-    width = rows.shape[1]
-    if not rows.any():
-        return GramOperator(jnp.zeros((width, 1), dtype), jnp.zeros(1, dtype))
-    if damping.value == 0:
-        why = f"{len(rows)} training examples cannot span {width} features"
+    if damping.value == 0 and rows.any():
+        examples, width = rows.shape
+        why = f"{examples} training examples cannot span {width} features"
         raise _singular(width, damping, why)
     return _operator_at(_spectrum(rows)._replace(dtype=dtype), damping, exponent)
 
