@@ -173,7 +173,12 @@ def removal(
     q, n = scores.shape
     check_number(train_fn, n)
     subset_key, train_key, output_key = jax.random.split(check_key(key), 3)
-    drawn = _random_removals(subset_key, n, random, fractions)
+    if np.ndim(fractions) != 1 or not len(fractions):
+        raise TypeError(
+            f"fractions must be a list, of one fraction [{fractions!r}], got {fractions!r}."
+        )
+    random = whole_number("random", random)
+    drawn = [random_subsets(subset_key, n, random, fraction=each) for each in fractions]
     queries, ask = asking(train_fn, output_fn, queries, (train_key, output_key), n)
     if leading_size(queries) != q:
         raise ValueError(
@@ -206,7 +211,9 @@ def _falls(
 ) -> list[Fall]:
     """One for each sign of scores; all models of one size are trained together."""
     count = int(drawn[0].sum())
-    own = [_removed(sign * scores, count) for sign in signs]
+    own = np.zeros((len(signs), *scores.shape), bool)
+    for masks, sign in zip(own, signs, strict=True):
+        np.put_along_axis(masks, strongest(sign * scores, count), True, axis=1)
     found = outputs_without(np.concatenate([*own, drawn]))  # [signs * q + random, q]
     *parts, random = np.split(found, len(scores) * np.arange(1, len(signs) + 1))
     return [_fall(count, part.diagonal().copy(), random) for part in parts]
@@ -246,22 +253,6 @@ def _resampled(outputs: np.ndarray, random: np.ndarray) -> np.ndarray:
             for rows, columns in zip(draws, queries, strict=True)
         ]
     )
-
-
-def _removed(scores: np.ndarray, count: int) -> np.ndarray:
-    masks = np.zeros(scores.shape, bool)
-    np.put_along_axis(masks, strongest(scores, count), True, axis=1)
-    return masks
-
-
-def _random_removals(key: Key, n: int, random: int, fractions: Sequence[float]) -> list[np.ndarray]:
-    """Masks [random, n] of what is removed, for each fraction."""
-    if np.ndim(fractions) != 1 or not len(fractions):
-        raise TypeError(
-            f"fractions must be a list, of one fraction [{fractions!r}], got {fractions!r}."
-        )
-    random = whole_number("random", random)
-    return [random_subsets(key, n, random, fraction=fraction) for fraction in fractions]
 
 
 def _checked_scores(scores: Any) -> np.ndarray:
