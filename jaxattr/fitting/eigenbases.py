@@ -34,7 +34,8 @@ from jaxattr.fitting.passes import (
     row_digests,
     typical_exponent,
 )
-from jaxattr.kernels.diagonal import Squares
+from jaxattr.kernels.base import Sums
+from jaxattr.kernels.diagonal import squares
 from jaxattr.keys import example_keys, named_key
 from jaxattr.scales import scaled
 from jaxattr.typing import Example, Key, Params
@@ -268,5 +269,5 @@ def second_moments(
     return np.ldexp(over.sums(_squares, blocks()).means(), 2 * (exponent or 0))
 
 
-def _squares(exponent: int, phi: jax.Array, kept: jax.Array) -> Squares:
-    return Squares.of(scaled(phi, -exponent), kept)
+def _squares(exponent: int, phi: jax.Array, kept: jax.Array) -> Sums:
+    return squares(scaled(phi, -exponent), kept)

@@ -211,6 +211,23 @@ class Identity(WithoutSums):
         return phi
 
 
+class Sums(NamedTuple):
+    """Sums over training examples.
+
+    Attributes:
+      total: an array, or a list of arrays.
+      examples: how many.
+    """
+
+    total: Any
+    examples: jax.Array
+
+    def means(self) -> Any:
+        """Means over examples, float64 on the host."""
+        count = max(float(self.examples), 1.0)
+        return jax.tree.map(lambda x: np.asarray(x, np.float64) / count, self.total)
+
+
 @dataclasses.dataclass(frozen=True)
 class Damped:
     """A kernel that inverts a matrix to which damping is added.

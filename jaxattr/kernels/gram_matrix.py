@@ -105,12 +105,10 @@ class Gram(Damped):
         """See `Kernel`."""
         operators, unit = [], surroundings.exponent
         for gram, part in zip(statistics, self._columns(surroundings.layout), strict=True):
-            if gram.ndim == 2:
-                whole = np.asarray(gram, np.float64)
-                operators.append(_primal(whole, self.damping, unit, gram.dtype))
-            else:
-                rows = np.asarray(surroundings.rows(part), np.float64)
-                operators.append(_dual(rows, self.damping, unit, gram.dtype))
+            primal = gram.ndim == 2
+            given = np.asarray(gram if primal else surroundings.rows(part), np.float64)
+            invert = _primal if primal else _dual
+            operators.append(invert(given, self.damping, unit, gram.dtype))
         return operators
 
     def apply(self, operator: list[GramOperator], phi: Features) -> Features:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +11,9 @@ import numpy as np
 
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.identity import Contents
-from jaxattr.kernels.base import Damped, Damping, Surroundings, split_columns
+from jaxattr.kernels.base import Damped, Damping, Sums, Surroundings, split_columns
 from jaxattr.scales import unit_norm
 from jaxattr.typing import Features
-
-
-class Autocorrelation(NamedTuple):
-    """Sums over examples.
-
-    Attributes:
-      blocks: of phi^T phi, one [p, p] per group.
-      examples: how many.
-    """
-
-    blocks: list[jax.Array]
-    examples: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,21 +58,19 @@ class Whitening(Damped):
         of_queries = "" if self.queries is None else " of queries too"
         return f"autocorrelation{of_queries}, damping {self.damping}"
 
-    def sums(
-        self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array
-    ) -> Autocorrelation:
+    def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> Sums:
         """See `Kernel`."""
         parts = split_columns(phi, layout.dims)
         blocks = [jnp.matmul(part.T, part, precision="highest") for part in parts]
-        return Autocorrelation(blocks, kept.sum(dtype=phi.dtype))
+        return Sums(blocks, kept.sum(dtype=phi.dtype))
 
-    def finalize(self, statistics: Autocorrelation, surroundings: Surroundings) -> list[jax.Array]:
+    def finalize(self, statistics: Sums, surroundings: Surroundings) -> list[jax.Array]:
         """See `Kernel`: the inverse root of R, group by group."""
         dtype = statistics.examples.dtype
-        matrices = _means(statistics)
+        matrices = statistics.means()
         if self.queries is not None:
             given, described = self.queries.value, "autocorrelation of queries"
-            mu, others = self.mixing, _means(surroundings.sums_of(self.sums, given, described))
+            mu, others = self.mixing, surroundings.sums_of(self.sums, given, described).means()
             mu = _meeting_point(matrices, others, self.component) if mu is None else mu
             matrices = [mu * b + (1 - mu) * a for a, b in zip(matrices, others, strict=True)]
         root = functools.partial(_inverse_root, self.damping, surroundings.exponent)
@@ -103,11 +89,6 @@ class Whitening(Damped):
     def of_queries(self, operator: list[jax.Array], phi: Features) -> Features:
         """See `MapsQueries`: as training examples."""
         return self.apply(operator, phi)
-
-
-def _means(statistics: Autocorrelation) -> list[np.ndarray]:
-    count = max(float(statistics.examples), 1.0)
-    return [np.asarray(block, np.float64) / count for block in statistics.blocks]
 
 
 def _meeting_point(
