@@ -1,4 +1,4 @@
-"""Counts: those that callers give are whole numbers, and nothing that only equals one."""
+"""Counts and ids: those that callers give are whole numbers, and nothing that only equals one."""
 
 import operator
 from typing import Any
@@ -40,3 +40,27 @@ def whole_number(name: str, value: Any, *, least: int | None = 1) -> int:
     if least is not None and found < least:
         raise ValueError(f"{name} must be at least {least}, got {found}.")
     return found
+
+
+def checked_ids(ids: Any, examples: int, name: str, count: int | None = None) -> np.ndarray:
+    """Returns ids of training examples, or raises if they are none.
+
+    Args:
+      ids: of a user, [b].
+      examples: n.
+      name: what they are, for the message.
+      count: how many there must be; default: one or more.
+
+    Raises:
+      ValueError: if they are no integers, or out of range.
+    """
+    ids = np.asarray(ids)
+    whole = ids.ndim == 1 and ids.dtype.kind in "iu" and len(ids) > 0
+    fits = whole and count in (None, len(ids)) and ((ids >= 0) & (ids < examples)).all()
+    if not fits:
+        got = f" from {ids.min()} to {ids.max()}" if whole else ""
+        raise ValueError(
+            f"{name} must be integers [{count or 'b'}] from 0 to {examples - 1}, ids of training "
+            f"examples; got {ids.dtype} {list(ids.shape)}{got}."
+        )
+    return ids

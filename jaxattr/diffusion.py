@@ -208,7 +208,6 @@ def _mse(predicted: jax.Array, noise: jax.Array) -> jax.Array:
 
 
 def _l2(predicted: jax.Array, noise: jax.Array) -> jax.Array:
-    del noise
     squares = jnp.sum(predicted**2)
     # The inner `where` keeps the gradient of a prediction of zero finite.
     return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)

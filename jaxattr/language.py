@@ -88,12 +88,7 @@ def residual(logits_fn: LogitsFn) -> OutputFn:
     Returns:
       (params, row, key) -> float32 scalar between 0 and 1.
     """
-    mean = probability(logits_fn)
-
-    def of_row(params: Params, example: Example, key: Key) -> jax.Array:
-        return 1 - mean(params, example, key)
-
-    return of_row
+    return _of_targets(logits_fn, lambda log_p, mask: 1 - _mean_probability(log_p, mask))
 
 
 def probability(logits_fn: LogitsFn) -> OutputFn:
@@ -105,11 +100,7 @@ def probability(logits_fn: LogitsFn) -> OutputFn:
     Returns:
       (params, row, key) -> float32 scalar between 0 and 1; what `evaluation.tail_patch` measures.
     """
-
-    def mean(log_p: jax.Array, mask: jax.Array) -> jax.Array:
-        return _summed(jnp.exp(log_p), mask) / jnp.maximum(mask.sum(), 1)
-
-    return _of_targets(logits_fn, mean)
+    return _of_targets(logits_fn, _mean_probability)
 
 
 def log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -308,13 +299,16 @@ def _of_targets(
     """An output function of the log-probabilities of a row's targets, and its mask."""
 
     def of_row(params: Params, example: Example, key: Key) -> jax.Array:
-        del key
         mask, targets = example["mask"], example["targets"]
         # Those that do not count may be anything, such as -100.
         asked = jnp.where(mask.astype(bool), targets, jnp.zeros_like(targets))
         return function(log_probabilities(logits_fn(params, example), asked), mask)
 
     return of_row
+
+
+def _mean_probability(log_p: jax.Array, mask: jax.Array) -> jax.Array:
+    return _summed(jnp.exp(log_p), mask) / jnp.maximum(mask.sum(), 1)
 
 
 def _summed(values: jax.Array, mask: jax.Array) -> jax.Array:

@@ -397,10 +397,10 @@ REFUSED = {
                 "copies must be a pair .*got dict"),
     "no ids": (dict(outcomes=ja.Outcomes(MASKS, np.eye(R)[:, :Q]),
                     copies=(COPIES[0], np.arange(8) + 55)),
-               "The sources of 8 copies must be ids .*from 0 to 59; got int64 .*from 55 to 62"),
+               "The sources of 8 copies must be integers .* 0 to 59.*got int64 .*from 55 to 62"),
     "too few ids": (dict(outcomes=ja.Outcomes(MASKS, np.eye(R)[:, :Q]),
                          copies=(COPIES[0], np.arange(3))),
-                    r"The sources of 8 copies must be ids.*got int64 \[3\]"),
+                    r"The sources of 8 copies must be integers.*got int64 \[3\]"),
 }  # fmt: skip
 
 

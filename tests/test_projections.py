@@ -145,7 +145,7 @@ def test_group_keys_differ():
     "make", [projections.rademacher, projections.sjlt, projections.srht, projections.grass]
 )
 def test_bad_dimension(make):
-    with pytest.raises(ValueError, match="dim >= 1, got 0"):
+    with pytest.raises(ValueError, match="dim must be at least 1, got 0"):
         make(0)
 
 

@@ -12,7 +12,7 @@ from scipy import stats
 
 import jaxattr as ja
 from jaxattr.weights import learning, shortlists
-from jaxattr.weights.loss import loss_of_list
+from jaxattr.weights.optimising import loss_of_list
 from jaxattr.weights.report import WeightWarning
 from tests import models
 

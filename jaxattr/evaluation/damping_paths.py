@@ -77,7 +77,11 @@ def damping_path(
         )
     for damping in dampings:
         kernel.operator_at([], damping, 0)  # raises where it cannot be, before the work
-    raw = build_index(_without_kernel(method), checkpoints, train, **options)
+    # Its features as they are, so with a weight of one for each checkpoint.
+    plain = dataclasses.replace(
+        method, kernel=kernels.Identity(), checkpoint_weights=None, average_checkpoints=False
+    )
+    raw = build_index(plain, checkpoints, train, **options)
     return _indexes(method, raw, dampings)
 
 
@@ -106,10 +110,3 @@ def _indexes(
                 rows.write(block, number, apply(operator, phi, exponent)[1])
         made = dataclasses.replace(method, kernel=dataclasses.replace(kernel, damping=damping))
         yield damping, dataclasses.replace(raw, method=made, rows=rows)
-
-
-def _without_kernel(method: Method) -> Method:
-    """Its features as they are, so with a weight of one for each checkpoint."""
-    return dataclasses.replace(
-        method, kernel=kernels.Identity(), checkpoint_weights=None, average_checkpoints=False
-    )

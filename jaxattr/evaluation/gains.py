@@ -59,7 +59,14 @@ def measured_gain(index: Index, queries: Any, fit: WeightFit, outcomes: Outcomes
     _warn_of_overlap(queries, fit)
     prepared = query_features(index, queries)
     check_queries(outcomes, queries, len(prepared.features))
-    kept = _finite(outcomes)
+    kept = finite_models(outcomes.outputs)
+    if not kept.all():
+        warnings.warn(
+            f"{(~kept).sum()} of {len(kept)} models are not finite and were dropped: "
+            f"{np.flatnonzero(~kept)[:10].tolist()}.",
+            WeightWarning,
+            stacklevel=2,
+        )
     masks, outputs = outcomes.masks[kept], outcomes.outputs[kept]
     squared = index.link == "square"
     sums = (subset_products if squared else subset_contributions)(index, prepared, masks)
@@ -73,18 +80,6 @@ def measured_gain(index: Index, queries: Any, fit: WeightFit, outcomes: Outcomes
     uniform = of_weights(np.ones(len(names)))
     learned = of_weights(np.array([fit.weights[name] for name in names]))
     return MeasuredGain(uniform, learned, paired_difference(learned, uniform))
-
-
-def _finite(outcomes: Outcomes) -> np.ndarray:
-    kept = finite_models(outcomes.outputs)
-    if not kept.all():
-        warnings.warn(
-            f"{(~kept).sum()} of {len(kept)} models are not finite and were dropped: "
-            f"{np.flatnonzero(~kept)[:10].tolist()}.",
-            WeightWarning,
-            stacklevel=3,
-        )
-    return kept
 
 
 def _warn_of_overlap(queries: Any, fit: WeightFit) -> None:

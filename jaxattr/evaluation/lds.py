@@ -1,7 +1,7 @@
 """The linear datamodelling score: do sums of scores predict what retrained models do?"""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -136,18 +136,18 @@ def lds_of_predictions(predicted: Any, outputs: Any, *, resamples: int = 1000) -
     m = predicted.shape[1]
     if m < 3:
         raise ValueError(f"A rank correlation needs at least 3 subsets, got {m}.")
-    ranks = _Ranks.of(predicted, actual)
-    per_query = ranks.correlations(np.ones((1, m)))[0]
+    ranks = _ranks(predicted, actual)
+    per_query = _correlations(ranks, np.ones((1, m)))[0]
     kept = np.isfinite(per_query)
     rows = np.random.default_rng(0).integers(m, size=(whole_number("resamples", resamples), m))
     counts = np.stack([np.bincount(row, minlength=m) for row in rows])
-    resampled = _Ranks(ranks.first[kept], ranks.second[kept]).correlations(counts)  # [resamples, q]
-    resampled = np.array([_mean(correlations) for correlations in resampled])
+    resampled = _correlations(ranks[:, kept], counts)  # [resamples, q]
+    resampled = np.array([finite_mean(correlations) for correlations in resampled])
     if m < FEWEST_FOR_AN_INTERVAL:
         resampled = np.full_like(resampled, np.nan)
     low, high = np.quantile(resampled, [0.025, 0.975]) if kept.any() else (np.nan, np.nan)
     return LDS(
-        mean=_mean(per_query),
+        mean=finite_mean(per_query),
         low=float(low),
         high=float(high),
         per_query=per_query,
@@ -189,34 +189,29 @@ def paired_difference(first: LDS, second: LDS) -> Difference:
     return Difference(mean=first.mean - second.mean, low=float(low), high=float(high))
 
 
-def _mean(correlations: np.ndarray) -> float:
-    finite = correlations[np.isfinite(correlations)]
+def finite_mean(values: np.ndarray) -> float:
+    """Returns the mean of what is finite; NaN if nothing is."""
+    finite = values[np.isfinite(values)]
     return float(finite.mean()) if len(finite) else float("nan")
 
 
-class _Ranks(NamedTuple):
-    """Ranks of predicted and actual outputs, each [q, m]; NaN rows where there are none."""
+def _ranks(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
+    """Ranks of predicted and actual outputs, [2, q, m]; all the same where some are not finite."""
+    from scipy import stats  # slow to import, and needed here alone
 
-    first: np.ndarray
-    second: np.ndarray
+    both = np.stack([predicted, actual])
+    finite = np.isfinite(both).all(axis=(0, 2))
+    ranks = stats.rankdata(np.where(finite[:, None], both, 0), axis=2)
+    # Centred ranks keep the sums below small and exact.
+    return ranks - (ranks.shape[2] + 1) / 2
 
-    @classmethod
-    def of(cls, predicted: np.ndarray, actual: np.ndarray) -> "_Ranks":
-        from scipy import stats  # slow to import, and needed here alone
 
-        finite = np.isfinite(predicted).all(axis=1) & np.isfinite(actual).all(axis=1)
-        ranks = [
-            stats.rankdata(np.where(finite[:, None], x, 0), axis=1) for x in (predicted, actual)
-        ]
-        # Centred ranks keep the sums below small and exact.
-        return cls(*(rank - (rank.shape[1] + 1) / 2 for rank in ranks))
-
-    def correlations(self, counts: np.ndarray) -> np.ndarray:
-        """Correlations [r, q] with subset s counted counts[r, s] times; NaN where undefined."""
-        total = counts.sum(axis=1, keepdims=True)
-        sums = [counts @ x.T for x in (self.first, self.second)]  # [r, q]
-        squares = [counts @ (x**2).T - s**2 / total for x, s in zip(self, sums, strict=True)]
-        product = counts @ (self.first * self.second).T - sums[0] * sums[1] / total
-        norm = np.sqrt(np.maximum(squares[0], 0) * np.maximum(squares[1], 0))
-        usable = norm > 1e-9 * total
-        return np.where(usable, product / np.where(usable, norm, 1), np.nan)
+def _correlations(ranks: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Correlations [r, q] with subset s counted counts[r, s] times; NaN where undefined."""
+    total = counts.sum(axis=1, keepdims=True)
+    sums = [counts @ x.T for x in ranks]  # [r, q]
+    squares = [counts @ (x**2).T - s**2 / total for x, s in zip(ranks, sums, strict=True)]
+    product = counts @ (ranks[0] * ranks[1]).T - sums[0] * sums[1] / total
+    norm = np.sqrt(np.maximum(squares[0], 0) * np.maximum(squares[1], 0))
+    usable = norm > 1e-9 * total
+    return np.where(usable, product / np.where(usable, norm, 1), np.nan)

@@ -33,7 +33,20 @@ def flip_labels(
       >>> int(flipped.sum()), bool((labels[flipped] != np.arange(10)[flipped]).all())
       (3, True)
     """
-    labels, classes = _checked_labels(labels, classes)
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "biu":
+        raise ValueError(f"labels must be integers [n], got {labels.dtype} {list(labels.shape)}.")
+    labels = labels.astype(np.int64)
+    classes = int(labels.max()) + 1 if classes is None else whole_number("classes", classes)
+    if classes < 2:
+        raise ValueError(f"Flipping a label needs at least 2 classes, got {classes}.")
+    outside = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(outside):
+        raise ValueError(
+            f"labels must be from 0 to {classes - 1}, as there are {classes} classes; got "
+            f"{labels[outside][:10].tolist()} at positions {outside[:10].tolist()}. Leave examples "
+            "without a label out, or say how many classes there are."
+        )
     count = round(fraction * len(labels))
     if not 0 < fraction <= 1 or not count:
         raise ValueError(f"A fraction of {fraction} flips {count} of {len(labels)} labels.")
@@ -75,21 +88,3 @@ def mislabel_auc(self_influence: Any, mislabelled: Any) -> float:
     ranks = stats.rankdata(np.where(np.isnan(values), -np.inf, values))
     above = ranks[wrong].sum() - positives * (positives + 1) / 2
     return float(above / (positives * negatives))
-
-
-def _checked_labels(labels: Any, classes: int | None) -> tuple[np.ndarray, int]:
-    labels = np.asarray(labels)
-    if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "biu":
-        raise ValueError(f"labels must be integers [n], got {labels.dtype} {list(labels.shape)}.")
-    labels = labels.astype(np.int64)
-    count = int(labels.max()) + 1 if classes is None else whole_number("classes", classes)
-    if count < 2:
-        raise ValueError(f"Flipping a label needs at least 2 classes, got {count}.")
-    outside = np.flatnonzero((labels < 0) | (labels >= count))
-    if len(outside):
-        raise ValueError(
-            f"labels must be from 0 to {count - 1}, as there are {count} classes; got "
-            f"{labels[outside][:10].tolist()} at positions {outside[:10].tolist()}. Leave examples "
-            "without a label out, or say how many classes there are."
-        )
-    return labels, count

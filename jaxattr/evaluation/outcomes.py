@@ -12,22 +12,13 @@ from jax.sharding import Mesh
 
 from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.counts import whole_number
-from jaxattr.evaluation.retraining import (
-    AT_ONCE,
-    TrainFn,
-    check_number,
-    explaining_training,
-    of_queries,
-    random_subsets,
-    trained,
-)
+from jaxattr.evaluation.retraining import TrainFn, asking, check_number, random_subsets, trained
 from jaxattr.files import local_file, read_arrays, written_whole
 from jaxattr.identity import Program, digest
-from jaxattr.inputs.data import as_batch
-from jaxattr.inputs.outputs import check_function, check_output, runs
+from jaxattr.inputs.outputs import check_output
 from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.keys import check_key
-from jaxattr.sharding import barrier, placement
+from jaxattr.sharding import barrier
 from jaxattr.store.folder import on_first_process
 from jaxattr.typing import Batch, Key, OutputFn, Params
 from jaxattr.weights.outcomes import Outcomes, digest_of_queries
@@ -92,31 +83,25 @@ def outcomes(
     Cost: models * fraction trainings: 16 by default, and 4 for 16 models.
     """
     n, models = whole_number("n", n), whole_number("models", models, least=8)
-    key = check_key(key)
-    check_function(output, "output")
-    check_function(train_fn, "train_fn", ("key", "ids"))
     check_number(train_fn, n)
-    place = placement(mesh)
-    at_once = max(AT_ONCE, place.shards) if at_once is None else whole_number("at_once", at_once)
-    subset_key, train_key, output_key = jax.random.split(key, 3)
+    subset_key, train_key, output_key = jax.random.split(check_key(key), 3)
     masks = _subsets(subset_key, n, models, fraction, pool, strata)
-    ids = jax.ShapeDtypeStruct((int(masks[0].sum()),), jnp.int32)
-    with explaining_training():
-        shapes = jax.eval_shape(train_fn, train_key, ids)
-    queries = as_batch(queries, "queries", functools.partial(runs, output, shapes))
-    ask = of_queries(output, shapes, queries, output_key)
+    size = int(masks[0].sum())
+    queries, ask = asking(train_fn, output, queries, (train_key, output_key), size)
     real = () if params is None else as_checkpoints(params)
     for each in real:
         check_output(output, each, shapes_of_one(queries), output_key)
     found, done = np.full((models, leading_size(queries)), np.nan), 0
-    file, identity = _file(path), ""
+    file, identity = None if path is None else local_file(path), ""
     if file is not None:
-        identity = _identity(train_fn, ask, masks, train_key, ids)
+        if file.suffix != ".npz":
+            raise ValueError(f"path must end in .npz, got {str(file)!r}.")
+        identity = _identity(train_fn, ask, masks, train_key, size)
         if file.exists():
             found, done = _read(file, identity, found.shape)
     if done < models:
         keys = jax.random.split(train_key, models)
-        chunks = trained(train_fn, masks, keys, at_once=at_once, place=place, then=ask, done=done)
+        chunks = trained(train_fn, masks, keys, at_once=at_once, mesh=mesh, then=ask, done=done)
         for chunk in chunks:
             found[done : done + len(chunk)] = chunk
             done += len(chunk)
@@ -151,25 +136,15 @@ def _subsets(key: Key, n: int, models: int, fraction: float, pool: Any, strata: 
     return masks
 
 
-def _identity(train_fn: TrainFn, ask: Any, masks: np.ndarray, key: Key, ids: Any) -> str:
+def _identity(train_fn: TrainFn, ask: Any, masks: np.ndarray, key: Key, size: int) -> str:
     """A digest of all that outcomes depend on."""
 
     def run(key: Key, ids: jax.Array) -> jax.Array:
         return ask(train_fn(key, ids))
 
-    program = Program(run, (key, ids)).digest
+    program = Program(run, (key, jax.ShapeDtypeStruct((size,), jnp.int32))).digest
     data = np.asarray(jax.random.key_data(key)).tolist()
     return digest([program, data, 1, np.packbits(masks).tobytes().hex(), list(masks.shape)])
-
-
-def _file(path: str | os.PathLike[str] | None) -> Path | None:
-    """Where outputs are kept, if they are."""
-    if path is None:
-        return None
-    file = local_file(path)
-    if file.suffix != ".npz":
-        raise ValueError(f"path must end in .npz, got {str(file)!r}.")
-    return file
 
 
 def _read(file: Path, identity: str, shape: tuple[int, ...]) -> tuple[np.ndarray, int]:

@@ -1,7 +1,6 @@
 """Removal: how much worse is a model at a query without the examples that scores name?"""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,21 +11,11 @@ from jax.sharding import Mesh
 from jaxattr import markup
 from jaxattr.batches import leading_size
 from jaxattr.counts import whole_number
-from jaxattr.evaluation.retraining import (
-    AT_ONCE,
-    TrainFn,
-    check_number,
-    explaining_training,
-    of_queries,
-    random_subsets,
-    trained,
-)
+from jaxattr.evaluation.lds import finite_mean
+from jaxattr.evaluation.retraining import TrainFn, asking, check_number, random_subsets, trained
 from jaxattr.evaluation.retrieval import strongest
-from jaxattr.inputs.data import as_batch
-from jaxattr.inputs.outputs import check_function, runs
 from jaxattr.keys import check_key
 from jaxattr.scales import widened
-from jaxattr.sharding import placement
 from jaxattr.typing import Batch, Key, OutputFn
 
 _RESAMPLES = 1000
@@ -179,32 +168,29 @@ def removal(
       >>> found.proponents[0].count, float(found.proponents[0].outputs[0])
       (2, 8.5)
     """
-    check_function(train_fn, "train_fn", ("key", "ids"))
-    check_function(output_fn, "output_fn")
-    key, seeds = check_key(key), whole_number("seeds", seeds)
+    seeds = whole_number("seeds", seeds)
     scores = _checked_scores(scores)
     q, n = scores.shape
     check_number(train_fn, n)
-    subset_key, train_key, output_key = jax.random.split(key, 3)
-    drawn = _random_removals(subset_key, n, random, fractions)
-    place = placement(mesh)
-    at_once = max(AT_ONCE, place.shards) if at_once is None else whole_number("at_once", at_once)
-    with explaining_training():
-        shapes = jax.eval_shape(train_fn, train_key, np.arange(n))
-    queries = as_batch(queries, "queries", functools.partial(runs, output_fn, shapes))
+    subset_key, train_key, output_key = jax.random.split(check_key(key), 3)
+    if np.ndim(fractions) != 1 or not len(fractions):
+        raise TypeError(
+            f"fractions must be a list, of one fraction [{fractions!r}], got {fractions!r}."
+        )
+    random = whole_number("random", random)
+    drawn = [random_subsets(subset_key, n, random, fraction=each) for each in fractions]
+    queries, ask = asking(train_fn, output_fn, queries, (train_key, output_key), n)
     if leading_size(queries) != q:
         raise ValueError(
             f"scores must be [q, n] of the {leading_size(queries)} queries, got {[q, n]}."
         )
-    ask = of_queries(output_fn, shapes, queries, output_key)
     keys = jax.random.split(train_key, seeds)
 
     def outputs_without(removed: np.ndarray) -> np.ndarray:
         """Outputs of models on all queries, a model for each row of bool [m, n]: float [m, q]."""
         chunks = trained(
-            train_fn, ~removed, keys[np.tile(np.arange(seeds), len(removed))],
-            seeds=seeds, at_once=at_once, place=place, then=ask,
-        )  # fmt: skip
+            train_fn, ~removed, keys, seeds=seeds, at_once=at_once, mesh=mesh, then=ask
+        )
         found = np.concatenate([np.asarray(chunk, np.float64) for chunk in chunks])
         return found.reshape(len(removed), seeds, q).mean(axis=1)
 
@@ -225,7 +211,9 @@ def _falls(
 ) -> list[Fall]:
     """One for each sign of scores; all models of one size are trained together."""
     count = int(drawn[0].sum())
-    own = [_removed(sign * scores, count) for sign in signs]
+    own = np.zeros((len(signs), *scores.shape), bool)
+    for masks, sign in zip(own, signs, strict=True):
+        np.put_along_axis(masks, strongest(sign * scores, count), True, axis=1)
     found = outputs_without(np.concatenate([*own, drawn]))  # [signs * q + random, q]
     *parts, random = np.split(found, len(scores) * np.arange(1, len(signs) + 1))
     return [_fall(count, part.diagonal().copy(), random) for part in parts]
@@ -235,23 +223,19 @@ def _fall(count: int, outputs: np.ndarray, random: np.ndarray) -> Fall:
     usual = random.mean(axis=0)
     finite = np.isfinite(outputs) & np.isfinite(usual)
     per_query = np.where(finite, usual - outputs, np.nan)
-    mean = low = high = flips = random_flips = float("nan")
+    low = high = float("nan")
     if finite.any():
-        mean = float(per_query[finite].mean())
         resampled = _resampled(outputs[finite], random[:, finite])
         low, high = map(float, np.quantile(resampled, [0.025, 0.975]))
     positive = finite & (usual > 0)
-    if positive.any():
-        flips = float((outputs[positive] <= 0).mean())
-        random_flips = float((random[:, positive] <= 0).mean())
     return Fall(
         count=count,
-        mean=mean,
+        mean=finite_mean(per_query),
         low=low,
         high=high,
         per_query=per_query,
-        flips=flips,
-        random_flips=random_flips,
+        flips=finite_mean(np.where(positive, outputs <= 0, np.nan)),
+        random_flips=finite_mean(np.where(positive, random <= 0, np.nan)),
         skipped=int((~finite).sum()),
         outputs=outputs,
         random=random,
@@ -269,22 +253,6 @@ def _resampled(outputs: np.ndarray, random: np.ndarray) -> np.ndarray:
             for rows, columns in zip(draws, queries, strict=True)
         ]
     )
-
-
-def _removed(scores: np.ndarray, count: int) -> np.ndarray:
-    masks = np.zeros(scores.shape, bool)
-    np.put_along_axis(masks, strongest(scores, count), True, axis=1)
-    return masks
-
-
-def _random_removals(key: Key, n: int, random: int, fractions: Sequence[float]) -> list[np.ndarray]:
-    """Masks [random, n] of what is removed, for each fraction."""
-    if np.ndim(fractions) != 1 or not len(fractions):
-        raise TypeError(
-            f"fractions must be a list, of one fraction [{fractions!r}], got {fractions!r}."
-        )
-    random = whole_number("random", random)
-    return [random_subsets(key, n, random, fraction=fraction) for fraction in fractions]
 
 
 def _checked_scores(scores: Any) -> np.ndarray:

@@ -3,9 +3,8 @@
 import contextlib
 import functools
 import inspect
-import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxattr.batches import leading_size
+from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.counts import whole_number
-from jaxattr.inputs.outputs import check_function, check_output
+from jaxattr.inputs.data import as_batch
+from jaxattr.inputs.outputs import check_function, check_output, runs
 from jaxattr.inputs.traces import read_inputs
 from jaxattr.inputs.wording import brief
 from jaxattr.keys import check_key
@@ -25,7 +25,7 @@ from jaxattr.sources import track
 from jaxattr.typing import Batch, Key, OutputFn, Params
 
 # Models in memory at once, where nothing is said: few enough to show progress, and to resume.
-AT_ONCE = 16
+_AT_ONCE = 16
 
 TrainFn = Callable[[Key, jax.Array], Params]
 """(key, ids int [s]) -> params: trains from scratch on the examples that ids name. Pure."""
@@ -114,12 +114,11 @@ def retrain(
 
     Cost: m * seeds trainings; vmapped, small models take little more time together than one.
     """
-    masks, key, place = _of_one_size(masks), check_key(key), placement(mesh)
+    masks, seeds = _of_one_size(masks), whole_number("seeds", seeds)
+    keys = jax.random.split(check_key(key), seeds)
     check_number(train_fn, masks.shape[1])
-    seeds = whole_number("seeds", seeds)
-    at_once = len(masks) * seeds if at_once is None else whole_number("at_once", at_once)
-    keys = jax.random.split(key, seeds)[np.tile(np.arange(seeds), len(masks))]
-    chunks = list(trained(train_fn, masks, keys, seeds=seeds, at_once=at_once, place=place))
+    at_once = len(masks) * seeds if at_once is None else at_once
+    chunks = trained(train_fn, masks, keys, seeds=seeds, at_once=at_once, mesh=mesh)
     params = jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks)
     _warn_of_divergence(params, seeds)
     return jax.tree.map(lambda leaf: leaf.reshape(len(masks), seeds, *leaf.shape[1:]), params)
@@ -131,8 +130,8 @@ def trained(
     keys: Key,
     *,
     seeds: int = 1,
-    at_once: int,
-    place: Placement,
+    at_once: int | None = None,
+    mesh: Mesh | None = None,
     then: Callable[[Params], Any] = lambda params: params,
     done: int = 0,
 ) -> Iterator[Any]:
@@ -141,10 +140,10 @@ def trained(
     Args:
       train_fn: as in `retrain`, as all that follow.
       masks: see there.
-      keys: one per run, [m * seeds].
+      keys: one per run, or one per seed that all subsets share.
       seeds: see there.
-      at_once: models in memory at once.
-      place: where they are trained.
+      at_once: models in memory at once. Default: 16, or one per device.
+      mesh: see there.
       then: what is wanted of a model, of its parameters; pure.
       done: runs that need not be made again.
 
@@ -152,20 +151,21 @@ def trained(
       What is wanted of the next runs, stacked; run i is of subset i // seeds and seed i % seeds.
     """
     ids = np.stack([np.flatnonzero(mask) for mask in masks])  # [m, s]
-    runs = len(ids) * seeds
+    count, place = len(ids) * seeds, placement(mesh)
+    at_once = max(_AT_ONCE, place.shards) if at_once is None else whole_number("at_once", at_once)
     check_inputs_matter(train_fn, keys[0], ids[0])
-    at_once = split_rows(min(runs, at_once), place)
+    at_once = split_rows(min(count, at_once), place)
 
     def run(key: Key, ids: jax.Array) -> Any:
         return then(train_fn(key, ids))
 
     train = jax.jit(place.over_shards(jax.vmap(run), ((DATA,), (DATA,)), (DATA,)))
-    starts = range(done, runs, at_once)
+    starts = range(done, count, at_once)
     for start in track(iter(starts), "retraining", len(starts)):
-        wanted = np.minimum(np.arange(start, start + at_once), runs - 1)
-        given = place.whole((keys[wanted], jnp.asarray(ids[wanted // seeds])))
+        wanted = np.minimum(np.arange(start, start + at_once), count - 1)
+        given = place.whole((keys[wanted % len(keys)], jnp.asarray(ids[wanted // seeds])))
         found = jax.tree.map(functools.partial(_everywhere, place), train(*given))
-        yield jax.tree.map(lambda leaf, start=start: leaf[: runs - start], found)
+        yield jax.tree.map(lambda leaf, start=start: leaf[: count - start], found)
 
 
 def outputs(
@@ -186,14 +186,11 @@ def outputs(
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), params)
     on_queries = of_queries(output_fn, one, queries, key)
 
-    @jax.jit
-    def of_all(params: Params) -> jax.Array:
-        def of_subset(params: Params) -> jax.Array:
-            return jax.vmap(on_queries)(params).mean(axis=0)
+    def of_subset(params: Params) -> jax.Array:
+        return jax.vmap(on_queries)(params).mean(axis=0)
 
-        return jax.lax.map(of_subset, params)  # one subset at a time bounds the memory
-
-    return of_all(params)
+    # One subset at a time bounds the memory.
+    return jax.jit(functools.partial(jax.lax.map, of_subset))(params)
 
 
 def of_queries(
@@ -211,10 +208,29 @@ def of_queries(
       ValueError: if the output is no scalar.
     """
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(leading_size(queries)))
-    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], x.dtype), queries)
-    check_output(output_fn, params, example, key)
+    check_output(output_fn, params, shapes_of_one(queries), key)
     on_queries = jax.vmap(output_fn, in_axes=(None, 0, 0))
     return lambda params: on_queries(params, queries, keys)
+
+
+def asking(
+    train_fn: TrainFn, output_fn: OutputFn, queries: Any, keys: Sequence[Key], size: int
+) -> tuple[Batch, Callable[[Params], jax.Array]]:
+    """Looks at what is trained and asked; returns queries as arrays, and `of_queries` of them.
+
+    Args:
+      train_fn: (key, ids) -> params.
+      output_fn: (params, example, key) -> scalar.
+      queries: of a user, [q, ...].
+      keys: of training and of the output.
+      size: number of ids of a subset.
+    """
+    check_function(train_fn, "train_fn", ("key", "ids"))
+    check_function(output_fn, "output")
+    with _explaining_training():
+        shapes = jax.eval_shape(train_fn, keys[0], jax.ShapeDtypeStruct((size,), jnp.int32))
+    queries = as_batch(queries, "queries", functools.partial(runs, output_fn, shapes))
+    return queries, of_queries(output_fn, shapes, queries, keys[1])
 
 
 def _everywhere(place: Placement, leaf: jax.Array) -> jax.Array:
@@ -235,7 +251,7 @@ def _of_one_size(masks: Any) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def explaining_training() -> Iterator[None]:
+def _explaining_training() -> Iterator[None]:
     """Where tracing a train function fails, says what it must be made of."""
     try:
         yield
@@ -274,7 +290,7 @@ def check_inputs_matter(train_fn: TrainFn, key: Key, ids: np.ndarray) -> None:
       ids: of one subset, [s].
     """
     check_function(train_fn, "train_fn", ("key", "ids"))
-    with explaining_training():
+    with _explaining_training():
         closed = jax.make_jaxpr(train_fn)(key, ids)
     keyed, identified = read_inputs(closed.jaxpr)
     if not identified:
@@ -291,7 +307,7 @@ def check_inputs_matter(train_fn: TrainFn, key: Key, ids: np.ndarray) -> None:
 def _warn_of_divergence(params: Params, seeds: int) -> None:
     finite = np.all(
         [
-            np.isfinite(np.asarray(leaf)).reshape(len(leaf), math.prod(leaf.shape[1:])).all(axis=1)
+            np.isfinite(np.asarray(leaf)).all(axis=tuple(range(1, leaf.ndim)))
             for leaf in jax.tree.leaves(params)
             if jnp.issubdtype(leaf.dtype, jnp.floating)
         ],

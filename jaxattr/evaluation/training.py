@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from jaxattr.batches import leading_size
-from jaxattr.counts import whole_number
+from jaxattr.counts import checked_ids, whole_number
 from jaxattr.groups import batch_statistics, by_leaf, leaf_names, resolve
 from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function
@@ -20,7 +20,7 @@ from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.inputs.wording import brief, name_of
 from jaxattr.keys import check_key
 from jaxattr.typing import Batch, Key, OutputFn, Params
-from jaxattr.unrolling.runs import StepFn, TrainingRun, checked_ids, rows_of
+from jaxattr.unrolling.runs import StepFn, TrainingRun, rows_of
 
 
 class Trainer(Protocol):
@@ -94,7 +94,8 @@ def trainer(
     begin = _as_function(start)
     trained = _trained(jax.eval_shape(begin, jax.random.key(0)), exclude)
 
-    def parts(key: Key, ids: jax.Array) -> _Parts:
+    def parts(key: Key, ids: jax.Array) -> tuple[StepFn, tuple, _Steps, Callable[[Params], Params]]:
+        """What training from a key is made of; the last makes parameters of those that move."""
         start_key, order_key, loss_key = jax.random.split(key, 3)
         moving, whole = _split(begin(start_key), trained)
         size = min(batch_size, len(ids))
@@ -121,7 +122,7 @@ def trainer(
             return optax.apply_updates(moving, updates), optimizer_state
 
         keys = jax.random.split(loss_key, steps)
-        return _Parts(step, (moving, chosen.init(moving)), _Steps(data, batches, keys), whole)
+        return step, (moving, chosen.init(moving)), _Steps(data, batches, keys), whole
 
     def train_fn(key: Key, ids: jax.Array) -> Params:
         step, start, steps, whole = parts(key, ids)
@@ -143,22 +144,6 @@ def trainer(
     train_fn.examples = examples  # type: ignore[attr-defined]
     train_fn.run = run  # type: ignore[attr-defined]
     return cast(Trainer, train_fn)
-
-
-class _Parts(NamedTuple):
-    """What training from a key is made of.
-
-    Attributes:
-      step: as in `TrainingRun`, of batches (rows, key).
-      start: the parameters that move, and the optimizer's state.
-      steps: the batches.
-      whole: parameters that move -> all.
-    """
-
-    step: StepFn
-    start: tuple
-    steps: "_Steps"
-    whole: Callable[[Params], Params]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,12 +222,13 @@ def _trained(shapes: Params, exclude: str | None) -> frozenset[str]:
 def _split(params: Params, trained: frozenset[str]) -> tuple[Params, Callable[[Params], Params]]:
     """Parameters with None for those that stay, and the function that puts these back."""
     leaves, structure = jax.tree.flatten(params)
-    moves = [name in trained for name in leaf_names(params)]
+    named = zip(leaf_names(params), leaves, strict=True)
+    moving = jax.tree.unflatten(structure, [x if name in trained else None for name, x in named])
 
     def whole(moving: Params) -> Params:
-        found = iter(jax.tree.leaves(moving))
-        pairs = zip(leaves, moves, strict=True)
-        return jax.tree.unflatten(structure, [next(found) if m else leaf for leaf, m in pairs])
+        return jax.tree.map(
+            lambda new, old: old if new is None else new,
+            moving, params, is_leaf=lambda x: x is None,
+        )  # fmt: skip
 
-    pairs = zip(leaves, moves, strict=True)
-    return jax.tree.unflatten(structure, [leaf if m else None for leaf, m in pairs]), whole
+    return moving, whole

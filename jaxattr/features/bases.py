@@ -89,6 +89,10 @@ class Fitted(NamedTuple):
     exponent: jax.Array | None = None
     data: jax.Array | None = None
 
+    def with_sides(self, drawn: Drawn) -> "Fitted":
+        """With the sides that are drawn, where none are fitted."""
+        return self._replace(sides=self.sides or drawn.sides)
+
     def curvature_over(self, exponent: int) -> np.ndarray | None:
         """Returns the curvature of features that are taken over 2 to a power, float64 [p]."""
         if self.curvature is None:
@@ -128,17 +132,9 @@ class Basis:
         """What `describe` shows."""
         return type(self).__name__
 
-    @property
-    def narrow(self) -> tuple[int, int] | None:
-        """(a, b): a side of more than a has at most b features; None for no such limit."""
-        return None
-
     def side(self, size: int) -> int:
         """Returns the number of features of a side with so many inputs or outputs."""
-        kept = size if self.rank is None else min(size, self.rank)
-        if self.narrow is not None and size > self.narrow[0]:
-            kept = min(kept, self.narrow[1])
-        return kept
+        return size if self.rank is None else min(size, self.rank)
 
     def inner(self, size: int) -> int:
         """Returns the number of features of such a side before they are mixed."""
@@ -151,12 +147,10 @@ class Basis:
           seed: of the checkpoint's projections.
           factored: the linear maps.
         """
-        del seed, factored
         return {}
 
     def draw_mixing(self, seed: bytes, factored: Sequence[Factored]) -> Any:
         """Returns what `mix` takes, a pytree; on the host."""
-        del seed, factored
         return ()
 
     def mix(
@@ -172,7 +166,6 @@ class Basis:
         Returns:
           {leaf: [b, *stack, left, right]}.
         """
-        del drawn, factored
         return z
 
 
@@ -182,7 +175,6 @@ class Fits(Protocol):
 
     def fit(self, over: Any) -> Fitted:
         """Returns what was fitted in a pass over the training data."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ alone: not on the batch that it is in, nor on what other timesteps there are.
 import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +16,8 @@ from jaxattr import identity
 from jaxattr.inputs.outputs import check_function
 from jaxattr.typing import Batch, Example, Key, OutputFn, Params
 
-
-class TimestepFn(Protocol):
-    """A scalar function of one example at one timestep, which draws its noise from the key."""
-
-    def __call__(
-        self, params: Params, example: Example, key: Key, timestep: jax.Array, /
-    ) -> jax.Array:
-        """Returns a float scalar."""
-        ...
-
+TimestepFn = Callable[[Params, Example, Key, jax.Array], jax.Array]
+"""(params, example, key, timestep) -> float scalar, of one example; its noise is of the key."""
 
 Timesteps = tuple[int, ...] | Callable[[Key], jax.Array]
 

@@ -11,7 +11,7 @@ memory is set by the microbatch and not by the batch.
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from jaxattr import groups as groups_lib
 from jaxattr import identity, linear_maps
 from jaxattr.batches import each_example, in_microbatches, leading_size, shapes_of_one
 from jaxattr.features import projections, signs
-from jaxattr.features.bases import NOTHING, Drawn, Fits, Fitted, Sides, cut_sides
+from jaxattr.features.bases import NOTHING, Drawn, Fits, Fitted, cut_sides
 from jaxattr.features.expectations import (
     at_one_draw,
     has_unit_norm,
@@ -281,13 +281,27 @@ def _compiled_step(rule: FeatureRule, plan: Plan, microbatch: int) -> Step:
         drawn: Drawn,
         fitted: Fitted,
     ) -> Featurized:
-        sides = fitted.sides or drawn.sides
+        of_each_draw, count = has_unit_norm(rule.output), number_of_draws(rule.output)
+        gradients_of = functools.partial(_gradients, rule, plan, params, fitted.with_sides(drawn))
+
+        def assembled(z: Any, rest: Any, value: jax.Array) -> Features:
+            # An output that is none may have a gradient (a label out of range).
+            phi = plan.assemble(rule.projection, drawn, z, rest)
+            return jnp.where(jnp.isfinite(value)[:, None], phi, jnp.nan)
+
+        def of_draw(output: OutputFn, batch: Batch, keys: Key) -> Any:
+            found = gradients_of(output, batch, keys)
+            if of_each_draw:
+                return unit_norm(assembled(*found))
+            # Sums of many draws would stand still in a narrow type.
+            return jax.tree.map(lambda x: x.astype(wide(x.dtype)), found)
 
         def chunk(batch: Batch, ids: jax.Array) -> Featurized:
             keys = example_keys(key, ids)
-            gradients_of = functools.partial(_gradients, rule, plan, params, sides, fitted)
-            assemble = functools.partial(plan.assemble, rule.projection, drawn)
-            phi = _features(rule.output, batch, keys, gradients_of, assemble)
+            total = sum_over_draws(rule.output, batch, keys, of_draw)
+            mean = jax.tree.map(lambda x: x / count, total) if count > 1 else total
+            # Projecting is linear, so it is done once, for the mean.
+            phi = mean if of_each_draw else assembled(*mean)
             phi = unit_norm(phi) if rule.normalize else phi
             return Featurized(phi, _residual(rule.residual, params, batch, keys))
 
@@ -296,40 +310,10 @@ def _compiled_step(rule: FeatureRule, plan: Plan, microbatch: int) -> Step:
     return jax.jit(step)
 
 
-def _features(
-    output: OutputFn,
-    batch: Batch,
-    keys: Key,
-    gradients_of: Callable[..., tuple[dict, dict, jax.Array]],
-    assemble: Callable[..., Features],
-) -> Features:
-    """Features of a batch, the mean over the draws of the output; NaN where that is not finite."""
-    of_each_draw = has_unit_norm(output)
-
-    def gradients(output: OutputFn, batch: Batch, keys: Key) -> Any:
-        found = gradients_of(output, batch, keys)
-        if of_each_draw:
-            return unit_norm(_if_finite(found[2], assemble(*found[:2])))
-        # Sums of many draws would stand still in a narrow type.
-        return jax.tree.map(lambda x: x.astype(wide(x.dtype)), found)
-
-    count = number_of_draws(output)
-    total = sum_over_draws(output, batch, keys, gradients)
-    mean = jax.tree.map(lambda x: x / count, total) if count > 1 else total
-    # Projecting is linear, so it is done once, for the mean.
-    return mean if of_each_draw else _if_finite(mean[2], assemble(*mean[:2]))
-
-
-def _if_finite(value: jax.Array, phi: Features) -> Features:
-    """Features, or NaN: an output that is none may have a gradient (a label out of range)."""
-    return jnp.where(jnp.isfinite(value)[:, None], phi, jnp.nan)
-
-
 def _gradients(
     rule: FeatureRule,
     plan: Plan,
     params: Params,
-    sides: Mapping[str, Sides],
     fitted: Fitted,
     output: OutputFn,
     batch: Batch,
@@ -342,7 +326,7 @@ def _gradients(
 
         def exact(example: Example, key: Key) -> tuple[dict, dict, jax.Array]:
             value, gradients = jax.value_and_grad(of_leaves)(leaves, example, key)
-            return *project_gradients(plan, sides, fitted, gradients), value
+            return *project_gradients(plan, fitted, gradients), value
 
         return each_example(exact)(batch, keys)
 
@@ -357,7 +341,7 @@ def _gradients(
 
     def rewritten_output(params: Params, example: Example, key: Key) -> jax.Array:
         z, example = example
-        return rewritten(params, sides, z, example, key)
+        return rewritten(params, fitted.sides, z, example, key)
 
     of_rest, rest = as_function_of(rewritten_output, whole.rest | whole.covered, params)
 
@@ -366,7 +350,7 @@ def _gradients(
             return of_rest(rest, (z, example), key)
 
         value, (z, exact) = jax.value_and_grad(of_both, argnums=(0, 1))(zeros, rest)
-        of_formed, exact_rest = project_gradients(whole, sides, fitted, exact)
+        of_formed, exact_rest = project_gradients(whole, fitted, exact)
         return z | of_formed | unused, exact_rest, value
 
     return each_example(factored)(batch, keys)

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattr.counts import whole_number
 from jaxattr.features import signs
 from jaxattr.features.bases import Basis, Factored, Sides
-from jaxattr.features.random_maps import added_up, check_mask
+from jaxattr.features.random_maps import added_up
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class Masks(Basis):
     references: ClassVar[tuple[str, ...]] = ("grass",)
 
     def __post_init__(self) -> None:
-        check_mask(self.mask)
+        whole_number("mask", self.mask)
 
     @property
     def name(self) -> str:

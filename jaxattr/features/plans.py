@@ -1,6 +1,7 @@
 """Which parameter becomes which features: decided once, from the groups and the linear maps."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,11 +43,10 @@ class FeatureLayout:
     @property
     def slices(self) -> dict[str, slice]:
         """The columns of each group."""
-        slices, start = {}, 0
-        for name, dim in zip(self.names, self.dims, strict=True):
-            slices[name] = slice(start, start + dim)
-            start += dim
-        return slices
+        edges = np.cumsum([0, *self.dims]).tolist()
+        return dict(
+            zip(self.names, itertools.starmap(slice, itertools.pairwise(edges)), strict=True)
+        )
 
     @property
     def column_blocks(self) -> np.ndarray:
@@ -301,44 +301,33 @@ def _banded(
     """The groups that a group becomes: itself, or one per band of its maps and one for the rest."""
     biases = {f.map.bias for f in factored.values() if f.bias}
     rest = tuple(m for m in members if m.leaf not in factored and m.leaf not in biases)
-    maps = [member for member in members if member.leaf in factored]
-    if bands == 1 or not maps:
-        pieces = [piece for member in maps for piece in _pieces(member, factored[member.leaf], 1)]
-        size = sum(member.size for member in members)
-        flat = tuple(piece for _, piece in pieces)
-        return [_planned(projection, name, size, flat, rest)]
+    dim = projection.dim(sum(member.size for member in rest)) if rest else 0
     cut: dict[str, list[Piece]] = {}
-    for member in maps:
-        for band, piece in _pieces(member, factored[member.leaf], bands):
-            cut.setdefault(f"{name}[{band[0]},{band[1]}]", []).append(piece)
+    for member in members:
+        if member.leaf in factored:
+            for band, piece in _pieces(member, factored[member.leaf], bands):
+                cut.setdefault(band, []).append(piece)
+    if bands == 1 or not cut:
+        pieces = tuple(itertools.chain(*cut.values()))
+        return [PlannedGroup(name, sum(member.size for member in members), pieces, rest, dim)]
     planned = [
-        _planned(projection, band, sum(piece.size for piece in pieces), tuple(pieces), ())
+        PlannedGroup(f"{name}[{band}]", sum(piece.size for piece in pieces), tuple(pieces), (), 0)
         for band, pieces in cut.items()
     ]
     if rest:
         size = sum(member.size for member in rest)
-        planned.append(_planned(projection, f"{name}[rest]", size, (), rest))
+        planned.append(PlannedGroup(f"{name}[rest]", size, (), rest, dim))
     return planned
 
 
-def _planned(
-    projection: Projection,
-    name: str,
-    size: int,
-    pieces: tuple[Piece, ...],
-    rest: tuple[Member, ...],
-) -> PlannedGroup:
-    dim = projection.dim(sum(member.size for member in rest)) if rest else 0
-    return PlannedGroup(name, size, pieces, rest, dim)
-
-
-def _pieces(member: Member, factored: Factored, bands: int) -> list[tuple[tuple[int, int], Piece]]:
+def _pieces(member: Member, factored: Factored, bands: int) -> list[tuple[str, Piece]]:
+    """The pieces of a member, each with the name of its band."""
     layers: list[int | None] = [member.layer]
     if member.layer is None and factored.map.stack is not None:
         layers = list(range(factored.map.stack))
     rows, columns = (_cuts(size, bands) for size in (factored.left, factored.right))
     return [
-        ((i, j), Piece(member.leaf, layer, row, column))
+        (f"{i},{j}", Piece(member.leaf, layer, row, column))
         for layer in layers
         for i, row in enumerate(rows)
         for j, column in enumerate(columns)
@@ -347,7 +336,7 @@ def _pieces(member: Member, factored: Factored, bands: int) -> list[tuple[tuple[
 
 def _cuts(size: int, bands: int) -> list[tuple[int, int]]:
     edges = [round(size * i / bands) for i in range(bands + 1)]
-    return [(a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+    return [(a, b) for a, b in itertools.pairwise(edges) if a < b]
 
 
 def _is_same(factored: Factored, other: LinearMap | None) -> bool:

@@ -15,16 +15,7 @@ import jax.numpy as jnp
 from jaxattr.features import bases
 from jaxattr.features.bases import Basis
 from jaxattr.features.grass import Masks
-from jaxattr.features.random_maps import (
-    Gaussian,
-    Grass,
-    Members,
-    Rademacher,
-    Sjlt,
-    Srht,
-    draw_groups,
-    project_groups,
-)
+from jaxattr.features.random_maps import Gaussian, Grass, Members, Rademacher, Sjlt, Srht
 from jaxattr.typing import Key
 
 
@@ -38,7 +29,6 @@ class Projection(Protocol):
     @property
     def name(self) -> str:
         """What `describe` shows."""
-        ...
 
     @property
     def basis(self) -> Basis | None:
@@ -46,11 +36,9 @@ class Projection(Protocol):
 
         None if they are projected as all others are.
         """
-        ...
 
     def dim(self, size: int) -> int:
         """Returns the number of features p of a group with so many parameters."""
-        ...
 
     def project(self, key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
         """Returns features [b, p] of the members {leaf name: [b, size]}. Jittable.
@@ -59,7 +47,6 @@ class Projection(Protocol):
           key: the group's, the same for all batches of a checkpoint.
           members: the gradients of the group's leaves, flat; their sizes add up to that of `dim`.
         """
-        ...
 
 
 def identity() -> Projection:
@@ -235,7 +222,6 @@ class Identity:
 
     def project(self, key: Key, members: Mapping[str, jax.Array]) -> jax.Array:
         """See `Projection`."""
-        del key
         return jnp.concatenate(list(members.values()), axis=1)  # [b, size]
 
 
@@ -261,7 +247,7 @@ class TwoSided:
         return self.basis.references
 
     @property
-    def rest(self) -> Projection:
+    def rest(self) -> Rademacher:
         """The projection of parameters that belong to no linear map."""
         return Rademacher(self.rank**2)
 
@@ -275,8 +261,8 @@ class TwoSided:
 
     def draw(self, seed: bytes, sizes: Mapping[str, Mapping[str, int]]) -> Any:
         """See `ProjectsTogether`; of the rest."""
-        return draw_groups(self.rest, seed, sizes)
+        return self.rest.draw(seed, sizes)
 
     def project_groups(self, drawn: Any, groups: Members) -> dict[str, jax.Array]:
         """See `ProjectsTogether`; of the rest."""
-        return project_groups(self.rest, drawn, groups)
+        return self.rest.project_groups(drawn, groups)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattr.counts import whole_number
 from jaxattr.features import signs
 from jaxattr.features.signs import words_of
 from jaxattr.keys import named_key
@@ -29,11 +30,9 @@ class ProjectsTogether(Protocol):
 
     def draw(self, seed: bytes, sizes: Mapping[str, Mapping[str, int]]) -> Any:
         """Draws what `project_groups` takes, a pytree, for {group: {leaf name: size}}."""
-        ...
 
     def project_groups(self, drawn: Any, groups: Members) -> dict[str, jax.Array]:
         """Projects groups {group: {leaf name: [b, size]}} to {group: features [b, p]}."""
-        ...
 
 
 def draw_groups(projection: Any, seed: bytes, sizes: Mapping[str, Mapping[str, int]]) -> Any:
@@ -81,11 +80,6 @@ class Leaf(NamedTuple):
     group: int
     x: jax.Array
 
-    @property
-    def size(self) -> int:
-        """Number of coordinates."""
-        return self.x.shape[1]
-
 
 @dataclasses.dataclass(frozen=True)
 class _Randomised:
@@ -98,8 +92,7 @@ class _Randomised:
     basis: ClassVar[None] = None
 
     def __post_init__(self) -> None:
-        if self.width < 1:
-            raise ValueError(f"A projection needs dim >= 1, got {self.width}.")
+        whole_number("dim", self.width)
 
     @property
     def name(self) -> str:
@@ -160,8 +153,8 @@ class _Blockwise(_Randomised):
         """Coordinates per block, so many that P of it takes about 4 MiB."""
         return max(_BLOCK_ENTRIES // self.width // _HELD_ROWS, 1) * _HELD_ROWS
 
-    def _of_block(self, key: Key, number: jax.Array, x: jax.Array) -> jax.Array:
-        """Projects the block of a number of a leaf, [b, rows], to [b, width]."""
+    def _of_block(self, key: Key, x: jax.Array) -> jax.Array:
+        """Projects a block of a leaf, [b, rows], to [b, width], with a key of its own."""
         raise TypeError(f"{type(self).__name__} projects nothing.")
 
     def _sums(self, drawn: Any, leaves: Sequence[Leaf], count: int) -> jax.Array:
@@ -171,7 +164,8 @@ class _Blockwise(_Randomised):
         """Adds all leaves to the sums, in one loop; `keys` are of all leaves by number."""
         blocks = Blocks.of(leaves, self.rows)
         numbers = jnp.asarray(blocks.numbers, jnp.uint32)
-        return blocks.add(total, self._of_block, keys[blocks.leaves], numbers)
+        own = jax.vmap(jax.random.fold_in)(keys[blocks.leaves], numbers)
+        return blocks.add(total, self._of_block, own)
 
 
 class Blocks(NamedTuple):
@@ -192,10 +186,10 @@ class Blocks(NamedTuple):
     @classmethod
     def of(cls, leaves: Sequence[Leaf], rows: int) -> "Blocks":
         """Cuts parameters up, at least one."""
-        counts = [-(-leaf.size // rows) for leaf in leaves]
+        counts = [-(-leaf.x.shape[1] // rows) for leaf in leaves]
 
         def parts(leaf: Leaf, count: int) -> jax.Array:
-            x = jnp.pad(leaf.x, ((0, 0), (0, count * rows - leaf.size)))
+            x = jnp.pad(leaf.x, ((0, 0), (0, count * rows - leaf.x.shape[1])))
             return x.reshape(x.shape[0], count, rows).swapaxes(0, 1)
 
         return cls(
@@ -205,13 +199,13 @@ class Blocks(NamedTuple):
             jnp.concatenate([parts(*each) for each in zip(leaves, counts, strict=True)]),
         )
 
-    def add(self, total: jax.Array, project: Callable[..., jax.Array], *each: Any) -> jax.Array:
+    def add(self, total: jax.Array, project: Callable[..., jax.Array], each: Any) -> jax.Array:
         """Adds what is made of each block to the sums of its group, one block after the other.
 
         Args:
           total: [groups, b, p].
-          project: (an entry of `each`..., block [b, rows]) -> [b, p].
-          *each: arrays [n, ...].
+          project: (an entry of `each`, block [b, rows]) -> [b, p].
+          each: an array [n, ...].
 
         Returns:
           The sums.
@@ -219,7 +213,7 @@ class Blocks(NamedTuple):
 
         def step(total: jax.Array, block: tuple) -> tuple[jax.Array, None]:
             owner, given, x = block
-            added = total[owner] + project(*given, x).astype(total.dtype)
+            added = total[owner] + project(given, x).astype(total.dtype)
             return jax.lax.dynamic_update_index_in_dim(total, added, owner, 0), None
 
         return jax.lax.scan(step, total, (jnp.asarray(self.owners), each, self.x))[0]
@@ -246,16 +240,15 @@ class Rademacher(_Blockwise):
     def _sums(self, drawn: Any, leaves: Sequence[Leaf], count: int) -> jax.Array:
         words, keys = drawn
         largest = _HELD_BLOCKS * _HELD_ROWS
-        small = [leaf for leaf in leaves if leaf.size <= largest]
-        large = [leaf for leaf in leaves if leaf.size > largest]
+        small = [leaf for leaf in leaves if leaf.x.shape[1] <= largest]
+        large = [leaf for leaf in leaves if leaf.x.shape[1] > largest]
         total = _zeros(leaves, count, self.width)
         if small:
             total = Blocks.of(small, _HELD_ROWS).add(total, self._signed, words)
         return self._added(total, keys, large) if large else total
 
-    def _of_block(self, key: Key, number: jax.Array, x: jax.Array) -> jax.Array:
-        own = jax.random.fold_in(key, number)
-        return self._signed(jax.random.bits(own, (self.rows, words_of(self.width))), x)
+    def _of_block(self, key: Key, x: jax.Array) -> jax.Array:
+        return self._signed(jax.random.bits(key, (self.rows, words_of(self.width))), x)
 
     def _signed(self, words: jax.Array, x: jax.Array) -> jax.Array:
         return _times(x, signs.unpacked(words, self.width, x.dtype))
@@ -265,9 +258,8 @@ class Rademacher(_Blockwise):
 class Gaussian(_Blockwise):
     """See `gaussian`."""
 
-    def _of_block(self, key: Key, number: jax.Array, x: jax.Array) -> jax.Array:
-        own = jax.random.fold_in(key, number)
-        return _times(x, jax.random.normal(own, (self.rows, self.width), jnp.float32))
+    def _of_block(self, key: Key, x: jax.Array) -> jax.Array:
+        return _times(x, jax.random.normal(key, (self.rows, self.width), jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,8 +270,7 @@ class Sjlt(_Blockwise):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.nonzeros < 1:
-            raise ValueError(f"nonzeros must be at least 1, got {self.nonzeros}.")
+        whole_number("nonzeros", self.nonzeros)
 
     @property
     def name(self) -> str:
@@ -291,8 +282,8 @@ class Sjlt(_Blockwise):
         """See `_Blockwise`; no P is formed."""
         return 4096
 
-    def _of_block(self, key: Key, number: jax.Array, x: jax.Array) -> jax.Array:
-        bucket_key, sign_key = jax.random.split(jax.random.fold_in(key, number))
+    def _of_block(self, key: Key, x: jax.Array) -> jax.Array:
+        bucket_key, sign_key = jax.random.split(key)
         drawn = (self.nonzeros, self.rows)
         buckets = jax.random.randint(bucket_key, drawn, 0, self.width)
         sign = jax.random.rademacher(sign_key, drawn, x.dtype) / math.sqrt(self.nonzeros)
@@ -334,7 +325,7 @@ class Grass(_Randomised):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_mask(self.mask)
+        whole_number("mask", self.mask)
 
     @property
     def name(self) -> str:
@@ -383,12 +374,6 @@ def added_up(x: jax.Array, buckets: jax.Array, width: int) -> jax.Array:
       [b, width].
     """
     return jnp.zeros((width, x.shape[0]), x.dtype).at[buckets].add(x.T).T
-
-
-def check_mask(mask: int) -> None:
-    """Raises where a mask keeps fewer coordinates than there are features."""
-    if mask < 1:
-        raise ValueError(f"mask must be at least 1, got {mask}.")
 
 
 def _zeros(leaves: Sequence[Leaf], groups: int, width: int) -> jax.Array:

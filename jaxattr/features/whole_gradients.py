@@ -6,24 +6,20 @@ import jax
 
 from jaxattr import groups as groups_lib
 from jaxattr import linear_maps
-from jaxattr.features.bases import Drawn, Fitted, Sides, apply_sides
+from jaxattr.features.bases import Drawn, Fitted, apply_sides
 from jaxattr.features.plans import Plan
 from jaxattr.features.projections import Projection
 from jaxattr.typing import Example, Key, OutputFn, Params
 
 
 def project_gradients(
-    plan: Plan,
-    sides: Mapping[str, Sides],
-    fitted: Fitted,
-    gradients: Mapping[str, jax.Array],
+    plan: Plan, fitted: Fitted, gradients: Mapping[str, jax.Array]
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Maps whole gradients of one example to what `Plan.assemble` takes; linear.
 
     Args:
       plan: which parameter becomes which features.
-      sides: A and B of the factored linear maps.
-      fitted: what the gradients are multiplied with, elementwise.
+      fitted: what they are multiplied with, elementwise and from both sides.
       gradients: {leaf: of the leaf's shape}.
 
     Returns:
@@ -38,7 +34,7 @@ def project_gradients(
         found = factored.map
         bias = scaled[str(found.bias)] if factored.bias else None
         matrix = linear_maps.matrix(found, scaled[found.leaf], bias).astype(factored.dtype)
-        z[found.leaf] = apply_sides(matrix, sides[found.leaf])
+        z[found.leaf] = apply_sides(matrix, fitted.sides[found.leaf])
     return z, {name: scaled[name] for name in plan.rest}
 
 
@@ -56,10 +52,10 @@ def coordinates(
     Returns:
       {leaf: of the leaf's shape} -> [p].
     """
-    sides = fitted.sides or drawn.sides
+    fitted = fitted.with_sides(drawn)
 
     def to_features(gradients: Mapping[str, jax.Array]) -> jax.Array:
-        z, rest = project_gradients(plan, sides, fitted, gradients)
+        z, rest = project_gradients(plan, fitted, gradients)
         z, rest = jax.tree.map(lambda x: x[None], (z, rest))
         return plan.assemble(projection, drawn, z, rest)[0]
 

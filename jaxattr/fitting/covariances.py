@@ -61,40 +61,30 @@ class Covariance(NamedTuple):
 
 
 class Factors(Protocol):
-    """What the two matrices of a linear map are: a frozen dataclass."""
+    """What the two matrices of a linear map are: a frozen dataclass, so that equal ones hash alike.
 
-    def __hash__(self) -> int:
-        """Equal ones are compiled once."""
-        ...
+    Attributes:
+      name: what `describe` shows.
+      far: inputs and cotangents up to 2 to this power, and down to its inverse, add up.
+      multiply: whether products of their eigenvalues are a curvature.
+    """
 
-    @property
-    def name(self) -> str:
-        """What `describe` shows."""
-        ...
+    name: ClassVar[str]
+    far: ClassVar[int]
+    multiply: ClassVar[bool]
 
-    @property
-    def far(self) -> int:
-        """Inputs and cotangents up to 2 to this power, and down to its inverse, add up."""
-        ...
-
-    @property
-    def multiply(self) -> bool:
-        """Whether products of their eigenvalues are a curvature."""
-        ...
+    def __hash__(self) -> int: ...
 
     def weights(self, batch: Batch) -> jax.Array | None:
         """Returns how much each position counts, [b, t]; None if all do."""
-        ...
 
     def in_range(self, inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
         """Which examples with such squared norms [b] can be summed up, bool [b]."""
-        ...
 
     def sums(
         self, factored: Factored, uses: Uses, kept: jax.Array, weights: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns the first three of `Covariance`; `kept` is which examples count, bool [b]."""
-        ...
 
 
 def fits(squares: jax.Array) -> jax.Array:

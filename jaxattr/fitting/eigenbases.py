@@ -34,7 +34,8 @@ from jaxattr.fitting.passes import (
     row_digests,
     typical_exponent,
 )
-from jaxattr.kernels.diagonal import sum_of_squares
+from jaxattr.kernels.base import Sums
+from jaxattr.kernels.diagonal import squares
 from jaxattr.keys import example_keys, named_key
 from jaxattr.scales import scaled
 from jaxattr.typing import Example, Key, Params
@@ -89,10 +90,9 @@ class Eigenbasis(Basis):
         """See `Basis`."""
         return f"{self.factors.name} eigenbasis"
 
-    @property
-    def narrow(self) -> tuple[int, int]:
+    def side(self, size: int) -> int:
         """See `Basis`."""
-        return _WIDE, _NARROW
+        return super().side(size if size <= _WIDE else _NARROW)
 
     def fit(self, over: TrainingPass) -> Fitted:
         """See `Fits`."""
@@ -102,20 +102,11 @@ class Eigenbasis(Basis):
         captured, curvature = {}, {}
         for factored in over.featurizer.plan.factored:
             leaf = factored.map.leaf
-            found = [_eigen(matrix) for matrix in means(covariances[leaf])]
-            ranks = (factored.left, factored.right)
-            kept = [
-                (values[..., :rank], vectors[..., :rank])
-                for (values, vectors), rank in zip(found, ranks, strict=True)
-            ]
-            a, b = (
-                _in_full(vectors, wide, factored.dtype)
-                for (_, vectors), wide in zip(kept, projected[leaf], strict=True)
-            )
-            sides[leaf] = (a, b)
-            shares = [_share(k[0], f[0]) for k, f in zip(kept, found, strict=True)]
-            captured[leaf] = jnp.asarray(shares)
-            products = kept[0][0][..., :, None] * kept[1][0][..., None, :]
+            ranks, dtype = (factored.left, factored.right), factored.dtype
+            given = zip(means(covariances[leaf]), ranks, projected[leaf], strict=True)
+            (a, rows, of_a), (b, columns, of_b) = (_side(*each, dtype) for each in given)
+            sides[leaf], captured[leaf] = (a, b), jnp.asarray([of_a, of_b])
+            products = rows[..., :, None] * columns[..., None, :]
             curvature[leaf] = np.ldexp(products, 2 * sum(map(int, exponents[leaf])))
         _warn_of_loss(captured)
         fitted = Fitted(sides, {}, None, captured, data=data)
@@ -240,15 +231,18 @@ def _eigen(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(values[..., ::-1], 0), vectors[..., ::-1]
 
 
-def _in_full(vectors: np.ndarray, wide: jax.Array | None, dtype: Any) -> jax.Array:
-    """Eigenvectors of a projected side, as vectors of the side itself."""
-    found = jnp.asarray(np.ascontiguousarray(vectors), dtype)
-    return found if wide is None else wide @ found
+def _side(
+    matrix: np.ndarray, rank: int, wide: jax.Array | None, dtype: Any
+) -> tuple[jax.Array, np.ndarray, float]:
+    """The leading eigenvectors of a side, their eigenvalues, and their share of the trace.
 
-
-def _share(kept: np.ndarray, all_of_them: np.ndarray) -> float:
-    total = all_of_them.sum()
-    return float(kept.sum() / total) if total > 0 else 1.0
+    Of a side that is projected they are vectors of the side itself.
+    """
+    values, vectors = _eigen(matrix)
+    found = jnp.asarray(np.ascontiguousarray(vectors[..., :rank]), dtype)
+    kept, total = values[..., :rank], values.sum()
+    share = float(kept.sum() / total) if total > 0 else 1.0
+    return found if wide is None else wide @ found, kept, share
 
 
 def second_moments(
@@ -272,12 +266,8 @@ def second_moments(
                 exponent = typical_exponent(over.place, each.features, each.kept)
             yield exponent, each.features, each.kept
 
-    total, count = over.sums(_squares_and_count, blocks())
-    means = np.asarray(total, np.float64) / max(float(count), 1.0)
-    return np.ldexp(means, 2 * (exponent or 0))
+    return np.ldexp(over.sums(_squares, blocks()).means(), 2 * (exponent or 0))
 
 
-def _squares_and_count(
-    exponent: int, phi: jax.Array, kept: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return sum_of_squares(scaled(phi, -exponent)), kept.sum()
+def _squares(exponent: int, phi: jax.Array, kept: jax.Array) -> Sums:
+    return squares(scaled(phi, -exponent), kept)

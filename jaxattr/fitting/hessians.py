@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -43,16 +43,6 @@ Product: TypeAlias = tuple[Leaves, Callable[[Leaves, Weighted], Leaves]]
 """Some leaves, and (vector, examples) -> the product of a matrix with a vector of those leaves."""
 
 
-class Curvature(Protocol):
-    """A matrix like the Hessian of a sum of losses; hashable."""
-
-    def product(self, params: Params, chosen: Collection[str]) -> Product:
-        """Returns the product of the chosen leaves."""
-        ...
-
-    def __hash__(self) -> int: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Hessian:
     """The Hessian itself; may have negative eigenvalues.
@@ -64,7 +54,7 @@ class Hessian:
     loss: OutputFn
 
     def product(self, params: Params, chosen: Collection[str]) -> Product:
-        """See `Curvature`."""
+        """Returns the product of the chosen leaves."""
         loss, leaves = as_function_of(self.loss, chosen, params)
 
         def of_block(tangent: Leaves, block: Weighted) -> Leaves:
@@ -94,7 +84,7 @@ class GaussNewton:
     loss: Callable[[Any, Example], jax.Array] = identity.function("z", "example")
 
     def product(self, params: Params, chosen: Collection[str]) -> Product:
-        """See `Curvature`."""
+        """Returns the product of the chosen leaves."""
         outputs, leaves = as_function_of(self.outputs, chosen, params)
 
         def of_block(tangent: Leaves, block: Weighted) -> Leaves:
@@ -111,6 +101,10 @@ class GaussNewton:
             return jax.vjp(every, leaves)[1](product)[0]
 
         return leaves, of_block
+
+
+Curvature: TypeAlias = Hessian | GaussNewton
+"""A matrix like the Hessian of a sum of losses; hashable."""
 
 
 def curvature_products(

@@ -1,6 +1,8 @@
 """An optimizer's second moments, and the basis that scales gradients by them (TrackStar)."""
 
+import collections
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -49,7 +51,10 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
     leaves = named_leaves(params)
     shapes = {name: jnp.shape(x) for name, x in leaves.items()}
     needed = {n for n, x in leaves.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
-    found, repeated = _found(optimizer_state, params)
+    nodes = jax.tree.leaves(optimizer_state, is_leaf=_has_second_moments)
+    each = [pair for node in nodes for pair in _moments(node, shapes).items()]
+    found, counts = dict(each), collections.Counter(name for name, _ in each)
+    repeated = sorted(name for name, count in counts.items() if count > 1)
     given = named_leaves(optimizer_state)
     if given.keys() == needed:
         found = given
@@ -59,7 +64,7 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
         raise ValueError(
             f"Needed one second moment for each of {len(needed)} parameters. Missing: "
             f"{missing[:5]}; of other names or shapes: {wrong[:5]}; found twice: "
-            f"{sorted(repeated)[:5]}. The state holds {sorted(_kinds(optimizer_state))}: Adam, "
+            f"{repeated[:5]}. The state holds {sorted(_kinds(optimizer_state))}: Adam, "
             "AdamW, NAdam, AMSGrad, RMSProp and Adafactor have second moments; SGD, Lion and "
             "momentum have none. You may pass a pytree of second moments like the parameters "
             "instead; several checkpoints go in as a list."
@@ -68,22 +73,11 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
     return jax.tree.unflatten(jax.tree.structure(params), moments)
 
 
-def _found(optimizer_state: Any, params: Params) -> tuple[dict[str, jax.Array], set[str]]:
-    """Second moments in all nodes of a state, by the parameter's name; and names found twice."""
-    found: dict[str, jax.Array] = {}
-    repeated: set[str] = set()
-    for node in jax.tree.leaves(optimizer_state, is_leaf=_has_second_moments):
-        for name, moment in _moments(node, params).items():
-            repeated |= {name} & found.keys()
-            found[name] = moment
-    return found, repeated
-
-
 def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
     return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def _moments(node: Any, params: Params) -> dict[str, jax.Array]:
+def _moments(node: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
     """Second moments in one node of a state, by the name of the parameter.
 
     Parameters that `optax.masked` or `multi_transform` keeps from the node are not in it.
@@ -91,7 +85,6 @@ def _moments(node: Any, params: Params) -> dict[str, jax.Array]:
     if not _has_second_moments(node):
         return {}
     if hasattr(node, "v_row"):
-        shapes = {name: jnp.shape(leaf) for name, leaf in named_leaves(params).items()}
         rows, columns, wholes = (named_leaves(tree) for tree in (node.v_row, node.v_col, node.v))
         return {
             name: _restored(shapes[name], rows[name], columns[name], wholes[name])
@@ -198,10 +191,8 @@ def _restored(shape: tuple[int, ...], row: Any, column: Any, whole: Any) -> jax.
     # Optax factors along the two largest axes: the row's mean is over the largest.
     order = np.argsort(shape)
     over_rows, over_columns = int(order[-1]), int(order[-2])
-    if (jnp.shape(row), jnp.shape(column)) != (
-        _without(shape, over_rows),
-        _without(shape, over_columns),
-    ):
+    fitting = [tuple(np.delete(shape, axis)) for axis in (over_rows, over_columns)]
+    if [jnp.shape(row), jnp.shape(column)] != fitting:
         raise ValueError(
             f"Adafactor's moments of shapes {jnp.shape(row)} and {jnp.shape(column)} do not fit a "
             f"parameter of shape {shape}."
@@ -209,7 +200,3 @@ def _restored(shape: tuple[int, ...], row: Any, column: Any, whole: Any) -> jax.
     wide_row = jnp.expand_dims(row, over_rows)
     mean = jnp.mean(wide_row, axis=over_columns, keepdims=True)
     return wide_row * jnp.expand_dims(column, over_columns) / jnp.where(mean == 0, 1, mean)
-
-
-def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    return (*shape[:axis], *shape[axis + 1 :])

@@ -153,7 +153,9 @@ class TrainingPass:
     def _clean(self, given: NumberedBatch, drawn: Drawn, fitted: Fitted) -> CleanFeatures:
         step = _compiled_features(self.place, self.featurizer.step)
         got = step(self.featurizer.key, self.params, given.batch, given.ids, drawn, fitted)
-        return _compiled_clean(self.place)(got.features, got.residual, given.real)
+        # The features are written over in place: those of all parameters are large.
+        clean = _compiled(self.place, _cleaned, DATA, donate_argnums=0)
+        return clean(got.features, got.residual, given.real)
 
     def _numbers(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return positions, (positions >= 0) & (positions < self.source.size)
@@ -184,18 +186,14 @@ def typical_exponent(place: Placement, phi: Features, kept: jax.Array) -> int:
     Returns:
       The exponent of the largest feature of the median example; zeros do not count.
     """
-    return int(np.asarray(_median_exponent(place)(phi, kept)))
+    return int(np.asarray(_compiled(place, _median_exponent)(phi, kept)))
 
 
-@functools.lru_cache(maxsize=16)
-def _median_exponent(place: Placement) -> Any:
-    def median(phi: Features, kept: jax.Array) -> jax.Array:
-        counted = kept & phi.any(axis=1)
-        size = jnp.where(counted, exponent_of(phi, axis=1), jnp.iinfo(jnp.int32).max)
-        middle = jnp.sort(size)[jnp.maximum(counted.sum() - 1, 0) // 2]
-        return jnp.where(counted.any(), middle, 0)
-
-    return place.jit(median)
+def _median_exponent(phi: Features, kept: jax.Array) -> jax.Array:
+    counted = kept & phi.any(axis=1)
+    size = jnp.where(counted, exponent_of(phi, axis=1), jnp.iinfo(jnp.int32).max)
+    middle = jnp.sort(size)[jnp.maximum(counted.sum() - 1, 0) // 2]
+    return jnp.where(counted.any(), middle, 0)
 
 
 def without_too_large(
@@ -230,21 +228,21 @@ def _compiled_sums(place: Placement, function: Callable) -> Any:
     return place.jit(add, DATA, donate_argnums=0)
 
 
-@functools.lru_cache(maxsize=16)
 def row_digests(place: Placement) -> Any:
     """The compiled step (batch) -> digests of its examples, each device of its own.
 
     Args:
       place: the devices.
     """
-    return place.jit(identity.row_digests, DATA)
+    return _compiled(place, identity.row_digests, DATA)
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled_clean(place: Placement) -> Any:
-    def clean(phi: Features, residual: jax.Array, real: jax.Array) -> CleanFeatures:
-        kept = jnp.isfinite(phi).all(axis=1) & jnp.isfinite(residual) & real
-        return CleanFeatures(jnp.where(kept[:, None], phi, 0), jnp.where(kept, residual, 0), kept)
+def _cleaned(phi: Features, residual: jax.Array, real: jax.Array) -> CleanFeatures:
+    kept = jnp.isfinite(phi).all(axis=1) & jnp.isfinite(residual) & real
+    return CleanFeatures(jnp.where(kept[:, None], phi, 0), jnp.where(kept, residual, 0), kept)
 
-    # The features are written over in place: those of all parameters are large.
-    return place.jit(clean, DATA, donate_argnums=0)
+
+@functools.lru_cache(maxsize=64)
+def _compiled(place: Placement, function: Callable, *axes: str, **options: Any) -> Any:
+    """The function, compiled once for each placement."""
+    return place.jit(function, *axes, **options)

@@ -38,7 +38,6 @@ class GradientFactors:
 
     def weights(self, batch: Batch) -> None:
         """See `Factors`: what a position counts is in its cotangent."""
-        del batch
 
     def in_range(self, inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
         """See `Factors`."""
@@ -48,7 +47,6 @@ class GradientFactors:
         self, factored: Factored, uses: Uses, kept: jax.Array, weights: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """See `Factors`."""
-        del weights
         # A gradient is the sum over the positions of all uses.
         x = jnp.concatenate([use.inputs for use in uses], axis=-2)
         d = jnp.concatenate([use.cotangents for use in uses], axis=-2)

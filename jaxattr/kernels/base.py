@@ -112,12 +112,10 @@ class Kernel(Protocol):
     @property
     def name(self) -> str:
         """What `describe` shows."""
-        ...
 
     @property
     def degree(self) -> int | None:
         """How K phi grows with the features: -1 for inverses, 0 for unit norm; else None."""
-        ...
 
     def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> Any:
         """Sums statistics over a batch; those of several batches or devices are added. Jittable.
@@ -131,15 +129,12 @@ class Kernel(Protocol):
         Returns:
           A pytree of arrays.
         """
-        ...
 
     def finalize(self, statistics: Any, surroundings: Surroundings) -> Any:
         """Makes the operator, a pytree of arrays, from the statistics of all; on the host."""
-        ...
 
     def apply(self, operator: Any, phi: Features) -> Features:
         """Returns K phi, [b, p]. Jittable."""
-        ...
 
     def __hash__(self) -> int: ...
 
@@ -150,11 +145,9 @@ class MapsQueries(Protocol):
 
     def of_queries(self, operator: Any, phi: Features) -> Features:
         """Returns features of queries [q, p]. Jittable."""
-        ...
 
     def whiten(self, operator: Any, phi: Features) -> Features:
         """Returns the linear part of `of_queries`, before rows are scaled to unit norm."""
-        ...
 
 
 @runtime_checkable
@@ -163,7 +156,6 @@ class Decays(Protocol):
 
     def decayed(self, operator: Any, phi: Features) -> Features:
         """Returns what training through the segment adds to a direction [q, p]. Jittable."""
-        ...
 
 
 def keeps_operator(kernel: Kernel) -> bool:
@@ -178,11 +170,9 @@ class Iterates(Protocol):
     @property
     def largest_residual(self) -> float:
         """Largest relative residual that counts as solved."""
-        ...
 
     def residual(self, operator: Any, phi: Features, mapped: Features) -> jax.Array:
         """Returns the relative error of each solve [b], from phi and K phi [b, p]. Jittable."""
-        ...
 
 
 @runtime_checkable
@@ -191,21 +181,18 @@ class HasSpectrum(Protocol):
 
     def spectrum(self, layout: FeatureLayout, rows: Callable[[slice], np.ndarray]) -> Any:
         """Returns what all of them need, on the host; the costly part. Rows as `Surroundings`."""
-        ...
 
     def operator_at(self, spectrum: Any, damping: Damping, exponent: int) -> Any:
         """Returns the operator of one; the spectrum is of features over 2 to this power."""
-        ...
 
 
 class WithoutSums:
     """A kernel that needs no statistics."""
 
-    degree: ClassVar[None] = None
+    degree: ClassVar[int | None] = None
 
     def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> tuple[()]:
         """See `Kernel`: none."""
-        del layout, n, phi, kept
         return ()
 
 
@@ -217,13 +204,49 @@ class Identity(WithoutSums):
 
     def finalize(self, statistics: Any, surroundings: Surroundings) -> tuple[()]:
         """See `Kernel`: nothing."""
-        del statistics, surroundings
         return ()
 
     def apply(self, operator: Any, phi: Features) -> Features:
         """See `Kernel`: the features themselves."""
-        del operator
         return phi
+
+
+class Sums(NamedTuple):
+    """Sums over training examples.
+
+    Attributes:
+      total: an array, or a list of arrays.
+      examples: how many.
+    """
+
+    total: Any
+    examples: jax.Array
+
+    def means(self) -> Any:
+        """Means over examples, float64 on the host."""
+        count = max(float(self.examples), 1.0)
+        return jax.tree.map(lambda x: np.asarray(x, np.float64) / count, self.total)
+
+
+@dataclasses.dataclass(frozen=True)
+class Damped:
+    """A kernel that inverts a matrix to which damping is added.
+
+    Attributes:
+      damping: what is added.
+    """
+
+    damping: Damping
+    degree: ClassVar[int | None] = -1
+    what: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_damping(self.damping)
+
+    @property
+    def name(self) -> str:
+        """See `Kernel`."""
+        return f"{self.what}, damping {self.damping}"
 
 
 def split_columns(phi: Features, widths: Sequence[int]) -> list[Features]:

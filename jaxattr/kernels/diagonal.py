@@ -1,7 +1,7 @@
 """A diagonal kernel: each feature divided by its damped mean square, or by a known eigenvalue."""
 
 import dataclasses
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,33 +9,12 @@ import numpy as np
 
 from jaxattr.features.bases import UNKNOWN
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.kernels.base import Damping, Surroundings, check_damping
+from jaxattr.kernels.base import Damped, Damping, Sums, Surroundings
 from jaxattr.typing import Features
 
 
-class Squares(NamedTuple):
-    """Sums over training examples.
-
-    Attributes:
-      total: of phi^2, [p].
-      examples: how many.
-    """
-
-    total: jax.Array
-    examples: jax.Array
-
-    @classmethod
-    def of(cls, phi: Features, kept: jax.Array) -> "Squares":
-        """Sums over a batch, of features [b, p] and which of them count [b]."""
-        return cls(sum_of_squares(phi), kept.sum(dtype=phi.dtype))
-
-    def means(self) -> np.ndarray:
-        """Mean squares of the features, float64 [p]."""
-        return np.asarray(self.total, np.float64) / max(float(self.examples), 1.0)
-
-
 @dataclasses.dataclass(frozen=True)
-class SecondMoment:
+class SecondMoment(Damped):
     r"""Divides by the damped second moments of the features.
 
     .. math:: K = \mathrm{diag}(\Lambda + \lambda)^{-1}, \qquad
@@ -55,23 +34,13 @@ class SecondMoment:
       George et al. (2018), arXiv:1806.03884; Grosse et al. (2023), arXiv:2308.03296, section 2.4.
     """
 
-    damping: Damping
-    degree: ClassVar[int] = -1
+    what: ClassVar[str] = "second moment"
 
-    def __post_init__(self) -> None:
-        check_damping(self.damping)
-
-    @property
-    def name(self) -> str:
+    def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> Sums:
         """See `Kernel`."""
-        return f"second moment, damping {self.damping}"
+        return squares(phi, kept)
 
-    def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> Squares:
-        """See `Kernel`."""
-        del layout, n
-        return Squares.of(phi, kept)
-
-    def finalize(self, statistics: Squares, surroundings: Surroundings) -> jax.Array:
+    def finalize(self, statistics: Sums, surroundings: Surroundings) -> jax.Array:
         """See `Kernel`: what each feature is multiplied with, [p]."""
         means = statistics.means()
         curvature = eigenvalues(means, surroundings.curvature)
@@ -120,17 +89,19 @@ def added_to(
     return np.array([damping.of(mean, exponent) for mean in means])[blocks]
 
 
-def sum_of_squares(phi: Features) -> jax.Array:
+def squares(phi: Features, kept: jax.Array) -> Sums:
     """Sums squares over examples.
 
     Args:
       phi: float [b, p].
+      kept: which rows count, bool [b]; the others are zero.
 
     Returns:
-      Float [p].
+      Their total is float [p].
     """
     # A product with ones: a sum over rows takes XLA three times as long on a CPU.
-    return jnp.matmul(jnp.ones(phi.shape[0], phi.dtype), phi**2, precision="highest")
+    total = jnp.matmul(jnp.ones(phi.shape[0], phi.dtype), phi**2, precision="highest")
+    return Sums(total, kept.sum(dtype=phi.dtype))
 
 
 def _check(curvature: np.ndarray, means: np.ndarray, largest: np.ndarray, dtype: Any) -> None:

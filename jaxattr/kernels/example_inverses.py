@@ -1,32 +1,21 @@
 """DataInf's kernel: the mean of the inverses of single-example Fisher matrices."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.kernels.base import Damping, Surroundings, check_damping, split_columns
+from jaxattr.kernels.base import Damped, Surroundings, check_damping, split_columns
 from jaxattr.typing import Features
 
-
-class DataInfOperator(NamedTuple):
-    """What the kernel multiplies with.
-
-    Attributes:
-      phi: one [n, p] per group.
-      weights: one [n] per group, 1 / (count (lambda + |phi_n|^2)).
-      damping: lambda, one per group.
-    """
-
-    phi: list[jax.Array]
-    weights: list[jax.Array]
-    damping: list[jax.Array]
+Block: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
+"""Of a group: features [n, p], 1 / (count (lambda + |phi_n|^2)) [n], and lambda."""
 
 
 @dataclasses.dataclass(frozen=True)
-class DataInf:
+class DataInf(Damped):
     r"""Averages, instead of inverting the average.
 
     .. math:: K = \frac1N \sum_n (\phi_n \phi_n^\top + \lambda I)^{-1}
@@ -47,41 +36,33 @@ class DataInf:
       Kwon et al. (2024), DataInf, arXiv:2310.00902, Eq. 5.
     """
 
-    damping: Damping
-    degree: ClassVar[int] = -1
+    what: ClassVar[str] = "DataInf"
 
     def __post_init__(self) -> None:
         if check_damping(self.damping).value == 0:
             raise ValueError("DataInf divides by its damping, which must be above 0, got 0.")
 
-    @property
-    def name(self) -> str:
-        """See `Kernel`."""
-        return f"DataInf, damping {self.damping}"
-
     def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> jax.Array:
         """See `Kernel`: how many examples count."""
-        del layout, n
         return kept.sum(dtype=phi.dtype)
 
-    def finalize(self, statistics: jax.Array, surroundings: Surroundings) -> DataInfOperator:
+    def finalize(self, statistics: jax.Array, surroundings: Surroundings) -> list[Block]:
         """See `Kernel`."""
-        examples = statistics
-        parts, weights, added = [], [], []
+        blocks, examples = [], statistics
         for columns in surroundings.layout.slices.values():
-            parts.append(jnp.asarray(surroundings.rows(columns), examples.dtype))
-            squares = jnp.sum(parts[-1] ** 2, axis=1)  # [n]
+            rows = jnp.asarray(surroundings.rows(columns), examples.dtype)
+            squares = jnp.sum(rows**2, axis=1)  # [n]
             mean = jnp.sum(squares) / examples / max(columns.stop - columns.start, 1)
             value = jnp.asarray(self.damping.of(float(mean), surroundings.exponent), squares.dtype)
             # A group in which every gradient is zero maps to zero whatever it is divided by.
-            added.append(jnp.where(value > 0, value, 1))
-            weights.append(1 / (examples * (added[-1] + squares)))
-        return DataInfOperator(parts, weights, added)
+            added = jnp.where(value > 0, value, 1)
+            blocks.append((rows, 1 / (examples * (added + squares)), added))
+        return blocks
 
-    def apply(self, operator: DataInfOperator, phi: Features) -> Features:
+    def apply(self, operator: list[Block], phi: Features) -> Features:
         """See `Kernel`."""
-        columns = split_columns(phi, [part.shape[1] for part in operator.phi])
-        mapped = [_map(*arrays) for arrays in zip(columns, *operator, strict=True)]
+        columns = split_columns(phi, [rows.shape[1] for rows, *_ in operator])
+        mapped = [_map(part, *block) for part, block in zip(columns, operator, strict=True)]
         return jnp.concatenate(mapped, axis=1)  # [b, p]
 
 

@@ -1,16 +1,15 @@
 """The inverse of the features' Gram matrix, dense or block-diagonal, primal or dual."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.kernels.base import Damping, Surroundings, check_damping, split_columns
+from jaxattr.kernels.base import Damped, Damping, Surroundings, check_damping, split_columns
 from jaxattr.typing import Features
 
 
@@ -45,7 +44,7 @@ _LEAST_SHARE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
-class Gram:
+class Gram(Damped):
     r"""Inverts the damped Gram matrix of the training features, as TRAK does.
 
     .. math:: K = (\Phi^\top \Phi + \lambda I)^{-1}
@@ -74,13 +73,11 @@ class Gram:
       Park et al. (2023), TRAK, arXiv:2303.14186, Eq. 12-13.
     """
 
-    damping: Damping
     dense: bool = False
     leverage: bool = False
-    degree: ClassVar[int] = -1
 
     def __post_init__(self) -> None:
-        check_damping(self.damping)
+        super().__post_init__()
         if self.leverage and not self.dense:
             raise ValueError(
                 "leverage=True needs dense=True: it is that of one matrix for all groups."
@@ -96,11 +93,10 @@ class Gram:
         self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array
     ) -> list[jax.Array]:
         """See `Kernel`: phi^T phi of each block."""
-        del kept
         # A block with more features than examples is inverted from its rows, when they are there.
         return [
             jnp.matmul(part.T, part, precision="highest") if part.shape[1] <= n else part[0, :0]
-            for part in split_columns(phi, self._blocks(layout))
+            for part in (phi[:, columns] for columns in self._columns(layout))
         ]
 
     def finalize(
@@ -109,12 +105,10 @@ class Gram:
         """See `Kernel`."""
         operators, unit = [], surroundings.exponent
         for gram, part in zip(statistics, self._columns(surroundings.layout), strict=True):
-            if gram.ndim == 2:
-                whole = np.asarray(gram, np.float64)
-                operators.append(_primal(whole, self.damping, unit, gram.dtype))
-            else:
-                rows = np.asarray(surroundings.rows(part), np.float64)
-                operators.append(_dual(rows, self.damping, unit, gram.dtype))
+            primal = gram.ndim == 2
+            given = np.asarray(gram if primal else surroundings.rows(part), np.float64)
+            invert = _primal if primal else _dual
+            operators.append(invert(given, self.damping, unit, gram.dtype))
         return operators
 
     def apply(self, operator: list[GramOperator], phi: Features) -> Features:
@@ -145,12 +139,8 @@ class Gram:
             )
         return [_operator_at(each, damping, exponent) for each in spectrum]
 
-    def _blocks(self, layout: FeatureLayout) -> tuple[int, ...]:
-        return (layout.total,) if self.dense else layout.dims
-
     def _columns(self, layout: FeatureLayout) -> list[slice]:
-        edges = np.cumsum([0, *self._blocks(layout)]).tolist()
-        return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+        return [slice(0, layout.total)] if self.dense else list(layout.slices.values())
 
 
 def _multiply(block: GramOperator, phi: Features) -> Features:
@@ -169,11 +159,9 @@ def _primal(matrix: np.ndarray, damping: Damping, exponent: int, dtype: Any) -> 
 
 
 def _dual(rows: np.ndarray, damping: Damping, exponent: int, dtype: Any) -> GramOperator:
-    width = rows.shape[1]
-    if not rows.any():
-        return GramOperator(jnp.zeros((width, 1), dtype), jnp.zeros(1, dtype))
-    if damping.value == 0:
-        why = f"{len(rows)} training examples cannot span {width} features"
+    if damping.value == 0 and rows.any():
+        examples, width = rows.shape
+        why = f"{examples} training examples cannot span {width} features"
         raise _singular(width, damping, why)
     return _operator_at(_spectrum(rows)._replace(dtype=dtype), damping, exponent)
 

@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.kernels import conjugate_gradients
-from jaxattr.kernels.base import Damping, Surroundings, WithoutSums, check_damping
+from jaxattr.kernels.base import Damped, Damping, Surroundings, WithoutSums, check_damping
 from jaxattr.typing import Features
 
 # Columns of the Hessian that are computed at once.
@@ -17,7 +17,7 @@ _COLUMNS = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class InverseHessian(WithoutSums):
+class InverseHessian(WithoutSums, Damped):
     r"""Inverts the damped Hessian of the mean training loss.
 
     .. math:: K = \Big(\tfrac1N \sum_n \nabla^2 \ell(n) + \lambda I\Big)^{-1}
@@ -40,27 +40,19 @@ class InverseHessian(WithoutSums):
       Koh and Liang (2017), arXiv:1703.04730, Eq. 2.
     """
 
-    damping: Damping
+    what: ClassVar[str] = "inverse Hessian"
     positive_only: bool = False
-
-    def __post_init__(self) -> None:
-        check_damping(self.damping)
-
-    @property
-    def name(self) -> str:
-        """See `Kernel`."""
-        return f"inverse Hessian, damping {self.damping}"
 
     def finalize(self, statistics: Any, surroundings: Surroundings) -> jax.Array:
         """See `Kernel`."""
-        del statistics
         products, operands = surroundings.hessian()
         total = surroundings.layout.total
         rows, dtype = [], None
         for start in range(0, total, _COLUMNS):
             # The last block is moved back to be full, so that one program serves all.
             first = max(0, min(start, total - _COLUMNS))
-            block = products(operands, _unit_rows(first, min(_COLUMNS, total), total))
+            unit_rows = np.eye(min(_COLUMNS, total), total, first)
+            block = products(operands, jnp.asarray(unit_rows, jnp.result_type(float)))
             rows.append(np.asarray(block, np.float64)[start - first :])
             dtype = block.dtype
         matrix = np.concatenate(rows)
@@ -70,13 +62,6 @@ class InverseHessian(WithoutSums):
     def apply(self, operator: jax.Array, phi: Features) -> Features:
         """See `Kernel`."""
         return jnp.matmul(phi, operator.astype(phi.dtype), precision="highest")
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _unit_rows(first: int, count: int, total: int) -> jax.Array:
-    """Rows `first` and on of the identity, [count, total]; one program for all blocks."""
-    numbers = first + jnp.arange(count)
-    return (numbers[:, None] == jnp.arange(total)[None]).astype(jnp.zeros(()).dtype)
 
 
 class Solver(NamedTuple):
@@ -92,7 +77,7 @@ class Solver(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConjugateGradient(WithoutSums):
+class ConjugateGradient(WithoutSums, Damped):
     """Solves with the damped Hessian of the mean training loss, by conjugate gradients.
 
     Guarantees: where it converged, a relative residual of at most `tolerance`. A solve stops early,
@@ -109,7 +94,7 @@ class ConjugateGradient(WithoutSums):
       Martens (2010); Koh and Liang (2017), arXiv:1703.04730, section 3.
     """
 
-    damping: Damping
+    what: ClassVar[str] = "conjugate gradients with the Hessian"
     tolerance: float
     iterations: int
 
@@ -126,18 +111,12 @@ class ConjugateGradient(WithoutSums):
             )
 
     @property
-    def name(self) -> str:
-        """See `Kernel`."""
-        return f"conjugate gradients with the Hessian, damping {self.damping}"
-
-    @property
     def largest_residual(self) -> float:
         """See `Iterates`: measured anew, it may be a little above what the solve saw."""
         return 2 * self.tolerance
 
     def finalize(self, statistics: Any, surroundings: Surroundings) -> Solver:
         """See `Kernel`."""
-        del statistics
         products, operands = surroundings.hessian()
         return Solver(jax.tree_util.Partial(products, operands), jnp.asarray(self.damping.value))
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.kernels.base import Surroundings
-from jaxattr.kernels.diagonal import Squares, eigenvalues
+from jaxattr.kernels.base import Sums, Surroundings
+from jaxattr.kernels.diagonal import eigenvalues, squares
 from jaxattr.typing import Features
 
 
@@ -46,12 +46,11 @@ class Segment:
         """See `Kernel`."""
         return f"segment of training, time {self.time:g}"
 
-    def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> Squares:
+    def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> Sums:
         """See `Kernel`."""
-        del layout, n
-        return Squares.of(phi, kept)
+        return squares(phi, kept)
 
-    def finalize(self, statistics: Squares, surroundings: Surroundings) -> list[jax.Array]:
+    def finalize(self, statistics: Sums, surroundings: Surroundings) -> list[jax.Array]:
         """See `Kernel`: the curvature of each feature, [p]; in a list, as operators come back."""
         curvature = eigenvalues(statistics.means(), surroundings.curvature)
         return [jnp.asarray(np.maximum(curvature, 0), statistics.total.dtype)]

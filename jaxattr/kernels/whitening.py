@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,25 +11,13 @@ import numpy as np
 
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.identity import Contents
-from jaxattr.kernels.base import Damping, Surroundings, check_damping, split_columns
+from jaxattr.kernels.base import Damped, Damping, Sums, Surroundings, split_columns
 from jaxattr.scales import unit_norm
 from jaxattr.typing import Features
 
 
-class Autocorrelation(NamedTuple):
-    """Sums over examples.
-
-    Attributes:
-      blocks: of phi^T phi, one [p, p] per group.
-      examples: how many.
-    """
-
-    blocks: list[jax.Array]
-    examples: jax.Array
-
-
 @dataclasses.dataclass(frozen=True)
-class Whitening:
+class Whitening(Damped):
     r"""Whitens both sides and scales them to unit norm.
 
     .. math:: u(x) = R^{-1/2} \phi(x), \quad \tau = \frac{u(q)^\top u(n)}{\|u(q)\| \|u(n)\|}, \quad
@@ -52,14 +40,13 @@ class Whitening:
       Chang et al. (2024), TrackStar, arXiv:2410.17413, section 3.
     """
 
-    damping: Damping
     queries: Contents | None = None
     mixing: float | None = None
     component: int | None = None
-    degree: ClassVar[int] = 0
+    degree: ClassVar[int | None] = 0
 
     def __post_init__(self) -> None:
-        check_damping(self.damping)
+        super().__post_init__()
         if self.mixing is not None and not 0 <= self.mixing <= 1:
             raise ValueError(f"mixing must be between 0 and 1, got {self.mixing}.")
         if self.queries is None and self.mixing:
@@ -71,22 +58,19 @@ class Whitening:
         of_queries = "" if self.queries is None else " of queries too"
         return f"autocorrelation{of_queries}, damping {self.damping}"
 
-    def sums(
-        self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array
-    ) -> Autocorrelation:
+    def sums(self, layout: FeatureLayout, n: int, phi: Features, kept: jax.Array) -> Sums:
         """See `Kernel`."""
-        del n
         parts = split_columns(phi, layout.dims)
         blocks = [jnp.matmul(part.T, part, precision="highest") for part in parts]
-        return Autocorrelation(blocks, kept.sum(dtype=phi.dtype))
+        return Sums(blocks, kept.sum(dtype=phi.dtype))
 
-    def finalize(self, statistics: Autocorrelation, surroundings: Surroundings) -> list[jax.Array]:
+    def finalize(self, statistics: Sums, surroundings: Surroundings) -> list[jax.Array]:
         """See `Kernel`: the inverse root of R, group by group."""
         dtype = statistics.examples.dtype
-        matrices = _means(statistics)
+        matrices = statistics.means()
         if self.queries is not None:
             given, described = self.queries.value, "autocorrelation of queries"
-            mu, others = self.mixing, _means(surroundings.sums_of(self.sums, given, described))
+            mu, others = self.mixing, surroundings.sums_of(self.sums, given, described).means()
             mu = _meeting_point(matrices, others, self.component) if mu is None else mu
             matrices = [mu * b + (1 - mu) * a for a, b in zip(matrices, others, strict=True)]
         root = functools.partial(_inverse_root, self.damping, surroundings.exponent)
@@ -105,11 +89,6 @@ class Whitening:
     def of_queries(self, operator: list[jax.Array], phi: Features) -> Features:
         """See `MapsQueries`: as training examples."""
         return self.apply(operator, phi)
-
-
-def _means(statistics: Autocorrelation) -> list[np.ndarray]:
-    count = max(float(statistics.examples), 1.0)
-    return [np.asarray(block, np.float64) / count for block in statistics.blocks]
 
 
 def _meeting_point(

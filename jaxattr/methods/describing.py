@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from jaxattr import groups as groups_lib
 from jaxattr.features.featurizer import Featurizer
-from jaxattr.features.projections import Projection
 from jaxattr.groups import Groups
 from jaxattr.methods.method import Method, featurizer
 from jaxattr.typing import Example, Params
@@ -115,11 +114,12 @@ def _routes(featurize: Featurizer) -> dict[str, str]:
     """What becomes of each leaf, in words."""
     plan, projection = featurize.plan, featurize.rule.projection
     routes = {leaf: f"excluded: {why}" for leaf, why in featurize.groups.excluded}
-    reasons = dict(plan.reasons)
+    reasons, basis = dict(plan.reasons), projection.basis
+    rest = projection.name if basis is None else f"rademacher({projection.dim(1 << 62)})"
     for group in plan.groups:
         size = sum(member.size for member in group.rest)
         kept = size == group.rest_dim
-        projected = f"projected, {_rest_name(projection)}: group {size} -> {group.rest_dim}"
+        projected = f"projected, {rest}: group {size} -> {group.rest_dim}"
         route = "exact" if kept else projected
         for member in group.rest:
             why = reasons.get(member.leaf)
@@ -131,7 +131,7 @@ def _routes(featurize: Featurizer) -> dict[str, str]:
             f"{'formed, then' if _formed(featurize) else 'factored'}: {stack}{found.kind} "
             f"{factored.rows}x{found.size_out} -> {factored.left}x{factored.right}"
         )
-        rank = projection.basis.rank if projection.basis is not None else None
+        rank = None if basis is None else basis.rank
         whole = (factored.left == factored.rows) + (factored.right == found.size_out)
         if rank is not None and whole:
             route += f" (rank {rank}: {'whole' if whole == 2 else 'one side whole'})"
@@ -141,12 +141,6 @@ def _routes(featurize: Featurizer) -> dict[str, str]:
         if factored.bias:
             routes[str(found.bias)] = f"bias of {found.leaf}"
     return routes
-
-
-def _rest_name(projection: Projection) -> str:
-    if projection.basis is None:
-        return projection.name
-    return f"rademacher({projection.dim(1 << 62)})"
 
 
 def _formed(featurize: Featurizer) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -101,15 +101,30 @@ def unroll(
     key = jax.random.key(0) if key is None else check_key(key)
     check_output(output, params, shapes_of_one(queries), key)
     at_once = whole_number("at_once", _AT_ONCE if at_once is None else at_once)
-    stored = whole_number("stored", _root(len(run)) if stored is None else stored, least=2)
+    root = max(2, math.isqrt(len(run) - 1) + 1)
+    stored = whole_number("stored", root if stored is None else stored, least=2)
     segments = _segments(run, _Segment(0, len(run), run.start), stored)
     final = _advanced(run, segments[-1].state, segments[-1].first, len(run))
-    _check_finite(final)
-    count = leading_size(queries)
+    if not all(np.isfinite(leaf).all() for leaf in floats_of(final)):
+        raise ValueError(
+            "The run ends with a state that is not finite: training diverged. Lower its learning "
+            "rate, or clip gradients."
+        )
+    count, gradients = leading_size(queries), _gradients(run, output, final)
+    keys = example_keys(key, jnp.arange(count), "queries")
     scores, lost = np.zeros((count, run.size)), np.zeros(count, bool)
-    given = _all_given(run, output, queries, key, segments, final, at_once, stored, lost)
+
+    def given() -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+        """Yields (step, first query, ids [b], cotangents of weights [some queries, b])."""
+        for first in range(0, count, at_once):
+            some = jax.tree.map(lambda x, first=first: x[first : first + at_once], (queries, keys))
+            cotangents, finite = gradients(floats_of(final), *some)
+            lost[first : first + at_once] = ~np.asarray(finite)
+            for number, ids, found in _back(run, segments, cotangents, stored):
+                yield number, first, ids, np.asarray(found, np.float64)
+
     last_bad = -1
-    for number, first, ids, found in track(given, "unrolling", len(run) * -(-count // at_once)):
+    for number, first, ids, found in track(given(), "unrolling", len(run) * -(-count // at_once)):
         if not np.isfinite(found).all():
             last_bad = max(last_bad, number)
         np.add.at(scores[first : first + len(found)].T, ids, found.T)
@@ -128,10 +143,6 @@ class _Segment(NamedTuple):
     first: int
     last: int
     state: Any
-
-
-def _root(steps: int) -> int:
-    return max(2, math.isqrt(steps - 1) + 1)
 
 
 def _advanced(run: TrainingRun, state: Any, first: int, last: int) -> Any:
@@ -153,20 +164,10 @@ def _segments(run: TrainingRun, whole: _Segment, stored: int) -> list[_Segment]:
     return found
 
 
-def _all_given(
-    run: TrainingRun,
-    output: OutputFn,
-    queries: Batch,
-    key: Key,
-    segments: list[_Segment],
-    final: Any,
-    at_once: int,
-    stored: int,
-    lost: np.ndarray,
-) -> Generator[tuple[int, int, np.ndarray, np.ndarray], None, None]:
-    """Yields (step, first query, ids [b], cotangents of weights [some queries, b]).
+def _gradients(run: TrainingRun, output: OutputFn, final: Any) -> Callable[..., Any]:
+    """Makes (floats of the final state, queries, keys) -> gradients, and which are finite.
 
-    Those of queries that are not finite are zero; which these are is written to `lost`.
+    The others are zero.
     """
 
     def value(floats: list[jax.Array], query: Any, key: Key) -> jax.Array:
@@ -178,15 +179,7 @@ def _all_given(
         finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(found)]).all()
         return jax.tree.map(lambda x: jnp.where(finite, x, 0), found[1]), finite
 
-    gradients = jax.jit(jax.vmap(gradient, in_axes=(None, 0, 0)))
-    count = leading_size(queries)
-    keys = example_keys(key, jnp.arange(count), "queries")
-    for first in range(0, count, at_once):
-        some = jax.tree.map(lambda x, first=first: x[first : first + at_once], (queries, keys))
-        cotangents, finite = gradients(floats_of(final), *some)
-        lost[first : first + at_once] = ~np.asarray(finite)
-        for number, ids, found in _back(run, segments, cotangents, stored):
-            yield number, first, ids, np.asarray(found, np.float64)
+    return jax.jit(jax.vmap(gradient, in_axes=(None, 0, 0)))
 
 
 def _back(
@@ -202,14 +195,6 @@ def _back(
             within = _segments(run, segment, stored)
             cotangents = yield from _back(run, within, cotangents, stored)
     return cotangents
-
-
-def _check_finite(final: Any) -> None:
-    if not all(np.isfinite(leaf).all() for leaf in floats_of(final)):
-        raise ValueError(
-            "The run ends with a state that is not finite: training diverged. Lower its learning "
-            "rate, or clip gradients."
-        )
 
 
 def _warn(scores: np.ndarray, last_bad: int, steps: int) -> None:

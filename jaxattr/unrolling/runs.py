@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.batches import leading_size
-from jaxattr.counts import whole_number
+from jaxattr.counts import checked_ids, whole_number
 from jaxattr.groups import named_leaves
 from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function
@@ -152,28 +152,6 @@ class TrainingRun:
         return jax.jit(pull)
 
 
-def checked_ids(ids: Any, examples: int, name: str) -> np.ndarray:
-    """Returns ids of training examples, or raises if they are none.
-
-    Args:
-      ids: of a user, [b].
-      examples: n.
-      name: what they are, for the message.
-
-    Raises:
-      ValueError: if they are no integers, or out of range.
-    """
-    ids = np.asarray(ids)
-    whole = ids.ndim == 1 and ids.dtype.kind in "iu" and len(ids) > 0
-    if not whole or not ((ids >= 0) & (ids < examples)).all():
-        got = f" from {ids.min()} to {ids.max()}" if whole else ""
-        raise ValueError(
-            f"{name} must be integers [b] from 0 to {examples - 1}, one for each example; got "
-            f"{ids.dtype} {list(ids.shape)}{got}."
-        )
-    return ids
-
-
 def floats_of(state: Any) -> list[jax.Array]:
     """Returns the leaves of a state that have derivatives."""
     return [leaf for leaf in jax.tree.leaves(state) if _is_float(leaf)]
@@ -209,15 +187,14 @@ def _on_device(train: Batch | None) -> Batch | None:
 
 
 def _examples(train: Batch | None, examples: int | None) -> int:
-    found = None if train is None else leading_size(train)
-    if examples is None and found is None:
+    if examples is not None:
+        examples = whole_number("examples", examples)
+    found = examples if train is None else leading_size(train)
+    if found is None:
         raise ValueError("examples= is needed where train= is not given: how many there are.")
-    if examples is None:
-        return found or 0
-    examples = whole_number("examples", examples)
-    if found not in (None, examples):
+    if examples not in (None, found):
         raise ValueError(f"examples is {examples}, and train has {found}: leave examples out.")
-    return examples
+    return found
 
 
 def _check_sequence(batches: Any) -> None:
@@ -241,12 +218,14 @@ def _check_step(step: StepFn, start: Any, batch: Batch, weights: np.ndarray) -> 
             f"step fails: {type(error).__name__}: {brief(error, 200)} It is compiled, so it must "
             f"be JAX alone.\n{given}"
         ) from error
-    before, found = (named_leaves(each) for each in (shapes_of(start), after))
+    before, found = (
+        {name: shape(leaf) for name, leaf in named_leaves(each).items()}
+        for each in (shapes_of(start), after)
+    )
     unlike = [
-        f"{name} {shape(found[name]) if name in found else 'missing'} instead of "
-        f"{shape(before[name]) if name in before else 'nothing'}"
+        f"{name} {found.get(name, 'missing')} instead of {before.get(name, 'nothing')}"
         for name in sorted(before.keys() | found.keys())
-        if name not in before or name not in found or shape(found[name]) != shape(before[name])
+        if before.get(name) != found.get(name)
     ]
     structure: Any = jax.tree.structure(after)
     if unlike or structure != jax.tree.structure(start):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattr.counts import checked_ids
 from jaxattr.keys import check_key
 from jaxattr.sources import as_source
 from jaxattr.typing import Batch, Key
@@ -38,14 +39,8 @@ def noised(train: Any, ids: Any, key: Key, *, scale: float = 0.4) -> Batch:
       >>> copies["x"].shape, copies["label"]
       ((2,), array([4, 2]))
     """
-    source, ids = as_source(train, "train"), np.asarray(ids)
-    whole = ids.ndim == 1 and ids.dtype.kind in "iu" and ids.size
-    if not whole or not ((ids >= 0) & (ids < source.size)).all():
-        raise ValueError(
-            f"ids must be ids of training examples, integers [b] from 0 to {source.size - 1}; got "
-            f"{ids.dtype} {list(ids.shape)}."
-        )
-    copies = jax.tree.map(np.asarray, source.read(ids))
+    source = as_source(train, "train")
+    copies = jax.tree.map(np.asarray, source.read(checked_ids(ids, source.size, "ids")))
     floats = [leaf for leaf in jax.tree.leaves(copies) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     if not floats:
         raise ValueError(

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from jaxattr.batches import leading_size
+from jaxattr.counts import checked_ids
 from jaxattr.index.index import Index
 from jaxattr.index.queries import QueryFeatures, as_queries, query_features
 from jaxattr.scores.subsets import Asked, SubsetSums, checked_masks, subset_sums
@@ -81,15 +82,8 @@ def _of_copies(index: Index, copies: tuple[Any, Any]) -> Asked:
         )
     batch, sources = copies
     batch = as_queries(index, batch)
-    sources = np.asarray(sources)
     count = len(batch.features) if isinstance(batch, QueryFeatures) else leading_size(batch)
-    whole = np.issubdtype(sources.dtype, np.integer) and sources.shape == (count,)
-    if not whole or not ((sources >= 0) & (sources < index.size)).all():
-        raise ValueError(
-            f"The sources of {count} copies must be ids of training examples, integers [{count}] "
-            f"from 0 to {index.size - 1}; got {sources.dtype} {list(sources.shape)}"
-            + (f" from {sources.min()} to {sources.max()}." if sources.size else ".")
-        )
+    sources = checked_ids(sources, index.size, f"The sources of {count} copies", count)
     prepared = query_features(index, batch)
     lost = np.union1d(prepared.non_finite, np.flatnonzero(np.isin(sources, index.non_finite)))
     kept = np.setdiff1d(np.arange(count), lost)

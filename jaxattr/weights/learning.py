@@ -214,15 +214,16 @@ def _fit(
     def at_certain(w: np.ndarray) -> AtWeights:
         """What some weights come to, by a shortlist that is certain there."""
         nonlocal listed, passes
-        found = optimising.at_weights(listed, rows, w, options)
+        found = optimising.at_weights(listed, rows, w, *options[:2])
         if not found.certain:
             listed, passes = _listed(index, phi, options.top_k, w), passes + 1
-            found = optimising.at_weights(listed, rows, w, options)
+            found = optimising.at_weights(listed, rows, w, *options[:2])
         return found
 
     before = at_certain(gauge)
+    loss_at_start = float(before.losses[0])
     while True:
-        loop = optimising.run(listed, rows[0], loop, gauge, before.losses[0], l2, options)
+        loop = optimising.run(listed, rows[0], loop, gauge, loss_at_start, float(l2), options)
         theta = np.asarray(loop.theta, np.float64)
         w = gauge * np.exp(theta - theta.max())
         w = w / w.mean()
@@ -231,8 +232,8 @@ def _fit(
         listed, passes = _listed(index, phi, options.top_k, w), passes + 1
 
     after = at_certain(w)
-    learned, of_others = zip(before.losses, after.losses, strict=True)
-    hub, hub_share = optimising.hub(after.strongest)
+    learned, of_others = zip(*(map(float, each.losses) for each in (before, after)), strict=True)
+    hub, hub_share = optimising.hub(np.asarray(after.strongest))
     return report(
         names, statistics, gauge, w, losses=np.asarray(loop.losses), loss=learned,
         held_out_loss=of_others if held else None, hub=hub, hub_share=hub_share,

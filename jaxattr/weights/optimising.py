@@ -1,4 +1,13 @@
-"""The Optax loop that weights are learned in, and what is asked of its results.
+r"""The loss of weights on a shortlist, the Optax loop that minimises it, and what it comes to.
+
+Li et al. (2025, arXiv:2506.05647) maximise, over the simplex, the mean of each query's largest
+scores relative to the norm of all of them:
+
+.. math:: L(w) = E_q\Big[-\frac{\frac1k \sum_{n \in \mathrm{top}_k} s_n}{\|s\|_2}\Big]
+          + \lambda \|w\|_2^2, \qquad s = \tau(q, \cdot; w)
+
+Of a squared method the largest are those of the largest size, which rank as the squares do and stay
+linear in the weights.
 
 Each function here is one compiled program for all fits of the same shapes and options: what changes
 from fit to fit is an argument.
@@ -14,7 +23,6 @@ import optax
 
 from jaxattr.typing import Key
 from jaxattr.weights import shortlists
-from jaxattr.weights.loss import loss_of_list
 from jaxattr.weights.shortlists import Shortlist
 
 
@@ -62,9 +70,43 @@ class AtWeights(NamedTuple):
       strongest: their ids, [q, k].
     """
 
-    losses: tuple[float, float]
-    certain: bool
-    strongest: np.ndarray
+    losses: list[Any]
+    certain: jax.Array
+    strongest: jax.Array
+
+
+def loss_of_list(
+    listed: Shortlist, w: jax.Array, top_k: int, squared: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The loss without its penalty, the mean over queries.
+
+    Guarantees: invariant to the scale of the weights; with non-negative scores between -1/sqrt(k)
+    and 0. The set of the top k is piecewise constant in the weights, so the gradient is that of the
+    set found with the present ones.
+
+    Args:
+      listed: the shortlist.
+      w: weights [m].
+      top_k: number of training examples taken for the signal.
+      squared: whether scores are squares.
+
+    Returns:
+      The loss; and whether the strongest examples of every query are certainly on its list.
+    """
+    w = w.astype(listed.parts.dtype)
+    ranked = shortlists.strengths(listed, jax.lax.stop_gradient(w), squared)  # [q, s]
+    strongest, places = jax.lax.top_k(ranked, top_k)
+    # Contributions are gathered before they meet the weights, so that the gradient is they
+    # themselves: that of sorted scores would be scattered over the whole list.
+    picked = jnp.take_along_axis(listed.parts, places[..., None], axis=1)  # [q, k, m]
+    scores = jnp.matmul(picked, w, precision="highest")
+    found = (jnp.abs(scores) if squared else scores).mean(axis=1)
+    squares = shortlists.sum_of_squares(listed, w)
+    # A query whose scores are all zero has no signal; the inner `where` keeps its gradient finite.
+    norm = jnp.sqrt(jnp.where(squares > 0, squares, 1))
+    loss = -jnp.mean(jnp.where(squares > 0, found / norm, 0))
+    # Not the last of the k: for a slice of them XLA sorts everything, at thirty times the cost.
+    return loss, jnp.all(strongest.min(axis=-1) >= shortlists.bounds(listed, w))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -77,13 +119,14 @@ def begin(key: Key, queries: int, m: int, options: FitOptions) -> tuple[jax.Arra
     return jax.random.permutation(jax.random.split(key)[0], queries), loop
 
 
+@functools.partial(jax.jit, static_argnames="options")
 def run(
     listed: Shortlist,
-    rows: np.ndarray,
+    rows: jax.Array,
     state: LoopState,
-    gauge: np.ndarray,
-    loss_at_start: float,
-    l2: float,
+    gauge: jax.Array,
+    loss_at_start: jax.Array,
+    l2: jax.Array,
     options: FitOptions,
 ) -> LoopState:
     """Updates until all steps are made, or the shortlist may no longer be certain.
@@ -97,56 +140,8 @@ def run(
       l2: strength of the pull towards the start.
       options: of the fit.
     """
-    dynamic = (gauge, abs(loss_at_start) or 1.0, float(l2))
-    with jax.numpy_dtype_promotion("standard"):  # which Optax's schedules take for granted
-        return _run(listed, rows, state, *dynamic, options=options)
-
-
-def at_weights(
-    listed: Shortlist, rows: tuple[np.ndarray, np.ndarray], w: np.ndarray, options: FitOptions
-) -> AtWeights:
-    """The losses of some weights, and the strongest examples under them.
-
-    Args:
-      listed: the shortlist.
-      rows: queries that are learned from, and those that are held out.
-      w: weights [m].
-      options: of the fit.
-    """
-    losses, certain, strongest = _at_weights(listed, rows, w, options.top_k, options.squared)
-    learned, held = map(float, losses)
-    return AtWeights((learned, held), bool(certain), np.asarray(strongest))
-
-
-def hub(strongest: np.ndarray) -> tuple[int, float]:
-    """The example that is among the strongest of the most queries, and of what share of them.
-
-    Args:
-      strongest: ids [q, k].
-    """
-    found, counts = np.unique(strongest[strongest >= 0], return_counts=True)
-    return int(found[counts.argmax()]), float(counts.max() / len(strongest))
-
-
-def _optimizer(options: FitOptions) -> optax.GradientTransformation:
-    if options.optimizer is not None:
-        return options.optimizer
-    return optax.adam(optax.cosine_decay_schedule(0.05, options.steps))
-
-
-@functools.partial(jax.jit, static_argnames="options")
-def _run(
-    listed: Shortlist,
-    rows: jax.Array,
-    state: LoopState,
-    gauge: jax.Array,
-    scale: jax.Array,
-    l2: jax.Array,
-    *,
-    options: FitOptions,
-) -> LoopState:
     m, optimizer, listed = len(gauge), _optimizer(options), listed.rows(rows)
-    first = state.step
+    first, scale = state.step, jnp.where(loss_at_start == 0, 1, abs(loss_at_start))
 
     def objective(theta: jax.Array) -> tuple[jax.Array, jax.Array]:
         share = m * jax.nn.softmax(theta)
@@ -165,23 +160,44 @@ def _run(
         kept = jax.tree.map(lambda new, old: jnp.where(certain, new, old), made, state)
         return kept._replace(certain=certain)
 
-    return jax.lax.while_loop(
-        lambda state: (state.step < options.steps) & state.certain,
-        update,
-        state._replace(certain=jnp.asarray(True)),
-    )
+    def unfinished(state: LoopState) -> jax.Array:
+        return (state.step < options.steps) & state.certain
+
+    with jax.numpy_dtype_promotion("standard"):  # which Optax's schedules take for granted
+        return jax.lax.while_loop(unfinished, update, state._replace(certain=jnp.asarray(True)))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _at_weights(
-    listed: Shortlist,
-    rows: tuple[jax.Array, jax.Array],
-    w: jax.Array,
-    top_k: int,
-    squared: bool,
-) -> tuple[list[Any], jax.Array, jax.Array]:
+def at_weights(
+    listed: Shortlist, rows: tuple[jax.Array, jax.Array], w: jax.Array, top_k: int, squared: bool
+) -> AtWeights:
+    """The losses of some weights, and the strongest examples under them.
+
+    Args:
+      listed: the shortlist.
+      rows: queries that are learned from, and those that are held out.
+      w: weights [m].
+      top_k: see `FitOptions`.
+      squared: likewise.
+    """
     found = [loss_of_list(listed.rows(each), w, top_k, squared) for each in rows if len(each)]
     losses = [loss for loss, _ in found] + [0.0] * (2 - len(found))
     certain = functools.reduce(jnp.logical_and, [certain for _, certain in found])
     places = jax.lax.top_k(shortlists.strengths(listed, w, squared), top_k)[1]
-    return losses, certain, jnp.take_along_axis(listed.ids, places, axis=1)
+    return AtWeights(losses, certain, jnp.take_along_axis(listed.ids, places, axis=1))
+
+
+def hub(strongest: np.ndarray) -> tuple[int, float]:
+    """The example that is among the strongest of the most queries, and of what share of them.
+
+    Args:
+      strongest: ids [q, k].
+    """
+    found, counts = np.unique(strongest[strongest >= 0], return_counts=True)
+    return int(found[counts.argmax()]), float(counts.max() / len(strongest))
+
+
+def _optimizer(options: FitOptions) -> optax.GradientTransformation:
+    if options.optimizer is not None:
+        return options.optimizer
+    return optax.adam(optax.cosine_decay_schedule(0.05, options.steps))

@@ -62,10 +62,9 @@ def fit_to_outcomes(
     found = cross_fitted(evidence, optimizer, steps)
     models, asked = agreed.ranks.shape
     gain = Gain(
-        mean=found.gain.mean, low=found.gain.low, high=found.gain.high, uniform=found.uniform.mean,
-        uniform_low=found.uniform.low, uniform_high=found.uniform.high,
-        models=models, queries=asked - agreed.skipped, dropped=agreed.dropped,
-        skipped=agreed.skipped, to_uniform=found.to_uniform,
+        **found.gain._asdict(), uniform=found.uniform.mean, uniform_low=found.uniform.low,
+        uniform_high=found.uniform.high, models=models, queries=asked - agreed.skipped,
+        dropped=agreed.dropped, skipped=agreed.skipped, to_uniform=found.to_uniform,
     )  # fmt: skip
     w = np.exp(found.theta)
     return report(
@@ -130,44 +129,35 @@ def cross_fitted(
     on_host = jax.default_device(jax.local_devices(backend="cpu")[0])
     # Optax takes the standard promotion of types for granted.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), on_host:
-        return _cross_fitted(jax.tree.map(jnp.asarray, evidence), optimizer, steps)
-
-
-def _cross_fitted(
-    evidence: Evidence, optimizer: optax.GradientTransformation | None, steps: int
-) -> CrossFitted:
-    models, m = len(evidence.ranks), _groups(evidence)
-    folds = np.arange(models) % FOLDS
-    included = np.stack([*(folds != fold for fold in range(FOLDS)), np.ones(models, bool)])
-    counted = jnp.asarray(included, jnp.float64)
-    found = _path(evidence, counted, optimizer=optimizer, steps=steps)
-    theta, losses = map(np.asarray, found)  # [folds + 1, pulls, m]
-    uniform = _shares(evidence, np.zeros((1, m)))[0]  # [s, q]
-    gains = np.stack(
-        [_shares(evidence, theta[fold]) - uniform for fold in range(FOLDS)]
-    )  # [folds, pulls, s, q]
-    left_out = gains[folds, :, np.arange(models)].mean(axis=2)  # [s, pulls]
-    by_model = uniform.mean(axis=1)
-    counts = _how_much(left_out, by_model)  # [pulls]
-    joined = np.zeros_like(uniform)
-    for fold in range(FOLDS):
-        # A fold has no say in how much the pulls count where it is what is measured on.
-        own = _how_much(left_out[folds != fold], by_model[folds != fold])
-        there = np.tensordot(own, theta[fold], 1)
-        joined[folds == fold] = (_shares(evidence, there[None])[0] - uniform)[folds == fold]
-    final = np.tensordot(counts, theta[-1], 1)
-    return CrossFitted(
-        theta=final,
-        gain=_estimate(joined, draws=_DRAWS),
-        uniform=_estimate(uniform),
-        reached=float(_shares(evidence, final[None])[0].mean()),
-        to_uniform=float(1 - counts.sum()),
-        losses=losses[-1],
-    )
-
-
-def _groups(evidence: Evidence) -> int:
-    return jax.tree.leaves(evidence.sums)[0].shape[-1]
+        evidence = jax.tree.map(jnp.asarray, evidence)
+        models, m = len(evidence.ranks), evidence.sums[0].shape[-1]
+        folds = np.arange(models) % FOLDS
+        included = np.stack([*(folds != fold for fold in range(FOLDS)), np.ones(models, bool)])
+        counted = jnp.asarray(included, jnp.float64)
+        found = _path(evidence, counted, optimizer=optimizer, steps=steps)
+        theta, losses = map(np.asarray, found)  # [folds + 1, pulls, m]
+        uniform = _shares(evidence, np.zeros((1, m)))[0]  # [s, q]
+        gains = np.stack(
+            [_shares(evidence, theta[fold]) - uniform for fold in range(FOLDS)]
+        )  # [folds, pulls, s, q]
+        left_out = gains[folds, :, np.arange(models)].mean(axis=2)  # [s, pulls]
+        by_model = uniform.mean(axis=1)
+        counts = _how_much(left_out, by_model)  # [pulls]
+        joined = np.zeros_like(uniform)
+        for fold in range(FOLDS):
+            # A fold has no say in how much the pulls count where it is what is measured on.
+            own = _how_much(left_out[folds != fold], by_model[folds != fold])
+            there = np.tensordot(own, theta[fold], 1)
+            joined[folds == fold] = (_shares(evidence, there[None])[0] - uniform)[folds == fold]
+        final = np.tensordot(counts, theta[-1], 1)
+        return CrossFitted(
+            theta=final,
+            gain=_estimate(joined, draws=_DRAWS),
+            uniform=_estimate(uniform),
+            reached=float(_shares(evidence, final[None])[0].mean()),
+            to_uniform=float(1 - counts.sum()),
+            losses=losses[-1],
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("optimizer", "steps"))
@@ -179,7 +169,7 @@ def _path(
     steps: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Minimises the loss for each choice of models [k, s] and, one after the other, each pull."""
-    zero = jnp.zeros(_groups(evidence), jnp.float64)
+    zero = jnp.zeros(evidence.sums[0].shape[-1], jnp.float64)
 
     def of_models(models: jax.Array) -> tuple[jax.Array, jax.Array]:
         def of_pull(theta: jax.Array, pull: jax.Array) -> tuple[jax.Array, tuple]:

@@ -187,11 +187,6 @@ class ContributionStatistics(NamedTuple):
         return np.mean(self.largest / np.where(rms > 0, rms, 1), axis=0)
 
 
-def _named(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
-    """Returns {name: float}."""
-    return {name: float(value) for name, value in zip(names, values, strict=True)}
-
-
 def report(
     names: Sequence[str],
     statistics: ContributionStatistics,
@@ -214,15 +209,19 @@ def report(
     Returns:
       The report.
     """
+
+    def named(values: np.ndarray) -> dict[str, float]:
+        return dict(zip(names, values.tolist(), strict=True))
+
     shares = _shares(w, statistics)
     present = shares[shares > 0]
     entropy = -float(np.sum(present * np.log(present)))
     fit = WeightFit(
-        weights=_named(names, w),
-        shares=_named(names, shares),
-        start_shares=_named(names, _shares(start, statistics)),
+        weights=named(w),
+        shares=named(shares),
+        start_shares=named(_shares(start, statistics)),
         entropy=entropy / math.log(len(shares)) if len(shares) > 1 else 1.0,
-        tail_ratio=_named(names, statistics.tail_ratios()),
+        tail_ratio=named(statistics.tail_ratios()),
         warnings=(),
         **found,
     )

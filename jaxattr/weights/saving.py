@@ -85,10 +85,9 @@ def fit_as_json(fit: WeightFit) -> dict[str, Any]:
     Args:
       fit: of `ja.learn_weights`.
     """
-    names = [field.name for field in dataclasses.fields(fit) if field.name != "learned_from"]
-    found = {name: getattr(fit, name) for name in names}
-    found["gain"] = None if fit.gain is None else dataclasses.asdict(fit.gain)
-    return found | {"losses": np.asarray(fit.losses, float).tolist()}
+    found = dataclasses.asdict(fit) | {"losses": np.asarray(fit.losses, float).tolist()}
+    del found["learned_from"]
+    return found
 
 
 def _fit_from(contents: Mapping[str, Any]) -> WeightFit:
