@@ -63,11 +63,10 @@ class Source:
             rows = np.minimum(np.arange(start, start + size), self.size - 1)
             yield Block(place.batch(self.read, rows), start, min(size, self.size - start))
 
-    def part(self, positions: range) -> "Source":
-        """Returns consecutive examples as a source, whose positions begin at 0."""
-        if len(positions) == self.size:
-            return self
-        return Source(len(positions), lambda rows: self.read(positions.start + rows))
+    def part(self, positions: Sequence[int] | np.ndarray) -> "Source":
+        """Returns chosen examples as a source, whose positions begin at 0."""
+        chosen = np.asarray(positions)
+        return Source(len(chosen), lambda rows: self.read(chosen[rows]))
 
     def block_size(self, wanted: int, place: Placement) -> int:
         """Returns the examples per block: as wanted or fewer, rounded up to divide over shards."""
