@@ -22,6 +22,7 @@ from jaxattr.store.rows import (
     Slab,
     axes_of,
     blocks_at_once,
+    column_of,
     compressed,
     padded,
     slab_starts,
@@ -29,8 +30,6 @@ from jaxattr.store.rows import (
 )
 from jaxattr.store.seals import Seals, chunk_seal, seal_of
 
-# Rows that are read at once where a column of all is wanted.
-_COLUMN_ROWS = 8192
 # Slabs that are being read while one is worked on.
 _AHEAD = 2
 # Chunks that are being read while all are checked.
@@ -93,15 +92,7 @@ class DiskRows:
 
     def column(self, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
         """See `Rows`."""
-        layout, parts = self.layout, []
-        for slab in self.slabs(layout.parts(name), _COLUMN_ROWS, checkpoint):
-            stored = {
-                kept: x[slab.fresh :, :, 0, : layout.widths[kept]]
-                for kept, x in slab.arrays.items()
-            }
-            part = self.place.host(values_of(name, stored)[..., columns])  # [g, b, width]
-            parts.append(part.reshape(part.shape[0] * part.shape[1], part.shape[2]))
-        return np.concatenate(parts)[: layout.size]
+        return column_of(self, name, checkpoint, columns)
 
     def slabs(
         self, names: Sequence[str], rows: int, checkpoint: int | None = None

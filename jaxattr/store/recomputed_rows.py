@@ -20,6 +20,7 @@ from jaxattr.store.rows import (
     RowLayout,
     Slab,
     axes_of,
+    column_of,
     pad_columns,
     padded,
 )
@@ -73,13 +74,7 @@ class RecomputedRows:
 
     def column(self, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
         """See `Rows`; of features, a pass over the data."""
-        if name not in _MADE:
-            return self._with([name]).column(name, checkpoint, columns)
-        blocks = [
-            self.place.host(self.read(name, block, checkpoint)[:, columns])
-            for block in range(self.layout.blocks)
-        ]
-        return np.concatenate(blocks)[: self.layout.size]
+        return column_of(self, name, checkpoint, columns)
 
     def slabs(
         self, names: Sequence[str], rows: int, checkpoint: int | None = None
