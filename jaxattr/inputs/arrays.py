@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.groups import leaf_names
+from jaxattr.groups import named_leaves
 from jaxattr.inputs.wording import brief, shapes
 from jaxattr.typing import Example
 
@@ -258,6 +258,6 @@ def _addressable(leaf: jax.Array) -> Any:
     )
 
 
-def field_names(tree: Any) -> list[str]:
-    """Names of a pytree's arrays; of one array alone, none."""
-    return [] if is_one_leaf(tree) else leaf_names(tree)
+def fields_of(tree: Any) -> dict[str, Any]:
+    """The arrays of a pytree by their names; that of one array alone is empty."""
+    return {"": tree} if is_one_leaf(tree) else named_leaves(tree)

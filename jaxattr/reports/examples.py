@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.groups import named_leaves
+from jaxattr.inputs.arrays import fields_of
 from jaxattr.markup import number
 from jaxattr.sources import Source, track
 from jaxattr.typing import Example
@@ -123,7 +123,7 @@ class Showing:
     def _label(self, example: Example) -> str | None:
         if callable(self.labels):
             return str(self.labels(example))
-        fields = _fields(example)
+        fields = fields_of(example)
         field = next((fields[name] for name in LABELS if _is_label(fields.get(name))), None)
         if self.labels is None:
             return None if field is None else str(int(field))
@@ -199,7 +199,7 @@ def guessed(example: Example, decode: Callable[[int], str] | None = None) -> Sho
         row = {name: np.asarray(example[name]) for name in ("inputs", "targets", "mask")}
         if row["mask"].ndim == 1 and all(x.shape == row["mask"].shape for x in row.values()):
             return Tokens(row)
-    fields = _fields(example)
+    fields = fields_of(example)
     if decode is not None:
         return _decoded(fields, decode)
     for name in PICTURES:
@@ -250,10 +250,6 @@ def _looks_like_one(shape: tuple[int, ...]) -> bool:
     """Both sides of at least 4, neither 8 times the other: no sequence of feature vectors."""
     short, long = sorted(shape[:2])
     return short >= 4 and long < 8 * short
-
-
-def _fields(example: Example) -> dict[str, Any]:
-    return {"": example} if hasattr(example, "shape") else named_leaves(example)
 
 
 def _is_label(value: Any) -> bool:

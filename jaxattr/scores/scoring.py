@@ -112,12 +112,12 @@ def score(
     folder = None if path is None else Folder(path)
     if folder is not None:
         check_vacant(folder)  # before the queries' features, which may take long
-    groups = in_groups(index, queries, queries_at_once)
+    count, groups = in_groups(index, queries, queries_at_once)
     if folder is not None:
-        scored = ((prepared, _scored(index, w, prepared)) for prepared in groups.each)
-        return written(index, groups.size, scored, folder)
+        scored = ((prepared, _scored(index, w, prepared)) for prepared in groups)
+        return written(index, count, scored, folder)
     # Not a loop, whose variable would hold a group while the next is made.
-    found = list(map(functools.partial(_of_group, index, w), groups.each))
+    found = list(map(functools.partial(_of_group, index, w), groups))
     scores = found[0] if len(found) == 1 else jnp.concatenate(found)
     _warn_of_overflow(scores)
     return scores
@@ -220,13 +220,13 @@ def top_k(
     ids = None if among is None else checked_candidates(among, check_index(index).size)
     k = _checked_k(k, check_index(index), opponents, ids)
     w = index.place.whole(weights_for(index, weights))
-    groups = in_groups(index, queries, queries_at_once)
+    count, groups = in_groups(index, queries, queries_at_once)
     if ids is not None:
-        check_queries(ids, groups.size)
+        check_queries(ids, count)
         warn_of_non_finite(index, ids)
     sign = -1 if opponents else 1
     found: list[TopK] = []
-    for prepared in groups.each:
+    for prepared in groups:
         first = sum(len(each.ids) for each in found)
         own = None if ids is None else ids[first : first + len(prepared.features)]
         found.append(_best(index, w, prepared, k, sign, own))
