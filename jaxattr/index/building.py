@@ -272,7 +272,8 @@ def _check_manifest(
     if not extend or before == job.source.size:
         refuse_others(folder, provenance.differences(there, here))
         return None
-    kernel, basis, depends = job.method.kernel, job.featurizer.rule.projection.basis, ""
+    kernel, depends = job.method.kernel, ""
+    basis: Any = job.featurizer.rule.projection.basis
     if not isinstance(kernel, Identity):
         depends = f"a kernel that depends on all training examples ({kernel.name})"
     elif isinstance(basis, Fits):
