@@ -326,12 +326,11 @@ def values_of(name: str, arrays: Mapping[str, jax.Array]) -> jax.Array:
 def column_of(rows: Rows, name: str, checkpoint: int, columns: slice) -> np.ndarray:
     """Returns columns of one array for all examples, [n, width], slab by slab; see `Rows`."""
     layout, parts = rows.layout, []
+    start, stop, _ = columns.indices(layout.widths[name])
     for slab in rows.slabs(layout.parts(name), SLAB, checkpoint):
-        stored = {
-            kept: x[slab.fresh :, :, 0, : layout.widths[kept]] for kept, x in slab.arrays.items()
-        }
-        part = rows.place.host(values_of(name, stored)[..., columns])  # [g, b, width]
-        parts.append(part.reshape(part.shape[0] * part.shape[1], part.shape[2]))
+        values = values_of(name, slab.arrays)[slab.fresh :, :, :, start:stop]
+        part = rows.place.host(values)  # [g, b, 1, width]
+        parts.append(part.reshape(part.shape[0] * part.shape[1], part.shape[3]))
     return np.concatenate(parts)[: layout.size]
 
 
