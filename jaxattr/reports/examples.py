@@ -1,7 +1,7 @@
 """What is shown of one example: a picture, tokens, a text, or a table of its fields."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -292,8 +292,3 @@ def worded(value: Any) -> str:
 def _on_host(leaf: Any) -> Any:
     # Random keys have no NumPy dtype; they are shown by their kind alone.
     return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)
-
-
-def pictures_of(items: Iterable[Item]) -> list[np.ndarray]:
-    """Returns the pixels of all items that are pictures."""
-    return [item.shown.pixels for item in items if isinstance(item.shown, Picture)]

@@ -11,7 +11,6 @@ import numpy as np
 
 from jaxattr.index.index import Index, first_ids
 from jaxattr.index.queries import QueryFeatures
-from jaxattr.kernels import Iterates, Kernel
 from jaxattr.methods.method import citation
 from jaxattr.methods.similarity import compares
 from jaxattr.scores.weighting import weight_array
@@ -134,12 +133,9 @@ def _warnings(index: Index, prepared: QueryFeatures, fit: WeightFit | None) -> I
                 f"not finite: {len(positions)} of {total:,} {what} have gradients that are not "
                 f"finite and are never ranked: {first_ids(positions)}."
             )
-    if index.method is not None and index.solve_errors is not None:
-        yield from _unsolved(index.method.kernel, index.solve_errors)
-
-
-def _unsolved(kernel: Kernel, errors: np.ndarray) -> Iterator[str]:
-    if isinstance(kernel, Iterates):
+    errors = index.solve_errors
+    if index.method is not None and errors is not None:
+        kernel: Any = index.method.kernel  # one that iterates
         bad = np.flatnonzero(errors > kernel.largest_residual)
         if len(bad):
             yield (
