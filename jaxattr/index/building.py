@@ -272,12 +272,13 @@ def _check_manifest(
     if not extend or before == job.source.size:
         refuse_others(folder, provenance.differences(there, here))
         return None
-    kernel, depends = job.method.kernel, ""
+    kernel: Kernel = job.method.kernel
     basis: Any = job.featurizer.rule.projection.basis
+    fits, depends = isinstance(basis, Fits), ""
+    if fits:
+        depends = f"a basis that is fitted to all training examples ({basis.name})"
     if not isinstance(kernel, Identity):
         depends = f"a kernel that depends on all training examples ({kernel.name})"
-    elif isinstance(basis, Fits):
-        depends = f"a basis that is fitted to all training examples ({basis.name})"
     if depends:
         raise StoreError(
             f"{folder.path} cannot be extended: {job.method.name} has {depends}, so new ones "

@@ -246,6 +246,7 @@ def _checked_kernel(index: Index) -> SecondMoment:
 def _curvature(
     index: Index, outputs: OutputFn | None, loss: Callable[[Any, Example], jax.Array] | None
 ) -> GaussNewton | None:
+    """What the functions compute now; raises if that is not the function that is attributed."""
     if (outputs is None) != (loss is None):
         raise ValueError(
             "The Gauss-Newton matrix needs both, outputs=(params, example, key) -> z and "
@@ -255,13 +256,6 @@ def _curvature(
         return None
     check_function(outputs, "outputs")
     check_function(loss, "loss", ("z", "example"))
-    return _as_attributed(index, outputs, loss)
-
-
-def _as_attributed(
-    index: Index, outputs: OutputFn, loss: Callable[[Any, Example], jax.Array]
-) -> GaussNewton:
-    """What the functions compute now; raises if that is not the function that is attributed."""
     assert index.featurizer is not None and index.train is not None
     attributed, params = index.featurizer.rule.output, index.checkpoints[0]
     number = np.setdiff1d(np.arange(index.size), index.non_finite)[:1]
