@@ -44,7 +44,8 @@ class RecomputedRows:
     def __init__(self, layout: RowLayout, place: Placement) -> None:
         self.layout = layout
         self.place = place
-        self._kept = MemoryRows(kept_layout(layout), place)
+        widths = {name: width for name, width in layout.widths.items() if name not in _MADE}
+        self._kept = MemoryRows(dataclasses.replace(layout, widths=widths), place)
         self._makers: dict[tuple[str, int], Make] = {}
 
     def made_by(self, name: str, checkpoint: int, make: Make) -> bool:
@@ -119,12 +120,6 @@ class RecomputedRows:
         rows = [self._makers[name, number](positions) for number in chosen]
         same = len(rows) == 1 and self.place.columns == 1  # then only in another shape
         return _compiled_stack(self.place, width, same)(rows)
-
-
-def kept_layout(layout: RowLayout) -> RowLayout:
-    """The shapes of the rows that are kept."""
-    widths = {name: width for name, width in layout.widths.items() if name not in _MADE}
-    return dataclasses.replace(layout, widths=widths)
 
 
 @functools.lru_cache(maxsize=16)
