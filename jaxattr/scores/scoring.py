@@ -40,7 +40,7 @@ from jaxattr.sharding import DATA, Placement
 from jaxattr.store.arrays import check_vacant
 from jaxattr.store.folder import Folder
 from jaxattr.store.rows import COLUMNS, EXAMPLES, SELF, SLAB, Rows, Slab, blocks_at_once
-from jaxattr.typing import Batch, Features, Link, Weights
+from jaxattr.typing import Batch, Features, Weights
 
 _HEADROOM = 8
 """Powers of two by which rows made anew may grow from slab to slab."""
@@ -244,9 +244,8 @@ def _best(
     phi, exponent = place.whole((prepared.features, index.exponent))
     if index.rows.resident and ids is None:
         count = blocks_at_once(index.rows.layout, SLAB)
-        top = _compiled_top_k(place, layout, index.link, k, count, sign)(
-            w, phi, _arrays(index.rows), exponent
-        )
+        search = ranking.top_k_of_arrays(place, layout, index.link, k, count, sign)
+        top = search(w, phi, _arrays(index.rows), exponent)
     else:
         absorbing, merging = ranking.absorb_step(place, index.link, sign)
         weighted = ranking.weigh_step(place, layout)(w, phi, exponent)
@@ -257,7 +256,8 @@ def _best(
         else:
             best = _best_among(index, ids, sign, best, weighted)
         top = merging(best, weighted.exponents)
-    return _mark_top(top, place.whole(_finite_rows(prepared)))
+    finite = np.isin(np.arange(len(phi)), prepared.non_finite, invert=True)
+    return _mark_top(top, place.whole(finite))
 
 
 def self_influence(index: Index, *, weights: Weights | None = None) -> jax.Array:
@@ -364,13 +364,6 @@ def compiled_contributions(place: Placement, layout: FeatureLayout) -> Any:
     return jax.jit(place.over_shards(of_shard, inputs, (None, None, DATA, None)))
 
 
-@functools.lru_cache(maxsize=32)
-def _compiled_top_k(
-    place: Placement, layout: FeatureLayout, link: Link, k: int, count: int, sign: int
-) -> Any:
-    return jax.jit(ranking.top_k_of_arrays(place, layout, link, k, count, sign))
-
-
 def _best_among(
     index: Index, ids: np.ndarray, sign: int, best: TopK, weighted: ranking.Weighted
 ) -> TopK:
@@ -419,12 +412,6 @@ def _warn_of_overflow(scores: Any) -> None:
 def _mark_top(top: TopK, finite: jax.Array) -> TopK:
     there = finite[:, None] & (top.ids >= 0)
     return TopK(jnp.where(there, top.ids, -1), jnp.where(there, top.scores, jnp.nan))
-
-
-def _finite_rows(prepared: QueryFeatures) -> np.ndarray:
-    finite = np.ones(prepared.features.shape[0], bool)
-    finite[prepared.non_finite] = False
-    return finite
 
 
 def _mark_queries(scores: jax.Array, prepared: QueryFeatures) -> jax.Array:
