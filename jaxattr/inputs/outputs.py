@@ -143,11 +143,7 @@ def read_leaves(function: OutputFn, params: Params, example: Example) -> list[bo
 
 
 class _NoScalar(Exception):
-    """The function returned something else than one float scalar."""
-
-    def __init__(self, result: Any) -> None:
-        super().__init__(result)
-        self.result = result
+    """The function returned something else than one float scalar: the argument."""
 
 
 def _traced(function: OutputFn, params: Params, example: Example, key: Key) -> Any:
@@ -160,7 +156,7 @@ def _traced(function: OutputFn, params: Params, example: Example, key: Key) -> A
 
 
 def _returned(function: OutputFn, params: Params, example: Example, error: _NoScalar) -> ValueError:
-    result = error.result
+    (result,) = error.args
     leaves = jax.tree.leaves(result)
     got = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves[:6]) or "nothing"
     remedy = (
