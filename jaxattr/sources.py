@@ -12,8 +12,8 @@ from rich import console as rich_console
 from rich import progress as rich_progress
 from rich.text import Text
 
-from jaxattr.inputs.arrays import as_arrays, canonical_dtype, check_shapes, of_kind, stacked
-from jaxattr.inputs.data import Accepts, as_data, is_source
+from jaxattr.inputs.arrays import as_arrays, check_shapes, of_kind, stacked
+from jaxattr.inputs.data import Accepts, as_data, is_source, one_row
 from jaxattr.sharding import Placement, split_rows
 from jaxattr.typing import Batch, Example, RandomAccess
 
@@ -77,10 +77,7 @@ class Source:
         """The shapes of one example, without a batch axis."""
         some = self.arrays if self.in_memory else self.read(np.zeros(1, np.int64))
 
-        def one(x: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(jnp.shape(x)[1:], canonical_dtype(x))
-
-        return jax.tree.map(one, some)
+        return jax.tree.map(one_row, some)
 
 
 def _rows_of(arrays: Batch, rows: np.ndarray) -> Batch:

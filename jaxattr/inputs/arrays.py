@@ -183,17 +183,13 @@ def _as_array(leaf: Any, path: tuple[Any, ...], what: str) -> Any:
         raise ValueError(
             f"{what}: {_field(field)} is a {type(leaf).__name__}: make an array of it, {remedy}."
         )
-    if not _has_numpy_dtype(leaf):
+    if not (hasattr(leaf, "shape") and isinstance(getattr(leaf, "dtype", None), np.dtype)):
         leaf = _converted(leaf, field, what)
     if leaf.dtype.kind in _NUMBERS and leaf.dtype.type is not np.void:
         return leaf
     if leaf.dtype.kind in "US":
         raise holds_strings(what, field)
     raise _no_numbers(leaf, field, what)
-
-
-def _has_numpy_dtype(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and isinstance(getattr(leaf, "dtype", None), np.dtype)
 
 
 def _converted(leaf: Any, field: str, what: str) -> Any:
