@@ -294,7 +294,12 @@ def placement(mesh: Mesh | Placement | None) -> Placement:
     """
     if mesh is None or isinstance(mesh, Placement):
         return mesh or Placement()
-    check_mesh(mesh)
+    if not isinstance(mesh, Mesh):
+        raise ValueError(
+            f"mesh must be a jax.sharding.Mesh, got {mesh!r} of type {type(mesh).__name__}. A mesh "
+            "names the axes of a grid of devices; of all devices along one axis it is "
+            'jax.make_mesh((jax.device_count(),), ("data",)).'
+        )
     if DATA not in mesh.axis_names:
         raise ValueError(
             f'The mesh has axes {mesh.axis_names}; training examples go over an axis named "data". '
@@ -302,23 +307,6 @@ def placement(mesh: Mesh | Placement | None) -> Placement:
             '("data",)); parameters keep the sharding that they have.'
         )
     return Placement(_auto(mesh))
-
-
-def check_mesh(mesh: Any) -> None:
-    """Refuses what is no mesh of devices, such as how many there are.
-
-    Args:
-      mesh: what a caller gave as one.
-
-    Raises:
-      ValueError: if it is none.
-    """
-    if not isinstance(mesh, Mesh):
-        raise ValueError(
-            f"mesh must be a jax.sharding.Mesh, got {mesh!r} of type {type(mesh).__name__}. A mesh "
-            "names the axes of a grid of devices; of all devices along one axis it is "
-            'jax.make_mesh((jax.device_count(),), ("data",)).'
-        )
 
 
 def process() -> tuple[int, int]:

@@ -90,13 +90,10 @@ def astra(
     curvature = _curvature(index, outputs, loss)
     prepared = query_features(index, queries)
     counted = _drawn(index, examples)
-    system = functools.partial(
-        _system, index, kernel=kernel, damping=damping, curvature=curvature, counted=counted
-    )
-    parts = jnp.split(prepared.features, len(index.checkpoints), axis=1)
-    solved = [
-        _refined(system(number), phi, iterations, tolerance) for number, phi in enumerate(parts)
-    ]
+    solved = []
+    for number, phi in enumerate(jnp.split(prepared.features, len(index.checkpoints), axis=1)):
+        system = _system(index, number, kernel, damping, curvature, counted)
+        solved.append(_refined(system, phi, iterations, tolerance))
     features = jnp.concatenate([phi for phi, _ in solved], axis=1)
     residuals = np.max([np.asarray(residual) for _, residual in solved], axis=0)
     lost = np.flatnonzero(~np.isfinite(np.asarray(features)).all(axis=1))

@@ -27,7 +27,6 @@ class Group(NamedTuple):
       share: of the scores; None if it is not known.
       start_share: before learning; None likewise.
       parameters: how many.
-      features: how many.
     """
 
     name: str
@@ -35,7 +34,6 @@ class Group(NamedTuple):
     share: float | None
     start_share: float | None
     parameters: int
-    features: int
 
 
 class Facts(NamedTuple):
@@ -154,11 +152,8 @@ def _groups(index: Index, weights: Weights | None, fit: WeightFit | None) -> tup
             None if fit is None else _known(fit.shares[name]),
             None if fit is None else _known(fit.start_shares[name]),
             size,
-            dim,
         )
-        for name, weight, size, dim in zip(
-            layout.names, values, layout.sizes, layout.dims, strict=True
-        )
+        for name, weight, size in zip(layout.names, values, layout.sizes, strict=True)
     ]
     return tuple(sorted(found, key=lambda group: _natural(group.name)))
 

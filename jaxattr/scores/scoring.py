@@ -27,12 +27,7 @@ from jaxattr.index.queries import (
 )
 from jaxattr.scales import exponent_of, scaled, wide
 from jaxattr.scores import ranking
-from jaxattr.scores.candidates import (
-    check_queries,
-    checked_candidates,
-    in_parts,
-    warn_of_non_finite,
-)
+from jaxattr.scores.candidates import checked_candidates, in_parts, warn_of_non_finite
 from jaxattr.scores.ranking import TopK
 from jaxattr.scores.weighting import weights_for
 from jaxattr.scores.writing import written
@@ -222,7 +217,11 @@ def top_k(
     w = index.place.whole(weights_for(index, weights))
     count, groups = in_groups(index, queries, queries_at_once)
     if ids is not None:
-        check_queries(ids, count)
+        if len(ids) != count:
+            raise ValueError(
+                f"among must have a row of ids for each of the {count} queries, got "
+                f"{list(ids.shape)}."
+            )
         warn_of_non_finite(index, ids)
     sign = -1 if opponents else 1
     found: list[TopK] = []
