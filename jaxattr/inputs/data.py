@@ -242,7 +242,8 @@ def _of_arrays(data: Sequence[Any], role: str, accepts: Accepts | None) -> Any:
         alike = isinstance(data, list) and len(data) > 2 and len({len(s) for s in shape_of}) == 1
         as_fields = accepts is None or accepts(jax.tree.map(one_row, data))
         if len(leading) > 1 or (alike and not as_fields):
-            raise differing((0, data[0]), _first_other(data), role)
+            unlike = next(x for x in enumerate(data) if np.shape(x[1]) != shape_of[0])
+            raise differing((0, data[0]), unlike, role)
         return data
     if shape_of[0] == ():
         return stack(*data)
@@ -256,11 +257,6 @@ def _of_arrays(data: Sequence[Any], role: str, accepts: Accepts | None) -> Any:
 def one_row(array: Any, axes: int = 1) -> jax.ShapeDtypeStruct:
     """The shape of a row of an array, which has some axes less."""
     return jax.ShapeDtypeStruct(np.shape(array)[axes:], canonical_dtype(array))
-
-
-def _first_other(data: Sequence[Any]) -> tuple[int, Any]:
-    expected = np.shape(data[0])
-    return next((i, item) for i, item in enumerate(data) if np.shape(item) != expected)
 
 
 def _stacked_examples(data: Sequence[Any], role: str) -> Any:

@@ -3,7 +3,7 @@
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, overload
 
 import jax
@@ -138,9 +138,7 @@ def _scored(
 def _of_group(index: Index, w: jax.Array, prepared: QueryFeatures) -> jax.Array:
     """Scores [q, n] of a group of queries."""
     slabs = _scored(index, w, prepared)
-    parts = [scores[:, slab.fresh :].reshape(len(scores), -1) for slab, scores in slabs]
-    scores = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-    return _mark_queries(scores[:, : index.size], prepared)
+    return _joined(index, prepared, (scores[:, slab.fresh :] for slab, scores in slabs))
 
 
 def contributions(index: Index, queries: Any) -> jax.Array:
@@ -163,9 +161,7 @@ def contributions(index: Index, queries: Any) -> jax.Array:
     for slab in _slabs(index):
         exponent = index.place.whole(_exponent(index, slab))
         parts.append(index.place.gathered(step(phi, slab.arrays, exponent))[:, slab.fresh :])
-    flat = [part.reshape(part.shape[0], -1, part.shape[-1]) for part in parts]
-    joined = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
-    found = _mark_queries(joined[:, : index.size], prepared)
+    found = _joined(index, prepared, parts)
     _warn_of_overflow(found)
     return found
 
@@ -413,8 +409,14 @@ def _mark_top(top: TopK, finite: jax.Array) -> TopK:
     return TopK(jnp.where(there, top.ids, -1), jnp.where(there, top.scores, jnp.nan))
 
 
-def _mark_queries(scores: jax.Array, prepared: QueryFeatures) -> jax.Array:
-    return scores.at[prepared.non_finite].set(jnp.nan) if len(prepared.non_finite) else scores
+def _joined(index: Index, prepared: QueryFeatures, parts: Iterable[jax.Array]) -> jax.Array:
+    """Values [q, n, ...] of blocks [q, g, b, ...]; those of queries that are not finite are NaN."""
+    flat = [
+        part.reshape(len(part), part.shape[1] * part.shape[2], *part.shape[3:]) for part in parts
+    ]
+    found = (flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1))[:, : index.size]
+    lost = prepared.non_finite
+    return found.at[lost].set(jnp.nan) if len(lost) else found
 
 
 def _checked_k(k: Any, index: Index, opponents: bool, candidates: np.ndarray | None = None) -> int:
