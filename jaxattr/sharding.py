@@ -168,7 +168,7 @@ class Placement:
         sharding = self.sharding(DATA)
         if sharding is None:
             return read(rows)
-        spans = _spans(sharding, len(rows))
+        spans = self._own(len(rows))
         local = _local_slices(spans)
         mine = read(np.concatenate([rows[a:b] for a, b in spans]))
 
@@ -202,9 +202,7 @@ class Placement:
         sharding = self.sharding(*axes)
         if sharding is None:
             return jax.device_put(rows)
-        whole = self.sharding(DATA)
-        assert whole is not None
-        local = _local_slices(_spans(whole, block))
+        local = _local_slices(self._own(block))
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
             return rows[:, local[_span(index[1], block)], :, index[3]]
@@ -234,24 +232,15 @@ class Placement:
 
     def local_spans(self, rows: int) -> list[tuple[int, int]]:
         """Returns the runs of consecutive rows of a block that this host holds."""
-        sharding = self.sharding(DATA)
-        return [(0, rows)] if sharding is None else _joined(_spans(sharding, rows))
+        return _joined(self._own(rows))
 
     def owned_spans(self, rows: int) -> list[tuple[int, int]]:
         """Returns those of `local_spans` that are this host's to write.
 
         Where the columns go over hosts, several have the same rows: the first of them writes.
         """
-        sharding = self.sharding(DATA)
-        if sharding is None:
-            return [(0, rows)]
-        owners: dict[tuple[int, int], int] = {}  # the first process that has each span
-        places: dict[Any, Any] = dict(sharding.devices_indices_map((rows,)))
-        for device, index in places.items():
-            span = _span(index[0], rows)
-            owners[span] = min(owners.get(span, device.process_index), device.process_index)
         mine = jax.process_index()
-        return _joined(sorted(span for span, owner in owners.items() if owner == mine))
+        return _joined([span for span, held in self._holders(rows).items() if min(held) == mine])
 
     def agreed(self, tree: Any) -> Any:
         """Takes the first process's arrays on all: decompositions may differ by the last bits.
@@ -269,16 +258,26 @@ class Placement:
 
     def boundaries(self, rows: int) -> list[int]:
         """Returns where rows of one host end and those of another begin, of all hosts."""
-        if self.mesh is None:
-            return [0, rows]
-        by_process: dict[int, set[tuple[int, int]]] = {}
+        holders = self._holders(rows)
+        hosts = set().union(*holders.values())
+        runs = [_joined([span for span in holders if host in holders[span]]) for host in hosts]
+        return sorted({edge for spans in runs for span in spans for edge in span})
+
+    def _own(self, rows: int) -> list[tuple[int, int]]:
+        """The spans of a block that this host holds, in order."""
+        mine = jax.process_index()
+        return [span for span, held in self._holders(rows).items() if mine in held]
+
+    def _holders(self, rows: int) -> dict[tuple[int, int], set[int]]:
+        """Which processes hold each device's span of a block, in order of the spans."""
         sharding = self.sharding(DATA)
-        assert sharding is not None
+        if sharding is None:
+            return {(0, rows): {jax.process_index()}}
+        holders: dict[tuple[int, int], set[int]] = {}
         places: dict[Any, Any] = dict(sharding.devices_indices_map((rows,)))
         for device, index in places.items():
-            by_process.setdefault(device.process_index, set()).add(_span(index[0], rows))
-        joined = [_joined(sorted(spans)) for spans in by_process.values()]
-        return sorted({edge for spans in joined for span in spans for edge in span})
+            holders.setdefault(_span(index[0], rows), set()).add(device.process_index)
+        return dict(sorted(holders.items()))
 
 
 def placement(mesh: Mesh | Placement | None) -> Placement:
@@ -295,7 +294,12 @@ def placement(mesh: Mesh | Placement | None) -> Placement:
     """
     if mesh is None or isinstance(mesh, Placement):
         return mesh or Placement()
-    check_mesh(mesh)
+    if not isinstance(mesh, Mesh):
+        raise ValueError(
+            f"mesh must be a jax.sharding.Mesh, got {mesh!r} of type {type(mesh).__name__}. A mesh "
+            "names the axes of a grid of devices; of all devices along one axis it is "
+            'jax.make_mesh((jax.device_count(),), ("data",)).'
+        )
     if DATA not in mesh.axis_names:
         raise ValueError(
             f'The mesh has axes {mesh.axis_names}; training examples go over an axis named "data". '
@@ -303,23 +307,6 @@ def placement(mesh: Mesh | Placement | None) -> Placement:
             '("data",)); parameters keep the sharding that they have.'
         )
     return Placement(_auto(mesh))
-
-
-def check_mesh(mesh: Any) -> None:
-    """Refuses what is no mesh of devices, such as how many there are.
-
-    Args:
-      mesh: what a caller gave as one.
-
-    Raises:
-      ValueError: if it is none.
-    """
-    if not isinstance(mesh, Mesh):
-        raise ValueError(
-            f"mesh must be a jax.sharding.Mesh, got {mesh!r} of type {type(mesh).__name__}. A mesh "
-            "names the axes of a grid of devices; of all devices along one axis it is "
-            'jax.make_mesh((jax.device_count(),), ("data",)).'
-        )
 
 
 def process() -> tuple[int, int]:
@@ -402,11 +389,6 @@ def _local_slices(spans: Sequence[tuple[int, int]]) -> dict[tuple[int, int], sli
 
 def _span(index: slice, size: int) -> tuple[int, int]:
     return index.start or 0, size if index.stop is None else index.stop
-
-
-def _spans(sharding: NamedSharding, rows: int) -> list[tuple[int, int]]:
-    places = sharding.addressable_devices_indices_map((rows,)).values()
-    return sorted({_span(index[0], rows) for index in places if index is not None})
 
 
 def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -12,8 +12,8 @@ from rich import console as rich_console
 from rich import progress as rich_progress
 from rich.text import Text
 
-from jaxattr.inputs.arrays import as_arrays, canonical_dtype, check_shapes, of_kind, stacked
-from jaxattr.inputs.data import Accepts, as_data, is_source
+from jaxattr.inputs.arrays import as_arrays, check_shapes, of_kind, stacked
+from jaxattr.inputs.data import Accepts, as_data, is_source, one_row
 from jaxattr.sharding import Placement, split_rows
 from jaxattr.typing import Batch, Example, RandomAccess
 
@@ -63,11 +63,10 @@ class Source:
             rows = np.minimum(np.arange(start, start + size), self.size - 1)
             yield Block(place.batch(self.read, rows), start, min(size, self.size - start))
 
-    def part(self, positions: range) -> "Source":
-        """Returns consecutive examples as a source, whose positions begin at 0."""
-        if len(positions) == self.size:
-            return self
-        return Source(len(positions), lambda rows: self.read(positions.start + rows))
+    def part(self, positions: Sequence[int] | np.ndarray) -> "Source":
+        """Returns chosen examples as a source, whose positions begin at 0."""
+        chosen = np.asarray(positions)
+        return Source(len(chosen), lambda rows: self.read(chosen[rows]))
 
     def block_size(self, wanted: int, place: Placement) -> int:
         """Returns the examples per block: as wanted or fewer, rounded up to divide over shards."""
@@ -78,10 +77,7 @@ class Source:
         """The shapes of one example, without a batch axis."""
         some = self.arrays if self.in_memory else self.read(np.zeros(1, np.int64))
 
-        def one(x: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(jnp.shape(x)[1:], canonical_dtype(x))
-
-        return jax.tree.map(one, some)
+        return jax.tree.map(one_row, some)
 
 
 def _rows_of(arrays: Batch, rows: np.ndarray) -> Batch:

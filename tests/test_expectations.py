@@ -7,6 +7,7 @@ import pytest
 
 import jaxattr as ja
 from jaxattr.features import bases, projections
+from jaxattr.index.summary import summarize
 from jaxattr.keys import example_keys
 from jaxattr.store.folder import StoreError
 from tests import diffusion_models as toy
@@ -214,3 +215,10 @@ def test_an_index_knows_whether_draws_had_unit_norm(tmp_path):
     ja.build_index(method(True), toy.params(), toy.images(9), path=tmp_path / "index")
     with pytest.raises(StoreError, match="output.unit_norm: the index has True, got False"):
         ja.open_index(tmp_path / "index", method(False), toy.params())
+
+
+def test_an_index_on_disk_says_what_it_is(tmp_path):
+    train = toy.images(4)
+    method = ja.tracin(toy.expected_loss(), projection=EXACT)
+    ja.build_index(method, toy.params(), train, groups=ja.by_leaf, path=tmp_path / "index")
+    assert len(summarize(tmp_path / "index").made_from["output"]) == 32

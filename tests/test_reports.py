@@ -988,4 +988,4 @@ def test_a_page_of_100_queries_by_16_pictures_is_small(browser, tmp_path):
 
 def test_the_styles_and_the_script_are_packaged():
     folder = pathlib.Path(ja.__file__).parent / "reports"
-    assert {each.name for each in folder.iterdir()} >= {"page.css", "page.js"}
+    assert {each.name for each in folder.iterdir()} >= {"page.css", "page.html", "page.js"}

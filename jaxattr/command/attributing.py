@@ -58,7 +58,8 @@ def weights(
     name = "queries" if task.get("learning_queries") is None else "learning_queries"
     queries = options.queries_of(task, None, name)
     found = None
-    if _can_retrain(task) and not without_outcomes:
+    can_retrain = None not in (task.get("train_fn"), task.get("output"))
+    if can_retrain and not without_outcomes:
         kept = outcomes or options.beside(path, "outcomes.npz")
         found = _retrained(task, index, queries, kept, models, 0.25)
     with warnings.catch_warnings():
@@ -167,10 +168,6 @@ def lds(task: Task, as_json: bool, path: str, models: int, uniform: bool) -> Non
     gain = measured_gain(index, queries, fit, outcomes)
     document = {name: _without_arrays(each) for name, each in gain._asdict().items()}
     printing.result(document, gain, as_json)
-
-
-def _can_retrain(task: Task) -> bool:
-    return task.get("train_fn") is not None and task.get("output") is not None
 
 
 def _retrained(

@@ -23,19 +23,12 @@ from jaxattr.weights.saving import load_fit
 Command = Callable[..., Any]
 
 
-def _keep(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
-    def keep(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
-        del parameter
-        ctx.meta[name] = value
-
-    return keep
-
-
 def shared(command: Command) -> Command:
     """Options that all commands have."""
     command = click.option(
         "--traceback", is_flag=True, expose_value=False, is_eager=True,
-        callback=_keep(failures.TRACEBACK), help="Show where in the program an error arose.",
+        callback=lambda ctx, _, value: ctx.meta.update({failures.TRACEBACK: value}),
+        help="Show where in the program an error arose.",
     )(command)  # fmt: skip
     return click.option(
         "--json", "as_json", is_flag=True, help="Print the result as one JSON document."

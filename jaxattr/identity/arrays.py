@@ -44,8 +44,6 @@ def digests_of_leaves(leaves: list[Any]) -> list[str]:
     Returns:
       One digest each. Cost: one pass over the arrays, in one program.
     """
-    if not leaves:
-        return []
     arrays = [_as_array(leaf) for leaf in leaves]
     together: dict[Any, list[int]] = {}
     for number, x in enumerate(arrays):

@@ -40,10 +40,10 @@ class Program:
         self.name = getattr(function, "__name__", type(function).__name__)
         self._function = function
         self._shapes = shapes_of(arguments)
-        program, tree = _trace(function, self._shapes)
+        traced = trace(function, self._shapes)
         self._signature = _signature(self._shapes)
-        self._programs = {self._signature: (program, tree)}
-        self.digest = _digest(program, self._shapes)
+        self._programs = {self._signature: traced}
+        self.digest = _digest(traced[0], self._shapes)
 
     def __call__(self, *arguments: Any) -> Any:
         """Computes what the function computed when it was traced.
@@ -54,8 +54,9 @@ class Program:
         Raises:
           ValueError: if that is due, and the function no longer computes the same.
         """
-        program, tree = self._traced(arguments)
-        return jax.tree.unflatten(tree, jaxpr_as_fun(program)(*jax.tree.leaves(arguments)))
+        program, result = self._traced(arguments)
+        found = jaxpr_as_fun(program)(*jax.tree.leaves(arguments))
+        return jax.tree.unflatten(jax.tree.structure(result), found)
 
     def _traced(self, arguments: tuple[Any, ...]) -> tuple[ClosedJaxpr, Any]:
         signature = _signature(arguments)
@@ -64,14 +65,14 @@ class Program:
         return self._programs[signature]
 
     def _traced_anew(self, arguments: tuple[Any, ...]) -> tuple[ClosedJaxpr, Any]:
-        program, _ = _trace(self._function, self._shapes)
+        program, _ = trace(self._function, self._shapes)
         if _digest(program, self._shapes) != self.digest:
             raise ValueError(
                 f"The function {self.name!r} computes something else than when it was first given: "
                 "an array that it closes over has changed, such as running statistics. Build the "
                 "index again, or let each function close over what does not change."
             )
-        return _trace(self._function, shapes_of(arguments))
+        return trace(self._function, shapes_of(arguments))
 
     def __eq__(self, other: object) -> bool:
         # The digest sees leaves alone; a function of another kind of tree takes other arguments.
@@ -95,19 +96,14 @@ def program_of(function: Callable, shapes: tuple[Any, ...]) -> ClosedJaxpr:
       function: a user's, or a `Program`.
       shapes: its arguments, `jax.ShapeDtypeStruct` at the leaves.
     """
-    return (function._traced(shapes) if isinstance(function, Program) else trace(function, shapes))[
-        0
-    ]
+    if isinstance(function, Program):
+        return function._traced(shapes)[0]
+    return trace(function, shapes)[0]
 
 
 def _signature(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     leaves, tree = jax.tree.flatten(arguments)
     return tree, tuple((jnp.shape(leaf), str(dtype_of(leaf))) for leaf in leaves)
-
-
-def _trace(function: Callable, shapes: tuple[Any, ...]) -> tuple[ClosedJaxpr, Any]:
-    program, result = trace(function, shapes)
-    return program, jax.tree.structure(result)
 
 
 def _digest(program: ClosedJaxpr, shapes: tuple[Any, ...]) -> str:

@@ -1,6 +1,7 @@
 """Frozen dataclasses and what they hold, as plain data: whatever is a field is part of it."""
 
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -26,16 +27,12 @@ class Contents:
 
     def __init__(self, value: Any) -> None:
         self.value = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.array(x), value)
-        self._digest: str | None = None
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """Of names, dtypes, shapes and bits; computed once, when it is first asked for."""
-        if self._digest is None:
-            each = digests_of_leaves(jax.tree.leaves(self.value))
-            named = dict(zip(leaf_names(self.value), each, strict=True))
-            self._digest = digest(named)
-        return self._digest
+        each = digests_of_leaves(jax.tree.leaves(self.value))
+        return digest(dict(zip(leaf_names(self.value), each, strict=True)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Contents) and other.digest == self.digest

@@ -14,14 +14,13 @@ from jax.sharding import Mesh
 
 from jaxattr import groups as groups_lib
 from jaxattr.counts import counted, whole_number
-from jaxattr.features.bases import NOTHING, Drawn, Fits, Fitted, Sides
+from jaxattr.features.bases import NOTHING, Drawn, Factored, Fits, Fitted, Sides
 from jaxattr.features.featurizer import Featurizer, room
-from jaxattr.features.plans import FeatureLayout
 from jaxattr.groups import Groups, named_leaves
 from jaxattr.identity import LANES
 from jaxattr.inputs.outputs import explaining_swaps, runs
 from jaxattr.inputs.parameters import as_checkpoints
-from jaxattr.kernels import Identity, Iterates, Kernel
+from jaxattr.kernels import Identity, Iterates
 from jaxattr.methods.method import Method, check_method, featurizer
 from jaxattr.scales import widest
 from jaxattr.sharding import DATA, Placement, placement, split_rows
@@ -306,7 +305,9 @@ class BuildRequest:
         compiled = _compile(featurize, self.checkpoints[0], self.source.example, block, self.place)
         analysis, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
         turns = math.ceil(block / featurize.microbatch)
-        sums = _kernel_shapes(self.method.kernel, featurize.layout, rows)
+        sums = functools.partial(self.method.kernel.sums, featurize.layout, rows.size)
+        phi = jax.ShapeDtypeStruct((1, featurize.layout.total), rows.wide)
+        statistics = jax.eval_shape(sums, phi, jax.ShapeDtypeStruct((1,), bool))
         return BuildPlan(
             examples=rows.size,
             checkpoints=rows.checkpoints,
@@ -317,7 +318,7 @@ class BuildRequest:
             features=featurize.layout.total,
             params_bytes=sum(_local_bytes(params) for params in self.checkpoints),
             step_bytes=int(analysis.temp_size_in_bytes + analysis.output_size_in_bytes),
-            statistics_bytes=_bytes(sums),
+            statistics_bytes=_local_bytes(statistics),
             index_bytes=rows.bytes_on_disk() if self.on_disk else rows.bytes_in_memory(self.place),
             on_disk=self.on_disk,
             flops=float(cost.get("flops", 0.0)) * turns * rows.blocks * rows.checkpoints * shards,
@@ -358,57 +359,39 @@ def check_device(planned_bytes: int, place: Placement, what: str) -> None:
 def _compile(
     featurize: Featurizer, params: Params, example: Example, block: int, place: Placement
 ) -> Any:
-    def shape(x: Any, *axes: str | None) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place.sharding(*axes))
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place.sharding())
 
     def batched(x: Any) -> jax.ShapeDtypeStruct:
-        return shape(jax.ShapeDtypeStruct((block, *x.shape), x.dtype), DATA)
+        return jax.ShapeDtypeStruct((block, *x.shape), x.dtype, sharding=place.sharding(DATA))
 
     kept = jax.tree.map(lambda x: x if _is_spread(x) else shape(x), params)
-    batch = jax.tree.map(batched, example)
-    ids = batched(jax.ShapeDtypeStruct((), np.dtype(np.int32)))
-    fitted, drawn = _shapes_beside(featurize, place)
+    ids = jax.ShapeDtypeStruct((), np.dtype(np.int32))
+    batch = jax.tree.map(batched, (example, ids))
+    fitted, drawn = jax.tree.map(shape, _shapes_beside(featurize))
     step = place.jit(lambda *arguments: featurize.step(*arguments), DATA)
-    return step.lower(shape(featurize.key), kept, batch, ids, drawn, fitted).compile()
+    return step.lower(shape(featurize.key), kept, *batch, drawn, fitted).compile()
 
 
-def _shapes_beside(featurize: Featurizer, place: Placement) -> tuple[Fitted, Drawn]:
+def _shapes_beside(featurize: Featurizer) -> tuple[Fitted, Drawn]:
     """Shapes of what is fitted and drawn."""
-    sharding = place.sharding()
 
-    def side(lead: tuple[int, ...], size: int, rank: int, dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct((*lead, size, rank), dtype, sharding=sharding)
-
-    def shape(x: Any) -> Any:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    def side(f: Factored, size: int, rank: int) -> Any:
+        return jax.ShapeDtypeStruct((*f.lead, size, rank), f.dtype)
 
     basis: Any = featurize.rule.projection.basis
     if not isinstance(basis, Fits):
-        return NOTHING, jax.tree.map(shape, jax.eval_shape(featurize.draw))
+        return NOTHING, jax.eval_shape(featurize.draw)
     sides: dict[str, Sides] = {
-        f.map.leaf: (
-            side(f.lead, f.rows, f.left, f.dtype),
-            side(f.lead, f.map.size_out, f.right, f.dtype),
-        )
+        f.map.leaf: (side(f, f.rows, f.left), side(f, f.map.size_out, f.right))
         for f in featurize.plan.factored
     }
     fitted = Fitted(sides, {}, None, {})
-    drawn = jax.eval_shape(lambda: featurize.draw(0, fitted))
-    return fitted, jax.tree.map(shape, drawn)
+    return fitted, jax.eval_shape(lambda: featurize.draw(0, fitted))
 
 
 def _is_spread(x: Any) -> bool:
     return isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
-
-
-def _kernel_shapes(kernel: Kernel, layout: FeatureLayout, rows: RowLayout) -> Any:
-    phi = jax.ShapeDtypeStruct((1, layout.total), rows.wide)
-    kept = jax.ShapeDtypeStruct((1,), bool)
-    return jax.eval_shape(lambda *x: kernel.sums(layout, rows.size, *x), phi, kept)
-
-
-def _bytes(tree: Any) -> int:
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _local_bytes(tree: Any) -> int:

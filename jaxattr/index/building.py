@@ -46,7 +46,7 @@ from jaxattr.methods.method import Method
 from jaxattr.sharding import barrier, placement, process
 from jaxattr.sources import announce
 from jaxattr.store.disk_rows import DiskRows
-from jaxattr.store.folder import Folder, StoreError, on_first_process, reading
+from jaxattr.store.folder import Folder, StoreError, on_first_process
 from jaxattr.store.lease import Lease
 from jaxattr.store.ledger import Ledger, finished
 from jaxattr.store.recomputed_rows import RecomputedRows
@@ -145,7 +145,8 @@ def build_index(
         batch_size = batch_size if store else request.smaller(featurize, batch_size)
     announce(f"{source.size:,} training examples of {shapes(source.example)}")
     folder = None if path is None else Folder(path)
-    before = examples_on_record(folder) if folder is not None and extend else None
+    extended = read_manifest(folder) if folder is not None and extend else None
+    before = None if folder is None else examples_on_record(folder, extended)
     block = request.block(featurize, batch_size, before)
     layout = request.rows(featurize, block)
     job = BuildJob(method, featurize, parameters, source, block, place)
@@ -263,29 +264,25 @@ def _check_manifest(
     Returns:
       How many blocks stay when the index is extended; None if it is not.
     """
-    if there is None:
+    before = examples_on_record(folder, there)
+    if before is None:
         if extend:
             raise StoreError(f"{folder.path} holds no index to extend.")
         return None
-    with reading(folder, MANIFEST):
-        before = there["data"]["examples"]
-        if type(before) is not int or before < 1:
-            raise ValueError(f"{before!r} is no number of examples")
     if not extend or before == job.source.size:
         refuse_others(folder, provenance.differences(there, here))
         return None
-    if not isinstance(job.method.kernel, Identity):
+    kernel: Kernel = job.method.kernel
+    basis: Any = job.featurizer.rule.projection.basis
+    fits, depends = isinstance(basis, Fits), ""
+    if fits:
+        depends = f"a basis that is fitted to all training examples ({basis.name})"
+    if not isinstance(kernel, Identity):
+        depends = f"a kernel that depends on all training examples ({kernel.name})"
+    if depends:
         raise StoreError(
-            f"{folder.path} cannot be extended: {job.method.name} has a kernel that depends on all "
-            f"training examples ({job.method.kernel.name}), so new ones change every row. Build a "
-            "new index."
-        )
-    basis = job.featurizer.rule.projection.basis
-    if isinstance(basis, Fits):
-        raise StoreError(
-            f"{folder.path} cannot be extended: {job.method.name} has a basis that is fitted to "
-            f"all training examples ({basis.name}), so new ones change every row. Build a new "
-            "index."
+            f"{folder.path} cannot be extended: {job.method.name} has {depends}, so new ones "
+            "change every row. Build a new index."
         )
     if before > job.source.size:
         raise StoreError(

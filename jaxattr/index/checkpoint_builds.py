@@ -19,7 +19,6 @@ from jaxattr.features.plans import FeatureLayout
 from jaxattr.fitting.hessians import curvature_products
 from jaxattr.fitting.passes import (
     CleanFeatures,
-    NumberedBatch,
     TrainingPass,
     typical_exponent,
     without_too_large,
@@ -257,7 +256,8 @@ def _surroundings(
 
     def sums_of(sums: Any, data: Any, description: str) -> Any:
         other = over.of(as_source(data, description))
-        clean = other.features(fitted, description, _as_queries)
+        # As queries, which draw their randomness from -1, -2, ...
+        clean = other.features(fitted, description, lambda x: x._replace(ids=-1 - x.ids))
         function = _sums_function(sums, layout, other.source.size, dtype)
         return over.sums(function, ((exponent, each.features, each.kept) for each in clean))
 
@@ -269,11 +269,6 @@ def _surroundings(
         exponent=exponent,
         hessian=lambda: curvature_products(over, fitted, finite),
     )
-
-
-def _as_queries(numbered: NumberedBatch) -> NumberedBatch:
-    """Queries draw their randomness from -1, -2, ..."""
-    return numbered._replace(ids=-1 - numbered.ids)
 
 
 def _done(ledger: Ledger | None, name: str, checkpoint: int) -> int:

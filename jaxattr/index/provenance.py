@@ -168,12 +168,11 @@ def query_side(
 
 def describe_groups(groups: GroupLayout) -> list[dict[str, Any]]:
     """Describes a partition of the parameters; `groups_from` reads it."""
-    named = zip(groups.names, groups.members, strict=True)
     described: list[dict[str, Any]] = [
         {"name": name, "members": [_described(member) for member in members]}
-        for name, members in named
+        for name, members in zip(groups.names, groups.members, strict=True)
     ]
-    return [*described, {"excluded": [list(pair) for pair in groups.excluded]}]
+    return [*described, {"excluded": groups.excluded}]
 
 
 def _described(member: Member) -> list[Any]:
@@ -194,22 +193,13 @@ def groups_from(described: Sequence[Mapping[str, Any]]) -> GroupLayout:
 
 def describe_layout(layout: FeatureLayout) -> dict[str, Any]:
     """Describes the columns of the features; `layout_from` reads it."""
-    return {
-        "names": list(layout.names),
-        "sizes": list(layout.sizes),
-        "dims": list(layout.dims),
-        "blocks": [list(block) for block in layout.blocks],
-    }
+    return dataclasses.asdict(layout)
 
 
 def layout_from(described: Mapping[str, Any]) -> FeatureLayout:
     """Reads what `describe_layout` wrote."""
-    return FeatureLayout(
-        tuple(described["names"]),
-        tuple(described["sizes"]),
-        tuple(described["dims"]),
-        tuple((number, width) for number, width in described["blocks"]),
-    )
+    fields = {name: tuple(described[name]) for name in ("names", "sizes", "dims")}
+    return FeatureLayout(**fields, blocks=tuple((b, width) for b, width in described["blocks"]))
 
 
 def describe_key(key: jax.Array) -> dict[str, Any]:
@@ -245,18 +235,15 @@ def example_from(described: Any) -> Example | None:
 
 def _unequal(there: Any, here: Any, name: str) -> list[tuple[str, Any, Any]]:
     """(dotted name, value there, value here) of all that differs, as deep as both go."""
+    if name == "params" and isinstance(there, list) and isinstance(here, list):
+        if len(there) != len(here):
+            return []  # their number is among the rows
+        there, here = dict(enumerate(there)), dict(enumerate(here))
     if isinstance(there, Mapping) and isinstance(here, Mapping) and there and here:
         found = []
         for each in sorted({*there, *here}):
             found += _unequal(there.get(each), here.get(each), f"{name}.{each}" if name else each)
         return found
-    if name == "params" and isinstance(there, list) and isinstance(here, list):
-        if len(there) == len(here):
-            found = []
-            for number, (a, b) in enumerate(zip(there, here, strict=True)):
-                found += _unequal(a, b, f"params.{number}")
-            return found
-        return []  # their number is among the rows
     return [] if there == here else [(name, there, here)]
 
 

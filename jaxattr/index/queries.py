@@ -19,7 +19,7 @@ from jaxattr.features.featurizer import Featurizer, room
 from jaxattr.index.index import Index, check_index, report_non_finite
 from jaxattr.inputs.data import Accepts, as_data
 from jaxattr.inputs.matching import check_match
-from jaxattr.inputs.outputs import check_output, read_leaves, runs
+from jaxattr.inputs.outputs import runs
 from jaxattr.inputs.wording import name_of
 from jaxattr.kernels import MapsQueries
 from jaxattr.methods.method import Method
@@ -112,7 +112,9 @@ def query_features(index: Index, queries: Any, *, output: OutputFn | None = None
     return found if output is None else _raising(index, output, found)
 
 
-def in_groups(index: Index, queries: Any, at_once: int | None) -> "QueryGroups":
+def in_groups(
+    index: Index, queries: Any, at_once: int | None
+) -> tuple[int, Iterator[QueryFeatures]]:
     """Computes the features of some queries after the other, for what need not have all at once.
 
     Args:
@@ -120,12 +122,15 @@ def in_groups(index: Index, queries: Any, at_once: int | None) -> "QueryGroups":
       queries: see there; features that were computed before are one group.
       at_once: queries per group. Default: as many as have room in a quarter of the device's memory
         (1 GiB on a CPU).
+
+    Returns:
+      The number of queries in all, and the features of one group after the other.
     """
     if at_once is not None:
         at_once = whole_number("queries_at_once", at_once)
     if isinstance(queries, QueryFeatures):
         prepared = _checked(check_index(index), queries)
-        return QueryGroups(len(prepared.features), iter([prepared]))
+        return len(prepared.features), iter([prepared])
     source = as_source(queries, "queries", accepted_by(index))
     if at_once is None:
         numbers = index.layout.total * index.rows.layout.checkpoints
@@ -133,19 +138,7 @@ def in_groups(index: Index, queries: Any, at_once: int | None) -> "QueryGroups":
     n = source.size
     size = -(-n // -(-n // at_once))  # none is much smaller than the others, as each is a pass
     groups = [range(start, min(start + size, n)) for start in range(0, n, size)]
-    return QueryGroups(n, (_features_of(index, source, group) for group in groups))
-
-
-class QueryGroups(NamedTuple):
-    """Queries in groups.
-
-    Attributes:
-      size: number of queries in all.
-      each: the features of one group after the other.
-    """
-
-    size: int
-    each: Iterator[QueryFeatures]
+    return n, (_features_of(index, source, group) for group in groups)
 
 
 def _features_of(
@@ -222,7 +215,7 @@ def contrast(
     if sizes[0] != sizes[1]:
         raise ValueError(f"better and worse must be pairs, got {sizes[0]} and {sizes[1]} examples.")
     (first, finite), (second, also_finite) = (
-        _streamed(index, source, _linear_functions(index, source.example, output), role)
+        _streamed(index, source, functions_of(index, source.example, output, linear=True), role)
         for role, source in zip(sides, sources, strict=True)
     )
     difference = first - second
@@ -289,25 +282,23 @@ class QueryFunctions(NamedTuple):
     scale: Callable[[Features], Features] | None
 
 
-def functions_of(index: Index, example: Example, output: OutputFn | None = None) -> QueryFunctions:
+def functions_of(
+    index: Index, example: Example, output: OutputFn | None = None, *, linear: bool = False
+) -> QueryFunctions:
     """Returns the functions of an index that queries need.
 
     Args:
       index: the index.
       example: ONE query, or its shapes.
       output: of queries, if it is another than the index's.
+      linear: without unit norm, for a contrast: features are linear in the output.
     """
     featurize, method = featurizer_of(index, example, output)
     kernel = method.kernel if isinstance(method.kernel, MapsQueries) else None
+    if linear:
+        refuse_unit_norm(featurize.rule.output, "A contrast")
+        return QueryFunctions(featurize.unscaled(), kernel, None)
     return QueryFunctions(featurize.step, kernel, None if kernel is None else unit_norm)
-
-
-def _linear_functions(index: Index, example: Example, output: OutputFn | None) -> QueryFunctions:
-    """Those of `functions_of` without unit norm: features are linear in the output."""
-    featurize, method = featurizer_of(index, example, output)
-    refuse_unit_norm(featurize.rule.output, "A contrast")
-    kernel = method.kernel if isinstance(method.kernel, MapsQueries) else None
-    return QueryFunctions(featurize.unscaled(), kernel, None)
 
 
 def features_of_batch(
@@ -341,11 +332,6 @@ def _of_all_checkpoints(columns: list[Features]) -> tuple[Features, jax.Array]:
     return jnp.where(finite[:, None], features, 0), finite
 
 
-def _block_of(size: int, index: Index) -> int:
-    """Queries per step: a power of two, so that a few programs serve any number of queries."""
-    return split_rows(min(index.batch_size, 1 << (size - 1).bit_length()), index.place)
-
-
 def _streamed(
     index: Index,
     source: Source,
@@ -356,7 +342,8 @@ def _streamed(
     """Features of queries, by default of all, zero where not finite; and which are, bool [q]."""
     group = range(source.size) if group is None else group
     step = _query_step(index.place, functions)
-    block = _block_of(len(group), index)
+    # A power of two, so that a few programs serve any number of queries.
+    block = split_rows(min(index.batch_size, 1 << (len(group) - 1).bit_length()), index.place)
     state, count = state_of(index), -(-len(group) // block)
     rows: Any = None
     finite = []
@@ -378,9 +365,7 @@ def _streamed(
 
 @functools.lru_cache(maxsize=16)
 def _compiled_insert(place: Placement) -> Any:
-    def insert(rows: Features, part: Features, start: int) -> Features:
-        return jax.lax.dynamic_update_slice_in_dim(rows, part, start, axis=0)
-
+    insert = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
     return place.jit(insert, donate_argnums=0)
 
 
@@ -400,15 +385,8 @@ def featurizer_of(
     other = method.query_output if output is None else output
     if other is not None:
         return featurize.of(other, params, example), method
-    own = featurize.rule.output
-    takes = functools.partial(_check_takes, index, own)
-    check_match(featurize.example, example, takes, functools.partial(read_leaves, own, params))
+    check_match(featurize.rule.output, params, featurize.example, example, featurize.key)
     return featurize, method
-
-
-def _check_takes(index: Index, output: OutputFn, example: Example) -> None:
-    assert index.featurizer is not None
-    check_output(output, index.checkpoints[0], example, index.featurizer.key)
 
 
 def accepted_by(index: Index, output: OutputFn | None = None) -> Accepts:

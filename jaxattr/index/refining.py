@@ -90,13 +90,10 @@ def astra(
     curvature = _curvature(index, outputs, loss)
     prepared = query_features(index, queries)
     counted = _drawn(index, examples)
-    system = functools.partial(
-        _system, index, kernel=kernel, damping=damping, curvature=curvature, counted=counted
-    )
-    parts = jnp.split(prepared.features, len(index.checkpoints), axis=1)
-    solved = [
-        _refined(system(number), phi, iterations, tolerance) for number, phi in enumerate(parts)
-    ]
+    solved = []
+    for number, phi in enumerate(jnp.split(prepared.features, len(index.checkpoints), axis=1)):
+        system = _system(index, number, kernel, damping, curvature, counted)
+        solved.append(_refined(system, phi, iterations, tolerance))
     features = jnp.concatenate([phi for phi, _ in solved], axis=1)
     residuals = np.max([np.asarray(residual) for _, residual in solved], axis=0)
     lost = np.flatnonzero(~np.isfinite(np.asarray(features)).all(axis=1))
@@ -246,6 +243,7 @@ def _checked_kernel(index: Index) -> SecondMoment:
 def _curvature(
     index: Index, outputs: OutputFn | None, loss: Callable[[Any, Example], jax.Array] | None
 ) -> GaussNewton | None:
+    """What the functions compute now; raises if that is not the function that is attributed."""
     if (outputs is None) != (loss is None):
         raise ValueError(
             "The Gauss-Newton matrix needs both, outputs=(params, example, key) -> z and "
@@ -255,13 +253,6 @@ def _curvature(
         return None
     check_function(outputs, "outputs")
     check_function(loss, "loss", ("z", "example"))
-    return _as_attributed(index, outputs, loss)
-
-
-def _as_attributed(
-    index: Index, outputs: OutputFn, loss: Callable[[Any, Example], jax.Array]
-) -> GaussNewton:
-    """What the functions compute now; raises if that is not the function that is attributed."""
     assert index.featurizer is not None and index.train is not None
     attributed, params = index.featurizer.rule.output, index.checkpoints[0]
     number = np.setdiff1d(np.arange(index.size), index.non_finite)[:1]

@@ -107,17 +107,20 @@ def read_manifest(folder: Folder) -> dict[str, Any] | None:
     return described
 
 
-def examples_on_record(folder: Folder) -> int | None:
+def examples_on_record(folder: Folder, described: Mapping[str, Any] | None) -> int | None:
     """Returns how many examples an index was made from, or None if there is no index.
 
     Args:
       folder: of the index.
+      described: what `read_manifest` returned.
     """
-    described = read_manifest(folder)
     if described is None:
         return None
     with reading(folder, MANIFEST):
-        return int(described["data"]["examples"])
+        examples = described["data"]["examples"]
+        if type(examples) is not int or examples < 1:
+            raise ValueError(f"{examples!r} is no number of examples")
+    return examples
 
 
 def refuse_others(folder: Folder, differences: Sequence[str]) -> None:

@@ -99,7 +99,7 @@ def summarize(path: str | os.PathLike[str]) -> Summary:
     whole = closed is not None and closed.examples == layout.size
     with reading(folder, MANIFEST):
         columns = provenance.layout_from(described["layout"])
-        method = described["method"]
+        method, output = described["method"], described["method"]["rule"]["output"]
         widths = {name: width for name, width in layout.widths.items() if name != RAW}
         kept = dataclasses.replace(layout, widths=widths)  # raw features go at the end
         return Summary(
@@ -118,7 +118,7 @@ def summarize(path: str | os.PathLike[str]) -> Summary:
             made_from={
                 "kernel": _kind(method["kernel"]),
                 "projection": _kind(method["rule"]["projection"]),
-                "output": _digest(method["rule"]["output"]),
+                "output": output.get("computes") or identity.digest(output),  # of several functions
                 "parameters": list(map(identity.digest, described["params"])),
                 "example": _shapes(described["example"]),
                 "key": described["key"],
@@ -207,10 +207,6 @@ def _kind(described: dict[str, Any]) -> str:
         if name != "kind" and isinstance(value, plain) and not isinstance(value, bool)
     ]  # fmt: skip
     return described["kind"] + (f"({', '.join(settings)})" if settings else "")
-
-
-def _digest(described: Any) -> str:
-    return str(described["computes"]) if isinstance(described, dict) else str(described)
 
 
 def _shapes(described: Any) -> str:

@@ -4,8 +4,7 @@ While a block is read, 64 bits of each array of each of its examples are kept be
 takes no pass of its own. Whoever brings data to an index that is there has them compared.
 """
 
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +15,9 @@ from jaxattr.features.bases import Fitted
 from jaxattr.fitting.passes import row_digests
 from jaxattr.groups import leaf_names
 from jaxattr.index.index import first_ids
-from jaxattr.sharding import Placement
 from jaxattr.sources import Source, track
 from jaxattr.store.folder import StoreError
 from jaxattr.store.rows import DIGESTS, Rows
-from jaxattr.typing import Batch
 
 Verify = Literal["all", "sample"]
 
@@ -56,7 +53,10 @@ def data_differences(source: Source, rows: Rows, known: int, verify: Verify) -> 
     positions = np.arange(known)
     if verify == "sample":
         positions = np.unique(np.linspace(0, known - 1, min(known, _SAMPLES)).round().astype(int))
-    here = np.concatenate(list(_digests_of(source, positions, rows.layout.block, rows.place)))
+    place, chosen = rows.place, source.part(positions)
+    size, step = chosen.block_size(rows.layout.block, place), row_digests(place)
+    blocks = track(chosen.blocks(size, place), "comparing the data", -(-chosen.size // size))
+    here = np.concatenate([place.host(step(each.batch))[: each.real] for each in blocks])
     wrong = (here != there[positions]).reshape(len(positions), -1, identity.LANES).any(axis=-1)
     names = leaf_names(source.example)
     checked = "" if verify == "all" else f" of the {len(positions)} that were looked at"
@@ -104,27 +104,6 @@ def check_fitted(rows: Rows, fitted: Fitted, number: int) -> None:
             "computed from: train has changed since this index was begun. Delete the index and "
             "build it again."
         )
-
-
-class _Positions(NamedTuple):
-    """Reads chosen positions of a source, where a block asks for 0, 1, ..."""
-
-    source: Source
-    positions: np.ndarray
-
-    def read(self, rows: np.ndarray) -> Batch:
-        return self.source.read(self.positions[rows])
-
-
-def _digests_of(
-    source: Source, positions: np.ndarray, block: int, place: Placement
-) -> Iterator[np.ndarray]:
-    chosen = Source(len(positions), _Positions(source, positions).read)
-    size = chosen.block_size(block, place)
-    step = row_digests(place)
-    count = -(-len(positions) // size)
-    for each in track(chosen.blocks(size, place), "comparing the data", count):
-        yield place.host(step(each.batch))[: each.real]
 
 
 _sum_of_rows = jax.jit(identity.sum_of_rows)

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.groups import leaf_names
-from jaxattr.inputs.wording import brief, shapes
+from jaxattr.groups import named_leaves
+from jaxattr.inputs.wording import brief, path_name, shapes
 from jaxattr.typing import Example
 
 # What a NumPy array may hold: booleans, integers, floats, complex numbers and bfloat16 ("V").
@@ -85,8 +85,8 @@ def of_kind(example: Example, number: int, known: Example, role: str) -> Example
             return leaf
         if not np.can_cast(leaf.dtype, first.dtype, "same_kind"):
             raise ValueError(
-                f"{role}: {_field(_name(path))} is {first.dtype} in example 0 and {leaf.dtype} in "
-                f"example {number}. Give all examples one type, such as np.float32(value)."
+                f"{role}: {_field(path_name(path))} is {first.dtype} in example 0 and {leaf.dtype} "
+                f"in example {number}. Give all examples one type, such as np.float32(value)."
             )
         return np.asarray(leaf, first.dtype)
 
@@ -150,10 +150,6 @@ def shapes_and_tree(example: Example) -> tuple[Any, list[tuple[int, ...]]]:
     return structure, [jnp.shape(leaf) for leaf in leaves]
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def is_one_leaf(node: Any) -> bool:
     """Whether JAX takes something for an array, of whatever kind, and not for a tree."""
     return jax.tree_util.all_leaves([node])
@@ -168,7 +164,7 @@ def is_list_of_numbers(node: Any) -> bool:
 
 
 def _as_array(leaf: Any, path: tuple[Any, ...], what: str) -> Any:
-    field = _name(path)
+    field = path_name(path)
     if isinstance(leaf, Mapping):  # of a kind that JAX takes for a single leaf, of tokenizers say
         return as_arrays({name: value for name, value in leaf.items()}, what)
     if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -187,17 +183,13 @@ def _as_array(leaf: Any, path: tuple[Any, ...], what: str) -> Any:
         raise ValueError(
             f"{what}: {_field(field)} is a {type(leaf).__name__}: make an array of it, {remedy}."
         )
-    if not _has_numpy_dtype(leaf):
+    if not (hasattr(leaf, "shape") and isinstance(getattr(leaf, "dtype", None), np.dtype)):
         leaf = _converted(leaf, field, what)
     if leaf.dtype.kind in _NUMBERS and leaf.dtype.type is not np.void:
         return leaf
     if leaf.dtype.kind in "US":
         raise holds_strings(what, field)
     raise _no_numbers(leaf, field, what)
-
-
-def _has_numpy_dtype(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and isinstance(getattr(leaf, "dtype", None), np.dtype)
 
 
 def _converted(leaf: Any, field: str, what: str) -> Any:
@@ -258,6 +250,6 @@ def _addressable(leaf: jax.Array) -> Any:
     )
 
 
-def field_names(tree: Any) -> list[str]:
-    """Names of a pytree's arrays; of one array alone, none."""
-    return [] if is_one_leaf(tree) else leaf_names(tree)
+def fields_of(tree: Any) -> dict[str, Any]:
+    """The arrays of a pytree by their names; that of one array alone is empty."""
+    return {"": tree} if is_one_leaf(tree) else named_leaves(tree)

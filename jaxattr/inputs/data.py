@@ -229,7 +229,7 @@ def _are_fields(data: Any, accepts: Accepts | None) -> bool:
     try:
         batch = as_arrays(data, "")
         sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
-        return len(sizes) == 1 and () not in sizes and accepts(jax.tree.map(_one_row, batch))
+        return len(sizes) == 1 and () not in sizes and accepts(jax.tree.map(one_row, batch))
     except (TypeError, ValueError):
         return False
 
@@ -240,31 +240,23 @@ def _of_arrays(data: Sequence[Any], role: str, accepts: Accepts | None) -> Any:
     if len(set(shape_of)) > 1:
         # Pictures of several sizes may share their first axis, the channels.
         alike = isinstance(data, list) and len(data) > 2 and len({len(s) for s in shape_of}) == 1
-        as_fields = accepts is None or accepts(jax.tree.map(_one_row, data))
+        as_fields = accepts is None or accepts(jax.tree.map(one_row, data))
         if len(leading) > 1 or (alike and not as_fields):
-            raise differing((0, data[0]), _first_other(data), role)
+            unlike = next(x for x in enumerate(data) if np.shape(x[1]) != shape_of[0])
+            raise differing((0, data[0]), unlike, role)
         return data
     if shape_of[0] == ():
         return stack(*data)
     examples = isinstance(data, list)
     if accepts is not None:
-        runs, other = accepts(_row(data[0], 0)), accepts(jax.tree.map(_one_row, data))
+        runs, other = accepts(one_row(data[0], 0)), accepts(jax.tree.map(one_row, data))
         examples = runs if runs != other else examples
     return stack(*data) if examples else data
 
 
-def _one_row(array: Any) -> jax.ShapeDtypeStruct:
-    return _row(array, 1)
-
-
-def _row(array: Any, axes: int) -> jax.ShapeDtypeStruct:
-    """The shape of an array without its first axes."""
+def one_row(array: Any, axes: int = 1) -> jax.ShapeDtypeStruct:
+    """The shape of a row of an array, which has some axes less."""
     return jax.ShapeDtypeStruct(np.shape(array)[axes:], canonical_dtype(array))
-
-
-def _first_other(data: Sequence[Any]) -> tuple[int, Any]:
-    expected = np.shape(data[0])
-    return next((i, item) for i, item in enumerate(data) if np.shape(item) != expected)
 
 
 def _stacked_examples(data: Sequence[Any], role: str) -> Any:

@@ -1,22 +1,17 @@
 """Queries beside training examples: the same fields, shapes and kinds of numbers."""
 
-from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from jaxattr.inputs.arrays import field_names
+from jaxattr.inputs.arrays import fields_of
+from jaxattr.inputs.outputs import check_output, read_leaves
 from jaxattr.inputs.wording import listed, shape, shapes
-from jaxattr.typing import Example
+from jaxattr.typing import Example, Key, OutputFn, Params
 
 
 def check_match(
-    train: Example,
-    query: Example,
-    check: Callable[[Example], None],
-    reads: Callable[[Example], list[bool]],
-    what: str = "queries",
+    function: OutputFn, params: Params, train: Example, query: Example, key: Key
 ) -> None:
     """Checks that queries can be scored by a function that was made for training examples.
 
@@ -24,51 +19,45 @@ def check_match(
     lengths of sequences.
 
     Args:
+      function: of one training example.
+      params: parameters, or their shapes.
       train: shapes of ONE training example.
       query: shapes of ONE query.
-      check: raises if the function does not take an example.
-      reads: which leaves of an example, that it takes, the function reads.
-      what: they are, for messages.
+      key: a PRNG key.
 
     Raises:
       ValueError: naming the fields that differ.
     """
-    known, found = _fields(train), _fields(query)
+    known, found = fields_of(train), fields_of(query)
     shared = [name for name in found if name in known]
     unlike = [n for n in shared if not _alike(known[n], found[n])]
     if known.keys() == found.keys() and not unlike:
         return
-    read = dict(zip(known, reads(train), strict=True))
+    read = dict(zip(known, read_leaves(function, params, train), strict=True))
     for name in unlike:
         if read[name]:
-            _check_axes(name, known[name], found[name], what)
-            _check_kind(name, known[name], found[name], what)
+            _check_axes(name, known[name], found[name])
+            _check_kind(name, known[name], found[name])
     try:
-        check(query)
+        check_output(function, params, query, key)
     except ValueError as error:
-        raise ValueError(_difference(train, query, known, found, what)) from error
+        raise ValueError(_difference(train, query, known, found)) from error
 
 
 def _alike(known: Any, found: Any) -> bool:
     return known.shape == found.shape and _kind(known) == _kind(found)
 
 
-def _fields(example: Example) -> dict[str, Any]:
-    leaves = jax.tree.leaves(example)
-    names = field_names(example) or [""] * len(leaves)
-    return dict(zip(names, leaves, strict=True))
-
-
-def _check_axes(name: str, known: Any, found: Any, what: str) -> None:
+def _check_axes(name: str, known: Any, found: Any) -> None:
     less, more = sorted((found.shape, known.shape), key=len)
-    said = _beside(name, known, found, what)
+    said = _beside(name, known, found)
     if len(more) != len(less) + 1 or more[1:] != less:
         stretched = any(1 in pair and pair[0] != pair[1] for pair in zip(less, more, strict=False))
         if len(more) != len(less) or stretched:  # what broadcasts runs, and scores something else
-            raise ValueError(f"{said}: give {what} the axes of a training example.")
+            raise ValueError(f"{said}: give queries the axes of a training example.")
         return
     fewer = len(known.shape) > len(found.shape)
-    batched = "the training data" if fewer else what
+    batched = "the training data" if fewer else "queries"
     single = " If this is ONE query, add an axis: jax.tree.map(lambda x: x[None], query)."
     raise ValueError(
         f"{said}: one axis of {more[0]} more. If {batched} come in batches, take the batching out: "
@@ -76,11 +65,11 @@ def _check_axes(name: str, known: Any, found: Any, what: str) -> None:
     )
 
 
-def _check_kind(name: str, known: Any, found: Any, what: str) -> None:
+def _check_kind(name: str, known: Any, found: Any) -> None:
     kinds = [_kind(each) for each in (found, known)]
     if "bool" not in kinds and kinds[0] != kinds[1]:
         raise ValueError(
-            f"{_beside(name, known, found, what)}. Convert one to the other, and scale pictures "
+            f"{_beside(name, known, found)}. Convert one to the other, and scale pictures "
             "alike: .astype(...)."
         )
 
@@ -91,28 +80,28 @@ def _kind(leaf: Any) -> str:
 
 
 def _difference(
-    train: Example, query: Example, known: dict[str, Any], found: dict[str, Any], what: str
+    train: Example, query: Example, known: dict[str, Any], found: dict[str, Any]
 ) -> str:
     missing = [name for name in known if name not in found]
     new = [name for name in found if name not in known]
     unlike = [
-        f"{_named(n)} is {shape(found[n])} in {what}, and {shape(known[n])} in training examples"
+        f"{_named(n)} is {shape(found[n])} in queries, and {shape(known[n])} in training examples"
         for n in found
         if n in known and found[n].shape != known[n].shape
     ]
     parts = []
     if new or missing:
         had = f"have {listed(map(_named, new))}" if new else "lack fields"
-        parts.append(f"{what} {had}, training examples {listed(map(_named, missing)) or 'do not'}")
+        parts.append(f"queries {had}, training examples {listed(map(_named, missing)) or 'do not'}")
     return (
-        f"The function that was given to the method does not take these {what}: "
-        f"{'; '.join(parts + unlike[:3])}.\nOne of {what} is {shapes(query)};\n"
-        f"a training example is {shapes(train)}.\nGive {what} the fields that the function reads."
+        f"The function that was given to the method does not take these queries: "
+        f"{'; '.join(parts + unlike[:3])}.\nOne of queries is {shapes(query)};\n"
+        f"a training example is {shapes(train)}.\nGive queries the fields that the function reads."
     )
 
 
-def _beside(name: str, known: Any, found: Any, what: str) -> str:
-    return f"In {what} {_named(name)} is {shape(found)}, in training examples {shape(known)}"
+def _beside(name: str, known: Any, found: Any) -> str:
+    return f"In queries {_named(name)} is {shape(found)}, in training examples {shape(known)}"
 
 
 def _named(name: str) -> str:

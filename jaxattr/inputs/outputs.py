@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxattr.inputs.arrays import field_names
+from jaxattr.inputs.arrays import fields_of
 from jaxattr.inputs.traces import read_inputs, shapes_of, trace, warn_of_shared_randomness
 from jaxattr.inputs.wording import brief, name_of, shapes
 from jaxattr.typing import Example, Key, OutputFn, Params
@@ -143,11 +143,7 @@ def read_leaves(function: OutputFn, params: Params, example: Example) -> list[bo
 
 
 class _NoScalar(Exception):
-    """The function returned something else than one float scalar."""
-
-    def __init__(self, result: Any) -> None:
-        super().__init__(result)
-        self.result = result
+    """The function returned something else than one float scalar: the argument."""
 
 
 def _traced(function: OutputFn, params: Params, example: Example, key: Key) -> Any:
@@ -160,7 +156,7 @@ def _traced(function: OutputFn, params: Params, example: Example, key: Key) -> A
 
 
 def _returned(function: OutputFn, params: Params, example: Example, error: _NoScalar) -> ValueError:
-    result = error.result
+    (result,) = error.args
     leaves = jax.tree.leaves(result)
     got = ", ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in leaves[:6]) or "nothing"
     remedy = (
@@ -258,11 +254,10 @@ def _slips(params: Params, example: Example) -> Any:
 
 def _with_whole_numbers(params: Params, example: Example) -> Any:
     """The same example with one of its fields of floats as integers: labels, or token ids."""
-    leaves, structure = jax.tree.flatten(example)
-    names = field_names(example) or [""] * len(leaves)
-    for number, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+    structure, fields = jax.tree.structure(example), fields_of(example)
+    for number, (name, leaf) in enumerate(fields.items()):
         if jnp.issubdtype(leaf.dtype, jnp.floating):
-            whole = [*leaves]
+            whole = [*fields.values()]
             whole[number] = jax.ShapeDtypeStruct(leaf.shape, jnp.int32)
             yield (
                 f"It runs where {repr(name) if name else 'the example'} holds integers, as labels "

@@ -17,7 +17,7 @@ def shapes(tree: Any) -> str:
       tree: a pytree of arrays or shapes.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    words = [f"{_name(path)} {shape(leaf)}".strip() for path, leaf in leaves]
+    words = [f"{path_name(path)} {shape(leaf)}".strip() for path, leaf in leaves]
     return listed(words) or "no arrays"
 
 
@@ -46,5 +46,6 @@ def name_of(function: Any) -> str:
     return getattr(function, "name", getattr(function, "__name__", type(function).__name__))
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def path_name(path: tuple[Any, ...]) -> str:
+    """The name of a leaf, of its path in a pytree."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

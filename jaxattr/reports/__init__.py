@@ -6,7 +6,7 @@ pictures.py   pixels as small PNG files, within a budget
 tokens.py     a score, split over the tokens of both sides
 facts.py      what the scores are: method, weights, gain, warnings, provenance
 cards.py      queries as HTML
-page.py       the page as HTML; page.css and page.js lie beside it
+page.py       the page: page.html, filled in; page.css and page.js lie beside it
 """
 
 from jaxattr.reports.report import report as report

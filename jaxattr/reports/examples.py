@@ -1,14 +1,14 @@
 """What is shown of one example: a picture, tokens, a text, or a table of its fields."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.groups import named_leaves
+from jaxattr.inputs.arrays import fields_of
 from jaxattr.markup import number
 from jaxattr.sources import Source, track
 from jaxattr.typing import Example
@@ -123,7 +123,7 @@ class Showing:
     def _label(self, example: Example) -> str | None:
         if callable(self.labels):
             return str(self.labels(example))
-        fields = _fields(example)
+        fields = fields_of(example)
         field = next((fields[name] for name in LABELS if _is_label(fields.get(name))), None)
         if self.labels is None:
             return None if field is None else str(int(field))
@@ -199,7 +199,7 @@ def guessed(example: Example, decode: Callable[[int], str] | None = None) -> Sho
         row = {name: np.asarray(example[name]) for name in ("inputs", "targets", "mask")}
         if row["mask"].ndim == 1 and all(x.shape == row["mask"].shape for x in row.values()):
             return Tokens(row)
-    fields = _fields(example)
+    fields = fields_of(example)
     if decode is not None:
         return _decoded(fields, decode)
     for name in PICTURES:
@@ -252,10 +252,6 @@ def _looks_like_one(shape: tuple[int, ...]) -> bool:
     return short >= 4 and long < 8 * short
 
 
-def _fields(example: Example) -> dict[str, Any]:
-    return {"": example} if hasattr(example, "shape") else named_leaves(example)
-
-
 def _is_label(value: Any) -> bool:
     return value is not None and np.shape(value) == () and jnp.issubdtype(value.dtype, jnp.integer)
 
@@ -296,8 +292,3 @@ def worded(value: Any) -> str:
 def _on_host(leaf: Any) -> Any:
     # Random keys have no NumPy dtype; they are shown by their kind alone.
     return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else np.asarray(leaf)
-
-
-def pictures_of(items: Iterable[Item]) -> list[np.ndarray]:
-    """Returns the pixels of all items that are pictures."""
-    return [item.shown.pixels for item in items if isinstance(item.shown, Picture)]

@@ -11,7 +11,6 @@ import numpy as np
 
 from jaxattr.index.index import Index, first_ids
 from jaxattr.index.queries import QueryFeatures
-from jaxattr.kernels import Iterates, Kernel
 from jaxattr.methods.method import citation
 from jaxattr.methods.similarity import compares
 from jaxattr.scores.weighting import weight_array
@@ -28,7 +27,6 @@ class Group(NamedTuple):
       share: of the scores; None if it is not known.
       start_share: before learning; None likewise.
       parameters: how many.
-      features: how many.
     """
 
     name: str
@@ -36,7 +34,6 @@ class Group(NamedTuple):
     share: float | None
     start_share: float | None
     parameters: int
-    features: int
 
 
 class Facts(NamedTuple):
@@ -134,12 +131,9 @@ def _warnings(index: Index, prepared: QueryFeatures, fit: WeightFit | None) -> I
                 f"not finite: {len(positions)} of {total:,} {what} have gradients that are not "
                 f"finite and are never ranked: {first_ids(positions)}."
             )
-    if index.method is not None and index.solve_errors is not None:
-        yield from _unsolved(index.method.kernel, index.solve_errors)
-
-
-def _unsolved(kernel: Kernel, errors: np.ndarray) -> Iterator[str]:
-    if isinstance(kernel, Iterates):
+    errors = index.solve_errors
+    if index.method is not None and errors is not None:
+        kernel: Any = index.method.kernel  # one that iterates
         bad = np.flatnonzero(errors > kernel.largest_residual)
         if len(bad):
             yield (
@@ -158,11 +152,8 @@ def _groups(index: Index, weights: Weights | None, fit: WeightFit | None) -> tup
             None if fit is None else _known(fit.shares[name]),
             None if fit is None else _known(fit.start_shares[name]),
             size,
-            dim,
         )
-        for name, weight, size, dim in zip(
-            layout.names, values, layout.sizes, layout.dims, strict=True
-        )
+        for name, weight, size in zip(layout.names, values, layout.sizes, strict=True)
     ]
     return tuple(sorted(found, key=lambda group: _natural(group.name)))
 

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import importlib.resources
+import string
 from collections.abc import Sequence
 
 from jaxattr.markup import escaped, isolated
@@ -25,44 +26,39 @@ def page(title: str, facts: Facts, queries: Sequence[Query], cards: Cards) -> st
     """
     style, script = _file("page.css"), _file("page.js")
     seal = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = (
-        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; "
-        f"form-action 'none'; script-src 'sha256-{seal}'"
+    tiles = "".join(
+        f"<div><dt>{escaped(what)}</dt><dd>{escaped(value)}</dd><dd>{escaped(more)}</dd></div>"
+        for what, value, more in facts.tiles
     )
-    shown = "".join(cards.query(query) for query in queries)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escaped(title)}</title>'
-        f"<style>{style}</style></head><body>{cards.store()}"
-        '<a class="skip" href="#queries">Skip to the queries</a>'
-        f"{_header(title, facts)}<main>{_warnings(facts)}{_weights(facts)}"
-        f'<section id="queries" aria-label="Queries">{_toolbar(queries)}{_legend(queries, cards)}'
-        f'<div id="cards">{shown}</div><p id="empty" hidden>No query matches the filter.</p>'
-        f"</section></main>{_footer(facts, cards)}{_help()}"
-        f"<script>{script}</script></body></html>\n"
+    sources = "".join(
+        f"<dt>{escaped(what)}</dt><dd>{isolated(value)}</dd>" for what, value in facts.provenance
+    )
+    # Lines of the template are joined: a space between two elements would be seen.
+    template = string.Template("".join(map(str.strip, _file("page.html").splitlines())))
+    return template.substitute(
+        seal=seal,
+        style=style,
+        script=script,
+        title=escaped(title),
+        heading=isolated(title),
+        method=isolated(facts.method),
+        weighting=escaped(facts.weighting),
+        sign=_sign(facts),
+        tiles=tiles,
+        warnings=_warnings(facts),
+        weights=_weights(facts),
+        legend=_legend(queries, cards),
+        store=cards.store(),
+        cards="".join(cards.query(query) for query in queries),
+        sources=sources,
+        note=f'<p class="hint">{cards.encode.note}</p>' if cards.encode.note else "",
+        cite=_citation(facts.citation),
+        **_choices(queries),
     )
 
 
 def _file(name: str) -> str:
     return importlib.resources.files("jaxattr.reports").joinpath(name).read_text("utf-8")
-
-
-def _header(title: str, facts: Facts) -> str:
-    tiles = "".join(
-        f"<div><dt>{escaped(what)}</dt><dd>{escaped(value)}</dd><dd>{escaped(more)}</dd></div>"
-        for what, value, more in facts.tiles
-    )
-    return (
-        '<header class="top"><div class="brand"><span class="mark" aria-hidden="true"></span>'
-        f'<span>jaxattr</span><span class="what">{isolated(facts.method)}, '
-        f"{escaped(facts.weighting)}</span>"
-        '<button type="button" id="theme" title="Dark or light (t)" aria-label="Dark or light" '
-        "hidden>◐</button></div>"
-        f'<h1>{isolated(title)}</h1><p class="lede">{_sign(facts)}</p>'
-        f'<dl class="tiles">{tiles}</dl></header>'
-    )
 
 
 def _sign(facts: Facts) -> str:
@@ -151,31 +147,19 @@ def _excluded(facts: Facts) -> str:
     )
 
 
-def _toolbar(queries: Sequence[Query]) -> str:
+def _choices(queries: Sequence[Query]) -> dict[str, str]:
+    """What queries can be filtered and sorted by, of what some have and others have not."""
     labels = {query.item.label for query in queries if query.item is not None}
     known = sorted((label for label in labels if label is not None), key=_in_order)
-    select = ""
+    found = dict.fromkeys(("labels", "by_low", "by_label"), "")
     if len(known) > 1:
         options = "".join(f'<option value="{escaped(x)}">{escaped(x)}</option>' for x in known)
-        select = (
-            '<label>Label <select id="label"><option value="">all</option>'
-            f"{options}</select></label>"
-        )
-    by_label = '<option value="label">label</option>' if len(known) > 1 else ""
-    by_low = (
-        '<option value="low">strongest opponent</option>'
-        if any(query.opponents is not None for query in queries)
-        else ""
-    )
-    return (
-        '<form class="bar-of-tools" id="tools" role="search" hidden>'
-        '<label class="wide">Filter <input type="search" id="filter" autocomplete="off" '
-        'placeholder="number, label, prediction or text of a query"></label>'
-        f'{select}<label>Sort <select id="sort"><option value="at">order given</option>'
-        f'<option value="top">strongest proponent</option>{by_low}{by_label}</select></label>'
-        '<output id="count" aria-live="polite"></output>'
-        '<button type="button" id="keys" title="Keys" aria-haspopup="dialog">?</button></form>'
-    )
+        every = '<option value="">all</option>'
+        found["labels"] = f'<label>Label <select id="label">{every}{options}</select></label>'
+        found["by_label"] = '<option value="label">label</option>'
+    if any(query.opponents is not None for query in queries):
+        found["by_low"] = '<option value="low">strongest opponent</option>'
+    return found
 
 
 def _legend(queries: Sequence[Query], cards: Cards) -> str:
@@ -197,32 +181,6 @@ def _in_order(label: str) -> tuple[bool, float, str]:
     return (not whole, int(label) if whole else 0, label)
 
 
-def _footer(facts: Facts, cards: Cards) -> str:
-    rows = "".join(
-        f"<dt>{escaped(what)}</dt><dd>{isolated(value)}</dd>" for what, value in facts.provenance
-    )
-    note = f'<p class="hint">{cards.encode.note}</p>' if cards.encode.note else ""
-    cite = (
-        f"<details><summary>Cite the method</summary><pre>{escaped(facts.citation)}</pre></details>"
-        if facts.citation
-        else ""
-    )
-    return (
-        f'<footer><h2>Where this comes from</h2><dl class="facts">{rows}</dl>{note}{cite}</footer>'
-    )
-
-
-def _help() -> str:
-    keys = (
-        ("j or →", "next query"),
-        ("k or ←", "previous query"),
-        ("/", "filter"),
-        ("Esc", "leave the filter, close this"),
-        ("t", "dark or light"),
-        ("?", "these keys"),
-    )
-    rows = "".join(f"<dt><kbd>{key}</kbd></dt><dd>{what}</dd>" for key, what in keys)
-    return (
-        '<dialog id="help" aria-labelledby="help-title"><h2 id="help-title">Keys</h2>'
-        f'<dl>{rows}</dl><form method="dialog"><button>Close</button></form></dialog>'
-    )
+def _citation(text: str) -> str:
+    cite = f"<details><summary>Cite the method</summary><pre>{escaped(text)}</pre></details>"
+    return cite if text else ""

@@ -5,7 +5,7 @@ import importlib.metadata
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from jaxattr.index.queries import QueryFeatures, query_features
 from jaxattr.inputs.data import like
 from jaxattr.reports import facts, tokens
 from jaxattr.reports.cards import Cards, Contributions, Query, most_tokens
-from jaxattr.reports.examples import Fields, Item, Showing, Tokens, pictures_of, read, worded
+from jaxattr.reports.examples import Fields, Item, Picture, Showing, Tokens, read, worded
 from jaxattr.reports.page import page
 from jaxattr.reports.pictures import encoder
 from jaxattr.reports.tokens import Pair
@@ -138,27 +138,24 @@ def report(
     by_query, by_train = _split(index, source, data, prepared, weights, found, shown)
     every = [*shown.values(), *own.values()]
     tables = render is None and any(isinstance(item.shown, Fields) for item in every)
+    pictures = [item.shown.pixels for item in every if isinstance(item.shown, Picture)]
     most = most_tokens(found, by_query)
-    cards = Cards(shown, encoder(pictures_of(every)), decode, by_query, by_train, tables, most)
+    cards = Cards(shown, encoder(pictures), decode, by_query, by_train, tables, most)
     gathered = facts.gather(index, prepared, weights, importlib.metadata.version("jaxattr"))
     text = page(TITLE if title is None else title, gathered, found, cards)
     on_first_process(functools.partial(_write, path, text))
     return path
 
 
-class _Sides(NamedTuple):
-    """What a query found."""
-
-    proponents: tuple[Pair, ...]
-    opponents: tuple[Pair, ...] | None
-
-
-def _ranked(index: Index, prepared: QueryFeatures, weights: Weights | None, k: int) -> list[_Sides]:
+def _ranked(
+    index: Index, prepared: QueryFeatures, weights: Weights | None, k: int
+) -> list[tuple[tuple[Pair, ...], tuple[Pair, ...] | None]]:
+    """The proponents and the opponents of each query."""
     proponents = _signed(top_k(index, prepared, k=k, weights=weights), 1)
     if index.link == "square":
-        return [_Sides(pairs, None) for pairs in proponents]
+        return [(pairs, None) for pairs in proponents]
     opponents = _signed(top_k(index, prepared, k=k, weights=weights, opponents=True), -1)
-    return [_Sides(*pair) for pair in zip(proponents, opponents, strict=True)]
+    return list(zip(proponents, opponents, strict=True))
 
 
 def _signed(top: TopK, sign: int) -> list[tuple[Pair, ...]]:

@@ -46,20 +46,6 @@ def checked_candidates(among: Any, n: int) -> np.ndarray:
     return ids.astype(np.int64)
 
 
-def check_queries(ids: np.ndarray, queries: int) -> None:
-    """Raises if there is not a row of candidates for each query.
-
-    Args:
-      ids: [q, c].
-      queries: how many there are.
-    """
-    if len(ids) != queries:
-        raise ValueError(
-            f"among must have a row of ids for each of the {queries} queries, got "
-            f"{list(ids.shape)}."
-        )
-
-
 def warn_of_non_finite(index: Index, ids: np.ndarray) -> None:
     """Warns of candidates that have no score in this index, whatever they had in another.
 

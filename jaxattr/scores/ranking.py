@@ -379,7 +379,7 @@ def merge(place: Placement, link: Link, sign: int, best: TopK, exponents: jax.Ar
 def top_k_of_arrays(
     place: Placement, layout: FeatureLayout, link: Link, k: int, count: int, sign: int
 ) -> Any:
-    """A jittable function (w, phi, arrays, exponent) -> TopK over whole arrays in memory.
+    """The compiled step (w, phi, arrays, exponent) -> TopK over whole arrays in memory.
 
     Args:
       place: the devices.
@@ -409,6 +409,7 @@ def top_k_of_arrays(
 
     spread = place.over_shards(of_shard, (QUERIES, side_axes), ())
 
+    @jax.jit
     def run(w: jax.Array, phi: Features, arrays: dict[str, jax.Array], exponent: jax.Array) -> TopK:
         return spread(weigh(layout, place, w, phi, exponent), arrays)
 

@@ -3,7 +3,7 @@
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, overload
 
 import jax
@@ -27,12 +27,7 @@ from jaxattr.index.queries import (
 )
 from jaxattr.scales import exponent_of, scaled, wide
 from jaxattr.scores import ranking
-from jaxattr.scores.candidates import (
-    check_queries,
-    checked_candidates,
-    in_parts,
-    warn_of_non_finite,
-)
+from jaxattr.scores.candidates import checked_candidates, in_parts, warn_of_non_finite
 from jaxattr.scores.ranking import TopK
 from jaxattr.scores.weighting import weights_for
 from jaxattr.scores.writing import written
@@ -40,7 +35,7 @@ from jaxattr.sharding import DATA, Placement
 from jaxattr.store.arrays import check_vacant
 from jaxattr.store.folder import Folder
 from jaxattr.store.rows import COLUMNS, EXAMPLES, SELF, SLAB, Rows, Slab, blocks_at_once
-from jaxattr.typing import Batch, Features, Link, Weights
+from jaxattr.typing import Batch, Features, Weights
 
 _HEADROOM = 8
 """Powers of two by which rows made anew may grow from slab to slab."""
@@ -112,12 +107,12 @@ def score(
     folder = None if path is None else Folder(path)
     if folder is not None:
         check_vacant(folder)  # before the queries' features, which may take long
-    groups = in_groups(index, queries, queries_at_once)
+    count, groups = in_groups(index, queries, queries_at_once)
     if folder is not None:
-        scored = ((prepared, _scored(index, w, prepared)) for prepared in groups.each)
-        return written(index, groups.size, scored, folder)
+        scored = ((prepared, _scored(index, w, prepared)) for prepared in groups)
+        return written(index, count, scored, folder)
     # Not a loop, whose variable would hold a group while the next is made.
-    found = list(map(functools.partial(_of_group, index, w), groups.each))
+    found = list(map(functools.partial(_of_group, index, w), groups))
     scores = found[0] if len(found) == 1 else jnp.concatenate(found)
     _warn_of_overflow(scores)
     return scores
@@ -143,9 +138,7 @@ def _scored(
 def _of_group(index: Index, w: jax.Array, prepared: QueryFeatures) -> jax.Array:
     """Scores [q, n] of a group of queries."""
     slabs = _scored(index, w, prepared)
-    parts = [scores[:, slab.fresh :].reshape(len(scores), -1) for slab, scores in slabs]
-    scores = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-    return _mark_queries(scores[:, : index.size], prepared)
+    return _joined(index, prepared, (scores[:, slab.fresh :] for slab, scores in slabs))
 
 
 def contributions(index: Index, queries: Any) -> jax.Array:
@@ -168,9 +161,7 @@ def contributions(index: Index, queries: Any) -> jax.Array:
     for slab in _slabs(index):
         exponent = index.place.whole(_exponent(index, slab))
         parts.append(index.place.gathered(step(phi, slab.arrays, exponent))[:, slab.fresh :])
-    flat = [part.reshape(part.shape[0], -1, part.shape[-1]) for part in parts]
-    joined = flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
-    found = _mark_queries(joined[:, : index.size], prepared)
+    found = _joined(index, prepared, parts)
     _warn_of_overflow(found)
     return found
 
@@ -220,13 +211,17 @@ def top_k(
     ids = None if among is None else checked_candidates(among, check_index(index).size)
     k = _checked_k(k, check_index(index), opponents, ids)
     w = index.place.whole(weights_for(index, weights))
-    groups = in_groups(index, queries, queries_at_once)
+    count, groups = in_groups(index, queries, queries_at_once)
     if ids is not None:
-        check_queries(ids, groups.size)
+        if len(ids) != count:
+            raise ValueError(
+                f"among must have a row of ids for each of the {count} queries, got "
+                f"{list(ids.shape)}."
+            )
         warn_of_non_finite(index, ids)
     sign = -1 if opponents else 1
     found: list[TopK] = []
-    for prepared in groups.each:
+    for prepared in groups:
         first = sum(len(each.ids) for each in found)
         own = None if ids is None else ids[first : first + len(prepared.features)]
         found.append(_best(index, w, prepared, k, sign, own))
@@ -244,9 +239,8 @@ def _best(
     phi, exponent = place.whole((prepared.features, index.exponent))
     if index.rows.resident and ids is None:
         count = blocks_at_once(index.rows.layout, SLAB)
-        top = _compiled_top_k(place, layout, index.link, k, count, sign)(
-            w, phi, _arrays(index.rows), exponent
-        )
+        search = ranking.top_k_of_arrays(place, layout, index.link, k, count, sign)
+        top = search(w, phi, _arrays(index.rows), exponent)
     else:
         absorbing, merging = ranking.absorb_step(place, index.link, sign)
         weighted = ranking.weigh_step(place, layout)(w, phi, exponent)
@@ -257,7 +251,8 @@ def _best(
         else:
             best = _best_among(index, ids, sign, best, weighted)
         top = merging(best, weighted.exponents)
-    return _mark_top(top, place.whole(_finite_rows(prepared)))
+    finite = np.isin(np.arange(len(phi)), prepared.non_finite, invert=True)
+    return _mark_top(top, place.whole(finite))
 
 
 def self_influence(index: Index, *, weights: Weights | None = None) -> jax.Array:
@@ -364,13 +359,6 @@ def compiled_contributions(place: Placement, layout: FeatureLayout) -> Any:
     return jax.jit(place.over_shards(of_shard, inputs, (None, None, DATA, None)))
 
 
-@functools.lru_cache(maxsize=32)
-def _compiled_top_k(
-    place: Placement, layout: FeatureLayout, link: Link, k: int, count: int, sign: int
-) -> Any:
-    return jax.jit(ranking.top_k_of_arrays(place, layout, link, k, count, sign))
-
-
 def _best_among(
     index: Index, ids: np.ndarray, sign: int, best: TopK, weighted: ranking.Weighted
 ) -> TopK:
@@ -421,14 +409,14 @@ def _mark_top(top: TopK, finite: jax.Array) -> TopK:
     return TopK(jnp.where(there, top.ids, -1), jnp.where(there, top.scores, jnp.nan))
 
 
-def _finite_rows(prepared: QueryFeatures) -> np.ndarray:
-    finite = np.ones(prepared.features.shape[0], bool)
-    finite[prepared.non_finite] = False
-    return finite
-
-
-def _mark_queries(scores: jax.Array, prepared: QueryFeatures) -> jax.Array:
-    return scores.at[prepared.non_finite].set(jnp.nan) if len(prepared.non_finite) else scores
+def _joined(index: Index, prepared: QueryFeatures, parts: Iterable[jax.Array]) -> jax.Array:
+    """Values [q, n, ...] of blocks [q, g, b, ...]; those of queries that are not finite are NaN."""
+    flat = [
+        part.reshape(len(part), part.shape[1] * part.shape[2], *part.shape[3:]) for part in parts
+    ]
+    found = (flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1))[:, : index.size]
+    lost = prepared.non_finite
+    return found.at[lost].set(jnp.nan) if len(lost) else found
 
 
 def _checked_k(k: Any, index: Index, opponents: bool, candidates: np.ndarray | None = None) -> int:

@@ -45,6 +45,7 @@ class SubsetSums(NamedTuple):
 
     Attributes:
       sums: over each subset, of contributions less their mean over all examples, [s, q, m].
+      sizes: how many finite training examples each subset holds, [s].
       products: over each subset, of the products of contributions, [s, q, m, m]; None if they were
         not asked for.
       own: contribution of the one example that was named for a query, less the mean, [q, m].
@@ -55,6 +56,7 @@ class SubsetSums(NamedTuple):
     """
 
     sums: np.ndarray
+    sizes: np.ndarray
     products: np.ndarray | None
     own: np.ndarray
     mean: np.ndarray
@@ -140,9 +142,8 @@ def subset_contributions(index: Index, queries: Any, masks: Any) -> np.ndarray:
       Float [q, s, m]; `@ weights` gives the predictions that LDS correlates. Of a squared method
       (DAS) it does not: see `subset_products`.
     """
-    found, masks, lost = _of_queries(index, queries, masks, products=False)
-    sizes = _sizes(index, masks)
-    sums = np.moveaxis(found.sums + sizes[:, None, None] * found.mean[None], 0, 1)
+    found, lost = _of_queries(index, queries, masks, products=False)
+    sums = np.moveaxis(found.sums + found.sizes[:, None, None] * found.mean[None], 0, 1)
     sums[lost] = np.nan
     return sums
 
@@ -158,7 +159,7 @@ def subset_products(index: Index, queries: Any, masks: Any) -> np.ndarray:
     Returns:
       Float [q, s, m, m]; w^T (...) w is the sum of squared scores.
     """
-    found, _, lost = _of_queries(index, queries, masks, products=True)
+    found, lost = _of_queries(index, queries, masks, products=True)
     assert found.products is not None
     products = np.moveaxis(found.products, 0, 1)
     products[lost] = np.nan
@@ -297,6 +298,7 @@ def _finished(found: _Sums, exponents: np.ndarray) -> SubsetSums:
     found = found.about(found.shift + found.total / max(found.examples, 1))
     return SubsetSums(
         sums=sized(found.sums, 1),
+        sizes=found.sizes,
         products=None if found.products is None else sized(found.products, 1, 2),
         own=sized(found.own, 0),
         mean=sized(found.shift, 0),
@@ -315,16 +317,9 @@ def _of_size_one(phi: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Ar
 
 def _of_queries(
     index: Index, queries: Any, masks: Any, *, products: bool
-) -> tuple[SubsetSums, np.ndarray, np.ndarray]:
-    """Sums for all queries, the masks, and positions of queries that are not finite."""
+) -> tuple[SubsetSums, np.ndarray]:
+    """Sums for all queries, and positions of queries that are not finite."""
     masks = checked_masks(masks, index.size)
     prepared = query_features(index, queries)
     found = subset_sums(index, Asked(prepared.features, masks, products=products))[0]
-    return found, masks, prepared.non_finite
-
-
-def _sizes(index: Index, masks: np.ndarray) -> np.ndarray:
-    """How many finite training examples each subset holds, [s]."""
-    finite = np.ones(index.size, bool)
-    finite[index.non_finite] = False
-    return (masks & finite).sum(axis=1)
+    return found, prepared.non_finite

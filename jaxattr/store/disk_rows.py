@@ -22,6 +22,7 @@ from jaxattr.store.rows import (
     Slab,
     axes_of,
     blocks_at_once,
+    column_of,
     compressed,
     padded,
     slab_starts,
@@ -29,8 +30,6 @@ from jaxattr.store.rows import (
 )
 from jaxattr.store.seals import Seals, chunk_seal, seal_of
 
-# Rows that are read at once where a column of all is wanted.
-_COLUMN_ROWS = 8192
 # Slabs that are being read while one is worked on.
 _AHEAD = 2
 # Chunks that are being read while all are checked.
@@ -93,15 +92,7 @@ class DiskRows:
 
     def column(self, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
         """See `Rows`."""
-        layout, parts = self.layout, []
-        for slab in self.slabs(layout.parts(name), _COLUMN_ROWS, checkpoint):
-            stored = {
-                kept: x[slab.fresh :, :, 0, : layout.widths[kept]]
-                for kept, x in slab.arrays.items()
-            }
-            part = self.place.host(values_of(name, stored)[..., columns])  # [g, b, width]
-            parts.append(part.reshape(part.shape[0] * part.shape[1], part.shape[2]))
-        return np.concatenate(parts)[: layout.size]
+        return column_of(self, name, checkpoint, columns)
 
     def slabs(
         self, names: Sequence[str], rows: int, checkpoint: int | None = None
@@ -374,27 +365,21 @@ class DiskRows:
         """Waits for what was requested; blocks have as many rows as the layout's, or so many."""
         found = {}
         for name, (rows, futures, seals) in reading.items():
-            rows = self._awaited(name, rows, futures, seals, start)
+            try:
+                for future in futures:
+                    future.result()
+            except ValueError as error:
+                raise self._damaged(name, start, first_line(error)) from None
+            # Rows of examples that are not finite are zero, so the fill value is never written.
+            # Digests, of which none is zero, are compared with what was read.
+            if name != DIGESTS and is_never_written(rows[..., 0]).any():
+                raise self._damaged(name, start, "a chunk is missing")
+            self._check_seals(name, start, seals)
+            missing = padded(name, self.layout, self.place) - rows.shape[-1]
+            if missing:
+                rows = np.pad(rows, [(0, 0)] * 3 + [(0, missing)])
             found[name] = self.place.blocks(rows, block or self.layout.block, axes_of(name))
         return found
-
-    def _awaited(
-        self, name: str, rows: np.ndarray, futures: list, seals: dict[str, Any], start: int
-    ) -> np.ndarray:
-        try:
-            for future in futures:
-                future.result()
-        except ValueError as error:
-            raise self._damaged(name, start, first_line(error)) from None
-        # Rows of examples that are not finite are zero, so the fill value is never written.
-        # Digests, of which none is zero, are compared with what was read.
-        if name != DIGESTS and is_never_written(rows[..., 0]).any():
-            raise self._damaged(name, start, "a chunk is missing")
-        self._check_seals(name, start, seals)
-        width = padded(name, self.layout, self.place)
-        if width > rows.shape[-1]:
-            rows = np.pad(rows, [(0, 0)] * 3 + [(0, width - rows.shape[-1])])
-        return rows
 
     def _damaged(self, name: str, start: int, why: str) -> StoreError:
         return StoreError(

@@ -191,7 +191,7 @@ def _local_path(text: str) -> str:
     elif "\0" in path or "\\" in path:
         # TensorStore takes a backslash for a slash, and would put the arrays in another folder.
         why = "it has a zero byte or a backslash in it"
-    elif not _is_text(path):
+    elif any("\ud800" <= each <= "\udfff" for each in path):  # how other bytes are decoded
         why = "it is not UTF-8"
     else:
         path = os.path.normpath(path)
@@ -205,14 +205,6 @@ def _local_path(text: str) -> str:
     if why is not None:
         raise StoreError(f"{text!r} is no place for an index: {why}. Give the path of a folder.")
     return path
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _path_of_file_url(url: str) -> str:

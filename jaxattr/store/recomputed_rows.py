@@ -20,6 +20,7 @@ from jaxattr.store.rows import (
     RowLayout,
     Slab,
     axes_of,
+    column_of,
     pad_columns,
     padded,
 )
@@ -43,7 +44,8 @@ class RecomputedRows:
     def __init__(self, layout: RowLayout, place: Placement) -> None:
         self.layout = layout
         self.place = place
-        self._kept = MemoryRows(kept_layout(layout), place)
+        widths = {name: width for name, width in layout.widths.items() if name not in _MADE}
+        self._kept = MemoryRows(dataclasses.replace(layout, widths=widths), place)
         self._makers: dict[tuple[str, int], Make] = {}
 
     def made_by(self, name: str, checkpoint: int, make: Make) -> bool:
@@ -73,13 +75,7 @@ class RecomputedRows:
 
     def column(self, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
         """See `Rows`; of features, a pass over the data."""
-        if name not in _MADE:
-            return self._with([name]).column(name, checkpoint, columns)
-        blocks = [
-            self.place.host(self.read(name, block, checkpoint)[:, columns])
-            for block in range(self.layout.blocks)
-        ]
-        return np.concatenate(blocks)[: self.layout.size]
+        return column_of(self, name, checkpoint, columns)
 
     def slabs(
         self, names: Sequence[str], rows: int, checkpoint: int | None = None
@@ -124,12 +120,6 @@ class RecomputedRows:
         rows = [self._makers[name, number](positions) for number in chosen]
         same = len(rows) == 1 and self.place.columns == 1  # then only in another shape
         return _compiled_stack(self.place, width, same)(rows)
-
-
-def kept_layout(layout: RowLayout) -> RowLayout:
-    """The shapes of the rows that are kept."""
-    widths = {name: width for name, width in layout.widths.items() if name not in _MADE}
-    return dataclasses.replace(layout, widths=widths)
 
 
 @functools.lru_cache(maxsize=16)

@@ -261,20 +261,17 @@ class MemoryRows:
 
     def column(self, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
         """See `Rows`."""
-        layout, found = self.layout, {}
-        for part in layout.parts(name):
-            kept, c = self._kept(part, checkpoint)
-            found[part] = _of_checkpoint(self.arrays[kept], c, layout.widths[part])
-        chosen = self.place.host(values_of(name, found)[..., columns])  # [blocks, b, width]
-        return chosen.reshape(layout.blocks * layout.block, chosen.shape[-1])[: layout.size]
+        return column_of(self, name, checkpoint, columns)
 
     def slabs(
         self, names: Sequence[str], rows: int, checkpoint: int | None = None
     ) -> Iterator[Slab]:
         """See `Rows`."""
-        chosen = {name: self.arrays[name] for name in names}
-        if checkpoint is not None:
-            chosen = {name: x[:, :, checkpoint : checkpoint + 1] for name, x in chosen.items()}
+        if checkpoint is None:
+            chosen = {name: self.arrays[name] for name in names}
+        else:
+            kept = {name: self._kept(name, checkpoint) for name in names}
+            chosen = {name: _of_checkpoint(self.arrays[x], c) for name, (x, c) in kept.items()}
         count = blocks_at_once(self.layout, rows)
         for start, fresh in slab_starts(self.layout.blocks, count):
             arrays = chosen if count == self.layout.blocks else _slab(chosen, start, count)
@@ -324,6 +321,17 @@ def compressed(
 def values_of(name: str, arrays: Mapping[str, jax.Array]) -> jax.Array:
     """Returns an array's values [..., width], of what `RowLayout.parts` names, as it is stored."""
     return widen(arrays[name], arrays[SCALES]) if SCALES in arrays else arrays[name]
+
+
+def column_of(rows: Rows, name: str, checkpoint: int, columns: slice) -> np.ndarray:
+    """Returns columns of one array for all examples, [n, width], slab by slab; see `Rows`."""
+    layout, parts = rows.layout, []
+    start, stop, _ = columns.indices(layout.widths[name])
+    for slab in rows.slabs(layout.parts(name), SLAB, checkpoint):
+        values = values_of(name, slab.arrays)[slab.fresh :, :, :, start:stop]
+        part = rows.place.host(values)  # [g, b, 1, width]
+        parts.append(part.reshape(part.shape[0] * part.shape[1], part.shape[3]))
+    return np.concatenate(parts)[: layout.size]
 
 
 def by_shard(ids: np.ndarray, layout: RowLayout, place: Placement) -> list[np.ndarray]:
@@ -406,9 +414,9 @@ def _compiled_pick(place: Placement, names: tuple[str, ...]) -> Any:
     return jax.jit(place.over_shards(of_shard, (axes, (DATA,)), axes))
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _of_checkpoint(array: jax.Array, checkpoint: int, width: int) -> jax.Array:
-    return array[:, :, checkpoint, :width]
+@jax.jit
+def _of_checkpoint(array: jax.Array, checkpoint: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, checkpoint, 1, axis=2)
 
 
 @functools.partial(jax.jit, static_argnums=2)

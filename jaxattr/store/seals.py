@@ -119,17 +119,14 @@ def seal_of(folder: Folder, name: str, future: Any) -> str:
 def _digests(folder: Folder, arrays: list[str]) -> dict[str, str]:
     names = ["manifest.json", *(f"{name}/zarr.json" for name in arrays)]
     for prefix in ("fitted-", "operator-"):
-        names += [name for name in folder.names(prefix) if _is_small(name)]
+        found = folder.names(prefix)
+        names += [name for name in found if name.endswith(".json") and "/" not in name]
     contents = {name: folder.read_bytes(name)[0] for name in names}
     return {
         name: hashlib.sha256(content).hexdigest()
         for name, content in contents.items()
         if content is not None
     }
-
-
-def _is_small(name: str) -> bool:
-    return name.endswith(".json") and "/" not in name
 
 
 def _digest_of(contents: Mapping[str, Any]) -> str:
