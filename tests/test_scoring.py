@@ -113,6 +113,14 @@ def test_attributor_traces_once_per_shape():
         counted(models.data(6, seed))
 
 
+def test_attributor_in_a_jit_that_comes_first_leaves_the_index_whole():
+    built = ja.build_index(ja.logra(models.loss, rank=2), CHECKPOINTS, TRAIN)
+    attribute = ja.attributor(built, k=3)
+    got = jax.jit(attribute)(QUERIES)  # the first that asks for what was drawn
+    np.testing.assert_array_equal(got.ids, ja.top_k(built, QUERIES, k=3).ids)
+    np.testing.assert_array_equal(got.ids, attribute(QUERIES).ids)
+
+
 def test_positive_scores_are_proponents():
     # One step of training on n lowers the query's loss by about the step times the TracIn score.
     built = ja.build_index(

@@ -9,6 +9,7 @@ import os
 import warnings
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxattr import markup
@@ -91,7 +92,9 @@ class Index:
         """The projections of each checkpoint."""
         assert self.featurizer is not None
         draw = functools.partial(self.featurizer.draw, place=self.place)
-        return tuple(draw(number, fitted) for number, fitted in enumerate(self.fitted))
+        # They are kept: where a user's `jit` is the first that asks, they are arrays all the same.
+        with jax.ensure_compile_time_eval():
+            return tuple(draw(number, fitted) for number, fitted in enumerate(self.fitted))
 
     @functools.cached_property
     def query_side(self) -> str:
