@@ -730,6 +730,8 @@ def test_names_stay_as_they_are():
 
     mixed = ["=1+1", ("a", 2), 3]
     assert TOP.to_pandas(ids=mixed)["id"].tolist() == [3, "=1+1", ("a", 2)]
+    long = [2**53 + 1, None, 0.5]  # the first is no float
+    assert TOP.to_pandas(ids=long)["id"].tolist() == [0.5, 2**53 + 1, None]
     for ids in (np.arange(3) * 10, jnp.arange(3) * 10, pandas.Series([0, 10, 20], index=[2, 1, 0])):
         assert TOP.to_pandas(ids=ids)["id"].tolist() == [20, 0, 10]
 

@@ -54,7 +54,11 @@ def to_pandas(made: Mapping[str, Any]) -> Any:
     Raises:
       ImportError: if pandas is not installed.
     """
-    return _needed("pandas").DataFrame(dict(made))
+    pandas, ids = _needed("pandas"), made["id"]
+    if len(set(map(type, ids))) > 1:
+        # Of whole numbers beside None or floats pandas makes floats, which round long ones.
+        made = {**made, "id": pandas.Series(list(ids), dtype=object)}
+    return pandas.DataFrame(dict(made))
 
 
 def to_csv(made: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
