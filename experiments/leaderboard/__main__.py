@@ -28,7 +28,7 @@ DOMAINS: dict[str, Callable[[Path], Domain]] = {
 }
 
 
-BEYOND = ("ASTRA", "Fisher, all layers", "EShampoo")
+BEYOND = ("ASTRA", "Fisher, all layers", "EShampoo", "unrolled, 1 run", "unrolled, 2 runs")
 """Methods that are compared with EK-FAC."""
 
 

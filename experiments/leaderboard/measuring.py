@@ -117,6 +117,8 @@ def differences(
 ) -> dict[str, evaluation.Difference]:
     """The LDS of one method minus that of another with uniform weights, with paired intervals.
 
+    Of the queries that both have scores of, the first ones.
+
     Args:
       domain: the model.
       entries: both methods.
@@ -126,9 +128,11 @@ def differences(
       {kind of the first one's weights: difference}.
     """
     first, second = (np.load(_path(domain, entry.name, folder, "npz")) for entry in entries)
-    base = _lds(domain, second["uniform"])
+    asked = min(len(each["uniform"]) for each in (first, second))
+    base = _lds(domain, second["uniform"][:asked])
     return {
-        kind: evaluation.paired_difference(_lds(domain, first[kind]), base) for kind in first.files
+        kind: evaluation.paired_difference(_lds(domain, first[kind][:asked]), base)
+        for kind in first.files
     }
 
 
