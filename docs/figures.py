@@ -73,14 +73,18 @@ FIGURES = [
         "how/store": ("{0} MB", "at {1} and", "at {2}", "{3} times", "{4} times", "{5} times"),
         "start/pod": ("{6} s | {7} s | {8} s |", "{6} seconds and searched in {7};", "{8} seconds"),
         "methods": ("held {9} % of EK-FAC's", "200 proponents held {10} %")}),
-    ("leaderboard", (31.1, 29.4, 30.2, 55.4, 6.5, "3.0", 45.5, 21.7, 20.3, 61.5, 41.2, 38.1), {
+    ("leaderboard", (31.1, 29.4, 30.2, 55.4, 6.5, "3.0", 45.5, 21.7, 20.3, 61.5, 41.2, 38.1,
+                     56.2, 2.7, 25.8), {
         NOTES: ("embedding | … | 256 | {0} [", "BM25 | … | 256 | {1} [", "ASTRA | … | … | {3} [",
                 "logits | … | 40 | {2} [", "+{4} [+2.7, +9.7] (ResNet), +{5} [", "Star had {6}",
                 "GradCos | … | … | {7} [", "8 models | … | … | {8} [", "DAS | … | … | {9} [",
-                "D-TRAK | … | … | {10} [", "pixels | … | … | {11} ["),
+                "D-TRAK | … | … | {10} [", "pixels | … | … | {11} [", "1 run | … | … | {12} [",
+                "2 runs | … | … | {13} [", "unrolled scores ({14})"),
         "methods": ("embedding | {0} |", "| BM25 | {1} |", "logits | {2} |", "| ASTRA | {3} |",
                     "{4} points above EK-FAC on a ResNet, {5} on a GPT", "| {6} | 13.5 |",
-                    "led ({7},", "eight models ({8})", "DAS ({9})", "D-TRAK ({10},", "({11})"),
+                    "led ({7},", "eight models ({8})", "DAS ({9})", "D-TRAK ({10},", "({11})",
+                    "({12} % LDS, at 456", "roughly ({13} %)", "(12 queries) | {12} |",
+                    "by {14} without those of one unrolled run"),
         "limits": "classifier was {6} %, and that of a GPT {3} %"}),
 ]
 for line in ("TracIn 14.1 0.1 10.3 3.5 12.3 9.5 11.0 1.3 7.2 19.8; GradCos 30.4 1.1 21.7 1.8 38.8 "
