@@ -1,7 +1,12 @@
-"""The options that all studies have."""
+"""The options that all studies have, and where they print."""
 
 import argparse
 from pathlib import Path
+
+from rich.console import Console
+
+WIDTH = 140
+"""Of tables that go to a file, which has no width of its own."""
 
 
 def parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -22,3 +27,9 @@ def parser(name: str, description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--full", action="store_true", help="the larger study")
     made.add_argument("--folder", type=Path, default=Path(f"runs/{name}"), help="for all results")
     return made
+
+
+def console() -> Console:
+    """Returns a console as wide as the terminal, or as tables need where there is none."""
+    found = Console()
+    return found if found.is_terminal else Console(width=WIDTH)

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from experiments import command_line
@@ -27,7 +26,7 @@ Rows = dict[str, dict[str, Retrieval]]
 def main() -> None:
     """Runs the study."""
     arguments = command_line.parser("attributes", __doc__).parse_args()
-    folder, console, started = arguments.folder, Console(), time.monotonic()
+    folder, console, started = arguments.folder, command_line.console(), time.monotonic()
     warnings.simplefilter("ignore", WeightWarning)  # they stand in the file of results
     config = study.FULL if arguments.full else study.QUICK
     console.print(

@@ -46,7 +46,7 @@ def main() -> None:
     # A device per core, for retraining: XLA leaves cores idle in the many small steps of one.
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     arguments = _arguments()
-    folder, console, started = arguments.folder, Console(), time.monotonic()
+    folder, console, started = arguments.folder, command_line.console(), time.monotonic()
     warnings.simplefilter("ignore", WeightWarning)  # they stand in the file of results
     config = study.config(full=arguments.full, color=arguments.data is not None)
     found = data.load(arguments.data, config.train, config.queries)

@@ -11,7 +11,6 @@ import warnings
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from experiments import command_line, pictures
@@ -28,7 +27,7 @@ def main() -> None:
     warnings.simplefilter("ignore", WeightWarning)  # they stand in the file of results
     config = study.FULL if arguments.full else study.QUICK
     methods = study.METHODS | (study.CURVATURE if arguments.full else {})
-    console, started = Console(), time.monotonic()
+    console, started = command_line.console(), time.monotonic()
     results: dict[str, dict[str, Result]] = {}
     measured: dict[tuple[str, str], tuple[Subject, Choice]] = {}
     for name in config.architectures:

@@ -41,7 +41,7 @@ def main() -> None:
     # A device per core, for retraining: XLA leaves cores idle in the many small steps of one.
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     arguments = _arguments()
-    console, started = Console(), time.monotonic()
+    console, started = command_line.console(), time.monotonic()
     if arguments.plan:
         _print_plans(console)
         return
