@@ -88,10 +88,16 @@ def gpt(folder: Path, learning_rate: float = 5e-4, eps_root: float = 1e-6) -> Su
     subject = language.quick(folder)
     found = subject.corpus
     rows = jax.tree.map(lambda x: jnp.asarray(x[:256]), found.train)
-    recipe = tuning.Recipe(epochs=2, batch=16, rate=learning_rate)
-    run = functools.partial(
-        tuning.step_by_step, subject.logits_fn, rows, subject.start, recipe, eps_root=eps_root
+    epochs, batch = 2, 16
+    steps = epochs * len(rows["mask"]) // batch
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 10, steps)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(schedule, eps_root=eps_root, weight_decay=0.01)
     )
+    run = functools.partial(
+        tuning.step_by_step, subject.logits_fn, rows, subject.start, optimizer,
+        epochs=epochs, batch=batch,
+    )  # fmt: skip
     queries = jax.tree.map(lambda x: x[:8], found.evaluation)
     title = f"gpt, learning rate {learning_rate:g}, eps_root {eps_root:g}"
     return Subject(

@@ -104,35 +104,36 @@ def make_train(
 
 
 def step_by_step(
-    logits_fn: LogitsFn, rows: Rows, start: Params, recipe: Recipe, *, seed: int, eps_root: float
-) -> ja.TrainingRun:
-    """The same training as steps that `ja.unroll` goes back through.
+    logits_fn: LogitsFn, rows: Rows, start: Params, optimizer: optax.GradientTransformation, *,
+    epochs: int, batch: int, seed: int,
+) -> ja.TrainingRun:  # fmt: skip
+    """Training as steps that `ja.unroll` goes back through.
 
     Args:
       logits_fn: the model.
       rows: all rows.
       start: initial params.
-      recipe: how.
+      optimizer: one whose root has a derivative everywhere.
+      epochs: passes over the rows.
+      batch: rows per step.
       seed: of the order of rows.
-      eps_root: what is added under Adam's root, so that it has a derivative everywhere.
 
     Returns:
       The run, of all rows.
     """
     loss, count = mean_loss(logits_fn), len(rows["mask"])
-    optimizer, size = recipe.optimizer(count, eps_root), min(recipe.batch, count)
-    epochs = np.tile(np.arange(count), (recipe.epochs, 1))
-    orders = np.random.default_rng(seed).permuted(epochs, axis=1)[:, : count // size * size]
+    whole = np.tile(np.arange(count), (epochs, 1))
+    orders = np.random.default_rng(seed).permuted(whole, axis=1)[:, : count // batch * batch]
 
-    def step(state: Any, batch: Any, weights: jax.Array) -> Any:
+    def step(state: Any, given: Any, weights: jax.Array) -> Any:
         params, optimizer_state = state
-        gradient = jax.grad(loss)(params, batch, weights)
+        gradient = jax.grad(loss)(params, given, weights)
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         return optax.apply_updates(params, updates), optimizer_state
 
     state = start, optimizer.init(start)
     return ja.TrainingRun(
-        step, state, orders.reshape(-1, size), rows, params=lambda state: state[0]
+        step, state, orders.reshape(-1, batch), rows, params=lambda state: state[0]
     )
 
 

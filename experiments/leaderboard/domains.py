@@ -212,8 +212,9 @@ def gpt(folder: Path) -> Domain:
             "unrolled, 1 run",
             lambda: _unrolled(
                 [tuning.step_by_step(
-                    subject.logits_fn, found.train, subject.start, config.tuning,
-                    seed=0, eps_root=1e-6,
+                    subject.logits_fn, found.train, subject.start,
+                    config.tuning.optimizer(config.train, eps_root=1e-6),
+                    epochs=config.tuning.epochs, batch=config.tuning.batch, seed=0,
                 )],
                 minus(loss), found.train, jax.tree.map(lambda x: x[:UNROLLED_QUERIES], asked),
             ),
