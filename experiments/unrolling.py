@@ -69,9 +69,7 @@ def classifier(name: str, learning_rate: float, eps_root: float, unrolled: int =
     """
     digits, model = data.load(train=300, evaluation=32), models.make_model(name)
     loss = training.loss(model)
-    fit = training.step_by_step(
-        model, digits.train, learning_rate=learning_rate, eps_root=eps_root
-    )  # fmt: skip
+    fit = training.step_by_step(model, digits.train, learning_rate=learning_rate, eps_root=eps_root)
     runs = [fit.run(jax.random.key(seed)) for seed in range(unrolled + 1)]
     title = f"{name}, learning rate {learning_rate:g}, eps_root {eps_root:g}"
     return Subject(title, runs, training.margin(model), loss, digits.train, digits.evaluation, 48)

@@ -76,7 +76,6 @@ class Source:
     def example(self) -> Example:
         """The shapes of one example, without a batch axis."""
         some = self.arrays if self.in_memory else self.read(np.zeros(1, np.int64))
-
         return jax.tree.map(one_row, some)
 
 

@@ -190,6 +190,7 @@ NAN = np.where(np.arange(40) == 3, np.nan, np.ones((3, 40)))
         ({"train_fn": None}, TypeError, "train_fn"),
         ({"train_fn": lambda key, ids: jax.random.normal(key)}, ValueError, "ignores its ids"),
         ({"output_fn": lambda params, example, key: jnp.ones(2)}, ValueError, "scalar"),
+        ({"output_fn": 3}, TypeError, "^output_fn must be a function"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(given, error, message):

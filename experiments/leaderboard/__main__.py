@@ -28,7 +28,7 @@ DOMAINS: dict[str, Callable[[Path], Domain]] = {
 }
 
 
-BEYOND = ("ASTRA", "Fisher, all layers", "EShampoo", "unrolled, 1 run", "unrolled, 2 runs")
+BEYOND = ("ASTRA", "Fisher, all layers", "EShampoo", domains.UNROLLED_ONCE, domains.UNROLLED)
 """Methods that are compared with EK-FAC."""
 
 

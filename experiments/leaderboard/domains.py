@@ -83,8 +83,11 @@ ITERATIONS = 10
 ENSEMBLE = 8
 """Models of the ensemble of TRAK."""
 
-UNROLLED = 2
+UNROLLED_RUNS = 2
 """Training runs that are unrolled, for the mean of their scores."""
+
+UNROLLED, UNROLLED_ONCE = f"unrolled, {UNROLLED_RUNS} runs", "unrolled, 1 run"
+"""Names of the rows, of classifiers and of the GPT."""
 
 UNROLLED_QUERIES = 12
 """Of the GPT: going back takes a gradient of each step for each query."""
@@ -148,10 +151,10 @@ def classifier(name: str, folder: Path) -> Domain:
         ),
         entry("ASTRA", everything, refine=refine),
         Entry(
-            f"unrolled, {UNROLLED} runs",
+            UNROLLED,
             lambda: _unrolled(
                 [training.step_by_step(model, train).run(jax.random.key(seed))
-                 for seed in range(UNROLLED)],
+                 for seed in range(UNROLLED_RUNS)],
                 training.margin(model), train, asked,
             ),
         ),
@@ -209,7 +212,7 @@ def gpt(folder: Path) -> Domain:
         ),
         entry("ASTRA", everything, refine=refine),
         Entry(
-            "unrolled, 1 run",
+            UNROLLED_ONCE,
             lambda: _unrolled(
                 [tuning.step_by_step(
                     subject.logits_fn, found.train, subject.start,

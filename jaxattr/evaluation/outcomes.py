@@ -15,7 +15,7 @@ from jaxattr.counts import whole_number
 from jaxattr.evaluation.retraining import TrainFn, asking, check_number, random_subsets, trained
 from jaxattr.files import local_file, read_arrays, written_whole
 from jaxattr.identity import Program, digest
-from jaxattr.inputs.outputs import check_output
+from jaxattr.inputs.outputs import check_function, check_output
 from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.keys import check_key
 from jaxattr.sharding import barrier
@@ -83,6 +83,7 @@ def outcomes(
     Cost: models * fraction trainings: 16 by default, and 4 for 16 models.
     """
     n, models = whole_number("n", n), whole_number("models", models, least=8)
+    check_function(output, "output")
     check_number(train_fn, n)
     subset_key, train_key, output_key = jax.random.split(check_key(key), 3)
     masks = _subsets(subset_key, n, models, fraction, pool, strata)

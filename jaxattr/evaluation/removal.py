@@ -14,6 +14,7 @@ from jaxattr.counts import whole_number
 from jaxattr.evaluation.lds import finite_mean
 from jaxattr.evaluation.retraining import TrainFn, asking, check_number, random_subsets, trained
 from jaxattr.evaluation.retrieval import strongest
+from jaxattr.inputs.outputs import check_function
 from jaxattr.keys import check_key
 from jaxattr.scales import widened
 from jaxattr.typing import Batch, Key, OutputFn
@@ -168,6 +169,7 @@ def removal(
       >>> found.proponents[0].count, float(found.proponents[0].outputs[0])
       (2, 8.5)
     """
+    check_function(output_fn, "output_fn")
     seeds = whole_number("seeds", seeds)
     scores = _checked_scores(scores)
     q, n = scores.shape

@@ -220,13 +220,12 @@ def asking(
 
     Args:
       train_fn: (key, ids) -> params.
-      output_fn: (params, example, key) -> scalar.
+      output_fn: (params, example, key) -> scalar; its caller has looked at it, by its own name.
       queries: of a user, [q, ...].
       keys: of training and of the output.
       size: number of ids of a subset.
     """
     check_function(train_fn, "train_fn", ("key", "ids"))
-    check_function(output_fn, "output")
     with _explaining_training():
         shapes = jax.eval_shape(train_fn, keys[0], jax.ShapeDtypeStruct((size,), jnp.int32))
     queries = as_batch(queries, "queries", functools.partial(runs, output_fn, shapes))
