@@ -18,7 +18,7 @@ from experiments.benchmarks import models, timing
 from experiments.benchmarks.models import Subject
 from jaxattr import linear_maps
 
-RANKS = {"gpt": (8, 16, 32), "resnet9": (8, 16, 21, 32), "vit": (8, 16, 32)}
+RANKS = dict.fromkeys(models.ALL, (8, 16, 32)) | {"resnet9": (8, 16, 21, 32)}
 # (model, rank, what): largest ratio of time that was set as a goal.
 GOALS = {
     ("gpt", 16, "dense layers"): 0.70,
