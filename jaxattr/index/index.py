@@ -127,7 +127,8 @@ class Index:
     @property
     def features(self) -> np.ndarray:
         """eta_c K_c phi_c(n) of all checkpoints, [n, c * p]; on the host, so for small indexes."""
-        return self._counted(np.concatenate(self._each(FEATURES), axis=1))
+        each = self._each(FEATURES)
+        return self._counted(each[0] if len(each) == 1 else np.concatenate(each, axis=1))
 
     @property
     def residual(self) -> np.ndarray:

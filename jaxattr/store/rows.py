@@ -328,8 +328,10 @@ def column_of(rows: Rows, name: str, checkpoint: int, columns: slice) -> np.ndar
     layout, parts = rows.layout, []
     start, stop, _ = columns.indices(layout.widths[name])
     for slab in rows.slabs(layout.parts(name), SLAB, checkpoint):
-        values = values_of(name, slab.arrays)[slab.fresh :, :, :, start:stop]
-        part = rows.place.host(values)  # [g, b, 1, width]
+        values = values_of(name, slab.arrays)
+        if stop - start < values.shape[3]:  # else a copy, of all features perhaps
+            values = values[..., start:stop]
+        part = rows.place.host(values)[slab.fresh :]  # [g, b, 1, width]
         parts.append(part.reshape(part.shape[0] * part.shape[1], part.shape[3]))
     return np.concatenate(parts)[: layout.size]
 
@@ -414,8 +416,12 @@ def _compiled_pick(place: Placement, names: tuple[str, ...]) -> Any:
     return jax.jit(place.over_shards(of_shard, (axes, (DATA,)), axes))
 
 
-@jax.jit
 def _of_checkpoint(array: jax.Array, checkpoint: int) -> jax.Array:
+    return array if array.shape[2] == 1 else _taken(array, checkpoint)
+
+
+@jax.jit
+def _taken(array: jax.Array, checkpoint: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(array, checkpoint, 1, axis=2)
 
 
