@@ -55,6 +55,11 @@ def programs_of_other_files_let_go():
     gc.collect()
 
 
+def pytest_collection_finish(session):
+    gc.collect()
+    gc.freeze()  # libraries and tests are not looked at again, a million objects
+
+
 def pytest_sessionfinish(session):
     if not hasattr(session.config, "workerinput"):  # the run itself, and none of its workers
         shutil.rmtree(CACHE, ignore_errors=True)

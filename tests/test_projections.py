@@ -27,7 +27,8 @@ def members(b=2, sizes=(300, 77)):
 
 
 @BY_NAME
-def test_inner_products_are_unbiased(projection):
+def test_inner_products_are_unbiased(projection, monkeypatch):
+    monkeypatch.setattr(random_maps, "_BLOCK_ENTRIES", 1 << 14)  # two blocks of the larger leaf
     x = members()
     flat = jnp.concatenate(list(x.values()), axis=1)
     sizes = {"group": {name: leaf.shape[1] for name, leaf in x.items()}}

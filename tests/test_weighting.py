@@ -100,7 +100,6 @@ def test_the_same_weights_with_and_without_contributions(index, monkeypatch):
 
 
 @QUIET
-@QUIET
 def test_an_example_that_is_not_finite_is_not_above_opponents():
     # It has no contributions, and so a score above those of many examples.
     bad = dict(TRAIN, x=TRAIN["x"].at[39].set(jnp.nan))
