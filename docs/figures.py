@@ -15,7 +15,7 @@ NOTES, README = "BUILD_NOTES.md", "README.md"
 # first value, {1:.0f} the second one rounded, and … anything within a cell of a table.
 # fmt: off
 FIGURES = [
-    ("seconds of digits, language, diffusion, weights", (98, 102, 481, 583, "1,038", 17), {
+    ("seconds of digits, language, diffusion, weights", (98, 102, 481, 583, 851, 14), {
         NOTES: ("{0} s by its own clock, {1} s as a process", ".language`: {2} s",
                 ".diffusion`: {3} s", "mlp, vit, resnet: {4} s"),
         README: "(under two minutes on two cores;",
@@ -52,24 +52,27 @@ FIGURES = [
                 "| EK-FAC | {2} [", "| EK-FAC | {3} [", "| unrolled | {6} [… | {7} ["),
         "trust": ("LDS of {0:.0f} % (MLP) and {1:.0f} % (ViT)", "had {2:.0f} and {3:.0f} %",
                 "had {4:.0f} and {5:.0f} %", "had {6:.0f} % for the very run and {7:.0f} %")}),
-    ("features over a gradient; milliseconds", ("0.70", 0.76, 0.64, 1.02, 3.8, 40, 27, 0.5, 345), {
-        NOTES: ("layers | 16 | {0} (… | {1} |", "{2}, {2}, {2}, 0.68 | {3} |", "`--dense`): {4}",
-                "({5} -> {6} ms)", "{7} ms instead of {8} for"),
-        "how/linear_maps": ("16 | {0} | {1} |", "16 | {2} | {3} |", "take {4} on"),
-        "limits": "signs take {4}.",
+    ("features over a gradient; milliseconds", ("0.70", 0.68, 0.77, "0.65", "1.00", 3.8, 40, 27,
+                                                0.5, 345), {
+        NOTES: ("dense layers | 16 | {1} (… | {2} |", "0.58, {3}, 0.63, 0.63 | 0.99-{4} |",
+                "`--dense`): {5}", "({6} -> {7} ms)", "{8} ms instead of {9} for",
+                "Goals: {0} of dense"),
+        "how/linear_maps": ("16 | {1} | {2} |", "16 | {3} | {4} |", "take {5} on"),
+        "limits": "signs take {5}.",
         "experiments/benchmarks/features.py": '"dense layers"): {0}',
-        "jaxattr/fitting/covariances.py": "{5} ms against {6} for",
-        "jaxattr/fitting/shampoo.py": "{7} ms for [8, 1, 1024] on two cores, {8} ms"}),
-    ("compiling; tokens; tampering", (1.25, 2.3, 7.3, 0.04, "0.30", 607, 393, 1.8), {
-        NOTES: ("| 2.3 | {0} | met |", "{1} to {2} times", "0.28 ({3})", "0.92 ({4})",
+        "jaxattr/fitting/covariances.py": "{6} ms against {7} for",
+        "jaxattr/fitting/shampoo.py": "{8} ms for [8, 1, 1024] on two cores, {9} ms"}),
+    ("compiling; tokens; tampering", (1.25, 2.3, 7.3, 0.1, 0.25, 607, 393, 1.4), {
+        NOTES: ("| 5.4 | {0} | met |", "{1} to {2} times", "0.42 ({3}", "0.58 ({4})",
                 "{5} changes found, {6} without effect", "{7} % of a build"),
-        "CHANGELOG.md": ("1.0 to {0} times what `vmap(grad)` takes; it took {1} to {2} times",
-                         "{3} to 0.3 of the time"),
+        "CHANGELOG.md": ("0.9 to {0} times what `vmap(grad)` takes; it took {1} to {2} times",
+                         "{3} to {4} of the time"),
         "how/identity": ("{5} changes were found, {6} had no effect", "cost {7} % of a build")}),
-    ("store; two stages", (950, 906, 998, 1.05, "1.20", 48, 27, 4.6, 192, 98, 92), {
-        NOTES: ("{0}; float32 695, {1}, 1,397; bfloat16 690, {2}", "score | {3} (", "top_k | {4} (",
+    ("store; two stages", (779, 872, 924, 1.22, 1.26, 48, 27, 4.6, 192, 99, 91), {
+        NOTES: ("431 and {0}; float32 339 and 568, 799 and {1}", "875 and {2}", "score | {3} (",
+                "top_k | {4} (",
                 "{5} kills", "| {6} s | {7} s | {8} s |",
-                "0.91 | 0.{10} | | | both ends | 0.70 | 0.90 | 0.{9} |"),
+                "0.90 | 0.{10} | | | both ends | 0.69 | 0.87 | 0.{9} |"),
         "how/store": ("{0} MB", "at {1} and", "at {2}", "{3} times", "{4} times", "{5} times"),
         "start/pod": ("{6} s | {7} s | {8} s |", "{6} seconds and searched in {7};", "{8} seconds"),
         "methods": ("held {9} % of EK-FAC's", "200 proponents held {10} %")}),
@@ -87,15 +90,15 @@ FIGURES = [
                     "by {14} without those of one unrolled run"),
         "limits": "classifier was {6} %, and that of a GPT {3} %"}),
 ]
-for line in ("TracIn 14.1 0.1 10.3 3.5 12.3 9.5 11.0 1.3 7.2 19.8; GradCos 30.4 1.1 21.7 1.8 38.8 "
-             "2.1 9.3 3.2 7.9 18.6; TRAK 25.5 0.6 15.4 0.9 21.1 4.3 25.4 0.1 37.3 0.2; LoGRA 32.7 "
-             "0.1 19.3 0.2 35.2 3.0 29.2 0.2 33.3 1.9; EK-FAC 37.1 0.4 18.0 0.7 26.4 4.5 18.9 1.4 "
-             "37.7 5.6").split("; "):  # LDS on five models, each with what weights add
+for line in ("TracIn 14.1 +0.1 10.3 +3.5 14.3 +10.1 11.0 +1.3 7.2 +19.8; GradCos 30.4 +1.1 21.7 "
+             "+1.8 38.2 +2.8 9.3 +3.2 7.9 +18.6; TRAK 27.0 +0.7 15.3 +1.2 22.2 +5.0 25.4 +0.1 37.3 "
+             "+0.2; LoGRA 32.3 -0.2 19.3 +0.3 35.3 +3.1 29.2 +0.2 33.3 +1.9; EK-FAC 37.1 +0.4 18.0 "
+             "+0.8 27.1 +5.3 18.9 +1.4 37.7 +5.6").split("; "):  # LDS, and what weights add
     name, *values = line.split()
     FIGURES.append((f"{name} on five models", tuple(values), {
-        NOTES: tuple(f"| {model} {name} (…) | {{{2 * i}}} | +{{{2 * i + 1}}} ["
+        NOTES: tuple(f"| {model} {name} (…) | {{{2 * i}}} | {{{2 * i + 1}}} ["
                      for i, model in enumerate(("mlp", "vit", "resnet", "cifar2", "gpt"))),
-        "methods": f"| {name} |" + " {} (+{}) |" * 5}))
+        "methods": f"| {name} |" + " {} ({}) |" * 5}))
 for line in ("EShampoo 53.9 2.1; EK-FAC 52.4 3.1; K-FAC 37.5 6.0; EK-FAC 37.7 5.6; TRAK 39.4 0.3; "
              "TracIn 4.8 18.6; Fisher 38.8 4.0; GradCos 38.8 2.5; LoGRA 35.4 2.9; ASTRA 33.0 2.4; "
              "EShampoo 29.6 3.9; TRAK 29.7 1.7; EK-FAC 26.6 4.4; TracIn 12.3 9.6").split("; "):
