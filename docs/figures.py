@@ -15,16 +15,16 @@ NOTES, README = "BUILD_NOTES.md", "README.md"
 # first value, {1:.0f} the second one rounded, and … anything within a cell of a table.
 # fmt: off
 FIGURES = [
-    ("seconds of digits, language, diffusion, weights", (98, 102, 481, 583, 851, 14), {
-        NOTES: ("{0} s by its own clock, {1} s as a process", ".language`: {2} s",
+    ("seconds of digits, language, diffusion, weights", (98, 195, 481, 583, 851, 14), {
+        NOTES: ("{0} s by its own clock on one machine of two cores, {1} s on", ".language`: {2} s",
                 ".diffusion`: {3} s", "mlp, vit, resnet: {4} s"),
-        README: "(under two minutes on two cores;",
-        "studies": ("is right; … | under two minutes |", "{5} minutes for the first three",
-                    "states a fact | under ten minutes |", "and DAS | under ten minutes |"),
-        "experiments/digits/__main__.py": "under two minutes",
-        "experiments/language/__main__.py": "under ten minutes",
-        "experiments/diffusion/__main__.py": "under ten minutes"}),
-    ("with weights: TracIn, EK-FAC", (12.3, 21.8, 9.5, 7.2, 19.8, 27, 37.7, 5.6, 43), {
+        README: "(two to four minutes on two cores;",
+        "studies": ("is right; … | two to four minutes |", "{5} minutes for the first three",
+                    "states a fact | ten to twenty minutes |", "and DAS | ten to twenty minutes |"),
+        "experiments/digits/__main__.py": "two to four minutes",
+        "experiments/language/__main__.py": "ten to twenty minutes",
+        "experiments/diffusion/__main__.py": "ten to twenty minutes"}),
+    ("with weights: TracIn, EK-FAC", (14.3, 24.4, 10.1, 7.2, 19.8, 27, 37.7, 5.6, 43), {
         NOTES: ("| resnet | TracIn | {0} | {1} | … | +{2} [", "| gpt TracIn (27) | {3} | +{4} [",
                 "| gpt EK-FAC (27) | {6} | +{7} ["),
         README: "from {0:.0f} to {1:.0f} % on a ResNet and from {3:.0f} to {5} % on the GPT",
@@ -68,7 +68,7 @@ FIGURES = [
         "CHANGELOG.md": ("0.9 to {0} times what `vmap(grad)` takes; it took {1} to {2} times",
                          "{3} to {4} of the time"),
         "how/identity": ("{5} changes were found, {6} had no effect", "cost {7} % of a build")}),
-    ("store; two stages", (779, 872, 924, 1.22, 1.26, 48, 27, 4.6, 192, 99, 91), {
+    ("store; two stages", (779, 872, 924, 1.07, 1.26, 48, 27, 4.6, 192, 99, 91), {
         NOTES: ("431 and {0}; float32 339 and 568, 799 and {1}", "875 and {2}", "score | {3} (",
                 "top_k | {4} (",
                 "{5} kills", "| {6} s | {7} s | {8} s |",

@@ -1,6 +1,6 @@
 """Prints what learned weights do for attribution on real digits, and draws it.
 
-python -m experiments.digits            # a ViT and a ResNet, under two minutes on two cores
+python -m experiments.digits            # a ViT and a ResNet, two to four minutes on two cores
 python -m experiments.digits --full     # more of everything, an MLP, and methods with curvature
 """
 
