@@ -57,7 +57,7 @@ def programs_of_other_files_let_go():
 
 def pytest_collection_finish(session):
     gc.collect()
-    gc.freeze()  # libraries and tests are not looked at again, a million objects
+    gc.freeze()  # libraries and tests are not looked at again
 
 
 def pytest_sessionfinish(session):
