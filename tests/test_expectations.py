@@ -14,7 +14,6 @@ from tests import diffusion_models as toy
 from tests import models
 
 EXACT = projections.identity()
-TWO = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
 
 
 def featurizer(output, projection=EXACT, **options):
@@ -125,8 +124,8 @@ def test_covariances_count_each_draw_as_a_position():
     np.testing.assert_allclose(*curvatures, rtol=1e-9)
 
 
-# K-FAC has the covariances of EK-FAC, and what is kept is decided before factors are summed.
-@pytest.mark.parametrize(("make", "mesh"), [(ja.ekfac, None), (ja.eshampoo, None), (ja.ekfac, TWO)])
+@pytest.mark.parametrize("make", [ja.kfac, ja.ekfac, ja.eshampoo])
+@pytest.mark.parametrize("mesh", [None, jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])])
 def test_an_example_with_a_draw_that_is_not_finite_has_no_part_in_covariances(make, mesh):
     """Its other draws are finite, and its features, means over draws, are not."""
 
