@@ -1,5 +1,7 @@
 """The pieces of the studies of diffusion models."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -228,3 +230,16 @@ def test_relevance_is_a_shared_attribute():
     scores = (train["style"] == 1)[None].astype(float)
     found = study.retrieval(scores, train, queries, "style")
     assert (found.precision[0], found.hit[0], found.recall[0]) == (0.8, True, 1.0)
+
+
+def test_every_number_of_the_table_has_a_heading():
+    from experiments.diffusion import __main__ as study_main
+
+    interval = types.SimpleNamespace(mean=0.2, low=0.1, high=0.3)
+    lds = dict.fromkeys(("uniform", "learned", "fitted to truth"), interval)
+    found = {"DAS": types.SimpleNamespace(lds=lds, difference=interval)}
+    table = study_main.lds_table({"unet": {"held-out": found}})
+    assert [column.header.replace("\n", " ") for column in table.columns] == [
+        "model", "queries", "method", *lds, "learned - uniform"
+    ]  # fmt: skip
+    assert all(next(iter(column.cells)) for column in table.columns)

@@ -1,6 +1,7 @@
 """The parts of the language study that a run does not check by itself."""
 
 import re
+import types
 
 import numpy as np
 import pytest
@@ -135,6 +136,20 @@ def test_kinds_of_facts_have_a_column_each_if_there_are_several():
     assert [column.header for column in plain.columns] == [
         "method", "weights", "recall@1", "MRR", "tail-patch"
     ]  # fmt: skip
+
+
+def test_every_number_of_the_table_has_a_heading():
+    from experiments.language import __main__ as study_main
+
+    interval = types.SimpleNamespace(mean=0.2, low=0.1, high=0.3)
+    lds = dict.fromkeys(("uniform", "learned", "fitted to truth"), interval)
+    result = types.SimpleNamespace(lds=lds, difference=interval)
+    patches = {key: np.ones((3, 2)) for key in (("A", "uniform"), ("A", "learned"), "chance")}
+    table = study_main.lds_table([study_main.Run({"A": result}, {}, {}, patches)])
+    assert [column.header.replace("\n", " ") for column in table.columns] == [
+        "method", *lds, "learned - uniform", "tail-patch uniform", "tail-patch learned"
+    ]  # fmt: skip
+    assert all(next(iter(column.cells)) for column in table.columns)
 
 
 def test_activations_of_the_model_are_compared():

@@ -89,8 +89,8 @@ def lds_table(everything: dict[str, Results]) -> Table:
         "the same kind",
         padding=(0, 0, 0, 1),
     )
-    headings = ("uniform", "unit RMS", "learned", "fitted to truth", "learned - uniform")
-    for heading in ("model", "queries", "method", *headings):
+    first = next(iter(next(iter(next(iter(everything.values())).values())).values()))
+    for heading in ("model", "queries", "method", *first.lds, "learned - uniform"):
         table.add_column(heading.replace(" ", "\n", 1))
     for model, results in everything.items():
         for kind, found in results.items():

@@ -169,12 +169,13 @@ def lds_table(runs: list[Run]) -> Table:
         "change in % of the mean token probability after one step on a top proponent",
         padding=(0, 0, 0, 1),
     )
-    headings = ("method", "uniform", "unit RMS", "learned", "fitted to truth", "learned - uniform")
-    for heading in (*headings, "tail-patch uniform", "learned"):
+    kinds = list(next(iter(runs[0].results.values())).lds)
+    patched = ("tail-patch uniform", "tail-patch learned")
+    for heading in ("method", *kinds, "learned - uniform", *patched):
         table.add_column(heading.replace(" ", "\n", 1))
     for method in runs[0].results:
         found = [run.results[method] for run in runs]
-        cells = [_mean_of([each.lds[kind] for each in found]) for kind in found[0].lds]
+        cells = [_mean_of([each.lds[kind] for each in found]) for kind in kinds]
         difference = _mean_of([each.difference for each in found], "+")
         patches = [
             _interval(np.concatenate([run.texts_patch[method, w] for run in runs]), 3)
@@ -182,7 +183,7 @@ def lds_table(runs: list[Run]) -> Table:
         ]
         table.add_row(method, *cells, difference, *patches)
     chance = np.concatenate([run.texts_patch["chance"] for run in runs])
-    table.add_row("chance", *["-"] * 5, _interval(chance, 3), "")
+    table.add_row("chance", *["-"] * (len(kinds) + 1), _interval(chance, 3), "")
     return table
 
 
