@@ -1,6 +1,9 @@
 """Indexes on disk: the same numbers, and what does not belong together is refused."""
 
+import contextlib
+import itertools
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +15,7 @@ import pytest
 import jaxattr as ja
 from jaxattr import kernels
 from jaxattr.sharding import Placement
+from jaxattr.store.disk_rows import DiskRows
 from jaxattr.store.folder import Folder, StoreError
 from jaxattr.store.ledger import finished
 from tests import models
@@ -256,6 +260,34 @@ def test_extending(path):
         build(path, train=TRAIN, extend=True)
     with pytest.raises(StoreError, match="train: x of .* examples differs"):
         build(path, train=models.data(SIZE + 40, seed=8), extend=True)
+
+
+def test_extending_goes_on_wherever_it_was_killed(path, monkeypatch):
+    """Killed before each change of a file; the same call then ends with the same index."""
+    grown = models.data(SIZE + 20, seed=4)
+    build(path, train=jax.tree.map(lambda x: x[:SIZE], grown))
+    expected = ja.build_index(IDENTITY, CHECKPOINTS, grown, batch_size=BATCH).features
+    for point in itertools.count(1):
+        place, changes = shutil.copytree(path, path.with_name(f"killed-{point}")), []
+
+        def stopping(change, point=point, changes=changes):
+            def changed(*arguments, **options):
+                changes.append(change)
+                if len(changes) == point:
+                    raise Stops
+                return change(*arguments, **options)
+
+            return changed
+
+        with monkeypatch.context() as patched, contextlib.suppress(Stops):
+            for kind, name in (Folder, "write"), (Folder, "delete"), (DiskRows, "create"):
+                patched.setattr(kind, name, stopping(getattr(kind, name)))
+            build(place, train=grown, extend=True)
+        if len(changes) < point:
+            break
+        index = build(place, train=grown, extend=True)
+        np.testing.assert_array_equal(index.features, expected)
+    assert point > 10
 
 
 def test_extending_is_refused_where_the_kernel_depends_on_all(path):

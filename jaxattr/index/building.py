@@ -50,7 +50,17 @@ from jaxattr.store.folder import Folder, StoreError, on_first_process
 from jaxattr.store.lease import Lease
 from jaxattr.store.ledger import Ledger, finished
 from jaxattr.store.recomputed_rows import RecomputedRows
-from jaxattr.store.rows import COLUMNS, ERRORS, EXAMPLES, FEATURES, RAW, MemoryRows, RowLayout, Rows
+from jaxattr.store.rows import (
+    COLUMNS,
+    DIGESTS,
+    ERRORS,
+    EXAMPLES,
+    FEATURES,
+    RAW,
+    MemoryRows,
+    RowLayout,
+    Rows,
+)
 from jaxattr.store.seals import SEALS, save_seals
 from jaxattr.typing import Key, Params
 
@@ -213,7 +223,7 @@ def _build_on_disk(
             f"{folder.path} is not empty and holds no index (found {', '.join(strangers[:3])}): "
             "give another path."
         )
-    limit = _check_manifest(folder, there, complete, here, job, extend)
+    limit = _check_manifest(folder, there, here, job, extend)
     if there is not None:
         _check_data(folder, there, complete, layout, job, verify)
     ledger = Ledger(folder, *process(), lease)
@@ -227,11 +237,11 @@ def _build_on_disk(
         on_first_process(functools.partial(_write_manifest, folder, layout, here))
     ledger.open(barrier, limit)
 
-    def begin() -> None:
-        if there not in (None, here):
-            _write_manifest(folder, layout, here)
+    def begin() -> None:  # in an order in which the same call goes on wherever it is killed
         folder.delete(COMPLETE)
         folder.delete(SEALS)
+        if there not in (None, here):
+            _write_manifest(folder, layout, here)
         for name in layout.widths:
             if name != RAW:
                 rows.create(name)
@@ -254,7 +264,6 @@ def _build_on_disk(
 def _check_manifest(
     folder: Folder,
     there: dict | None,
-    complete: Closed | None,
     here: dict,
     job: BuildJob,
     extend: bool,
@@ -291,11 +300,6 @@ def _check_manifest(
         )
     old = here | {"data": {"examples": before}}
     refuse_others(folder, provenance.differences(there, old))
-    if complete is None or complete.examples != before:
-        raise StoreError(
-            f"{folder.path} is not finished: finish it with its first {before} examples (the same "
-            "call without extend=True), then extend it."
-        )
     return before // job.block
 
 
@@ -315,6 +319,8 @@ def _check_data(
         known = min(before, blocks * layout.block)
     seals = None if complete is None else complete.seals
     rows = DiskRows(folder, dataclasses.replace(layout, size=before), job.place, seals=seals)
+    if complete is None and known:  # an extension may have ended before its arrays had grown
+        on_first_process(functools.partial(rows.create, DIGESTS))
     refuse_others(folder, data_differences(job.source, rows, known, verify))
 
 
