@@ -22,6 +22,7 @@ from jaxattr.weights.agreement import (
     agreement,
     outcome_loss,
 )
+from jaxattr.weights.evidence import gather
 from jaxattr.weights.outcomes import agreed, variance_of_sums
 from jaxattr.weights.report import WeightWarning
 from tests import models
@@ -102,6 +103,35 @@ def test_sums_keep_their_digits_beside_a_large_mean():
     centred = parts - parts.mean(axis=0)
     np.testing.assert_allclose(found.gram[0], centred.T @ centred, rtol=2e-3)
     np.testing.assert_allclose(found.sums[:, 0], centred[:4], atol=3e-3)
+
+
+def test_sums_keep_their_digits_beside_an_outlier():
+    """Which the mean is made of, so that sums about it would hold nothing else."""
+    x = np.random.default_rng(0).normal(size=(300, 1)).astype(np.float32)
+    x[7] = 1e8
+    params = {"w": jnp.ones(1, jnp.float32)}
+    made = ja.build_index(ja.tracin(lambda p, e, key: p["w"] @ e), params, x)
+    masks = np.random.default_rng(1).random((20, 300)) < 0.5
+    masks[:, 7] = False
+    sums = evaluation.subset_contributions(made, np.ones((1, 1), np.float32), masks)
+    expected = masks @ x.astype(np.float64)
+    np.testing.assert_allclose(sums[0], expected, atol=1e-4 * expected.std())
+
+
+@QUIET
+def test_subsets_of_different_sizes_predict_what_their_sums_do():
+    x = np.abs(np.random.default_rng(0).normal(size=(60, 3)))
+    queries = np.abs(np.random.default_rng(1).normal(size=(12, 3)))
+    params = {"a": jnp.ones(2), "b": jnp.ones(1)}
+    output = lambda p, e, key: p["a"] @ e[:2] + p["b"] @ e[2:]  # noqa: E731
+    made = ja.build_index(ja.tracin(output), params, x, groups=ja.by_leaf())
+    masks = np.random.default_rng(2).random((2000, 60)) < 0.4
+    outputs = masks @ np.asarray(ja.score(made, queries)).T
+    evidence = gather(made, queries, ja.Outcomes(masks, outputs), None)[0]
+    predicted = np.asarray(evidence.sums.predictions(jnp.ones(2)))
+    centred = outputs - outputs.mean(axis=0)
+    np.testing.assert_allclose(predicted, centred / outputs.std(axis=0), atol=0.15)
+    assert ja.learn_weights(made, queries, outcomes=ja.Outcomes(masks, outputs)).gain.uniform > 0.95
 
 
 def test_agreement_is_the_correlation_of_predictions_with_ranks():
@@ -366,6 +396,8 @@ def test_outputs_of_the_wrong_sign_are_warned_of():
 @QUIET
 def test_any_optimizer_of_optax():
     fit = fitted()
+    searching = ja.learn_weights(index(), QUERIES, optimizer=optax.lbfgs(), steps=20)
+    assert searching.losses[-1] < searching.losses[0]
     adam = ja.learn_weights(
         index(), QUERIES, outcomes=outcomes(), optimizer=optax.adam(0.05), steps=2000
     )
@@ -582,6 +614,38 @@ def test_a_train_function_that_ignores_what_it_is_given():
         )
 
 
+@QUIET
+def test_queries_may_hold_keys():
+    def noisy(params, example, key):
+        return params["w"] @ (example["x"] + 0.1 * jax.random.normal(example["key"], (3,)))
+
+    def data(n):
+        keys = jax.random.split(jax.random.key(n), n)
+        return {"x": np.random.default_rng(n).normal(size=(n, 3)), "key": keys}
+
+    made = ja.build_index(ja.tracin(noisy), {"w": jnp.ones(3)}, data(N))
+    outputs = np.random.default_rng(0).normal(size=(R, Q))
+    fit = ja.learn_weights(made, data(Q), outcomes=ja.Outcomes(MASKS, outputs))
+    assert len(fit.learned_from) == Q
+
+
+def test_copies_that_uniform_weights_say_less_than_nothing_of_do_not_turn_the_loss_round():
+    one = LinearSums(np.array([[[-1.0, 0.2]]]), np.eye(2)[None])
+    evidence = Evidence(LinearSums(np.zeros((8, 1, 2)), np.eye(2)[None]), np.zeros((8, 1)), one)
+    strengths = Strengths(jnp.ones(8), jnp.zeros(()), jnp.ones(()), jnp.zeros(()))
+    worse, better = (outcome_loss(jnp.array(w), evidence, strengths) for w in ([2, 0.1], [0.1, 2]))
+    assert better < 0 < worse
+
+
+def test_contributions_that_are_all_zero_are_refused():
+    made = ja.build_index(
+        ja.tracin(lambda p, e, key: p["w"] @ e * (e[0] > 9)), {"w": jnp.ones(3)}, np.ones((N, 3))
+    )
+    outputs = np.random.default_rng(0).normal(size=(R, 2))
+    with pytest.raises(ValueError, match="Every contribution is zero"):
+        ja.learn_weights(made, np.ones((2, 3)), outcomes=ja.Outcomes(MASKS, outputs))
+
+
 def test_outcomes_know_their_queries():
     found = made()
     other = models.data(Q, seed=9)
@@ -740,6 +804,8 @@ def test_noise_is_on_floats_alone_and_of_the_size_that_is_said():
     np.testing.assert_array_equal(copies["y"], ids)
     assert (copies["x"] - train["x"][ids]).std() == pytest.approx(1.5, rel=0.05)
     np.testing.assert_array_equal(ja.noised(train, ids, KEY, scale=0.5)["x"], copies["x"])
+    train["x"][150, 3] = np.nan  # alone, and no other copy with it
+    assert np.argwhere(np.isnan(ja.noised(train, ids, KEY)["x"])).tolist() == [[50, 3]]
     with pytest.raises(ValueError, match="holds floats.*make copies of your own"):
         ja.noised({"tokens": np.zeros((5, 3), np.int32)}, [0, 1], KEY)
     for wrong in ([0, 500], [0.5], [[1]], []):

@@ -146,7 +146,7 @@ def test_it_says_so():
 @pytest.mark.filterwarnings("ignore::jaxattr.weights.report.WeightWarning")
 @pytest.mark.parametrize("name", ["tracin", "ekfac"])
 def test_weights_learned_from_outcomes_are_the_same(name):
-    masks = np.random.default_rng(0).random((24, 37)) < 0.5
+    masks = ja.evaluation.random_subsets(jax.random.key(0), 37, 24)
     outputs = masks @ np.random.default_rng(1).normal(size=(37, 12))
     outcomes = ja.Outcomes(masks, outputs)
     fits = [ja.learn_weights(index, QUERIES, outcomes=outcomes) for index in both(name)]

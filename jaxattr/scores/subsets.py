@@ -254,7 +254,10 @@ def _of_slab(
     parts = parts.reshape(parts.shape[0], -1, parts.shape[-1])  # [q, r, m]
     parts = jnp.where(counted[None, :, None], parts, 0).astype(wide(parts.dtype))
     total, count = place.sum_shards((parts.sum(axis=1), counted.sum()))
-    shift = total / jnp.maximum(count, 1).astype(total.dtype)
+    # About the mean, unless it is that of a few outliers: the others would lose their digits to it.
+    squares = place.sum_shards((parts**2).sum(axis=1))
+    number = jnp.maximum(count, 1).astype(total.dtype)
+    shift = jnp.where(2 * total**2 > number * squares, total / number, 0)
     chosen = (subsets.reshape(len(subsets), len(ids)) & counted[None]).astype(parts.dtype)
     named = ids.astype(own.dtype)[None] == own[:, None]  # [q, r]
     named = (named & counted[None]).astype(parts.dtype)

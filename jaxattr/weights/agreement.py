@@ -122,7 +122,7 @@ def outcome_loss(weights: Any, evidence: Evidence, strengths: Strengths) -> jax.
     r"""The loss of weights under evidence of retrained models, a pure function of a weight pytree.
 
     .. math:: -\frac{\operatorname{mean}_s d_s - \tau \operatorname{se}_s d_s}{J}
-              - \mu \Big[\frac{J_c(w)}{J_c(1)} - 1\Big] + \lambda \operatorname{var}_j \log w_j
+              - \mu \frac{J_c(w) - J_c(1)}{|J_c(1)|} + \lambda \operatorname{var}_j \log w_j
 
     with :math:`d_s = J_s(w) - J_s(1)`, J the mean of J_s(1) or two of its standard errors, if that
     is larger, and J_c the mean prediction, for a copy, of the example that it was made of.
@@ -146,7 +146,8 @@ def outcome_loss(weights: Any, evidence: Evidence, strengths: Strengths) -> jax.
     gain = (mean - strengths.caution * error) / unit
     if copies is not None:
         found, before = copies.predictions(w).mean(), copies.predictions(uniform).mean()
-        gain = gain + strengths.copies * (found / before - 1)
+        # Where uniform weights predict less than nothing, more of it is no gain.
+        gain = gain + strengths.copies * (found - before) / jnp.maximum(jnp.abs(before), 1e-12)
     return strengths.pull * jnp.var(jnp.log(w)) - gain
 
 

@@ -52,7 +52,8 @@ def noised(train: Any, ids: Any, key: Key, *, scale: float = 0.4) -> Batch:
     def noise(leaf: np.ndarray) -> np.ndarray:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
-        drawn = scale * leaf.astype(np.float64).std() * generator.standard_normal(leaf.shape)
-        return (leaf + drawn).astype(leaf.dtype)
+        wide = leaf.astype(np.float64)
+        deviation = wide.std(where=np.isfinite(wide))  # one that is not finite spoils no others
+        return (leaf + scale * deviation * generator.standard_normal(leaf.shape)).astype(leaf.dtype)
 
     return jax.tree.map(noise, copies)

@@ -56,7 +56,7 @@ def gather(
         found.ranks,
         LinearSums(own[0].own[None], own[0].gram / own[0].examples) if own else None,
     )
-    statistics = ContributionStatistics(sums.squares, sums.largest, sums.examples)
+    statistics = ContributionStatistics(sums.squares, sums.largest, sums.examples).checked()
     return evidence, statistics, found
 
 
@@ -69,8 +69,11 @@ def _only(prepared: QueryFeatures, kept: np.ndarray) -> jax.Array:
 def _sums(found: SubsetSums, masks: np.ndarray) -> Sums:
     if found.products is not None:
         return SquaredSums(found.products - found.products.mean(axis=0))
+    beyond = found.sizes - found.sizes.mean()  # larger subsets have larger sums
+    sums = found.sums + beyond[:, None, None] * found.mean
     gram = found.gram * variance_of_sums(masks, found.examples)
-    return LinearSums(found.sums - found.sums.mean(axis=0), gram)
+    gram += beyond.var() * found.mean[:, :, None] * found.mean[:, None]
+    return LinearSums(sums - sums.mean(axis=0), gram)
 
 
 def _of_copies(index: Index, copies: tuple[Any, Any]) -> Asked:

@@ -186,9 +186,7 @@ def _listed(index: Index, phi: jax.Array, top_k: int, w: Any) -> Shortlist:
 
 def _statistics(listed: Shortlist, n: int) -> ContributionStatistics:
     squares = np.einsum("qmm->qm", np.asarray(listed.gram, np.float64))
-    if not squares.any():
-        raise ValueError("Every contribution is zero: there is nothing to weight.")
-    return ContributionStatistics(squares, np.asarray(listed.largest, np.float64), n)
+    return ContributionStatistics(squares, np.asarray(listed.largest, np.float64), n).checked()
 
 
 def _unit_rms(statistics: ContributionStatistics) -> np.ndarray:

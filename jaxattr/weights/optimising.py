@@ -140,7 +140,8 @@ def run(
       l2: strength of the pull towards the start.
       options: of the fit.
     """
-    m, optimizer, listed = len(gauge), _optimizer(options), listed.rows(rows)
+    m, listed = len(gauge), listed.rows(rows)
+    optimizer = optax.with_extra_args_support(_optimizer(options))  # some search along a line
     first, scale = state.step, jnp.where(loss_at_start == 0, 1, abs(loss_at_start))
 
     def objective(theta: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -151,7 +152,10 @@ def run(
 
     def update(state: LoopState) -> LoopState:
         (loss, certain), gradient = jax.value_and_grad(objective, has_aux=True)(state.theta)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.theta)
+        updates, optimizer_state = optimizer.update(
+            gradient, state.optimizer, state.theta,
+            value=loss, grad=gradient, value_fn=lambda theta: objective(theta)[0],
+        )  # fmt: skip
         theta = optax.apply_updates(state.theta, updates)
         losses = state.losses.at[state.step].set(loss.astype(state.losses.dtype))
         certain |= state.step == first  # the pass was made with these very weights

@@ -5,6 +5,7 @@ import hashlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.identity import Contents
@@ -164,9 +165,14 @@ def digests_of_queries(queries: Any) -> list[bytes]:
     """
     if not _are_arrays(queries):
         return []
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(queries)]
+    leaves = [_bits(leaf) for leaf in jax.tree.leaves(queries)]
     rows = (b"".join(leaf[i].tobytes() for leaf in leaves) for i in range(len(leaves[0])))
     return [hashlib.sha256(row).digest() for row in rows]
+
+
+def _bits(leaf: Any) -> np.ndarray:
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
 
 
 def _are_arrays(queries: Any) -> bool:

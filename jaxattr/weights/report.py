@@ -177,6 +177,12 @@ class ContributionStatistics(NamedTuple):
     largest: np.ndarray
     n: int
 
+    def checked(self) -> "ContributionStatistics":
+        """Returns them; raises `ValueError` if all contributions are zero."""
+        if not self.squares.any():
+            raise ValueError("Every contribution is zero: there is nothing to weight.")
+        return self
+
     def rms(self) -> np.ndarray:
         """Root mean square of each group's contributions, [m]."""
         return np.sqrt(self.squares.mean(axis=0) / self.n)
