@@ -86,6 +86,18 @@ def test_conjugate_gradients_report_where_they_end():
     assert np.isfinite(ja.score(short, QUERIES)).all()
 
 
+def test_a_solve_that_ends_in_no_number_is_reported_in_memory_and_on_disk(tmp_path):
+    def rough(params, example, key):  # whose curvature is infinite where it fits exactly
+        return jnp.abs(params["w"] @ example["x"] - example["y"]) ** 1.5
+
+    x = np.random.default_rng(0).normal(size=(4, 2))
+    train = {"x": x, "y": x.sum(axis=1)}
+    method = ja.influence(rough, damping=ja.absolute(0.1), solver="cg")
+    for where in ({}, {"path": tmp_path / "index"}):
+        with pytest.warns(ConvergenceWarning, match="4 of 4 solves did not converge: .*up to inf"):
+            ja.build_index(method, {"w": jnp.ones(2)}, train, **where)
+
+
 def test_negative_curvature_is_reported_and_is_no_nan():
     method = ja.influence(models.loss, damping=ja.absolute(1e-6), solver="cg", iterations=5)
     with pytest.warns(ConvergenceWarning, match="negative eigenvalues"):

@@ -278,6 +278,8 @@ def test_bad_damping_paths():
         path(method, [])
     with pytest.raises(ValueError, match="no path, no mesh"):
         path(method, [ja.relative(0.1)], path="somewhere")
+    with pytest.raises(ValueError, match="no store=False"):
+        path(method, [ja.relative(0.1)], store=False)
 
 
 def test_a_diverged_checkpoint_is_named():

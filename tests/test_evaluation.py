@@ -147,6 +147,15 @@ def test_few_subsets_have_no_interval(m):
     assert ("(no interval)" in str(found)) == (m < 8)
 
 
+def test_resamples_without_a_correlation_do_not_count():
+    outputs = np.eye(12)[:, :1]  # of one query, which one subset in three resamples lacks
+    masks = evaluation.random_subsets(jax.random.key(0), 20, 12)
+    found = evaluation.lds(np.random.default_rng(0).normal(size=(1, 20)), masks, outputs)
+    assert np.isnan(found.resampled).any() and found.low <= found.mean <= found.high
+    other = evaluation.lds(np.random.default_rng(1).normal(size=(1, 20)), masks, outputs)
+    assert np.isfinite(vars(evaluation.paired_difference(found, other)).popitem()[1])
+
+
 def test_masks_may_be_zeros_and_ones_but_no_ids():
     scores, masks, outputs = random_problem()
     expected = ja.lds(scores, masks, outputs).per_query

@@ -103,10 +103,22 @@ def test_scores_past_the_range_are_infinite_and_said(path, tmp_path):
         assert np.isposinf(scores[2, 2]) and np.isinf(scores).sum() == 1
         finite = np.isfinite(scores)
         np.testing.assert_allclose(scores[finite], expected[finite], rtol=1e-5)
+    with pytest.warns(ja.NonFiniteWarning, match="1 scores .* of float32 .*Rows 2 of the result"):
+        ja.score(index, {"x": x}, path=tmp_path / "scores")
     with pytest.warns(ja.NonFiniteWarning, match="Rows 2"):
         own = np.asarray(ja.self_influence(index))
     assert np.isposinf(own[2])
     np.testing.assert_allclose(np.delete(own, 2), np.delete(np.diag(expected), 2), rtol=1e-5)
+
+
+def test_a_weight_of_a_checkpoint_that_takes_an_example_past_the_range_leaves_it_out():
+    x = with_outlier(1e38)
+    method = ja.tracin(linear, checkpoint_weights=[10.0])
+    with pytest.warns(ja.NonFiniteWarning, match="1 of .* training examples.*ids 2"):
+        index = ja.build_index(method, PARAMS, {"x": x}, groups=GROUPS)
+    expected = 10 * oracle(x, X[:2])
+    expected[:, 2] = 0
+    np.testing.assert_allclose(ja.score(index, {"x": X[:2]}), expected, rtol=1e-5)
 
 
 def test_squares_past_the_range():

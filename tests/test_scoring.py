@@ -121,6 +121,17 @@ def test_attributor_in_a_jit_that_comes_first_leaves_the_index_whole():
     np.testing.assert_array_equal(got.ids, attribute(QUERIES).ids)
 
 
+def test_scores_can_be_traced_by_their_weights():
+    names = index("tracin").layout.names
+    phi = ja.query_features(index("tracin"), QUERIES)
+    weigh = lambda w: dict(zip(names, w, strict=True))  # noqa: E731
+    total = lambda w: ja.score(index("tracin"), phi, weights=weigh(w)).sum()  # noqa: E731
+    expected = np.asarray(ja.contributions(index("tracin"), phi)).sum(axis=(0, 1))
+    np.testing.assert_allclose(jax.grad(total)(jnp.ones(3)), expected, rtol=1e-9)
+    top = jax.jit(lambda w: ja.top_k(index("tracin"), phi, k=4, weights=weigh(w)))(jnp.ones(3))
+    np.testing.assert_array_equal(top.ids, ja.top_k(index("tracin"), phi, k=4).ids)
+
+
 def test_positive_scores_are_proponents():
     # One step of training on n lowers the query's loss by about the step times the TracIn score.
     built = ja.build_index(

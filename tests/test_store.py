@@ -262,6 +262,22 @@ def test_extending(path):
         build(path, train=models.data(SIZE + 40, seed=8), extend=True)
 
 
+def test_an_index_that_is_extended_elsewhere_has_to_be_opened_again(path):
+    build(path)
+    opened = ja.open_index(path, IDENTITY, CHECKPOINTS)
+    longer = models.data(SIZE + 20, seed=4)
+    grown = jax.tree.map(lambda a, b: jnp.concatenate([a, b[SIZE:]]), TRAIN, longer)
+    build(path, train=grown, extend=True)
+    with pytest.raises(StoreError, match="extended since it was opened here, open it again"):
+        ja.score(opened, QUERIES)
+
+
+def test_columns_may_be_apart(path):
+    rows = build(path).rows
+    whole = rows.column("features", 1)
+    np.testing.assert_array_equal(rows.column("features", 1, slice(1, None, 3)), whole[:, 1::3])
+
+
 def test_extending_goes_on_wherever_it_was_killed(path, monkeypatch):
     """Killed before each change of a file; the same call then ends with the same index."""
     grown = models.data(SIZE + 20, seed=4)

@@ -41,7 +41,7 @@ def damping_path(
       checkpoints: as in `build_index`.
       train: the training data: arrays with a leading axis, or a random-access source.
       dampings: `ja.relative(x)` or `ja.absolute(x)`, above 0.
-      **options: of `build_index`, except for a path, a mesh, and a dtype of one byte.
+      **options: of `build_index`, except for a path, a mesh, store=False, and a dtype of one byte.
 
     Yields:
       The damping and its index, in the order given.
@@ -67,8 +67,12 @@ def damping_path(
         )
     if not dampings:
         raise ValueError("dampings is empty: a path needs at least one.")
-    if options.get("path") is not None or options.get("mesh") is not None:
-        raise ValueError("A damping path is computed in memory on one device: no path, no mesh.")
+    elsewhere = options.get("path") is not None or options.get("mesh") is not None
+    if elsewhere or not options.get("store", True):
+        raise ValueError(
+            "A damping path is computed from features in the memory of one device: no path, no "
+            "mesh, no store=False."
+        )
     dtype = options.get("dtype")
     if dtype is not None and is_compressed(dtype):
         raise ValueError(

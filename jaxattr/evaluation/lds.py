@@ -145,11 +145,11 @@ def lds_of_predictions(predicted: Any, outputs: Any, *, resamples: int = 1000) -
     resampled = np.array([finite_mean(correlations) for correlations in resampled])
     if m < FEWEST_FOR_AN_INTERVAL:
         resampled = np.full_like(resampled, np.nan)
-    low, high = np.quantile(resampled, [0.025, 0.975]) if kept.any() else (np.nan, np.nan)
+    low, high = _ends(resampled)
     return LDS(
         mean=finite_mean(per_query),
-        low=float(low),
-        high=float(high),
+        low=low,
+        high=high,
         per_query=per_query,
         skipped=int((~kept).sum()),
         resampled=resampled,
@@ -185,8 +185,15 @@ def paired_difference(first: LDS, second: LDS) -> Difference:
             f"{alone[:10].tolist()}, so that the means are of other queries: leave these out of "
             "both."
         )
-    low, high = np.quantile(first.resampled - second.resampled, [0.025, 0.975])
-    return Difference(mean=first.mean - second.mean, low=float(low), high=float(high))
+    low, high = _ends(first.resampled - second.resampled)
+    return Difference(mean=first.mean - second.mean, low=low, high=high)
+
+
+def _ends(resampled: np.ndarray) -> tuple[float, float]:
+    """Of the 95 % interval; resamples in which no query has a correlation do not count."""
+    known = resampled[np.isfinite(resampled)]
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
+    return float(low), float(high)
 
 
 def finite_mean(values: np.ndarray) -> float:

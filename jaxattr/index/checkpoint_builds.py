@@ -308,8 +308,11 @@ def _kept(clean: CleanFeatures) -> dict[str, jax.Array]:
 @functools.lru_cache(maxsize=16)
 def _compiled_identity(place: Placement, layout: FeatureLayout, eta: float) -> Any:
     def prepare(clean: CleanFeatures) -> dict[str, jax.Array]:
-        phi = clean.features
-        scaled = phi if eta == 1 else phi * eta
+        phi, scaled = clean.features, clean.features
+        if eta != 1:  # which may take the largest past the range of floats
+            kept = clean.kept & jnp.isfinite(phi * eta).all(axis=1)
+            phi = jnp.where(kept[:, None], phi, 0)
+            scaled, clean = phi * eta, clean._replace(kept=kept)
         selves = _self_contributions(layout, phi, scaled)
         return {FEATURES: scaled, SELF: selves} | _kept(clean)
 
@@ -392,8 +395,12 @@ def apply_kernel(
     if not isinstance(kernel, Iterates):
         return both, None
     measure = kernel.residual
-    residual = place.jit(lambda *args: measure(*args)[:, None], DATA)
-    return both, residual
+
+    def residual(*given: Any) -> jax.Array:
+        found = measure(*given)[:, None]
+        return jnp.where(jnp.isnan(found), jnp.inf, found)  # NaN stands for what was never written
+
+    return both, place.jit(residual, DATA)
 
 
 @functools.lru_cache(maxsize=16)

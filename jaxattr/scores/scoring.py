@@ -2,7 +2,6 @@
 
 import functools
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, overload
 
@@ -14,7 +13,7 @@ import tensorstore
 from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.counts import whole_number
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.index.index import Index, NonFiniteWarning, check_index, first_ids, self_contributions
+from jaxattr.index.index import Index, check_index, self_contributions
 from jaxattr.index.queries import (
     QueryArrays,
     QueryFeatures,
@@ -30,7 +29,7 @@ from jaxattr.scores import ranking
 from jaxattr.scores.candidates import checked_candidates, in_parts, warn_of_non_finite
 from jaxattr.scores.ranking import TopK
 from jaxattr.scores.weighting import weights_for
-from jaxattr.scores.writing import written
+from jaxattr.scores.writing import warn_of_overflow, written
 from jaxattr.sharding import DATA, Placement
 from jaxattr.store.arrays import check_vacant
 from jaxattr.store.folder import Folder
@@ -389,18 +388,10 @@ def _exponent(index: Index, slab: Slab) -> np.ndarray:
 
 
 def _warn_of_overflow(scores: Any) -> None:
-    """Warns of scores that are past the range of their type, which are infinite."""
-    infinite = np.isinf(np.asarray(scores))
-    if infinite.any():
-        rows = np.flatnonzero(infinite.reshape(len(infinite), -1).any(axis=1))
-        warnings.warn(
-            f"{infinite.sum()} scores are past the range of {scores.dtype} and are returned as "
-            f"infinite, with their sign; they are ranked by their true size. Rows {first_ids(rows)}"
-            " of the result hold them. Scale the loss down, or look at examples with huge "
-            "gradients.",
-            NonFiniteWarning,
-            stacklevel=3,
-        )
+    """Warns of scores that are infinite, where they have values: not under `jit` or `grad`."""
+    if not isinstance(scores, jax.core.Tracer):
+        infinite = np.isinf(np.asarray(scores))
+        warn_of_overflow(infinite.reshape(len(infinite), -1).sum(axis=1), scores.dtype)
 
 
 @jax.jit

@@ -1,13 +1,14 @@
 """Scores written to disk block by block, where they are more than fit memory."""
 
 import functools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxattr.index.index import Index
+from jaxattr.index.index import Index, NonFiniteWarning, first_ids
 from jaxattr.index.queries import QueryFeatures
 from jaxattr.sharding import barrier
 from jaxattr.store.arrays import finish_scores, score_array, write_scores
@@ -30,7 +31,7 @@ def written(index: Index, queries: int, groups: Iterator[Scored], folder: Folder
     Returns:
       The array on disk, [q, n].
     """
-    array, row = None, 0
+    array, row, infinite = None, 0, np.zeros(queries, int)
     for prepared, blocks in groups:
         if array is None:
             array = _made(index, queries, prepared.features.dtype, folder)
@@ -39,11 +40,32 @@ def written(index: Index, queries: int, groups: Iterator[Scored], folder: Folder
             part = np.array(scores[:, slab.fresh :]).reshape(len(scores), -1)
             part = part[:, : index.size - first]
             part[prepared.non_finite] = np.nan
+            infinite[row : row + len(part)] += np.isinf(part).sum(axis=1)
             on_first_process(functools.partial(write_scores, folder, array, (row, first), part))
         row += len(prepared.features)
     on_first_process(functools.partial(finish_scores, folder))
     barrier("scores written")
+    if array is not None:
+        warn_of_overflow(infinite, array.dtype.numpy_dtype)
     return array
+
+
+def warn_of_overflow(infinite: np.ndarray, dtype: Any) -> None:
+    """Warns of scores that are past the range of their type.
+
+    Args:
+      infinite: how many there are of each query, [q].
+      dtype: of the scores.
+    """
+    if infinite.any():
+        warnings.warn(
+            f"{infinite.sum()} scores are past the range of {dtype} and are returned as infinite, "
+            f"with their sign; they are ranked by their true size. Rows "
+            f"{first_ids(np.flatnonzero(infinite))} of the result hold them. Scale the loss down, "
+            "or look at examples with huge gradients.",
+            NonFiniteWarning,
+            stacklevel=4,
+        )
 
 
 def _made(index: Index, queries: int, dtype: Any, folder: Folder) -> Any:

@@ -261,6 +261,8 @@ class DiskRows:
         for part, value in here.items():
             if there.get(part) != value:
                 why = f"its {part} is {there.get(part)}, and must be {value}"
+                if part == "shape" and there[part][0] > value[0]:
+                    why += ". If the index was extended since it was opened here, open it again"
                 raise malformed(self.folder, f"{key}/zarr.json", why)
 
     def _write(self, computed: tuple[int, int, dict[str, jax.Array]] | None) -> None:

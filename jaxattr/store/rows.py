@@ -326,11 +326,11 @@ def values_of(name: str, arrays: Mapping[str, jax.Array]) -> jax.Array:
 def column_of(rows: Rows, name: str, checkpoint: int, columns: slice) -> np.ndarray:
     """Returns columns of one array for all examples, [n, width], slab by slab; see `Rows`."""
     layout, parts = rows.layout, []
-    start, stop, _ = columns.indices(layout.widths[name])
+    start, stop, step = columns.indices(layout.widths[name])
     for slab in rows.slabs(layout.parts(name), SLAB, checkpoint):
         values = values_of(name, slab.arrays)
-        if stop - start < values.shape[3]:  # else a copy, of all features perhaps
-            values = values[..., start:stop]
+        if (start, stop, step) != (0, values.shape[3], 1):  # else a copy, of all features perhaps
+            values = values[..., start:stop:step]
         part = rows.place.host(values)[slab.fresh :]  # [g, b, 1, width]
         parts.append(part.reshape(part.shape[0] * part.shape[1], part.shape[3]))
     return np.concatenate(parts)[: layout.size]
