@@ -300,6 +300,8 @@ def _of_targets(
 
     def of_row(params: Params, example: Example, key: Key) -> jax.Array:
         mask, targets = example["mask"], example["targets"]
+        if jnp.ndim(mask) != 1:
+            raise ValueError(f"a row of tokens is [t], and the mask of this one {list(mask.shape)}")
         # Those that do not count may be anything, such as -100.
         asked = jnp.where(mask.astype(bool), targets, jnp.zeros_like(targets))
         return function(log_probabilities(logits_fn(params, example), asked), mask)

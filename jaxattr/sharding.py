@@ -152,7 +152,8 @@ class Placement:
           axes: of the path of each, as in `jax.tree_util`: how it is spread, as in `sharding`.
         """
         paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
-        described = tuple((leaf.shape, np.dtype(leaf.dtype), axes(path)) for path, leaf in paths)
+        canonical = jax.dtypes.canonicalize_dtype
+        described = tuple((leaf.shape, canonical(leaf.dtype), axes(path)) for path, leaf in paths)
         return jax.tree.unflatten(structure, _compiled_zeros(self, described)())
 
     def batch(self, read: Callable[[np.ndarray], Batch], rows: np.ndarray) -> Batch:

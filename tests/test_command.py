@@ -120,7 +120,7 @@ def test_extend(place):
     lines += "grown = jax.tree.map(lambda x: jnp.concatenate([x, x[:7]]), old)\n"
     task.write_text("import jax\n" + lines + task.read_text())
     refused = call("build", task, "--path", place / "index", code=1)
-    assert "data.examples: the index has 53, got 60" in refused.stderr
+    assert "train: the index has 53 examples, got 60; extend=True adds" in refused.stderr
     extended = call("build", task, "--path", place / "index", "--extend")
     assert extended.stderr.startswith("built in ") and "examples     60" in extended.stdout
 
@@ -230,6 +230,8 @@ def test_weights_are_learned_kept_and_used(place, few_at_once):
     expected = ja.top_k(index, QUERIES, k=3, weights=fit)
     scores = [each["scores"] for each in found]
     np.testing.assert_allclose(scores, expected.scores, rtol=1e-12)
+    said = call("top", task, "--path", path, "--k", 3).stderr
+    assert ("not shown to be above zero: --uniform" in said) == (fit.gain.low <= 0)
     uniform = as_json("top", task, "--path", path, "--k", 3, "--uniform")["queries"]
     assert uniform != found
     again = as_json("weights", task, "--path", path, "--models", 8)

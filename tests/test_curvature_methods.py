@@ -91,7 +91,7 @@ def test_a_solve_that_ends_in_no_number_is_reported_in_memory_and_on_disk(tmp_pa
         return jnp.abs(params["w"] @ example["x"] - example["y"]) ** 1.5
 
     x = np.random.default_rng(0).normal(size=(4, 2))
-    train = {"x": x, "y": x.sum(axis=1)}
+    train = {"x": x, "y": x.sum(axis=1) + np.array([0, 0, 0, 0.5])}
     method = ja.influence(rough, damping=ja.absolute(0.1), solver="cg")
     for where in ({}, {"path": tmp_path / "index"}):
         with pytest.warns(ConvergenceWarning, match="4 of 4 solves did not converge: .*up to inf"):

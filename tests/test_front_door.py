@@ -19,7 +19,7 @@ from jaxattr.inputs.data import as_data
 from jaxattr.sources import as_source
 
 X = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
-Y = np.arange(40) % 2
+XS, Y = jnp.asarray(X), np.arange(40) % 2
 D, P, KEY = {"x": X}, {"w": jnp.ones((4, 2), jnp.float32)}, jax.random.key(0)
 ONE = {"x": X[0]}
 
@@ -35,6 +35,11 @@ def margin(params, example, key):
 M = ja.tracin(loss)
 INDEX = ja.build_index(M, P, D)
 FIT = ja.learn_weights(INDEX, D, steps=2)
+
+
+def cross_entropy(params, example, key):
+    logits = example["x"] @ params["w"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, example["y"])
 
 
 def build(train, output=loss, params=P, **options):
@@ -128,6 +133,7 @@ def recurrent_loss(params, example, key):
     return nnx.merge(RNN[0], params, RNN[2])(example["x"]).sum()
 
 
+ROWS_IN_BATCHES = {name: np.ones((3, 2, 4), int) for name in ("inputs", "targets", "mask")}
 VARIABLES = Regressor().init(KEY, X)
 LINEN = Regressor()
 MODULE = Nnx()
@@ -532,6 +538,55 @@ WRONG = {  # name: (call, error, words)
         lambda: ja.retrain(lambda key, ids: P, [[1, 2], [3, 4]], KEY), ValueError,
         ["int64 [2, 2]", "mask[ids] = True"],
     ),
+    "arguments of training swapped": (
+        lambda: ja.retrain(lambda ids, key: {"w": XS[ids].sum() * jax.random.normal(key)},
+                           np.eye(40, dtype=bool), KEY), TypeError,
+        ["called as (key, ids)", "train_fn(ids, key)"],
+    ),
+    "a key for masks": (
+        lambda: ja.retrain(lambda key, ids: P, KEY, np.eye(40, dtype=bool)), ValueError,
+        ["masks come before the key"],
+    ),
+    "training that returns more": (
+        lambda: ja.outcomes(lambda key, ids: (P, XS[ids]), loss, D, 40, key=KEY, models=8),
+        ValueError, ["runs on the first", "train_fn must return it alone"],
+    ),
+    "arguments swapped": (
+        lambda: build(D, lambda example, params, key: loss(params, example, key)), ValueError,
+        ["first two arguments swapped", "(params, example, key)"],
+    ),
+    "fields by position": (
+        lambda: build(D, lambda p, e, key: loss(p, {"x": e[0]}, key)), ValueError,
+        ["KeyError: 0", "by name, such as example['x']", "as a tuple"],
+    ),
+    "checkpoints by step": (
+        lambda: build(D, params={10: P, 20: P}), ValueError, ["list(checkpoints.values())"],
+    ),
+    "the state of an optimizer": (
+        lambda: build(D, params=(P, optax.adam(1.0).init(P))), ValueError,
+        ["Checkpoint 1", "no state of an optimizer"],
+    ),
+    "one-hot labels": (
+        lambda: build(D | {"y": np.eye(2)[Y]}, cross_entropy), ValueError,
+        ["'y' holds the class", "np.argmax(..., -1)"],
+    ),
+    "a column of arrays": (
+        lambda: build({"x": np.array([*X, None], object)[:-1]}), ValueError,
+        ["each an array of 4", "np.stack(column)"],
+    ),
+    "filtered out, the first": (
+        lambda: build(Items(9, lambda i: {"x": X[i]} if i else None)), ValueError,
+        ["holds nothing is None", "filter"],
+    ),
+    "filtered out, another": (
+        lambda: build(Items(9, lambda i: {"x": X[i]} if i != 5 else None)), ValueError,
+        ["example 5 has no arrays", "holds nothing is None"],
+    ),
+    "batches of rows of tokens": (
+        lambda: ja.build_index(ja.tracin(language.loss(lambda p, row: p["w"][row["inputs"]])),
+                               {"w": jnp.ones((5, 5))}, ROWS_IN_BATCHES), ValueError,
+        ["a row of tokens is [t]", "without the leading axis of 2", "batched"],
+    ),
     "text for tokens": (
         lambda: language.rows(["hello"], 8, vocabulary=50), TypeError, ["token ids", "tokenizer"],
     ),
@@ -803,11 +858,6 @@ def test_noise_that_comes_from_the_key_or_the_example_is_not():
 
 
 WEIGHTS = {"w": jnp.asarray(np.random.default_rng(3).normal(size=(4, 2)))}
-
-
-def cross_entropy(params, example, key):
-    logits = example["x"] @ params["w"]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, example["y"])
 
 
 def log_odds(params, example, key):

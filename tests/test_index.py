@@ -161,10 +161,29 @@ def test_describe_accounts_for_every_leaf():
     routes = {leaf.name: leaf.route for leaf in found.leaves}
     assert len(routes) == 6
     assert routes["layer0/kernel"] == "projected, rademacher(20): group 49 -> 20"
-    assert routes["layer1/bias"] == "excluded: excluded by 'layer1/bias'"
+    assert routes["layer1/bias"] == "excluded: by 'layer1/bias'"
     assert routes["layer2/bias"] == "exact"
     assert found.covered == pytest.approx((49 + 35 + 18) / 107)
     assert "layer0/kernel" in str(found) and "95.3%" in str(found)
+
+
+def test_what_the_loss_does_not_read_is_said_to_be_unused():
+    def half(params, example, key):
+        return models.loss(params | {"layer0": CHECKPOINTS[0]["layer0"]}, example, key)
+
+    for make in (ja.tracin, ja.ekfac):
+        found = ja.describe(make(half), CHECKPOINTS[0], models.one(TRAIN))
+        unused = {leaf.name for leaf in found.leaves if "never used" in leaf.route}
+        assert unused == {"layer0/kernel", "layer0/bias"}
+
+
+@pytest.mark.parametrize("make", [ja.tracin, ja.grad_cos, ja.trak])
+def test_gradients_that_are_all_zero_are_said(make):
+    def rounded(params, example, key):
+        return jnp.round(models.margin(params, example, key))
+
+    with pytest.warns(UserWarning, match="gradient of 'rounded' is zero for the first 8 training"):
+        ja.build_index(make(rounded), CHECKPOINTS, TRAIN, batch_size=8)
 
 
 def test_no_warnings_in_ordinary_use():

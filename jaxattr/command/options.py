@@ -162,6 +162,8 @@ def learned_weights(index: ja.Index, path: str, uniform: bool) -> WeightFit | No
     except StoreError as error:
         raise StoreError(f"{error} Or leave them out with --uniform.") from None
     found = "uniform weights" if fit is None else f"the weights of {weights_path(path)}"
+    if fit is not None and fit.gain is not None and not fit.gain.low > 0:
+        found += ", whose gain is not shown to be above zero: --uniform leaves them out"
     printing.note(f"with {found}")
     return fit
 

@@ -226,8 +226,9 @@ def asking(
       size: number of ids of a subset.
     """
     check_function(train_fn, "train_fn", ("key", "ids"))
-    with _explaining_training():
-        shapes = jax.eval_shape(train_fn, keys[0], jax.ShapeDtypeStruct((size,), jnp.int32))
+    ids = jax.ShapeDtypeStruct((size,), jnp.int32)
+    with _explaining_training(train_fn, keys[0], ids):
+        shapes = jax.eval_shape(train_fn, keys[0], ids)
     queries = as_batch(queries, "queries", functools.partial(runs, output_fn, shapes))
     return queries, of_queries(output_fn, shapes, queries, keys[1])
 
@@ -250,17 +251,32 @@ def _of_one_size(masks: Any) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _explaining_training() -> Iterator[None]:
+def _explaining_training(train_fn: TrainFn, key: Key, ids: Any) -> Iterator[None]:
     """Where tracing a train function fails, says what it must be made of."""
     try:
         yield
-    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+    except Exception as error:
+        if _traces(train_fn, ids, key):
+            raise TypeError(
+                "train_fn is called as (key, ids), and takes them the other way round. Write: "
+                "lambda key, ids: train_fn(ids, key)."
+            ) from None
+        if not isinstance(error, jax.errors.JAXTypeError | jax.errors.JAXIndexError):
+            raise
         raise ValueError(
             f"train_fn cannot be traced: {type(error).__name__}: {brief(error, 200)} Many models "
             "are trained at once, by one compiled program, so it must be JAX alone: "
             "jax.random.permutation for NumPy's, jax.lax.scan for a loop over steps; ja.trainer "
             "makes one. Or train models elsewhere, and pass ja.Outcomes(masks, outputs)."
         ) from error
+
+
+def _traces(function: Callable[..., Any], *arguments: Any) -> bool:
+    try:
+        jax.eval_shape(function, *arguments)
+    except Exception:
+        return False
+    return True
 
 
 def check_number(train_fn: TrainFn, n: int) -> None:
@@ -289,7 +305,7 @@ def check_inputs_matter(train_fn: TrainFn, key: Key, ids: np.ndarray) -> None:
       ids: of one subset, [s].
     """
     check_function(train_fn, "train_fn", ("key", "ids"))
-    with _explaining_training():
+    with _explaining_training(train_fn, key, ids):
         closed = jax.make_jaxpr(train_fn)(key, ids)
     keyed, identified = read_inputs(closed.jaxpr)
     if not identified:

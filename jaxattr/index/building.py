@@ -39,7 +39,7 @@ from jaxattr.index.saving import (
     save_finished,
 )
 from jaxattr.index.verifying import Verify, check_rereading, data_differences, how_much
-from jaxattr.inputs.wording import shapes
+from jaxattr.inputs.wording import name_of, shapes
 from jaxattr.kernels import Identity, Iterates, Kernel, keeps_operator
 from jaxattr.keys import check_key
 from jaxattr.methods.method import Method
@@ -56,7 +56,10 @@ from jaxattr.store.rows import (
     ERRORS,
     EXAMPLES,
     FEATURES,
+    NO_SIZE,
     RAW,
+    SELF,
+    SELF_COLUMNS,
     MemoryRows,
     RowLayout,
     Rows,
@@ -135,8 +138,8 @@ def build_index(
 
     Warns:
       NonFiniteWarning: with the ids of training examples that were left out.
-      UserWarning: if TRAK was given what looks like a loss, or a function draws random numbers that
-        do not come from its key.
+      UserWarning: if TRAK was given what looks like a loss, a function draws random numbers that do
+        not come from its key, or gradients are zero.
       ConvergenceWarning: with the ids of those whose solve did not converge.
       TruncationWarning: if leading eigenvectors hold little of the curvature.
     """
@@ -176,6 +179,9 @@ def _build(job: BuildJob, rows: Rows, ledger: Ledger | None) -> Index:
         for number in range(len(job.checkpoints))
     ]
     warn_of_losses(job, rows, found[0].fitted)
+    # Not where it would take a pass, nor of solves, which are reported by themselves.
+    if not isinstance(rows, RecomputedRows) and not isinstance(job.method.kernel, Iterates):
+        _warn_of_zeros(job, rows)
     finite, errors = functools.reduce(np.logical_and, [one.finite for one in found]), None
     kernel = job.method.kernel
     if isinstance(kernel, Iterates):
@@ -343,6 +349,23 @@ def _report_non_finite(rows: Rows, non_finite: np.ndarray) -> None:
     counts = {number: int((finite == 0).sum()) for number, finite in enumerate(each)}
     where = ", ".join(f"{count} at checkpoint {number}" for number, count in counts.items())
     report_non_finite(non_finite, rows.layout.size, "training examples", f" ({where})")
+
+
+def _warn_of_zeros(job: BuildJob, rows: Rows) -> None:
+    """Warns of gradients that are all zero, by the first block, as all rows may be very many."""
+    size, finite = SELF_COLUMNS.size, COLUMNS.finite
+    for number in range(rows.layout.checkpoints):
+        selves, examples = (job.place.host(rows.read(name, 0, number)) for name in (SELF, EXAMPLES))
+        if (selves[:, size] != NO_SIZE).any() or not (examples[:, finite] != 0).any():
+            return
+    first = min(rows.layout.block, rows.layout.size)
+    warnings.warn(
+        f"The gradient of {name_of(job.method.rule.output)!r} is zero for the first {first} "
+        "training examples, and so are their scores: does it round, count, stop the gradient, "
+        "or fit exactly? Attribute a loss or a margin.",
+        UserWarning,
+        stacklevel=3,
+    )
 
 
 def _report_errors(kernel: Kernel, errors: np.ndarray | None) -> None:

@@ -32,6 +32,8 @@ _WORDS = (
     ("method.rule.projection.basis.moments", "the optimizer's second moments"),
     ("method.kernel.queries", "the method's queries"),
     ("params", "the parameters"),
+    ("rows.block", "batch_size"),
+    ("rows.checkpoints", "checkpoints"),
 )
 
 
@@ -109,10 +111,20 @@ def differences(there: Any, here: Any) -> list[str]:
             if name == "groups" and _groups_in_words(a) != _groups_in_words(b):
                 a, b = _groups_in_words(a), _groups_in_words(b)
             lines = follow if name.startswith(("layout.", "rows.widths.")) else found
-            lines[name] = f"{name}: the index has {_short(a)}, got {_short(b)}"
+            lines[name] = f"{_worded(name)}: the index has {_short(a)}, got {_short(b)}"
     if "method.name" in found:  # its settings are those of another method, and no more to mend
-        settings = ("method.kernel.", "method.rule.projection.", "rows.dtypes.raw")
+        settings = (
+            "method.kernel.",
+            "method.rule.projection.",
+            "method.rule.normalize",
+            "rows.dtypes.raw",
+        )
         found = {name: line for name, line in found.items() if not name.startswith(settings)}
+    if "data.examples" in found:
+        found.pop("rows.block", None)  # which may be as many
+        a, b = (described["data"]["examples"] for described in (there, here))
+        more = "; extend=True adds new ones, where a method can" if b > a else ""
+        found["data.examples"] = f"train: the index has {a} examples, got {b}{more}"
     for number, those in leaves.items():
         found[number] = f"the parameters of checkpoint {number} differ: {listed(those)}"
     return list((found or follow).values())

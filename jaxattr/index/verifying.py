@@ -101,8 +101,9 @@ def check_fitted(rows: Rows, fitted: Fitted, number: int) -> None:
     if not np.array_equal(found, fitted.data):
         raise StoreError(
             f"The basis of checkpoint {number} was fitted to other data than its features are "
-            "computed from: train has changed since this index was begun. Delete the index and "
-            "build it again."
+            "computed from: train has changed since this index was begun, or gives other examples "
+            "each time that it is read (shuffling, random augmentation), which it must not. Delete "
+            "the index and build it again."
         )
 
 

@@ -20,6 +20,12 @@ _PAD = (
 )
 
 
+NOTHING = (
+    "An example that holds nothing is None, as a filter of grain gives for what it leaves out: "
+    "leave those out beforehand, so that every number has an example."
+)
+
+
 def as_arrays(tree: Any, what: str) -> Any:
     """Returns a pytree as arrays; a list of numbers, or of such lists, is one array.
 
@@ -138,6 +144,8 @@ def differing(known: tuple[int, Any], other: tuple[int, Any], role: str) -> Valu
     remedy = "Every example needs the same fields."
     if same:
         remedy = f"Sequences of different lengths? {_PAD}" if all(lengths) else ""
+    if not all(jax.tree.leaves(tree) for tree in (expected, found)):
+        remedy = NOTHING
     return ValueError(
         f"All {each}s need the same arrays with the same shapes. In {role}, {each} {first} has "
         f"{shapes(expected)}, {each} {number} has {shapes(found)}. {remedy}"
@@ -219,6 +227,11 @@ def _no_numbers(leaf: Any, field: str, what: str) -> ValueError:
     lengths = [len(item) for item in items if item.ndim]
     if lengths and len(lengths) == len(items):
         other = next((i for i, length in enumerate(lengths) if length != lengths[0]), 0)
+        if not other:
+            return ValueError(
+                f"{what}: {_field(field)} is an array of objects, each an array of {lengths[0]}: "
+                "make one array of them, np.stack(column)."
+            )
         return ValueError(
             f"{what}: {_field(field)} is an array of objects, rows of different lengths: example 0 "
             f"has {lengths[0]}, example {other} has {lengths[other]}. {_PAD}"

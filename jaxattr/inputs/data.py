@@ -168,7 +168,7 @@ def _refuse_what_is_none(data: Any, role: str) -> None:
         lacking = [name for name in ("__len__", "__getitem__") if not hasattr(data, name)]
         if lacking:
             instead = "give it __len__ and __getitem__, or pass "
-            instead += f"list({role}) if it fits in memory and ends"
+            instead += f"list({role}) if that fits in memory, ends, and gives single examples"
             if hasattr(data, "dataset"):  # a loader of PyTorch, whose items are batches
                 instead = f"pass {role}.dataset, of which it makes batches"
             raise TypeError(

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxattr.inputs.arrays import fields_of
+from jaxattr.inputs.arrays import NOTHING, fields_of
 from jaxattr.inputs.traces import read_inputs, shapes_of, trace, warn_of_shared_randomness
 from jaxattr.inputs.wording import brief, name_of, shapes
 from jaxattr.typing import Example, Key, OutputFn, Params
@@ -181,6 +181,13 @@ def _failed(function: OutputFn, params: Params, example: Example, error: Excepti
             "Examples are read by position, example[0]. To read them by name, pass the "
             "data as a dict, {'x': ..., 'y': ...}, or items that are dicts."
         )
+    if remedy is None and isinstance(error, KeyError) and isinstance(error.args[0], int):
+        remedy = (
+            "Examples are read by name, such as example['x']. To read them by position, pass the "
+            "data as a tuple of arrays."
+        )
+    if not jax.tree.leaves(example):
+        remedy = NOTHING
     return ValueError(
         f"The function {name_of(function)!r} fails on one example: {kind}: {brief(error, 300)}\n"
         + (f"{remedy}\n" if remedy else "")
@@ -231,6 +238,24 @@ def _slips(params: Params, example: Example) -> Any:
         {"params": params},
         example,
     )
+    yield (
+        "It runs with its first two arguments swapped: it is called as (params, example, key).",
+        example,
+        params,
+    )
+    if isinstance(params, tuple) and params:
+        yield (
+            "The parameters are a tuple, and it runs on the first of it: pass that alone; a "
+            "train_fn must return it alone.",
+            params[0],
+            example,
+        )
+    if isinstance(params, dict) and all(isinstance(step, int) for step in params):
+        yield (
+            "The parameters are a dict of checkpoints: pass list(checkpoints.values()).",
+            next(iter(params.values()), None),
+            example,
+        )
     shapes_of = [jnp.shape(leaf) for leaf in jax.tree.leaves(example)]
     sizes = {shape[:1] for shape in shapes_of}
     if shapes_of and len(sizes) == 1 and () not in sizes:
@@ -253,18 +278,20 @@ def _slips(params: Params, example: Example) -> Any:
 
 
 def _with_whole_numbers(params: Params, example: Example) -> Any:
-    """The same example with one of its fields of floats as integers: labels, or token ids."""
+    """The same example with one of its fields as integers: labels, token ids, or one-hot labels."""
     structure, fields = jax.tree.structure(example), fields_of(example)
     for number, (name, leaf) in enumerate(fields.items()):
+        named = repr(name) if name else "the example"
+        tried = []
         if jnp.issubdtype(leaf.dtype, jnp.floating):
+            tried.append((leaf.shape, "integers, as labels and token ids are", ".astype(np.int32)"))
+        if leaf.shape:
+            tried.append((leaf.shape[:-1], "the class, and not one-hot", "np.argmax(..., -1)"))
+        for shape, what, how in tried:
             whole = [*fields.values()]
-            whole[number] = jax.ShapeDtypeStruct(leaf.shape, jnp.int32)
-            yield (
-                f"It runs where {repr(name) if name else 'the example'} holds integers, as labels "
-                "and token ids are: convert it, .astype(np.int32).",
-                params,
-                jax.tree.unflatten(structure, whole),
-            )
+            whole[number] = jax.ShapeDtypeStruct(shape, jnp.int32)
+            changed = jax.tree.unflatten(structure, whole)
+            yield f"It runs where {named} holds {what}: convert it, {how}.", params, changed
 
 
 @contextlib.contextmanager

@@ -45,8 +45,9 @@ def _check_same(number: int, first: Params, params: Params) -> None:
         pairs = (f"{n} {shape(found[n])} instead of {shape(expected[n])}" for n in unlike)
         differs = listed(pairs)
     raise ValueError(
-        f"Checkpoint {number} differs from checkpoint 0 in its tree or shapes: {differs}. If your "
-        "params are themselves a list or tuple, pass [params]."
+        f"Checkpoint {number} differs from checkpoint 0 in its tree or shapes: {differs}. A list "
+        "or tuple holds checkpoints, and no state of an optimizer; if your params are themselves "
+        "one, pass [params]."
     )
 
 

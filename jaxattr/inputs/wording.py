@@ -17,7 +17,9 @@ def shapes(tree: Any) -> str:
       tree: a pytree of arrays or shapes.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    words = [f"{path_name(path)} {shape(leaf)}".strip() for path, leaf in leaves]
+    # The value of an nnx variable has the variable's name, as in `ja.describe`.
+    words = [f"{path_name(path).removesuffix('/value')} {shape(leaf)}".strip()
+             for path, leaf in leaves]  # fmt: skip
     return listed(words) or "no arrays"
 
 

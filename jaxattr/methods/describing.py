@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from jaxattr import groups as groups_lib
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.groups import Groups
+from jaxattr.identity import program_of
+from jaxattr.inputs.traces import read_inputs, shapes_of
+from jaxattr.linear_maps.analysis import UNUSED
 from jaxattr.methods.method import Method, featurizer
 from jaxattr.typing import Example, Params
 
@@ -93,7 +96,7 @@ def describe(
     for name, members in zip(featurize.groups.names, featurize.groups.members, strict=True):
         for member in members:
             places.setdefault(member.leaf, []).append(name)
-    routes = _routes(featurize)
+    routes = _routes(featurize) | _unused(featurize, params)
     leaves = tuple(
         LeafDescription(name, jnp.shape(leaf), tuple(places.get(name, ())), routes[name])
         for name, leaf in zip(groups_lib.leaf_names(params), jax.tree.leaves(params), strict=True)
@@ -113,7 +116,8 @@ def describe(
 def _routes(featurize: Featurizer) -> dict[str, str]:
     """What becomes of each leaf, in words."""
     plan, projection = featurize.plan, featurize.rule.projection
-    routes = {leaf: f"excluded: {why}" for leaf, why in featurize.groups.excluded}
+    excluded = featurize.groups.excluded
+    routes = {leaf: f"excluded: {why.removeprefix('excluded ')}" for leaf, why in excluded}
     reasons, basis = dict(plan.reasons), projection.basis
     rest = projection.name if basis is None else f"rademacher({projection.dim(1 << 62)})"
     for group in plan.groups:
@@ -141,6 +145,20 @@ def _routes(featurize: Featurizer) -> dict[str, str]:
         if factored.bias:
             routes[str(found.bias)] = f"bias of {found.leaf}"
     return routes
+
+
+def _unused(featurize: Featurizer, params: Params) -> dict[str, str]:
+    """Leaves that are in a group, and that the function does not read."""
+    given = shapes_of((params, featurize.example, jax.random.key(0)))
+    names = groups_lib.leaf_names(params)
+    read = read_inputs(program_of(featurize.rule.output, given).jaxpr)
+    excluded = dict(featurize.groups.excluded)
+    zero = f"exact: {UNUSED}, so its gradient is zero"
+    return {
+        name: zero
+        for name, is_read in zip(names, read, strict=False)
+        if not is_read and name not in excluded
+    }
 
 
 def _formed(featurize: Featurizer) -> bool:

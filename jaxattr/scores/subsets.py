@@ -179,6 +179,8 @@ def checked_masks(masks: Any, n: int | None = None) -> np.ndarray:
     Raises:
       ValueError: if they are anything else.
     """
+    if isinstance(masks, jax.Array) and jnp.issubdtype(masks.dtype, jax.dtypes.prng_key):
+        raise ValueError("masks come before the key; got a key in their place.")
     masks = np.asarray(masks)
     if masks.dtype != bool or masks.ndim != 2 or n not in (None, masks.shape[1]):
         raise ValueError(
