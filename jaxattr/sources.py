@@ -104,7 +104,8 @@ def as_source(data: Any, role: str, accepts: Accepts | None = None) -> Source:
     Raises:
       TypeError: if it is no data set.
       ValueError: if there are no examples, arrays differ in their leading axis, hold no numbers, or
-        are spread over processes; from `read`, if examples differ in their shapes.
+        are spread over processes; from `read`, if examples differ in their shapes, or the first is
+        another when it is read again.
     """
     found = as_data(data, role, accepts)
     if is_source(found):
@@ -179,11 +180,22 @@ class _Reader:
         numbers, first = rows.tolist(), self.first
         examples = [self._example(row) for row in numbers]
         check_shapes(examples, numbers, (0, first), self.role)
-        of_one_type = [
-            of_kind(example, number, first, self.role)
-            for number, example in zip(numbers, examples, strict=True)
-        ]
+        pairs = list(zip(numbers, examples, strict=True))
+        if any(number == 0 and _differ(first, each) for number, each in pairs):
+            raise ValueError(
+                f"{self.role} gives another example 0 each time that it is read. A source must "
+                "return the same example whenever it is asked for it: no shuffling, no random "
+                "augmentation."
+            )
+        of_one_type = [of_kind(example, number, first, self.role) for number, example in pairs]
         return stacked(of_one_type)
 
     def _example(self, row: int) -> Example:
         return as_arrays(self.data[row], f"example {row} of {self.role}")
+
+
+def _differ(example: Example, other: Example) -> bool:
+    """Whether two examples of the same shapes differ in a bit, of what NumPy has."""
+    pairs = zip(jax.tree.leaves(example), jax.tree.leaves(other), strict=True)
+    known = [(a, b) for a, b in pairs if not jnp.issubdtype(a.dtype, jax.dtypes.extended)]
+    return any(np.asarray(a).tobytes() != np.asarray(b).tobytes() for a, b in known)

@@ -1,6 +1,7 @@
 """What a newcomer's call is answered with: the right result, or the words that mend the call."""
 
 import collections
+import itertools
 import types
 import warnings
 
@@ -133,6 +134,7 @@ def recurrent_loss(params, example, key):
     return nnx.merge(RNN[0], params, RNN[2])(example["x"]).sum()
 
 
+COUNTED = itertools.count(1)
 ROWS_IN_BATCHES = {name: np.ones((3, 2, 4), int) for name in ("inputs", "targets", "mask")}
 VARIABLES = Regressor().init(KEY, X)
 LINEN = Regressor()
@@ -586,6 +588,10 @@ WRONG = {  # name: (call, error, words)
         lambda: ja.build_index(ja.tracin(language.loss(lambda p, row: p["w"][row["inputs"]])),
                                {"w": jnp.ones((5, 5))}, ROWS_IN_BATCHES), ValueError,
         ["a row of tokens is [t]", "without the leading axis of 2", "batched"],
+    ),
+    "augmentation in a source": (
+        lambda: build(Items(9, lambda i: {"x": X[i] * next(COUNTED)})), ValueError,
+        ["another example 0 each time", "no random augmentation"],
     ),
     "text for tokens": (
         lambda: language.rows(["hello"], 8, vocabulary=50), TypeError, ["token ids", "tokenizer"],
