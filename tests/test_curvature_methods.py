@@ -96,6 +96,8 @@ def test_a_solve_that_ends_in_no_number_is_reported_in_memory_and_on_disk(tmp_pa
     for where in ({}, {"path": tmp_path / "index"}):
         with pytest.warns(ConvergenceWarning, match="4 of 4 solves did not converge: .*up to inf"):
             ja.build_index(method, {"w": jnp.ones(2)}, train, **where)
+    with pytest.raises(ValueError, match="The Hessian is not finite"):
+        ja.build_index(ja.influence(rough, damping=ja.absolute(0.1)), {"w": jnp.ones(2)}, train)
 
 
 def test_negative_curvature_is_reported_and_is_no_nan():

@@ -141,6 +141,11 @@ def _multiply(operator: Solver, x: jax.Array) -> jax.Array:
 
 
 def _inverse(matrix: np.ndarray, damping: Damping, dtype: Any, positive_only: bool) -> np.ndarray:
+    if not np.isfinite(matrix).all():
+        raise ValueError(
+            "The Hessian is not finite: at some training example the loss has a gradient and no "
+            "second derivative. Use a smooth loss, or a method that takes none, such as ja.ekfac."
+        )
     eigenvalues, vectors = np.linalg.eigh(matrix)
     damped = eigenvalues + damping.of(np.trace(matrix) / len(matrix))
     size = np.abs(damped)
