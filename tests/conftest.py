@@ -38,7 +38,9 @@ os.environ["XLA_FLAGS"] = settled()  # before the first array
 
 # Many tests compile the same programs. Each worker keeps its own: older releases of JAX may read
 # an entry that another process is still writing.
-CACHE = os.environ.setdefault("JAXATTR_TEST_CACHE", tempfile.mkdtemp(prefix="jaxattr-tests-"))
+if "JAXATTR_TEST_CACHE" not in os.environ:
+    os.environ["JAXATTR_TEST_CACHE"] = tempfile.mkdtemp(prefix="jaxattr-tests-")
+CACHE = os.environ["JAXATTR_TEST_CACHE"]
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "alone")
 jax.config.update("jax_compilation_cache_dir", f"{CACHE}/{WORKER}")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
