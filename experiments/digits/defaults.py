@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 import jaxattr as ja
-from experiments import ground_truth
+from experiments import command_line, ground_truth
 from experiments.digits import study
 from experiments.digits.study import Subject
 from jaxattr.weights.report import WeightWarning
@@ -36,7 +35,7 @@ def main() -> None:
         study.QUICK, architectures=("vit", "resnet", "mlp"), train=1000, outcomes=8, copies=8
     )
     changes: dict[str, dict[str, float]] = {}
-    console = Console()
+    console = command_line.console()
     for name in config.architectures:
         subject = study.prepare(name, config, folder)
         for method, choice in study.METHODS.items():
@@ -86,7 +85,7 @@ def table(changes: dict[str, dict[str, float]]) -> Table:
     """
     shown = Table(title="LDS, learned minus uniform, in points")
     for heading in ("setting", "mean", "worst", *changes):
-        shown.add_column(heading.replace(" ", "\n", 1))
+        shown.add_column(heading.replace(" ", "\n", 1), no_wrap=True)
     for setting in next(iter(changes.values())):
         values = [found[setting] for found in changes.values()]
         cells = [f"{value:+.1f}" for value in (np.mean(values), min(values), *values)]

@@ -4,9 +4,9 @@ python -m experiments.language.hardness     # some 40 s
 """
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from experiments import command_line
 from experiments.language import baselines, corpus, facts, study, text
 from experiments.language.corpus import Corpus
 from jaxattr import evaluation
@@ -19,7 +19,7 @@ def main() -> None:
     config = study.QUICK
     context = config.model.context
     documents = text.deduplicated(text.documentation(), 80, context - 1)
-    Console().print(
+    command_line.console().print(
         table(
             corpus.assemble(
                 documents, text.Bytes(), context=context, train=config.train,
