@@ -379,10 +379,17 @@ def _collect(
     return GroupLayout(names, tuple(tuple(members[name]) for name in names), tuple(excluded))
 
 
-def batch_statistics(layout: GroupLayout) -> list[str]:
-    """Names of the running statistics of batch norm that are in a group."""
+def batch_statistics(layout: GroupLayout, params: Params) -> list[str]:
+    """Names of the running statistics of batch norm, of linen or nnx, that are in a group."""
+    nnx = sys.modules.get("flax.nnx")
+
+    def is_one(node: Any) -> bool:
+        return nnx is not None and isinstance(node, nnx.BatchStat)
+
     grouped = {member.leaf for group in layout.members for member in group}
-    return sorted(name for name in grouped if name.startswith("batch_stats/"))
+    leaves = named_leaves(params, is_one)
+    of_nnx = [name for name, leaf in leaves.items() if is_one(leaf) and name in grouped]
+    return sorted([*of_nnx, *(name for name in grouped if name.startswith("batch_stats/"))])
 
 
 def _is_whole(leaf: Any) -> bool:
@@ -395,14 +402,13 @@ def _is_whole(leaf: Any) -> bool:
 
 def _check_statistics(layout: GroupLayout, params: Params) -> None:
     """Refuses a group of running statistics."""
-    if not isinstance(params, Mapping) or "batch_stats" not in params:
-        return
-    inside = batch_statistics(layout)
+    inside = batch_statistics(layout, params)
     if inside:
+        apart = {name.partition("/")[0] for name in inside}
         raise ValueError(
             f"The parameters hold batch statistics, {len(inside)} arrays ({inside[0]}, ...), which "
             "training does not move along a gradient. Exclude them: "
-            "groups=ja.by_layer(exclude='batch_stats')."
+            f"groups=ja.by_layer(exclude={'|'.join(sorted(apart))!r})."
         )
 
 

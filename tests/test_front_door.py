@@ -139,6 +139,9 @@ ROWS_IN_BATCHES = {name: np.ones((3, 2, 4), int) for name in ("inputs", "targets
 VARIABLES = Regressor().init(KEY, X)
 LINEN = Regressor()
 MODULE = Nnx()
+SPLIT = dict(
+    zip(("params", "averages"), nnx.split(MODULE, nnx.Param, nnx.BatchStat, ...)[1:3], strict=True)
+)
 GRAPH, PARAMS, REST = nnx.split(MODULE, nnx.Param, ...)
 
 
@@ -588,6 +591,11 @@ WRONG = {  # name: (call, error, words)
         lambda: ja.build_index(ja.tracin(language.loss(lambda p, row: p["w"][row["inputs"]])),
                                {"w": jnp.ones((5, 5))}, ROWS_IN_BATCHES), ValueError,
         ["a row of tokens is [t]", "without the leading axis of 2", "batched"],
+    ),
+    "statistics of nnx in a group": (
+        lambda: build(D, lambda s, e, key: (e["x"] @ s["params"]["dense"]["kernel"]).sum()
+                      * s["averages"]["norm"]["mean"].sum(), SPLIT), ValueError,
+        ["batch statistics, 2 arrays (averages/norm/mean", "exclude='averages'"],
     ),
     "augmentation in a source": (
         lambda: build(Items(9, lambda i: {"x": X[i] * next(COUNTED)})), ValueError,

@@ -207,13 +207,13 @@ def _trained(shapes: Params, exclude: str | None) -> frozenset[str]:
     _check_parameters(shapes)
     layout = by_leaf(exclude=exclude)(shapes)
     names = frozenset(member.leaf for group in layout.members for member in group)
-    statistics = batch_statistics(layout)
+    statistics = batch_statistics(layout, shapes)
     if statistics:
         raise ValueError(
             f"start holds batch statistics, {len(statistics)} arrays ({statistics[0]}, ...), which "
             "training does not move along a gradient. Leave them as they are, "
-            "exclude='batch_stats', or start from the parameters alone, and let the loss close "
-            "over the statistics."
+            f"exclude={statistics[0].partition('/')[0]!r}, or start from the parameters alone, and "
+            "let the loss close over the statistics."
         )
     resolve(layout, shapes)  # refuses what is no parameter
     return names
