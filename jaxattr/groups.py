@@ -97,7 +97,7 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dic
     """
     found: dict[str, Any] = {}
     paths: dict[str, tuple[Any, ...]] = {}
-    for path, leaf in _paths(tree, is_leaf):
+    for path, leaf in leaf_paths(tree, is_leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
         if name in found:
             both = [jax.tree_util.keystr(each) for each in (paths[name], path)]
@@ -303,10 +303,15 @@ def leave_out(layout: GroupLayout, reasons: Mapping[str, str]) -> GroupLayout:
     return _collect(labelled, (*layout.excluded, *taken))
 
 
-def _paths(
-    tree: Any, is_leaf: Callable[[Any], bool] | None
+def leaf_paths(
+    tree: Any, is_leaf: Callable[[Any], bool] | None = None
 ) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """The leaves with their paths, in which an nnx variable that holds one array is that array."""
+    """Yields leaves with their paths, in which an nnx variable that holds one array is that array.
+
+    Args:
+      tree: any pytree.
+      is_leaf: as in `jax.tree.leaves`.
+    """
     nnx = sys.modules.get("flax.nnx")  # without it there are no variables, and it is slow to import
     flatten = jax.tree_util.tree_flatten_with_path
 

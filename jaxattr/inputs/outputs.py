@@ -19,6 +19,7 @@ from jaxattr.inputs.wording import brief, name_of, shapes
 from jaxattr.typing import Example, Key, OutputFn, Params
 
 _ARGUMENTS = ("params", "example", "key")
+_LABELS = ("y", "label", "labels", "target", "targets")
 
 
 def check_function(
@@ -181,7 +182,7 @@ def _failed(function: OutputFn, params: Params, example: Example, error: Excepti
             "Examples are read by position, example[0]. To read them by name, pass the "
             "data as a dict, {'x': ..., 'y': ...}, or items that are dicts."
         )
-    if remedy is None and isinstance(error, KeyError) and isinstance(error.args[0], int):
+    if remedy is None and isinstance(error, KeyError) and str(error).isdigit():
         remedy = (
             "Examples are read by name, such as example['x']. To read them by position, pass the "
             "data as a tuple of arrays."
@@ -285,8 +286,8 @@ def _with_whole_numbers(params: Params, example: Example) -> Any:
         tried = []
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             tried.append((leaf.shape, "integers, as labels and token ids are", ".astype(np.int32)"))
-        if leaf.shape:
-            tried.append((leaf.shape[:-1], "the class, and not one-hot", "np.argmax(..., -1)"))
+        if len(leaf.shape) == 1 and (name in _LABELS or (name.isdigit() and number)):
+            tried.append(((), "the class, and not one-hot", "np.argmax(..., -1)"))
         for shape, what, how in tried:
             whole = [*fields.values()]
             whole[number] = jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxattr.groups import leaf_paths
+
 # Names, or arrays, that a message lists before it says how many more there are.
 _LISTED = 6
 
@@ -16,10 +18,7 @@ def shapes(tree: Any) -> str:
     Args:
       tree: a pytree of arrays or shapes.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    # The value of an nnx variable has the variable's name, as in `ja.describe`.
-    words = [f"{path_name(path).removesuffix('/value')} {shape(leaf)}".strip()
-             for path, leaf in leaves]  # fmt: skip
+    words = [f"{path_name(path)} {shape(leaf)}".strip() for path, leaf in leaf_paths(tree)]
     return listed(words) or "no arrays"
 
 
