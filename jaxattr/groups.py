@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, overload
 
 import jax
@@ -240,7 +240,8 @@ def resolve(groups: Groups, params: Params) -> GroupLayout:
             f"groups must be a function such as ja.by_layer or ja.by_leaf, or a pytree of labels, "
             f"got {groups!r}. Of patterns: lambda params: ja.by_regex(params, {{...}})."
         )
-    if callable(groups) and not isinstance(groups, GroupLayout):
+    labels = all(isinstance(leaf, str) for leaf in jax.tree.leaves(groups))  # of a model, say
+    if callable(groups) and not labels and not isinstance(groups, GroupLayout):
         groups = groups(params)
     layout = groups if isinstance(groups, GroupLayout) else _by_labels(params, groups)
     _check_partition(layout, params)
@@ -397,6 +398,19 @@ def batch_statistics(layout: GroupLayout, params: Params) -> list[str]:
     return sorted([*of_nnx, *(name for name in grouped if name.startswith("batch_stats/"))])
 
 
+def pattern_of(chosen: Sequence[str], names: Sequence[str]) -> str:
+    """Returns a regular expression for some leaves and no others, as short as that can be.
+
+    Args:
+      chosen: names of the leaves.
+      names: of all leaves.
+    """
+    heads = {name.partition("/")[0] for name in chosen}
+    if not any(name.partition("/")[0] in heads for name in {*names} - {*chosen}):
+        return "|".join(sorted(heads))
+    return f"^({'|'.join(map(re.escape, chosen))})$"
+
+
 def _is_whole(leaf: Any) -> bool:
     """Whether a leaf holds whole numbers, such as a counter; it is no parameter that is trained."""
     dtype = getattr(leaf, "dtype", None)
@@ -409,11 +423,11 @@ def _check_statistics(layout: GroupLayout, params: Params) -> None:
     """Refuses a group of running statistics."""
     inside = batch_statistics(layout, params)
     if inside:
-        apart = {name.partition("/")[0] for name in inside}
+        exclude = pattern_of(inside, leaf_names(params))
         raise ValueError(
             f"The parameters hold batch statistics, {len(inside)} arrays ({inside[0]}, ...), which "
             "training does not move along a gradient. Exclude them: "
-            f"groups=ja.by_layer(exclude={'|'.join(sorted(apart))!r})."
+            f"groups=ja.by_layer(exclude={exclude!r})."
         )
 
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattr.counts import whole_number
 from jaxattr.index.index import Index
 from jaxattr.index.parts import part_features
 from jaxattr.index.queries import QueryFeatures
@@ -201,7 +202,7 @@ def packed(documents: Sequence[Sequence[int]], length: int, *, vocabulary: int) 
       >>> made["segments"].tolist(), made["positions"].tolist()
       ([[1, 1, 2, 0]], [[0, 1, 0, 0]])
     """
-    checked = _checked(documents, vocabulary)
+    length, checked = whole_number("length", length), _checked(documents, vocabulary)
     columns: dict[str, list[int]] = {"inputs": [], "targets": [], "segments": [], "positions": []}
     for number, document in enumerate(checked):
         if len(document) < 2:
@@ -325,14 +326,19 @@ def _checked(documents: Sequence[Sequence[int]], vocabulary: int) -> list[np.nda
             f"documents must be lists of token ids, and document {words[0]} is text. Tokenize it "
             "first: [tokenizer.encode(text) for text in texts]."
         )
-    arrays = [np.asarray(document, np.int64) for document in documents]
+    arrays = [np.asarray(document) for document in documents]
     for number, document in enumerate(arrays):
-        if not len(document):
+        if not document.size:
             raise ValueError(f"Document {number} is empty: leave it out.")
+        if document.ndim != 1 or document.dtype.kind not in "iu":
+            raise TypeError(
+                f"Document {number} must be a list of token ids, whole numbers, got "
+                f"{document.dtype} {list(document.shape)}."
+            )
         wrong = document[(document < 0) | (document >= vocabulary)]
         if len(wrong):
             raise ValueError(
                 f"Document {number} holds token {wrong[0]}, and the model knows 0 to "
                 f"{vocabulary - 1}: the tokenizer is another model's."
             )
-    return arrays
+    return [document.astype(np.int64) for document in arrays]

@@ -191,7 +191,9 @@ class _Reader:
         return stacked(of_one_type)
 
     def _example(self, row: int) -> Example:
-        return as_arrays(self.data[row], f"example {row} of {self.role}")
+        found = as_arrays(self.data[row], f"example {row} of {self.role}")
+        # Copied, since a source may fill the same array each time.
+        return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, found)
 
 
 def _differ(example: Example, other: Example) -> bool:

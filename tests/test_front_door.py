@@ -1,6 +1,7 @@
 """What a newcomer's call is answered with: the right result, or the words that mend the call."""
 
 import collections
+import dataclasses
 import itertools
 import types
 import warnings
@@ -592,6 +593,18 @@ WRONG = {  # name: (call, error, words)
                                {"w": jnp.ones((5, 5))}, ROWS_IN_BATCHES), ValueError,
         ["a row of tokens is [t]", "without the leading axis of 2", "batched"],
     ),
+    "numbers that are no tokens": (
+        lambda: language.rows([[1.9, 2.7]], 4, vocabulary=9), TypeError,
+        ["Document 0", "whole numbers", "float64 [2]"],
+    ),
+    "rows of no tokens": (
+        lambda: language.packed([[1, 2, 3]], -1, vocabulary=9), ValueError, ["length", "at least"],
+    ),
+    "statistics of nnx among parameters": (
+        lambda: build(D, lambda s, e, key: (e["x"] @ s["part"]["params"]["dense"]["kernel"]).sum(),
+                      {"part": SPLIT}), ValueError,
+        ["'^(part/averages/norm/mean|part/averages/norm/var)$'"],
+    ),
     "statistics of nnx in a group": (
         lambda: build(D, lambda s, e, key: (e["x"] @ s["params"]["dense"]["kernel"]).sum()
                       * s["averages"]["norm"]["mean"].sum(), SPLIT), ValueError,
@@ -964,3 +977,44 @@ def test_labels_leave_a_whole_part_out():
     labels = jax.tree.map(lambda _: "all", VARIABLES["params"])
     index = build(D, linen_loss, VARIABLES, groups={"params": labels, "batch_stats": None})
     assert index.layout.names == ("all",)
+
+
+def test_a_source_may_fill_the_same_array_each_time():
+    shared = np.empty(4, np.float32)
+
+    def item(i):
+        shared[:] = X[i]
+        return {"x": shared}
+
+    assert same_index(D, Items(40, item)) == 40
+
+
+def test_labels_may_have_the_structure_of_a_model_that_can_be_called():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Model:
+        w: jax.Array
+
+        def __call__(self, x):
+            return x @ self.w
+
+    params, output = Model(P["w"]), lambda model, e, key: jnp.sum(model(e["x"]) ** 2)
+    labels = jax.tree.map(lambda _: "all", params)
+    assert build(D, output, params, groups=labels).layout.names == ("all",)
+
+
+def test_labels_with_an_axis_of_one_are_not_taken_for_one_hot():
+    with pytest.raises(ValueError) as caught:
+        build(D | {"y": X[:, :1]}, lambda p, e, key: (e["x"] @ p["w"][:, 0] - e["y"]) ** 2)
+    assert "one-hot" not in str(caught.value) and "sum or index" in str(caught.value)
+
+
+def test_a_gradient_that_a_rule_makes_of_what_is_not_read_is_no_zero():
+    @jax.custom_vjp
+    def noted(x, w):
+        return x
+
+    noted.defvjp(lambda x, w: (x, w), lambda w, g: (g, w))
+    output = lambda p, e, key: noted((e["x"] @ p["w"]).sum(), p["v"])  # noqa: E731
+    found = ja.describe(ja.tracin(output), P | {"v": jnp.ones(())}, ONE)
+    assert not any("never used" in leaf.route for leaf in found.leaves)

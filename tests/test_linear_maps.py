@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
+import jaxattr as ja
 from jaxattr import linear_maps
 from jaxattr.linear_maps import capturing, labels, rewriting
 from tests import architectures
@@ -341,3 +342,53 @@ def test_the_examples_in_the_docstrings_run():
     assert doctest.testmod(rewriting).failed == 0
     assert doctest.testmod(capturing).failed == 0
     assert doctest.testmod(linear_maps).failed == 0
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int32])
+def test_ids_of_a_short_type_are_looked_up_as_they_are(dtype):
+    """Among bytes 256 rows are none."""
+    rows = 256 if dtype != np.int16 else 40_000
+    ids = np.random.default_rng(0).integers(0, 100, (5, 3)).astype(dtype)
+    params = {"table": jax.random.normal(jax.random.key(0), (rows, 2))}
+
+    def loss(params, example, key):
+        return (jnp.take(params["table"], example, axis=0) ** 2).sum()
+
+    index = ja.build_index(
+        ja.tracin(loss, projection=ja.projections.two_sided(rows)), params, ids, batch_size=5
+    )
+    looked_up = np.asarray(params["table"])[ids] * 2
+    expected = np.einsum("qad,nbd,qanb->qn", looked_up, looked_up, ids[:, :, None, None] == ids)
+    np.testing.assert_allclose(ja.score(index, ids), expected, rtol=1e-9)
+
+
+def test_choices_of_several_cases_among_known_numbers():
+    params = {"w": jax.random.normal(jax.random.key(0), (2, 3, 3))}
+
+    def loss(params, example, key):
+        def layer(x, i):
+            at = jax.lax.select_n(jnp.minimum(i, 2), jnp.int32(0), jnp.int32(1), jnp.int32(0))
+            return jnp.tanh(x @ params["w"][at]), None
+
+        return jax.lax.scan(layer, example, jnp.arange(3))[0].sum()
+
+    found = ja.describe(ja.logra(loss), params, jnp.ones((2, 3)))
+    assert found.leaves[0].groups
+
+
+@pytest.mark.parametrize("make", [ja.ekfac, ja.kfac, ja.logra, ja.eshampoo])
+@pytest.mark.parametrize("shape", [(4, 0), (0, 4, 4)])
+def test_matrices_without_entries_are_no_linear_maps(make, shape):
+    params = {"w": jax.random.normal(jax.random.key(0), (4, 3)), "none": jnp.zeros(shape)}
+    x = jax.random.normal(jax.random.key(1), (6, 2, 4))
+
+    def loss(params, example, key):
+        if len(shape) == 2:
+            return jnp.tanh(example @ params["w"]).sum() + (example @ params["none"]).sum()
+        after = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), example, params["none"])[0]
+        return jnp.tanh(after @ params["w"]).sum()
+
+    alone = lambda p, e, key: jnp.tanh(e @ p["w"]).sum()  # noqa: E731
+    scores = ja.score(ja.build_index(make(loss), params, x), x)
+    expected = ja.score(ja.build_index(make(alone), {"w": params["w"]}, x), x)
+    np.testing.assert_allclose(scores, expected, rtol=1e-6)

@@ -83,6 +83,27 @@ def test_the_page_holds_the_strongest_of_each_sign_in_order(tmp_path):
         assert f"#{order[0]}" in article and markup.number(scores[row].max(), "+") in article
 
 
+def test_the_queries_that_are_shown_are_those_that_were_scored(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(8, 3))
+    index = ja.build_index(ja.tracin(lambda p, e, key: (p["w"] @ e) ** 2), {"w": jnp.ones(3)}, rows)
+    found = articles(html_of(ja.report(index, (rows[0], rows[1], rows[2]), path=tmp_path / "a")))
+    for row, article in enumerate(found):  # rows, and not their columns
+        assert all(markup.number(x) in article for x in rows[row])
+
+
+@pytest.mark.parametrize("label", ["--5", "9" * 5000, "²"])
+def test_labels_and_groups_may_look_like_numbers(label, tmp_path):
+    _, train, queries = toy()
+    index = ja.build_index(
+        ja.tracin(lambda p, e, key: squared({"w": p["w1²"]}, e, key)), {"w1²": jnp.ones(3)},
+        train, groups=ja.by_leaf(),
+    )  # fmt: skip
+    page = ja.report(
+        index, queries, labels=lambda e: label if e["y"] else "1", path=tmp_path / "page.html"
+    )
+    assert label in html_of(page)
+
+
 def test_only_examples_that_are_shown_are_read(tmp_path):
     index, train, queries = toy(n=400)
 

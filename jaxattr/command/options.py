@@ -14,6 +14,8 @@ from jaxattr.command import failures, printing
 from jaxattr.command.tasks import Task, load
 from jaxattr.files import read_arrays
 from jaxattr.index.saving import read_manifest
+from jaxattr.inputs.outputs import runs
+from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.sharding import process
 from jaxattr.sources import as_source
 from jaxattr.store.folder import Folder, StoreError
@@ -120,11 +122,17 @@ def opened_index(task: Task, path: str, *, train: Any = None) -> ja.Index:
     """
     described, example = read_manifest(Folder(path)), None
     if described is not None and described.get("example") is None:  # its shapes are not on record
-        example = as_source(task.get("train"), "train").example
+        example = _example(task)
     method, checkpoints = task.get("method"), task.get("checkpoints")
     return ja.open_index(
         path, method, checkpoints, example=example, train=train, mesh=task.get("mesh")
     )
+
+
+def _example(task: Task) -> Any:
+    params = as_checkpoints(task.get("checkpoints"))[0]
+    accepts = functools.partial(runs, task.get("method").rule.output, params)
+    return as_source(task.get("train"), "train", accepts).example
 
 
 def beside(path: str, ending: str) -> Path:

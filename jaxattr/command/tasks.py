@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jaxattr import groups as groups_lib
 from jaxattr.methods.method import Method
 from jaxattr.typing import RandomAccess
@@ -264,4 +266,5 @@ def _arguments_of(function: Callable[..., Any]) -> list[str]:
 
 
 def _is_function(value: Any) -> bool:
-    return callable(value) and not isinstance(value, RandomAccess)
+    arrays = any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(value))  # of a model
+    return callable(value) and not arrays and not isinstance(value, RandomAccess)

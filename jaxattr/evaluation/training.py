@@ -13,7 +13,7 @@ import optax
 
 from jaxattr.batches import leading_size
 from jaxattr.counts import checked_ids, whole_number
-from jaxattr.groups import batch_statistics, by_leaf, leaf_names, resolve
+from jaxattr.groups import batch_statistics, by_leaf, leaf_names, pattern_of, resolve
 from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function
 from jaxattr.inputs.parameters import as_checkpoints
@@ -209,11 +209,12 @@ def _trained(shapes: Params, exclude: str | None) -> frozenset[str]:
     names = frozenset(member.leaf for group in layout.members for member in group)
     statistics = batch_statistics(layout, shapes)
     if statistics:
+        exclude = pattern_of(statistics, leaf_names(shapes))
         raise ValueError(
             f"start holds batch statistics, {len(statistics)} arrays ({statistics[0]}, ...), which "
             "training does not move along a gradient. Leave them as they are, "
-            f"exclude={statistics[0].partition('/')[0]!r}, or start from the parameters alone, and "
-            "let the loss close over the statistics."
+            f"exclude={exclude!r}, or start from the parameters alone, and let the loss close over "
+            "the statistics."
         )
     resolve(layout, shapes)  # refuses what is no parameter
     return names

@@ -275,6 +275,9 @@ def _factored(
     for leaf, linear_map in found.maps.items():
         if leaf not in places:
             continue
+        if not linear_map.size_in * linear_map.size_out:
+            reasons[leaf] = "it has no entries"
+            continue
         if leaf in axes and linear_map.stack_axes != (axes[leaf],):
             reasons[leaf] = "its groups split an axis that does not number its layers"
             continue

@@ -9,6 +9,7 @@ from jaxattr import linear_maps
 from jaxattr.features.bases import Drawn, Fitted, apply_sides
 from jaxattr.features.plans import Plan
 from jaxattr.features.projections import Projection
+from jaxattr.scales import wide
 from jaxattr.typing import Example, Key, OutputFn, Params
 
 
@@ -25,10 +26,11 @@ def project_gradients(
     Returns:
       {leaf of a linear map: [*stack, *inner]}, and {any other leaf: gradient}.
     """
-    scaled = {
-        name: leaf * fitted.scales[name].astype(leaf.dtype) if name in fitted.scales else leaf
-        for name, leaf in gradients.items()
-    }
+    scaled = dict(gradients)
+    for name in fitted.scales.keys() & gradients.keys():
+        leaf = gradients[name]
+        # A scale may be past the range of half precision, and its product within.
+        scaled[name] = leaf.astype(wide(leaf.dtype)) * fitted.scales[name].astype(wide(leaf.dtype))
     z = {}
     for factored in plan.factored:
         found = factored.map

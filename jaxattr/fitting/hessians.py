@@ -17,6 +17,7 @@ from jaxattr.features.plans import Plan
 from jaxattr.features.whole_gradients import as_function_of, coordinates
 from jaxattr.fitting.passes import TrainingPass
 from jaxattr.keys import example_keys
+from jaxattr.scales import wide
 from jaxattr.typing import Example, Key, OutputFn, Params
 
 # Examples whose second derivatives are in memory at once.
@@ -129,7 +130,7 @@ def curvature_products(
     refuse_unit_norm(featurizer.rule.output, "A Hessian")
     curvature = Hessian(featurizer.rule.output) if curvature is None else curvature
     numbered = over.at(np.flatnonzero(kept))
-    weights = jnp.full(len(numbered.ids), 1 / len(numbered.ids))
+    weights = jnp.ones(len(numbered.ids))
     drawn = featurizer.draw(over.number, fitted, over.place)
     operands = (
         featurizer.key, drawn, over.params, numbered.batch, numbered.ids, weights, fitted
@@ -154,11 +155,13 @@ def _compiled_products(
             (tangent,) = to_parameters(vector.astype(example.dtype))
 
             def add(total: Leaves, block: Weighted) -> tuple[Leaves, None]:
-                return jax.tree.map(jnp.add, total, of_block(tangent, block)), None
+                more = of_block(tangent, block)
+                return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, more), None
 
-            start = jax.tree.map(jnp.zeros_like, leaves)
+            # A sum of short floats stops growing after some 256 blocks.
+            start = jax.tree.map(lambda x: jnp.zeros(x.shape, wide(x.dtype)), leaves)
             total, _ = jax.lax.scan(add, start, blocks)
-            return to_features(total)
+            return to_features(jax.tree.map(lambda x: x / len(ids), total))
 
         return jax.vmap(product)(vectors)
 

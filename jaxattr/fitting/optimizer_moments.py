@@ -15,6 +15,7 @@ from jaxattr.features.signs import seed_of
 from jaxattr.fitting.passes import TrainingPass
 from jaxattr.groups import named_leaves
 from jaxattr.identity import Contents
+from jaxattr.scales import wide
 from jaxattr.typing import Params
 
 
@@ -122,7 +123,8 @@ class ScaledSigns(Signs):
         given = self._moments_of(over)
         named = named_leaves(given)
         plan = over.featurizer.plan
-        scales = {name: 1 / (jnp.sqrt(v) + self.epsilon) for name, v in named.items()}
+        roots = {name: jnp.sqrt(v.astype(wide(v.dtype))) for name, v in named.items()}
+        scales = {name: 1 / (root + self.epsilon) for name, root in roots.items()}
         if self.materialize:
             kept = plan.rest | plan.covered
             return Fitted({}, {name: scales[name] for name in kept}, None, {})
@@ -168,7 +170,9 @@ def _scaled(factored: Factored, sides: Sides, named: dict[str, Any], epsilon: fl
 
 
 def _has_second_moments(node: Any) -> bool:
-    return hasattr(node, "_fields") and (hasattr(node, "nu") or hasattr(node, "v_row"))
+    # What SM3 calls nu is its momentum.
+    known = hasattr(node, "_fields") and type(node).__name__ != "ScaleBySM3State"
+    return known and (hasattr(node, "nu") or hasattr(node, "v_row"))
 
 
 def _kinds(state: Any) -> set[str]:

@@ -351,18 +351,23 @@ def _report_non_finite(rows: Rows, non_finite: np.ndarray) -> None:
     report_non_finite(non_finite, rows.layout.size, "training examples", f" ({where})")
 
 
+_ENOUGH = 8  # examples without a gradient to warn of: a hinge loss has some
+
+
 def _warn_of_zeros(job: BuildJob, rows: Rows) -> None:
     """Warns of gradients that are all zero, by the first block, as all rows may be very many."""
     size, finite = SELF_COLUMNS.size, COLUMNS.finite
+    first = min(rows.layout.block, rows.layout.size)
+    if first < min(_ENOUGH, rows.layout.size):
+        return
     for number in range(rows.layout.checkpoints):
         selves, examples = (job.place.host(rows.read(name, 0, number)) for name in (SELF, EXAMPLES))
         if (selves[:, size] != NO_SIZE).any() or not (examples[:, finite] != 0).any():
             return
-    first = min(rows.layout.block, rows.layout.size)
     warnings.warn(
-        f"The gradient of {name_of(job.method.rule.output)!r} is zero for the first {first} "
-        "training examples, and so are their scores: does it round, count, stop the gradient, "
-        "or fit exactly? Attribute a loss or a margin.",
+        f"The features of the first {first} training examples are zero, and so are their scores: "
+        f"does {name_of(job.method.rule.output)!r} round, count, stop its gradient, or fit "
+        "exactly?",
         UserWarning,
         stacklevel=3,
     )

@@ -227,7 +227,7 @@ def _no_numbers(leaf: Any, field: str, what: str) -> ValueError:
     lengths = [len(item) for item in items if item.ndim]
     if lengths and len(lengths) == len(items):
         other = next((i for i, length in enumerate(lengths) if length != lengths[0]), 0)
-        if not other:
+        if len({(np.shape(item), np.asarray(item).dtype.kind in _NUMBERS) for item in leaf}) == 1:
             return ValueError(
                 f"{what}: {_field(field)} is an array of objects, each an array of {lengths[0]}: "
                 "make one array of them, np.stack(column)."

@@ -7,7 +7,7 @@ what was likely meant, and the message says what then runs.
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -167,7 +167,7 @@ def _returned(function: OutputFn, params: Params, example: Example, error: _NoSc
     )
     if isinstance(result, tuple) and leaves:
         remedy = f"Return the first alone, lambda *given: {name_of(function)}(*given)[0]. {remedy}"
-    meant = _likely_meant(function, params, example)
+    meant = _likely_meant(function, params, example, fails=False)
     return ValueError(
         f"The function {name_of(function)!r} must map ONE example, without a batch axis, to one "
         f"float scalar; it returned {got}. {meant or remedy}\n{_given(params, example)}"
@@ -182,7 +182,7 @@ def _failed(function: OutputFn, params: Params, example: Example, error: Excepti
             "Examples are read by position, example[0]. To read them by name, pass the "
             "data as a dict, {'x': ..., 'y': ...}, or items that are dicts."
         )
-    if remedy is None and isinstance(error, KeyError) and str(error).isdigit():
+    if remedy is None and isinstance(example, Mapping) and _is_number(error):
         remedy = (
             "Examples are read by name, such as example['x']. To read them by position, pass the "
             "data as a tuple of arrays."
@@ -196,13 +196,19 @@ def _failed(function: OutputFn, params: Params, example: Example, error: Excepti
     )
 
 
+def _is_number(error: Exception) -> bool:
+    return isinstance(error, KeyError) and str(error).isdigit()
+
+
 def _given(params: Params, example: Example) -> str:
     return f"It was given params {shapes(params)};\nand ONE example {shapes(example)}."
 
 
-def _likely_meant(function: OutputFn, params: Params, example: Example) -> str | None:
+def _likely_meant(
+    function: OutputFn, params: Params, example: Example, *, fails: bool = True
+) -> str | None:
     """What to pass instead, if one of the usual slips explains that a function fails."""
-    for words, other_params, other_example in _slips(params, example):
+    for words, other_params, other_example in _slips(params, example, fails):
         if runs(function, other_params, other_example):
             return words
     return _fields_as_arguments(function, params, example)
@@ -227,8 +233,8 @@ def _fields_as_arguments(function: Any, params: Params, example: Example) -> str
     return words if runs(called, params, fields) else None
 
 
-def _slips(params: Params, example: Example) -> Any:
-    if isinstance(params, dict) and list(params) == ["params"]:
+def _slips(params: Params, example: Example, fails: bool) -> Any:
+    if isinstance(params, Mapping) and list(params) == ["params"]:
         yield (
             "The parameters are one level too deep: pass params['params'].",
             params["params"],
@@ -239,11 +245,12 @@ def _slips(params: Params, example: Example) -> Any:
         {"params": params},
         example,
     )
-    yield (
-        "It runs with its first two arguments swapped: it is called as (params, example, key).",
-        example,
-        params,
-    )
+    if fails:
+        yield (
+            "It runs with its first two arguments swapped: it is called as (params, example, key).",
+            example,
+            params,
+        )
     if isinstance(params, tuple) and params:
         yield (
             "The parameters are a tuple, and it runs on the first of it: pass that alone; a "
@@ -251,7 +258,7 @@ def _slips(params: Params, example: Example) -> Any:
             params[0],
             example,
         )
-    if isinstance(params, dict) and all(isinstance(step, int) for step in params):
+    if isinstance(params, Mapping) and all(isinstance(step, int) for step in params):
         yield (
             "The parameters are a dict of checkpoints: pass list(checkpoints.values()).",
             next(iter(params.values()), None),
@@ -259,7 +266,7 @@ def _slips(params: Params, example: Example) -> Any:
         )
     shapes_of = [jnp.shape(leaf) for leaf in jax.tree.leaves(example)]
     sizes = {shape[:1] for shape in shapes_of}
-    if shapes_of and len(sizes) == 1 and () not in sizes:
+    if shapes_of and len(sizes) == 1 and not sizes & {(), (1,)}:
         (size,) = sizes.pop()
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), example)
         yield (
@@ -286,7 +293,9 @@ def _with_whole_numbers(params: Params, example: Example) -> Any:
         tried = []
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             tried.append((leaf.shape, "integers, as labels and token ids are", ".astype(np.int32)"))
-        if len(leaf.shape) == 1 and (name in _LABELS or (name.isdigit() and number)):
+        if len(leaf.shape) == 1 < max(leaf.shape) and (
+            name in _LABELS or (name.isdigit() and number)
+        ):
             tried.append(((), "the class, and not one-hot", "np.argmax(..., -1)"))
         for shape, what, how in tried:
             whole = [*fields.values()]

@@ -175,7 +175,9 @@ def _followed(program: Jaxpr, inputs: Sequence[bool]) -> tuple[list[bool], set[b
 def _whole_body(equation: JaxprEqn) -> Jaxpr | None:
     """The program that an equation stands for, if it only calls it (jit, remat)."""
     bodies = list(_bodies(equation.params.values()))
-    if equation.primitive.name in _LOOPS or len(bodies) != 1:
+    # Derivatives of their own may be by what is not read on the way forward.
+    opaque = equation.primitive.name in _LOOPS or "custom_vjp" in equation.primitive.name
+    if opaque or len(bodies) != 1:
         return None
     (body,) = bodies
     same = len(body.invars) == len(equation.invars) and len(body.outvars) == len(equation.outvars)

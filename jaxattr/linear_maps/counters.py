@@ -33,8 +33,8 @@ class Counted:
     entries: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
 
-def _selected(which: np.ndarray, no: np.ndarray, yes: np.ndarray) -> np.ndarray:
-    return np.where(which, yes, no)
+def _selected(which: np.ndarray, *cases: np.ndarray) -> np.ndarray:
+    return np.choose(np.asarray(which).astype(int), cases)
 
 
 _RULES: dict[str, Callable[..., np.ndarray]] = {

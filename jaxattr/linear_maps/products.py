@@ -154,6 +154,8 @@ class _Lookup(Product):
 
     def inputs(self, x: jax.Array) -> jax.Array:
         ids = (x if self.column is None else x[..., self.column]).reshape(-1)  # [t]
+        # Of a short type the number of rows may be none: 256 is 0 among bytes.
+        ids = ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
         rows = extent(self.ins)
         if self.out_of_range == "clip":
             return jnp.clip(ids, 0, rows - 1)

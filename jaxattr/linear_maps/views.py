@@ -140,7 +140,7 @@ class View:
         """Of the flat index over some axes of the leaf, the numbers that the view covers."""
         grid = np.meshgrid(*(self.ranges[axis] for axis in axes), indexing="ij")
         shape = [self.shape[axis] for axis in axes]
-        flat = [g.reshape(-1) for g in grid]
+        flat = [g.reshape(-1).astype(int) for g in grid]  # of no layers it has another type
         return np.ravel_multi_index(flat, shape) if shape else np.zeros(1, int)
 
     def is_whole(self, axes: Iterable[int]) -> bool:

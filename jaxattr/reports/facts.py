@@ -164,7 +164,7 @@ def _known(share: float) -> float | None:
 
 def _natural(name: str) -> list[Any]:
     """Sorts layer 2 before layer 10, as the network has them."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part)
+    return [(part.isdecimal(), int(part[-18:]) if part.isdecimal() else 0, part)
             for part in re.split(r"([0-9]+)", name)]  # fmt: skip
 
 

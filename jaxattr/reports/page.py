@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import importlib.resources
+import re
 import string
 from collections.abc import Sequence
 
@@ -177,7 +178,7 @@ def _legend(queries: Sequence[Query], cards: Cards) -> str:
 
 def _in_order(label: str) -> tuple[bool, float, str]:
     """Numbers by their size, before words."""
-    whole = label.lstrip("-").isdecimal()
+    whole = re.fullmatch(r"-?[0-9]{1,18}", label) is not None
     return (not whole, int(label) if whole else 0, label)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxattr.counts import whole_number
 from jaxattr.files import local_file, written_whole
 from jaxattr.index.index import Index
-from jaxattr.index.queries import QueryFeatures, query_features
+from jaxattr.index.queries import QueryFeatures, accepted_by, query_features
 from jaxattr.inputs.data import like
 from jaxattr.reports import facts, tokens
 from jaxattr.reports.cards import Cards, Contributions, Query, most_tokens
@@ -117,7 +117,11 @@ def report(
     path = local_file(path)
     k = min(whole_number("k", k), index.size)
     weight_array(index.layout, weights)
-    source = None if isinstance(queries, QueryFeatures) else as_source(queries, "queries")
+    source = (
+        None
+        if isinstance(queries, QueryFeatures)
+        else as_source(queries, "queries", accepted_by(index))
+    )
     data, said = _train(index, train), _texts(predictions)
     showing = Showing(render, labels, decode)
     if source is not None:
