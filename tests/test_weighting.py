@@ -224,6 +224,7 @@ def test_bad_options(index, options, message):
         ja.learn_weights(index, QUERIES, **options)
 
 
+@pytest.mark.filterwarnings("ignore:The features of the first")
 def test_bad_contributions():
     with pytest.raises(ValueError, match="Every contribution is zero"):
         learned(jnp.zeros((4, 20, 3)))

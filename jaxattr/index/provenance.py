@@ -111,7 +111,8 @@ def differences(there: Any, here: Any) -> list[str]:
             if name == "groups" and _groups_in_words(a) != _groups_in_words(b):
                 a, b = _groups_in_words(a), _groups_in_words(b)
             lines = follow if name.startswith(("layout.", "rows.widths.")) else found
-            lines[name] = f"{_worded(name)}: the index has {_short(a)}, got {_short(b)}"
+            called = _worded(name) if name.startswith("rows.") else name
+            lines[name] = f"{called}: the index has {_short(a)}, got {_short(b)}"
     if "method.name" in found:  # its settings are those of another method, and no more to mend
         settings = (
             "method.kernel.",
