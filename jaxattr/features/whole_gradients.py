@@ -26,11 +26,13 @@ def project_gradients(
     Returns:
       {leaf of a linear map: [*stack, *inner]}, and {any other leaf: gradient}.
     """
-    scaled = dict(gradients)
-    for name in fitted.scales.keys() & gradients.keys():
-        leaf = gradients[name]
-        # A scale may be past the range of half precision, and its product within.
-        scaled[name] = leaf.astype(wide(leaf.dtype)) * fitted.scales[name].astype(wide(leaf.dtype))
+    # A scale may be past the range of half precision, and its product within.
+    scaled = {
+        name: leaf.astype(wide(leaf.dtype)) * fitted.scales[name].astype(wide(leaf.dtype))
+        if name in fitted.scales
+        else leaf
+        for name, leaf in gradients.items()
+    }
     z = {}
     for factored in plan.factored:
         found = factored.map
