@@ -144,3 +144,25 @@ def test_whole_numbers_need_no_second_moments(rank_one):
         np.testing.assert_allclose(scores(state, counted), expected, rtol=1e-9)
     with pytest.raises(ValueError, match=r"each of 6 parameters. Missing: \['layer0/bias'"):
         optimizer_moments.second_moments({"layer1": moments["layer1"]}, counted)
+
+
+def test_what_sm3_calls_nu_is_a_momentum():
+    with pytest.raises(ValueError, match="second moment for each of .*ScaleBySM3State"):
+        optimizer_moments.second_moments(optax.sm3(0.1).init(PARAMS), PARAMS)
+
+
+def test_second_moments_too_small_for_half_precision():
+    """Of 1e-12, whose inverse root is past float16."""
+    exact = {"w": jnp.asarray([[0.1, -0.2], [0.3, 0.05]], jnp.float32), "b": jnp.zeros(2)}
+    x = np.random.default_rng(0).normal(size=(9, 2)).astype(np.float32)
+
+    def loss(params, example, key):
+        output = jnp.tanh(example.astype(params["w"].dtype) @ params["w"] + params["b"])
+        return 0.01 * jnp.sum(output.astype(jnp.float32) ** 2)
+
+    def scores(dtype):
+        params = jax.tree.map(lambda a: a.astype(dtype), exact)
+        moments = jax.tree.map(lambda a: jnp.full(a.shape, 1e-12, jnp.float32), params)
+        return ja.score(ja.build_index(ja.trackstar(loss, moments, params), params, x), x)
+
+    np.testing.assert_allclose(scores(jnp.float16), scores(jnp.float32), atol=0.02)
