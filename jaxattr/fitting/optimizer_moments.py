@@ -25,8 +25,9 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
     Knows Adam and its kin (`nu`), AMSGrad (`nu_max`), RMSProp (`nu`) and Adafactor (`v_row`,
     `v_col`, `v`), wherever they stand in a chain, each for all parameters or, under `masked` and
     `multi_transform`, for some. Adam's bias correction, one factor for all parameters, is left out;
-    AdaBelief's variance is taken as it is. Whole numbers among the parameters are not trained and
-    need no second moments.
+    AdaBelief's variance is taken as it is. Adamax has a norm of gradients in a state like Adam's,
+    which cannot be told apart: pass its squares. Whole numbers among the parameters are not trained
+    and need no second moments.
 
     Args:
       optimizer_state: what `optimizer.init` or `optimizer.update` returned; or second moments, a
