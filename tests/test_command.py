@@ -504,7 +504,9 @@ def test_export(built, tmp_path):
         (TASK + "method = ja.tracin\n", "task.py: method is a function that needs loss. It must"),
     ],
 )  # fmt: skip
-def test_task_files_that_cannot_be_used(tmp_path, text, message):
+def test_task_files_that_cannot_be_used(tmp_path, text, message, monkeypatch):
+    if "sklearn" in text:  # so that it is there again for other tests
+        monkeypatch.setitem(sys.modules, "sklearn", None)
     needed = "method = train = checkpoints = None\n"
     if "import" in text and "models" not in text:
         text = text.rstrip("\n") + f"\n{needed}"
