@@ -1,6 +1,5 @@
 """Commands that make an index, or say what making it will be like."""
 
-import functools
 import time
 from typing import Any
 
@@ -11,9 +10,7 @@ from jaxattr.command import options, printing
 from jaxattr.command.tasks import Task
 from jaxattr.index.saving import read_closed
 from jaxattr.index.summary import summarize
-from jaxattr.inputs.outputs import runs
 from jaxattr.inputs.parameters import as_checkpoints
-from jaxattr.sources import as_source
 from jaxattr.store.folder import Folder
 
 # What of a task goes to `build_index` and `plan` as it is, where it is named.
@@ -30,10 +27,8 @@ _memory = click.option(
 @options.of_task
 def describe(task: Task, as_json: bool) -> None:
     """Say which group every parameter is in, and what becomes of it."""
-    params, method = as_checkpoints(task.get("checkpoints"))[0], task.get("method")
-    accepts = functools.partial(runs, method.rule.output, params)
-    example = as_source(task.get("train"), "train", accepts).example
-    found = ja.describe(method, params, example, groups=task.groups)
+    params, example = as_checkpoints(task.get("checkpoints"))[0], options.example_of(task)
+    found = ja.describe(task.get("method"), params, example, groups=task.groups)
     printing.result(found, found, as_json)
 
 

@@ -122,14 +122,19 @@ def opened_index(task: Task, path: str, *, train: Any = None) -> ja.Index:
     """
     described, example = read_manifest(Folder(path)), None
     if described is not None and described.get("example") is None:  # its shapes are not on record
-        example = _example(task)
+        example = example_of(task)
     method, checkpoints = task.get("method"), task.get("checkpoints")
     return ja.open_index(
         path, method, checkpoints, example=example, train=train, mesh=task.get("mesh")
     )
 
 
-def _example(task: Task) -> Any:
+def example_of(task: Task) -> Any:
+    """Returns the shapes of one training example of a task, read as `build` reads them.
+
+    Args:
+      task: the task.
+    """
     params = as_checkpoints(task.get("checkpoints"))[0]
     accepts = functools.partial(runs, task.get("method").rule.output, params)
     return as_source(task.get("train"), "train", accepts).example
