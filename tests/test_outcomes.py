@@ -393,6 +393,21 @@ def test_outputs_of_the_wrong_sign_are_warned_of():
         ja.learn_weights(index(), QUERIES, outcomes=wrong)
 
 
+def test_without_a_cpu_backend_the_default_device_fits(monkeypatch):
+    """JAX_PLATFORMS=cuda leaves JAX none; only the fit asks for one."""
+    devices = jax.local_devices
+
+    def no_cpu(*arguments, backend=None, **options):
+        if backend == "cpu":
+            raise RuntimeError("Unknown backend cpu")
+        return devices(*arguments, backend=backend, **options)
+
+    expected = fitted()
+    monkeypatch.setattr(jax, "local_devices", no_cpu)
+    found = ja.learn_weights(index(), QUERIES, outcomes=outcomes())
+    assert found.weights == expected.weights
+
+
 @QUIET
 def test_any_optimizer_of_optax():
     fit = fitted()

@@ -7,8 +7,10 @@ replacement, is how much it counts in the logarithms of the weights that are ret
 is chosen by the data, and the less gain can be shown, the nearer the weights are to uniform ones.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -123,12 +125,11 @@ def cross_fitted(
     Returns:
       Weights and gain. The same for the same evidence.
 
-    Cost: 9 x 4 fits of some 60 steps, of 6 q m (m + s) operations each. On the host's CPU in
-    float64, whatever the default device: single precision leaves weights uncertain by 1e-3.
+    Cost: 9 x 4 fits of some 60 steps, of 6 q m (m + s) operations each. In float64, as single
+    precision leaves weights uncertain by 1e-3; on the host's CPU, if JAX was left one.
     """
-    on_host = jax.default_device(jax.local_devices(backend="cpu")[0])
     # Optax takes the standard promotion of types for granted.
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), on_host:
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"), _on_host():
         evidence = jax.tree.map(jnp.asarray, evidence)
         models, m = len(evidence.ranks), evidence.sums[0].shape[-1]
         folds = np.arange(models) % FOLDS
@@ -229,6 +230,14 @@ def _shares(evidence: Evidence, theta: np.ndarray) -> np.ndarray:
     """What each model and each query that counts adds to the agreement, [k, s, q]."""
     counted = np.asarray(jnp.any(evidence.ranks != 0, axis=0))
     return np.asarray(_shares_of(evidence, jnp.asarray(theta)))[:, :, counted]
+
+
+def _on_host() -> AbstractContextManager[Any]:
+    """The host's CPU; the default device where JAX_PLATFORMS leaves the CPU out."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:
+        return contextlib.nullcontext()
 
 
 def _how_much(gains: np.ndarray, uniform: np.ndarray) -> np.ndarray:
