@@ -219,7 +219,7 @@ def contrast(
         for role, source in zip(sides, sources, strict=True)
     )
     difference = first - second
-    kept = finite & also_finite & np.isfinite(np.asarray(difference)).all(axis=1)
+    kept = finite & also_finite & np.asarray(jnp.isfinite(difference).all(axis=1))
     difference = jnp.where(kept[:, None], difference, 0)
     assert index.featurizer is not None and index.method is not None
     if index.featurizer.rule.normalize or isinstance(index.method.kernel, MapsQueries):

@@ -96,7 +96,7 @@ def astra(
         solved.append(_refined(system, phi, iterations, tolerance))
     features = jnp.concatenate([phi for phi, _ in solved], axis=1)
     residuals = np.max([np.asarray(residual) for _, residual in solved], axis=0)
-    lost = np.flatnonzero(~np.isfinite(np.asarray(features)).all(axis=1))
+    lost = np.flatnonzero(~np.asarray(jnp.isfinite(features).all(axis=1)))
     report_non_finite(lost, len(residuals), "refined queries")
     _warn_of_residuals(residuals, tolerance)
     return prepared._replace(

@@ -390,8 +390,13 @@ def _exponent(index: Index, slab: Slab) -> np.ndarray:
 def _warn_of_overflow(scores: Any) -> None:
     """Warns of scores that are infinite, where they have values: not under `jit` or `grad`."""
     if not isinstance(scores, jax.core.Tracer):
-        infinite = np.isinf(np.asarray(scores))
-        warn_of_overflow(infinite.reshape(len(infinite), -1).sum(axis=1), scores.dtype)
+        warn_of_overflow(np.asarray(_infinite(scores)), scores.dtype)
+
+
+@jax.jit
+def _infinite(scores: jax.Array) -> jax.Array:
+    """How many of each row are infinite, [q]; where they are, since all of them may be large."""
+    return jnp.isinf(scores).sum(axis=tuple(range(1, scores.ndim)))
 
 
 @jax.jit
