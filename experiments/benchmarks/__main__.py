@@ -16,15 +16,19 @@ from pathlib import Path
 from rich.console import Console
 
 DEVICE = {
-    "accelerator": "--rows 1 --length 32 --depth 1 --examples 8",
-    "features": "--model gpt --batch 4 --rank 4 --repeats 1",
-    "ekfac": "--examples 4 --batch 2 --repeats 1",
-    "scoring": "--n 2000 --p 256 --q 8 --repeats 1",
-    "weights": "--n 2000 --q 8 --steps 10 --repeats 1",
-    "tokens": "--length 16 --k 2 --repeats 1",
-    "peers": "--examples 16 --queries 4 --repeats 1",
+    "precision": ("", "--examples 8"),
+    "accelerator": ("", "--rows 1 --length 32 --depth 1"),
+    "features": (
+        "--model gpt --model resnet9 --rank 16 --batch 256",
+        "--model gpt --batch 4 --rank 4 --repeats 1",
+    ),
+    "ekfac": ("--examples 512 --batch 64", "--examples 4 --batch 2 --repeats 1"),
+    "scoring": ("", "--n 2000 --p 256 --q 8 --repeats 1"),
+    "weights": ("", "--n 2000 --q 8 --steps 10 --repeats 1"),
+    "tokens": ("", "--length 16 --k 2 --repeats 1"),
+    "peers": ("--examples 512 --batch 64", "--examples 16 --queries 4 --repeats 1"),
 }
-"""What is measured on an accelerator, with options that make it small."""
+"""What is measured on an accelerator: options there, and what makes it small."""
 
 OTHERS = {
     "compiling": "--model resnet9 --repeats 1",
@@ -35,7 +39,7 @@ OTHERS = {
     "scaling": "",
     "store": "--n 4000",
 }
-"""The rest, of the host and its disk."""
+"""The rest, of the host and its disk: what makes it small."""
 
 
 def main() -> None:
@@ -51,15 +55,29 @@ def main() -> None:
     given, console = parser.parse_args(), Console()
     given.folder.mkdir(parents=True, exist_ok=True)
     failed = []
-    for name, small in (DEVICE if given.device else DEVICE | OTHERS).items():
+    for name, options in chosen(given.device, given.quick).items():
         if name == "peers" and importlib.util.find_spec("kronfluence") is None:
             console.print("peers: skipped, their libraries are not installed")
             continue
-        if not run(name, small.split() if given.quick else [], given.folder, console):
+        if not run(name, options.split(), given.folder, console):
             failed.append(name)
     console.print(f"What they printed is in {given.folder}/.")
     if failed:
         sys.exit(f"These failed: {', '.join(failed)}.")
+
+
+def chosen(device: bool, quick: bool) -> dict[str, str]:
+    """What is run, and its options.
+
+    Args:
+      device: only what an accelerator changes, at sizes for one.
+      quick: at small sizes.
+    """
+    sizes = {name: small if quick else large for name, (large, small) in DEVICE.items()}
+    if device:
+        return sizes
+    every = {name: small for name, (_, small) in DEVICE.items()} | OTHERS
+    return every if quick else dict.fromkeys(every, "")
 
 
 def run(name: str, options: list[str], folder: Path, console: Console) -> bool:

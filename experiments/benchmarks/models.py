@@ -27,6 +27,18 @@ class Subject(NamedTuple):
     batch: Any
 
 
+class Embed(nnx.Embed):
+    """Rows of the type that the parameter has, where flax keeps to the one that it began with."""
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Maps ids [t] to [t, width]."""
+        return self.embedding[...][ids]
+
+    def attend(self, query: jax.Array) -> jax.Array:
+        """Maps [t, width] to logits [t, vocabulary]."""
+        return query @ self.embedding[...].T
+
+
 class GPTBlock(nnx.Module):
     """A pre-norm transformer block; its four projections are dense layers."""
 
@@ -53,8 +65,8 @@ class GPT(nnx.Module):
     def __init__(
         self, *, vocabulary: int, width: int, depth: int, length: int, heads: int, rngs: nnx.Rngs
     ):
-        self.embed = nnx.Embed(vocabulary, width, rngs=rngs)
-        self.position = nnx.Embed(length, width, rngs=rngs)
+        self.embed = Embed(vocabulary, width, rngs=rngs)
+        self.position = Embed(length, width, rngs=rngs)
         self.blocks = nnx.List([GPTBlock(width, heads, rngs=rngs) for _ in range(depth)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
 
@@ -97,7 +109,7 @@ class Llama(nnx.Module):
     """A small Llama, its head apart from its embeddings."""
 
     def __init__(self, *, vocabulary: int, width: int, depth: int, heads: int, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(vocabulary, width, rngs=rngs)
+        self.embed = Embed(vocabulary, width, rngs=rngs)
         self.blocks = nnx.List([LlamaBlock(width, heads, heads // 2, rngs=rngs)
                                 for _ in range(depth)])  # fmt: skip
         self.norm = nnx.RMSNorm(width, rngs=rngs)
@@ -244,6 +256,15 @@ ALL: dict[str, Callable[[int], Subject]] = {
     "resnet9": resnet9,
     "vit": vit,
 }
+
+
+def cast(subject: Subject, dtype: Any) -> Subject:
+    """The model with parameters of another type."""
+
+    def of(x: jax.Array) -> jax.Array:
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return subject._replace(params=jax.tree.map(of, subject.params))
 
 
 def dense_layers(params: Any) -> Any:
