@@ -1,4 +1,6 @@
-"""Features and EK-FAC beside other libraries: same model, same data, same process, CPU.
+"""Features and EK-FAC beside other libraries: same model, same data, same process, same device.
+
+On a GPU both multiply float32 as JAX does by default there, in TF32.
 
 Needs, in an environment of its own beside jaxattr:
 
@@ -11,6 +13,8 @@ python -m experiments.benchmarks.peers
 
 import argparse
 import functools
+import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -44,6 +48,10 @@ from experiments.benchmarks import ekfac, features, models, timing
 WIDTH, DEPTH, HEADS, LENGTH, VOCABULARY = 256, 4, 4, 128, 512
 RANK = 16
 
+# Before JAX takes most of a GPU's memory, which the others need too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+DEVICE = "cpu" if jax.default_backend() == "cpu" else "cuda"
+
 
 class Block(nn.Module):
     """The block of `models.GPTBlock`."""
@@ -66,7 +74,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The model of `models.gpt`, with the same number of parameters."""
 
-    device = torch.device("cpu")
+    device = torch.device(DEVICE)
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +89,7 @@ class GPT(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Maps ids [b, t] to logits [b, t, vocabulary]."""
-        x = self.embed(ids) + self.position(torch.arange(ids.shape[1]))
+        x = self.embed(ids) + self.position(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
             x = block(x)
         return self.norm(x) @ self.embed.weight.T
@@ -128,9 +136,7 @@ def main() -> None:
     if arguments.memory_of:
         run = PEERS[arguments.memory_of]
         run(arguments.examples, arguments.batch, arguments.queries[0])
-        # Not getrusage, which begins with the size of the process that started this one.
-        status = Path("/proc/self/status").read_text().split()
-        print(int(status[status.index("VmHWM:") + 1]) // 1024)
+        print(_most_memory(arguments.memory_of) >> 20)
         return
     console = Console(width=110)
     console.print(f"{timing.machine()}, torch {torch.__version__}")
@@ -142,8 +148,8 @@ def main() -> None:
 def features_table(batch: int, repeats: int) -> Table:
     """Milliseconds per example of two-sided features of the 16 dense layers."""
     subject = models.gpt(batch)
-    ids = torch.tensor(np.asarray(subject.batch)).long()
-    model = GPT()
+    ids = torch.tensor(np.asarray(subject.batch), device=DEVICE).long()
+    model = GPT().to(DEVICE)
     method = ja.tracin(subject.loss, projection=ja.projections.two_sided(RANK))
     featurize = ja.featurizer(
         method, subject.params, subject.batch[0], groups=models.dense_layers, microbatch=batch
@@ -158,12 +164,12 @@ def features_table(batch: int, repeats: int) -> Table:
             "jax gradient": timing.compiled(
                 features.gradient(subject), subject.params, subject.batch
             ),
-            "torch gradient": (torch_gradient, None),
+            "torch gradient": (_to_its_end(torch_gradient), None),
             "jaxattr": timing.compiled(
                 lambda params, batch: featurize(params, batch), subject.params, subject.batch
             ),
-            "bergson": (_bergson(GPT(), ids), None),
-            "dattri LoGra": (_dattri(GPT(), ids), None),
+            "bergson": (_to_its_end(_bergson(GPT().to(DEVICE), ids)), None),
+            "dattri LoGra": (_to_its_end(_dattri(GPT().to(DEVICE), ids)), None),
         },
         repeats,
     )
@@ -228,6 +234,17 @@ def without_store_table(examples: int, batch: int, queries: Sequence[int]) -> Ta
     return shown
 
 
+def _most_memory(name: str) -> int:
+    """Bytes that this process held at most, of the device's memory where that is its own."""
+    if DEVICE == "cuda":
+        stats = jax.devices()[0].memory_stats() or {}
+        ours = name == "jaxattr"
+        return stats["peak_bytes_in_use"] if ours else torch.cuda.max_memory_allocated()
+    # Not getrusage, which begins with the size of the process that started this one.
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("VmHWM:") + 1]) << 10
+
+
 def _peak(name: str, examples: int, batch: int, queries: int) -> float:
     """The most memory that a process of its own held, in MiB; all libraries are imported in it."""
     command = [sys.executable, "-m", "experiments.benchmarks.peers", "--memory-of", name]
@@ -260,6 +277,17 @@ def _without_store(examples: int, batch: int, queries: int) -> dict[str, float]:
     fitted = time.perf_counter()
     jax.block_until_ready(ja.score(index, asked))
     return {"fit": fitted - started, "scores": time.perf_counter() - fitted}
+
+
+def _to_its_end(run: Callable[[], None]) -> Callable[[], None]:
+    """Waits for the device, which torch does not."""
+
+    def whole() -> None:
+        run()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    return whole
 
 
 def _bergson(model: GPT, ids: torch.Tensor) -> Callable[[], None]:
@@ -298,6 +326,7 @@ def _dattri(model: GPT, ids: torch.Tensor) -> Callable[[], None]:
             hessian="Identity",
             proj_dim=RANK**2,
             offload="none",
+            device=DEVICE,
             cache_dir=tempfile.mkdtemp(),  # else it writes where it stands
         )
         attributor._setup_compressors(DataLoader([{"ids": row[:-1]} for row in ids], len(ids)))
@@ -317,8 +346,9 @@ def _kronfluence(
         "benchmark",
         model,
         task,
-        cpu=True,
+        cpu=DEVICE == "cpu",
         disable_tqdm=True,
+        log_level=logging.ERROR,
         output_dir=tempfile.mkdtemp(),
         disable_model_save=True,
     )
@@ -346,13 +376,17 @@ def _kronfluence(
     spent = {}
     for name, stage in stages.items():
         started = time.perf_counter()
-        stage()
+        _to_its_end(stage)()
         spent[name] = time.perf_counter() - started
-    plain = GPT()
+    plain, there = GPT().to(DEVICE), ids.to(DEVICE)
+
+    def gradients() -> None:
+        for part in there.split(batch):
+            plain.zero_grad()
+            total_loss(plain, part).backward()
+
     started = time.perf_counter()
-    for part in ids.split(batch):
-        plain.zero_grad()
-        total_loss(plain, part).backward()
+    _to_its_end(gradients)()
     spent["plain gradient"] = time.perf_counter() - started
     return spent
 
@@ -362,5 +396,6 @@ PEERS = {"jaxattr": _without_store, "kronfluence": _gradients_forgotten}
 
 
 if __name__ == "__main__":
-    assert jax.default_backend() == "cpu", "this compares on the CPU"
+    if DEVICE == "cuda":
+        torch.set_float32_matmul_precision("high")
     main()

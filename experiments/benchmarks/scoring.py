@@ -82,7 +82,7 @@ def table(arguments: argparse.Namespace, found: dict[str, timing.Timing]) -> Tab
     base = found.pop("bare product")
     shown = Table(
         title=f"{arguments.q} queries x {arguments.n:,} examples x {arguments.p} features; bare "
-        f"product {base.seconds.min():.2f} s. Ratios to it: median of the turns, lowest to highest."
+        f"product {1000 * base.seconds.min():.1f} ms. Ratios to it: median, lowest to highest."
     )
     for heading in ("what", "time", "spread", "goal"):
         shown.add_column(heading)
