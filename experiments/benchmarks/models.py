@@ -27,8 +27,11 @@ class Subject(NamedTuple):
     batch: Any
 
 
-class Embed(nnx.Embed):
+class Embed(nnx.Module):
     """Rows of the type that the parameter has, where flax keeps to the one that it began with."""
+
+    def __init__(self, size: int, width: int, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Embed(size, width, rngs=rngs).embedding
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """Maps ids [t] to [t, width]."""
