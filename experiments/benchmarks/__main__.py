@@ -17,7 +17,7 @@ from rich.console import Console
 
 DEVICE = {
     "precision": ("", "--examples 8"),
-    "accelerator": ("", "--rows 1 --length 32 --depth 1"),
+    "accelerator": ("", "--rows 2 --batch 1 --length 32 --depth 1"),
     "features": (
         "--model gpt --model resnet9 --rank 16 --batch 256",
         "--model gpt --batch 4 --rank 4 --repeats 1",
