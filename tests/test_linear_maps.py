@@ -392,3 +392,31 @@ def test_matrices_without_entries_are_no_linear_maps(make, shape):
     scores = ja.score(ja.build_index(make(loss), params, x), x)
     expected = ja.score(ja.build_index(make(alone), {"w": params["w"]}, x), x)
     np.testing.assert_allclose(scores, expected, rtol=1e-6)
+
+
+def test_a_pallas_kernel_with_a_derivative_is_followed():
+    """On a GPU kernels like this one are compiled; here they are interpreted."""
+    pallas = pytest.importorskip("jax.experimental.pallas")
+
+    def multiply(x, w, out):
+        out[...] = x[...] @ w[...]
+
+    @jax.custom_vjp
+    def dense(x, w):
+        shape = jax.ShapeDtypeStruct((len(x), w.shape[1]), x.dtype)
+        return pallas.pallas_call(multiply, out_shape=shape, interpret=True)(x, w)
+
+    dense.defvjp(lambda x, w: (dense(x, w), (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+    params = {"a": jnp.asarray(normal(0, 4, 6)), "b": jnp.asarray(normal(1, 6, 3))}
+    x = jnp.asarray(normal(2, 5, 2, 4))
+
+    def loss(product):
+        return lambda p, e, key: jnp.tanh(jnp.tanh(product(e, p["a"])) @ p["b"]).sum()
+
+    found, expected = (
+        ja.build_index(ja.ekfac(loss(product), rank=9), params, x)
+        for product in (dense, jnp.matmul)
+    )
+    np.testing.assert_allclose(ja.score(found, x), ja.score(expected, x), rtol=1e-9)
+    described = ja.describe(ja.ekfac(loss(dense)), params, x[0])
+    assert all(leaf.route.startswith("factored") for leaf in described.leaves)
