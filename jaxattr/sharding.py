@@ -211,10 +211,17 @@ class Placement:
         return _from_parts((rows.shape[0], block, *rows.shape[2:]), sharding, part)
 
     def whole(self, tree: Any) -> Any:
-        """Puts arrays that every host has on every device; those that are spread stay so."""
+        """Puts arrays that every host has on every device; those that are spread stay so.
+
+        Without a mesh NumPy's go to the default device: as they are, each program would send them.
+        """
         if self.mesh is None:
-            return tree
+            return jax.tree.map(lambda x: jax.device_put(x) if _is_numpy(x) else x, tree)
         return jax.tree.map(functools.partial(_place, self.mesh), tree)
+
+    def shared(self, tree: Any) -> Any:
+        """As `whole` on a mesh; without one as they are, NumPy's on the host until used."""
+        return tree if self.mesh is None else self.whole(tree)
 
     def host(self, x: Any) -> np.ndarray:
         """Returns the whole array on every host."""
@@ -408,6 +415,10 @@ def _from_parts(
     places = sharding.addressable_devices_indices_map(shape)
     parts = [jax.device_put(part(index or ()), device) for device, index in places.items()]
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+def _is_numpy(x: Any) -> bool:
+    return isinstance(x, (np.ndarray, np.generic))
 
 
 def _place(mesh: Mesh, leaf: Any) -> Any:

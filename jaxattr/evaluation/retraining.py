@@ -322,7 +322,7 @@ def check_inputs_matter(train_fn: TrainFn, key: Key, ids: np.ndarray) -> None:
 def _warn_of_divergence(params: Params, seeds: int) -> None:
     finite = np.all(
         [
-            np.isfinite(np.asarray(leaf)).all(axis=tuple(range(1, leaf.ndim)))
+            np.asarray(jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))))
             for leaf in jax.tree.leaves(params)
             if jnp.issubdtype(leaf.dtype, jnp.floating)
         ],

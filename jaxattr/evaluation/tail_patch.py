@@ -70,6 +70,7 @@ def tail_patch(
     check_output(loss, params, shapes_of_one(train), key)
     check_output(measure, params, shapes_of_one(queries), key)
     state = optimizer.init(params) if optimizer_state is None else optimizer_state
+    params, state = jax.device_put((params, state))  # once, and not for each block
     step = _compiled_steps(loss, measure, optimizer, at_once)
     pairs = np.stack([np.repeat(np.arange(q), ids.shape[1]), ids.reshape(-1)], axis=1)
     there = pairs[:, 1] >= 0

@@ -136,6 +136,8 @@ def trainer(
     def run(key: Key, ids: Any = None) -> TrainingRun:
         chosen = np.arange(examples) if ids is None else checked_ids(ids, examples, "ids")
         step, start, steps, whole = parts(check_key(key), jnp.asarray(chosen))
+        # On the host, where they are looked at: else each step waits for the one before.
+        steps = dataclasses.replace(steps, ids=np.asarray(steps.ids))
         return TrainingRun(
             step, start, steps, examples=examples, params=lambda state: whole(state[0])
         )
@@ -157,16 +159,16 @@ class _Steps:
     """
 
     data: Batch
-    ids: jax.Array
+    ids: jax.Array | np.ndarray
     keys: Key
 
-    def batch(self, ids: jax.Array, key: Key) -> tuple[Batch, Key]:
+    def batch(self, ids: jax.Array | np.ndarray, key: Key) -> tuple[Batch, Key]:
         return rows_of(self.data, ids), key
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, number: int) -> tuple[tuple[Batch, Key], jax.Array]:
+    def __getitem__(self, number: int) -> tuple[tuple[Batch, Key], jax.Array | np.ndarray]:
         ids = self.ids[number]
         return self.batch(ids, self.keys[number]), ids
 

@@ -81,7 +81,9 @@ class TrainingPass:
         for block in track(blocks, described, count, first):
             positions = block.start + np.arange(self.block)
             ids, real = self.place.numbers(self._numbers, positions)
-            yield NumberedBatch(block.batch, ids, real)
+            # Once: of NumPy's arrays each of several programs would send its own.
+            batch = jax.device_put(block.batch) if self.place.mesh is None else block.batch
+            yield NumberedBatch(batch, ids, real)
 
     def features(
         self,

@@ -152,7 +152,7 @@ def build_index(
         raise ValueError("store=False keeps no features: leave path and dtype out.")
     key, on_disk = jax.random.key(0) if key is None else check_key(key), path is not None
     with looking_at(method, checkpoints, train) as (parameters, source):
-        key, parameters = place.whole(key), tuple(place.whole(each) for each in parameters)
+        key, parameters = place.whole(key), place.shared(tuple(parameters))
         request = BuildRequest(method, parameters, source, groups, key, place, on_disk, dtype)
         featurize = request.settle(batch_size, microbatch, memory)
         batch_size = batch_size if store else request.smaller(featurize, batch_size)

@@ -68,9 +68,8 @@ class BuildJob(NamedTuple):
 
     def pass_over(self, number: int) -> TrainingPass:
         """The pass of one checkpoint over the data."""
-        return TrainingPass(
-            self.featurizer, self.checkpoints[number], number, self.source, self.block, self.place
-        )
+        params = self.place.whole(self.checkpoints[number])
+        return TrainingPass(self.featurizer, params, number, self.source, self.block, self.place)
 
 
 class BuiltCheckpoint(NamedTuple):
@@ -123,6 +122,7 @@ def build_checkpoint(
             rows.finish(number)  # what a run left that was killed after its last block
             return BuiltCheckpoint(fitted, operator, _finite(rows, number))
     found = _operator(job, over, fitted, rows, ledger)
+    kept = found.operator if keeps_operator(kernel) else None
     apply, residual = apply_kernel(job.place, kernel, layout, eta)
     anew = over.anew(fitted)
     made = _compiled_mapped(job.place, kernel, _RawForm.of(rows.layout, kernel), eta)
@@ -137,7 +137,7 @@ def build_checkpoint(
         return apply(found.operator, phi, found.exponent)[1][SELF]
 
     if residual is None and rows.made_by(SELF, number, self_contributions):
-        return BuiltCheckpoint(fitted, found.operator, found.finite)
+        return BuiltCheckpoint(fitted, kept, found.finite)
     starts = range(first, blocks)
     with failing_together():
         for block in track(iter(starts), f"{kernel.name}, checkpoint {number}", blocks, first):
@@ -148,7 +148,7 @@ def build_checkpoint(
             rows.write(block, number, values)
         rows.flush()
     rows.finish(number)
-    return BuiltCheckpoint(fitted, found.operator, found.finite)
+    return BuiltCheckpoint(fitted, kept, found.finite)
 
 
 class _Inverted(NamedTuple):
@@ -250,9 +250,11 @@ def _surroundings(
     job: BuildJob, over: TrainingPass, fitted: Fitted, rows: Rows, finite: np.ndarray, exponent: int
 ) -> Surroundings:
     layout, dtype = job.featurizer.layout, rows.layout.wide
+    # Read once: kernels that ask for rows ask group by group, and hold them all as it is.
+    whole = functools.cache(lambda: rows.column(RAW, over.number))
 
     def over_unit(columns: slice) -> np.ndarray:
-        return np.ldexp(rows.column(RAW, over.number, columns).astype(dtype), -exponent)
+        return np.ldexp(whole()[:, columns].astype(dtype), -exponent)
 
     def sums_of(sums: Any, data: Any, description: str) -> Any:
         other = over.of(as_source(data, description))

@@ -78,7 +78,7 @@ def open_index(
     parameters: tuple[Params, ...] = ()
     featurize = None
     if method is not None and checkpoints is not None:
-        parameters = tuple(place.whole(params) for params in as_checkpoints(checkpoints))
+        parameters = place.shared(tuple(as_checkpoints(checkpoints)))
         featurize = _featurizer(folder, described, method, parameters, example, place)
     elif method is not None or checkpoints is not None:
         raise ValueError("Give both method and checkpoints, or neither.")

@@ -264,8 +264,8 @@ def state_of(index: Index) -> QueryArrays:
     """Returns the arrays of an index that queries need."""
     if index.featurizer is None:
         raise _without_method()
-    key = index.featurizer.key
-    return QueryArrays(key, index.checkpoints, index.drawn, index.fitted, index.operators)
+    key, checkpoints = index.featurizer.key, index.place.whole(index.checkpoints)
+    return QueryArrays(key, checkpoints, index.drawn, index.fitted, index.operators)
 
 
 class QueryFunctions(NamedTuple):

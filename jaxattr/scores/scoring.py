@@ -33,7 +33,7 @@ from jaxattr.scores.writing import warn_of_overflow, written
 from jaxattr.sharding import DATA, Placement
 from jaxattr.store.arrays import check_vacant
 from jaxattr.store.folder import Folder
-from jaxattr.store.rows import COLUMNS, EXAMPLES, SELF, SLAB, Rows, Slab, blocks_at_once
+from jaxattr.store.rows import COLUMNS, EXAMPLES, FEATURES, SELF, SLAB, Rows, Slab, blocks_at_once
 from jaxattr.typing import Batch, Features, Weights
 
 _HEADROOM = 8
@@ -108,7 +108,7 @@ def score(
         check_vacant(folder)  # before the queries' features, which may take long
     count, groups = in_groups(index, queries, queries_at_once)
     if folder is not None:
-        scored = ((prepared, _scored(index, w, prepared)) for prepared in groups)
+        scored = ((prepared, _scored(index, w, prepared, SLAB)) for prepared in groups)
         return written(index, count, scored, folder)
     # Not a loop, whose variable would hold a group while the next is made.
     found = list(map(functools.partial(_of_group, index, w), groups))
@@ -118,14 +118,14 @@ def score(
 
 
 def _scored(
-    index: Index, w: jax.Array, prepared: QueryFeatures
+    index: Index, w: jax.Array, prepared: QueryFeatures, at_once: int | None = None
 ) -> Iterator[tuple[Slab, jax.Array]]:
-    """Slabs of an index with their scores [q, g, b]."""
+    """Slabs of an index, of so many rows where that is given, with their scores [q, g, b]."""
     place, phi = index.place, index.place.whole(prepared.features)
     weigh = ranking.weigh_step(place, index.layout)
     step = ranking.score_step(place, index.link)
     bound, weighted = None, None
-    for slab in _slabs(index):
+    for slab in _slabs(index, at_once):
         own = _exponent(index, slab)
         if bound is None or own > bound:
             # Queries are large: they are weighted again for features that are very much larger.
@@ -158,7 +158,7 @@ def contributions(index: Index, queries: Any) -> jax.Array:
     phi = index.place.whole(prepared.features)
     parts = []
     for slab in _slabs(index):
-        exponent = index.place.whole(_exponent(index, slab))
+        exponent = index.place.whole(index.exponent) if slab.exponent is None else slab.exponent
         parts.append(index.place.gathered(step(phi, slab.arrays, exponent))[:, slab.fresh :])
     found = _joined(index, prepared, parts)
     _warn_of_overflow(found)
@@ -316,11 +316,12 @@ def attributor(
     sign = -1 if opponents else 1
     count = blocks_at_once(rows.layout, SLAB)
     search = ranking.top_k_of_arrays(index.place, index.layout, index.link, k, count, sign)
+    state = state_of(index)
 
     def attribute(batch: Batch, ids: jax.Array | None = None) -> TopK:
         ids = -1 - jnp.arange(leading_size(batch)) if ids is None else jnp.asarray(ids)
         run = _compiled_attributor(functions_of(index, shapes_of_one(batch)), search)
-        return run(state_of(index), _arrays(rows), w, exponent, batch, ids)
+        return run(state, _arrays(rows), w, exponent, batch, ids)
 
     return attribute
 
@@ -374,11 +375,12 @@ def _arrays(rows: Rows) -> dict[str, jax.Array]:
     return {name: rows.arrays[name] for name in rows.layout.side}
 
 
-def _slabs(index: Index) -> Iterator[Slab]:
-    """All of an index in memory at once, or one on disk in parts."""
+def _slabs(index: Index, at_once: int | None = None) -> Iterator[Slab]:
+    """An index in parts; by default one in memory at once, unless it must be widened first."""
     layout = index.rows.layout
-    whole = layout.blocks * layout.block
-    at_once = whole if index.rows.resident else SLAB
+    if at_once is None:
+        whole = index.rows.resident and layout.dtypes[FEATURES] == layout.wide
+        at_once = layout.blocks * layout.block if whole else SLAB
     return index.rows.slabs(layout.side, at_once)
 
 

@@ -105,7 +105,7 @@ def unroll(
     stored = whole_number("stored", root if stored is None else stored, least=2)
     segments = _segments(run, _Segment(0, len(run), run.start), stored)
     final = _advanced(run, segments[-1].state, segments[-1].first, len(run))
-    if not all(np.isfinite(leaf).all() for leaf in floats_of(final)):
+    if not all(jnp.isfinite(leaf).all() for leaf in floats_of(final)):
         raise ValueError(
             "The run ends with a state that is not finite: training diverged. Lower its learning "
             "rate, or clip gradients."

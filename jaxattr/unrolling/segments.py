@@ -86,7 +86,7 @@ def score_segments(
             segment.rule.projection, featurizer.plan, index.drawn[0], index.fitted[0]
         )
         phi = jax.vmap(to_features)(gradients)
-        bad = np.union1d(lost, np.flatnonzero(~np.isfinite(phi).all(axis=1)))
+        bad = np.union1d(lost, np.flatnonzero(~jnp.isfinite(phi).all(axis=1)))
         scores += np.asarray(score(index, QueryFeatures(phi, bad, index.query_side)))
         _, to_parameters = jax.vjp(to_features, leaves)
         decay = kernel.decayed(index.operators[0], phi)
