@@ -61,6 +61,18 @@ def test_what_does_not_belong_together_is_refused(finished_index, change, messag
         build(finished_index, **options)
 
 
+def test_products_of_another_precision_are_named(path):
+    """On a GPU what float32 is multiplied in is set from outside, and easily forgotten."""
+    with jax.default_matmul_precision("highest"):
+        build(path)
+        ja.open_index(path, IDENTITY, CHECKPOINTS)
+    message = "computes .* .jax_default_matmul_precision was 'highest' then, and is None now"
+    with pytest.raises(StoreError, match=message):
+        ja.open_index(path, IDENTITY, CHECKPOINTS)
+    with pytest.raises(StoreError, match=message):
+        build(path)
+
+
 def test_what_follows_from_another_difference_is_not_listed(finished_index):
     """Another method and other parameters also change widths and the layout of columns."""
     method = ja.tracin(models.loss, projection=projections.rademacher(9))

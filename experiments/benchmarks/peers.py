@@ -181,7 +181,7 @@ def features_table(batch: int, repeats: int) -> Table:
         own = found["jax gradient" if name in ("jaxattr", "jax gradient") else "torch gradient"]
         shown.add_row(
             name,
-            f"{np.median(each.seconds) / batch * 1000:.1f}",
+            f"{np.median(each.seconds) / batch * 1000:.3g}",
             f"{each.ratio(own)[0]:.2f}",
             "{:.2f} ({:.2f}-{:.2f})".format(*ours.ratio(each)),
         )

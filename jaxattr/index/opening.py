@@ -183,6 +183,7 @@ def _featurizer(
         key = place.whole(provenance.key_from(described["key"]))
         there = {name: described[name] for name in ("method", "params")}
         there["rows"] = {"checkpoints": described["rows"]["checkpoints"]}
+        there["settings"] = described.get("settings", {})
     featurize = featurizer(method, parameters[0], example, groups=groups, key=key)
     here = {
         "method": provenance.describe_method(method, featurize.rule),

@@ -37,6 +37,9 @@ _WORDS = (
 )
 
 
+PRECISION = "jax_default_matmul_precision"
+
+
 def manifest(
     method: Method,
     featurize: Featurizer,
@@ -75,6 +78,7 @@ def manifest(
         "versions": {
             name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "orbax-checkpoint")
         },
+        "settings": {PRECISION: getattr(jax.config, PRECISION)},
     }
     return json.loads(json.dumps(described))
 
@@ -93,7 +97,7 @@ def differences(there: Any, here: Any) -> list[str]:
     follow: dict[str, str] = {}
     leaves: dict[str, list[str]] = {}
     for name, a, b in _unequal(there, here, ""):
-        if name.partition(".")[0] in ("versions", "covered"):
+        if name.partition(".")[0] in ("versions", "covered", "settings"):
             continue
         part, sep, end = name.rpartition(".")
         if end == "jax" and sep:
@@ -103,7 +107,8 @@ def differences(there: Any, here: Any) -> list[str]:
             )
         elif end in ("computes", "content"):
             what = "computes something else" if end == "computes" else "differs"
-            found.setdefault(part, f"{_worded(part)} {what} than when the index was built")
+            why = _precisions(there) if end == "computes" else ""
+            found.setdefault(part, f"{_worded(part)} {what} than when the index was built{why}")
         elif name.startswith("params."):
             _, number, leaf = name.split(".", 2)
             leaves.setdefault(number, []).append(leaf)
@@ -129,6 +134,13 @@ def differences(there: Any, here: Any) -> list[str]:
     for number, those in leaves.items():
         found[number] = f"the parameters of checkpoint {number} differ: {listed(those)}"
     return list((found or follow).values())
+
+
+def _precisions(there: Any) -> str:
+    """A likely reason why a function computes something else: how its products are multiplied."""
+    now = getattr(jax.config, PRECISION)
+    then = there.get("settings", {}).get(PRECISION, now)
+    return "" if now == then else f" ({PRECISION} was {then!r} then, and is {now!r} now)"
 
 
 def _groups_in_words(described: Sequence[Mapping[str, Any]]) -> str:
