@@ -49,7 +49,9 @@ def from_outcomes(method):
     index = ja.build_index(method, PARAMS, TRAIN, batch_size=8)
     masks = ja.evaluation.random_subsets(jax.random.key(0), 21, 9, fraction=0.25)
     outcomes = ja.Outcomes(masks, masks @ np.random.default_rng(0).normal(size=(21, 4)))
-    fit = ja.learn_weights(index, QUERIES, outcomes=outcomes, steps=1)
+    with pytest.MonkeyPatch.context() as patch:  # without compilation each fit is slow
+        patch.setattr("jaxattr.weights.outcome_fits.PULLS", (0.1, 0.032))
+        fit = ja.learn_weights(index, QUERIES, outcomes=outcomes, steps=1)
     return {"weights": np.array([fit.weights[name] for name in index.layout.names])}
 
 
