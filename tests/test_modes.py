@@ -27,11 +27,12 @@ MODES = {
 
 def scores(method):
     index = ja.build_index(method, PARAMS, TRAIN, batch_size=8)
+    features = ja.query_features(index, QUERIES)
     with models.slabs_of(8):
-        top = ja.top_k(index, QUERIES, k=5, weights=WEIGHTS)
+        top = ja.top_k(index, features, k=5, weights=WEIGHTS)
     return {
-        "scores": ja.score(index, QUERIES),
-        "weighted": ja.score(index, QUERIES, weights=WEIGHTS),
+        "scores": ja.score(index, features),
+        "weighted": ja.score(index, features, weights=WEIGHTS),
         "ids": top.ids,
         "top": top.scores,
         "self": ja.self_influence(index),
