@@ -166,3 +166,32 @@ def test_second_moments_too_small_for_half_precision():
         return ja.score(ja.build_index(ja.trackstar(loss, moments, params), params, x), x)
 
     np.testing.assert_allclose(scores(jnp.float16), scores(jnp.float32), atol=0.02)
+
+
+def restored(state):
+    """Without its classes, as Orbax restores it where it is told none."""
+    return [dict(state[0]._asdict()), [], {}]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "given_as"),
+    [(optax.adam(0.1), tuple), (optax.adafactor(0.1), tuple), (optax.adam(0.1), restored)],
+)
+def test_an_optimizer_of_linens_parameters_fits_its_variables(optimizer, given_as):
+    inner = {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
+    gradient = jax.tree.map(lambda x: jnp.arange(1.0, x.size + 1).reshape(x.shape), inner)
+    state = optimizer.update(gradient, optimizer.init(inner), inner)[1]
+    expected = optimizer_moments.second_moments(state, inner)
+    state = given_as(state)
+    variables = {"params": inner, "batch_stats": {"norm": {"mean": jnp.zeros(4)}}}
+    found = optimizer_moments.second_moments(state, variables)
+    assert jax.tree.structure(found) == jax.tree.structure(variables)
+    jax.tree.map(np.testing.assert_array_equal, found["params"], expected)
+    given = optimizer_moments.second_moments(expected, variables)  # moments, like the parameters
+    jax.tree.map(np.testing.assert_array_equal, given, found)
+
+
+@pytest.mark.parametrize("make", [optax.adam(0.1).init, lambda p: jax.tree.map(jnp.zeros_like, p)])
+def test_a_state_of_before_the_first_step_is_refused(make):
+    with pytest.raises(ValueError, match="All second moments are zero, as before the first step"):
+        ja.trackstar(models.loss, make(PARAMS), PARAMS)

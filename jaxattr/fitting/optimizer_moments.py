@@ -26,8 +26,8 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
     `v_col`, `v`), wherever they stand in a chain, each for all parameters or, under `masked` and
     `multi_transform`, for some. Adam's bias correction, one factor for all parameters, is left out;
     AdaBelief's variance is taken as it is. Adamax has a norm of gradients in a state like Adam's,
-    which cannot be told apart: pass its squares. Whole numbers among the parameters are not trained
-    and need no second moments.
+    which cannot be told apart: pass its squares. Whole numbers among the parameters, and batch
+    statistics of linen's variables, are not trained and need no second moments.
 
     Args:
       optimizer_state: what `optimizer.init` or `optimizer.update` returned; or second moments, a
@@ -35,10 +35,11 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
       params: the parameters that it belongs to.
 
     Returns:
-      A pytree like the parameters; zero for whole numbers that have no second moments.
+      A pytree like the parameters; zero for what is not trained.
 
     Raises:
-      ValueError: if a parameter has no second moment in the state, or two; the error names it.
+      ValueError: if a parameter has no second moment in the state, or two; the error names it. If
+        all are zero.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -49,17 +50,18 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
       [0.001 0.001]
     """
     if _shapes(optimizer_state) == _shapes(params):
-        return optimizer_state
+        return _of_a_step(optimizer_state)
     leaves = named_leaves(params)
     shapes = {name: jnp.shape(x) for name, x in leaves.items()}
-    needed = {n for n, x in leaves.items() if jnp.issubdtype(jnp.result_type(x), jnp.floating)}
+    needed = {name for name, leaf in leaves.items() if _is_trained(name, leaf)}
     nodes = jax.tree.leaves(optimizer_state, is_leaf=_has_second_moments)
-    each = [pair for node in nodes for pair in _moments(node, shapes).items()]
+    # An optimizer of linen's parameters alone does not know that they stand under "params".
+    known = shapes | {name.removeprefix(_PARAMS): shape for name, shape in shapes.items()}
+    each = [pair for node in nodes for pair in _moments(node, known).items()]
     found, counts = dict(each), collections.Counter(name for name, _ in each)
     repeated = sorted(name for name, count in counts.items() if count > 1)
-    given = named_leaves(optimizer_state)
-    if given.keys() == needed:
-        found = given
+    given = _as_in(needed, named_leaves(optimizer_state))
+    found = given if given.keys() == needed else _as_in(needed, found)
     missing = sorted(needed - found.keys())
     wrong = sorted(n for n, x in found.items() if shapes.get(n) != jnp.shape(x))
     if missing or wrong or repeated:
@@ -72,7 +74,30 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
             "instead; several checkpoints go in as a list."
         )
     moments = [found.get(name, jnp.zeros(shape)) for name, shape in shapes.items()]
-    return jax.tree.unflatten(jax.tree.structure(params), moments)
+    return _of_a_step(jax.tree.unflatten(jax.tree.structure(params), moments))
+
+
+_PARAMS, _STATISTICS = "params/", "batch_stats/"
+
+
+def _is_trained(name: str, leaf: Any) -> bool:
+    return not name.startswith(_STATISTICS) and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
+def _as_in(needed: set[str], found: dict[str, Any]) -> dict[str, Any]:
+    """Moments by the names of the parameters, if those alone have a "params" in front."""
+    renamed = {_PARAMS + name: x for name, x in found.items()}
+    return renamed if needed.isdisjoint(found) and not needed.isdisjoint(renamed) else found
+
+
+def _of_a_step(moments: Params) -> Params:
+    leaves = jax.tree.leaves(moments)
+    if leaves and not any(bool(jnp.any(leaf)) for leaf in leaves):
+        raise ValueError(
+            "All second moments are zero, as before the first step of training: pass the state "
+            "that training ended with."
+        )
+    return moments
 
 
 def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
@@ -93,6 +118,8 @@ def _moments(node: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.
             for name in wholes
             if name in shapes
         }
+    if isinstance(node, Mapping):
+        return named_leaves(node.get("nu_max", node["nu"]))
     return named_leaves(getattr(node, "nu_max", node.nu))
 
 
@@ -171,6 +198,8 @@ def _scaled(factored: Factored, sides: Sides, named: dict[str, Any], epsilon: fl
 
 
 def _has_second_moments(node: Any) -> bool:
+    if isinstance(node, Mapping):  # as Orbax restores a state where it is not told its classes
+        return {"nu", "count"} <= node.keys()
     # What SM3 calls nu is its momentum.
     known = hasattr(node, "_fields") and type(node).__name__ != "ScaleBySM3State"
     return known and (hasattr(node, "nu") or hasattr(node, "v_row"))
