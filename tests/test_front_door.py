@@ -897,6 +897,16 @@ def test_a_loss_where_a_margin_belongs_is_warned_of():
         ja.build_index(ja.trak(cross_entropy), WEIGHTS, XY)
 
 
+def test_a_log_probability_where_a_margin_belongs_is_warned_of():
+    separable = {"x": X * 5, "y": (X @ np.asarray(WEIGHTS["w"])).argmax(axis=1)}
+
+    def log_p(params, example, key):
+        return -cross_entropy(params, example, key)
+
+    with pytest.warns(UserWarning, match="'log_p' .* never positive, .* like a log-probability"):
+        ja.build_index(ja.trak(log_p), WEIGHTS, separable)
+
+
 def test_margins_of_a_model_that_is_always_right_are_not():
     separable = {"x": X * 5, "y": (X @ np.asarray(WEIGHTS["w"])).argmax(axis=1)}
     margins = jax.vmap(log_odds, (None, 0, None))(WEIGHTS, separable, None)

@@ -1,4 +1,4 @@
-"""Whether TRAK was given a loss where a margin belongs."""
+"""Whether TRAK was given a loss, or a log-probability, where a margin belongs."""
 
 import warnings
 from typing import Any
@@ -15,10 +15,17 @@ from jaxattr.typing import Key, Params
 
 # A margin has both signs when parameters are at random; of fewer examples that could be chance.
 _ENOUGH, _SHUFFLES, _CHANGE = 16, 3, 0.1
+_CLOSE, _MANY = 0.05, 0.1  # below zero; of all examples
+_ODDS = (
+    "TRAK takes the log-odds of the label, larger for better: its logit minus the log-sum-exp of "
+    "the others."
+)
 
 
 def warn_of_losses(job: BuildJob, rows: Rows, fitted: Fitted) -> None:
-    """Warns if what TRAK takes for margins is never negative, as losses are; heuristic.
+    """Warns if what TRAK takes for margins has one sign, as losses have; heuristic.
+
+    Of a model that fits, log-probabilities end at zero, and many are close to it; margins pass it.
 
     Margins of a model that fits its data may all be positive. So parameters are shuffled, whose
     model fits nothing, and a block of examples is looked at again, by the step that is compiled.
@@ -29,10 +36,19 @@ def warn_of_losses(job: BuildJob, rows: Rows, fitted: Fitted) -> None:
       fitted: what the basis was fitted to there.
     """
     residual = job.featurizer.rule.residual
-    if residual is None or name_of(residual) != one_minus.__name__ or job.place.mesh is not None:
+    if residual is None or name_of(residual) != one_minus.__name__:
         return
-    column = rows.column(EXAMPLES, 0)[:, COLUMNS.residual]
-    if _has_both_signs(column):
+    column, output = rows.column(EXAMPLES, 0)[:, COLUMNS.residual], job.featurizer.rule.output
+    if _ends_at_zero(column):
+        warnings.warn(
+            f"{name_of(output)!r} was given to TRAK as the margin, but is never positive, and "
+            f"often just below zero: it looks like a log-probability. {_ODDS} With a "
+            "log-probability, scores are other ones.",
+            UserWarning,
+            stacklevel=4,
+        )
+        return
+    if _has_both_signs(column) or job.place.mesh is not None:
         return
     over = job.pass_over(0)
     first = next(over.batches("looking at margins"))
@@ -45,10 +61,9 @@ def warn_of_losses(job: BuildJob, rows: Rows, fitted: Fitted) -> None:
         if _has_both_signs(found) or np.abs(found - known).max() < _CHANGE:
             return
     warnings.warn(
-        f"{name_of(job.featurizer.rule.output)!r} was given to TRAK as the margin, but is never "
-        "negative, not even with shuffled parameters: it looks like a loss. TRAK takes the "
-        "log-odds of the label, larger for better: its logit minus the log-sum-exp of the others. "
-        "With a loss, scores have the wrong sign and scale.",
+        f"{name_of(output)!r} was given to TRAK as the margin, but is never "
+        f"negative, not even with shuffled parameters: it looks like a loss. {_ODDS} With a loss, "
+        "scores have the wrong sign and scale.",
         UserWarning,
         stacklevel=4,
     )
@@ -57,6 +72,13 @@ def warn_of_losses(job: BuildJob, rows: Rows, fitted: Fitted) -> None:
 def _has_both_signs(residual: Any) -> bool:
     """Whether some margin is not positive, 1 - p = sigmoid(-margin) at least a half."""
     return len(residual) < _ENOUGH or bool((residual >= 0.5).any())
+
+
+def _ends_at_zero(residual: np.ndarray) -> bool:
+    """Whether no margin is positive, but many are all but zero: see `_has_both_signs`."""
+    if len(residual) < _ENOUGH or not (residual >= 0.5).all():
+        return False
+    return bool((residual < 1 / (1 + np.exp(-_CLOSE))).mean() >= _MANY)
 
 
 def _shuffled(key: Key, params: Params) -> Params:
