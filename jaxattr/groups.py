@@ -328,6 +328,12 @@ def leaf_paths(
 def _by_name(
     params: Params, label: Callable[[str], str | None], exclude: str | None, stacked: str | None
 ) -> GroupLayout:
+    for role, pattern in (("exclude", exclude), ("stacked", stacked)):
+        if not isinstance(pattern, str | re.Pattern | None):
+            raise TypeError(
+                f"{role} must be one regular expression, got {pattern!r}. Several are joined by |, "
+                "as in 'norm|bias'."
+            )
     labelled: list[tuple[str, Member]] = []
     excluded = []
     for name, leaf in named_leaves(params).items():

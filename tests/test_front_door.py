@@ -215,6 +215,25 @@ BATCHES = Items(5, lambda i: {"x": X[8 * i : 8 * i + 8]})
 STATE = TrainState.create(apply_fn=None, params=P, tx=optax.sgd(0.1))
 
 WRONG = {  # name: (call, error, words)
+    "an index opened in another order": (
+        lambda: ja.open_index("runs/none", P, M), TypeError,
+        ["ja.open_index(path, method, checkpoints)"],
+    ),
+    "a train state as it was restored": (
+        lambda: build(D, params={"params": P, "opt_state": [{"mu": P}], "step": 3}), TypeError,
+        ["the state of an optimizer", "state['params']"],
+    ),
+    "an output of a timestep": (
+        lambda: ja.build_index(ja.d_trak(lambda params, example, key, timestep: 0.0), P, D),
+        TypeError, ["takes a timestep", "ja.expectation("],
+    ),
+    "checkpoints described": (
+        lambda: ja.describe(M, [P, P], ONE), TypeError, ["list of 2", "ONE checkpoint"],
+    ),
+    "several patterns": (
+        lambda: ja.by_layer(P, exclude=["norm", "bias"]), TypeError,
+        ["one regular expression", "'norm|bias'"],
+    ),
     # Data
     "no data": (lambda: build(None), TypeError, ["train must be a data set", "None"]),
     "a path": (lambda: build("train.npz"), TypeError, ["train.npz", "__getitem__"]),
@@ -423,7 +442,8 @@ WRONG = {  # name: (call, error, words)
         ["called as (params, example, key)", "fields_loss(params, *example)"],
     ),
     "parameters first": (
-        lambda: ja.build_index(P, M, D), TypeError, ["a pytree (w float32[4, 2])", "pass it first"],
+        lambda: ja.build_index(P, M, D), TypeError,
+        ["a pytree (w float32[4, 2])", "ja.build_index(method, checkpoints, train)"],
     ),
     "a training loop of NumPy": (
         lambda: ja.retrain(

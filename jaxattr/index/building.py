@@ -302,7 +302,7 @@ def _check_manifest(
     if before > job.source.size:
         raise StoreError(
             f"{folder.path} cannot be extended: it has {before} examples, and train has only "
-            f"{job.source.size}."
+            f"{job.source.size}. Pass all of them, the old ones first."
         )
     old = here | {"data": {"examples": before}}
     refuse_others(folder, provenance.differences(there, old))

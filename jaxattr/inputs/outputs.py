@@ -50,6 +50,11 @@ def check_function(
         signature.bind(*arguments)
     except TypeError:
         taken = list(signature.parameters)
+        if arguments == _ARGUMENTS and taken[-1:] == ["timestep"]:
+            raise TypeError(
+                f"{name_of(function)!r} takes a timestep: its mean over timesteps and noise is an "
+                "output. Write: ja.expectation(function, timesteps=range(0, 1000, 100))."
+            ) from None
         if arguments != _ARGUMENTS:
             raise TypeError(
                 f"{role} takes ({', '.join(taken)}), and is called as ({', '.join(arguments)})."

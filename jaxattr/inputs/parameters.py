@@ -1,7 +1,7 @@
 """Parameters and checkpoints: pytrees of arrays, and not the modules or states that hold them."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -123,5 +123,10 @@ _HOLDERS = (
     (
         lambda value: hasattr(value, "params") and hasattr(value, "opt_state"),
         "pass state.params, the parameters alone.",
+    ),
+    (
+        lambda value: isinstance(value, Mapping) and {"params", "opt_state"} <= value.keys(),
+        "it holds the state of an optimizer. Pass state['params'], the parameters alone, or with "
+        "batch statistics {'params': state['params'], 'batch_stats': state['batch_stats']}.",
     ),
 )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,11 @@ def describe(
     Raises:
       ValueError: as `featurizer`.
     """
+    if isinstance(params, list) and params and all(isinstance(x, Mapping) for x in params):
+        raise TypeError(
+            f"params is a list of {len(params)}: describe takes the parameters of ONE checkpoint, "
+            "as groups and routes are the same for all. Pass the first."
+        )
     featurize = featurizer(method, params, example, groups=groups)
     plan, sizes = featurize.plan, featurize.groups.sizes
     places: dict[str, list[str]] = {}

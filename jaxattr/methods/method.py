@@ -88,7 +88,10 @@ def check_method(method: Any) -> Method:
         return method
     if isinstance(method, dict | list | tuple) and jax.tree.leaves(method):
         got = f"a pytree ({shapes(method)})"
-        remedy = "ja.tracin(loss), and pass it first, (method, checkpoints, train)"
+        remedy = (
+            "ja.tracin(loss), and pass it where it belongs: ja.build_index(method, checkpoints, "
+            "train), ja.open_index(path, method, checkpoints)"
+        )
     elif isinstance(method, type) or not callable(method):
         got, remedy = brief(repr(method), 60), "ja.tracin(loss), ja.trak(margin), ..."
     elif getattr(method, "__module__", "").startswith("jaxattr.methods"):
