@@ -91,7 +91,7 @@ def d_trak(
       Zheng et al. (2024), arXiv:2311.00500, Eq. 10-13. Deviations: the kernel is block-diagonal by
       group unless `dense`; damping in units of the mean eigenvalue, not chosen by the LDS of the
       queries that are evaluated; not divided by its mean absolute entry; Rademacher projection per
-      group; the noise of an example depends on its id and not on its place in the batch.
+      group; the noise of an example depends on its place in the data, whatever the batch.
     """
     return _trak_like("D-TRAK", output, None, projection, damping, dense=dense)
 

@@ -31,7 +31,8 @@ class Outcomes:
       outputs: float [s, q], what it does on each learning query; larger = more of what scores
         attribute: a margin, or minus a loss.
       queries: digest of the learning queries, where it is known.
-      reference: what the real model does on them, where it is known, [q].
+      reference: what the real model does on them, where it is known, [q]; of several checkpoints
+        the mean.
 
     Raises:
       ValueError: if shapes do not match, there are fewer than 8 models, or the subsets are all the
