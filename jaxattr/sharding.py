@@ -216,7 +216,9 @@ class Placement:
         Without a mesh NumPy's go to the default device: as they are, each program would send them.
         """
         if self.mesh is None:
-            return jax.tree.map(lambda x: jax.device_put(x) if _is_numpy(x) else x, tree)
+            # Copied on a CPU as well, where what is written to them later would be seen.
+            put = functools.partial(jax.device_put, may_alias=False)
+            return jax.tree.map(lambda x: put(x) if _is_numpy(x) else x, tree)
         return jax.tree.map(functools.partial(_place, self.mesh), tree)
 
     def shared(self, tree: Any) -> Any:
@@ -422,6 +424,8 @@ def _is_numpy(x: Any) -> bool:
 
 
 def _place(mesh: Mesh, leaf: Any) -> Any:
+    if isinstance(leaf, jax.core.Tracer):
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec()))
     if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
         if leaf.sharding.device_set == set(mesh.devices.flat):
             theirs: Any = leaf.sharding.mesh

@@ -313,3 +313,11 @@ def test_group_lds_is_the_lds_of_contributions(indexed):
         np.testing.assert_allclose(found[name].per_query, expected.per_query, atol=1e-9)
     with pytest.raises(ValueError, match="subsets, 24"):
         evaluation.group_lds(index, QUERIES, masks[:, :5], outputs)
+
+
+def test_sums_of_equal_scores_are_not_ranked_by_their_rounding():
+    masks = np.asarray(evaluation.random_subsets(jax.random.key(0), 5000, 20, fraction=0.5))
+    scores = np.full((3, 5000), 0.1)
+    scores[1] = np.random.default_rng(1).normal(size=5000)
+    found = evaluation.lds(scores, masks, np.random.default_rng(0).normal(size=(20, 3)))
+    assert np.isnan(found.per_query[[0, 2]]).all() and np.isfinite(found.per_query[1])

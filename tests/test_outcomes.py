@@ -374,6 +374,13 @@ def test_queries_that_say_nothing_are_skipped_and_counted():
     assert fit.weights == pytest.approx(expected.weights, rel=1e-6)
 
 
+def test_a_query_that_few_models_are_finite_on_is_skipped_and_no_model_for_it():
+    outputs = outcomes().outputs.copy()
+    outputs[: R - 1, 4] = np.nan
+    fit = ja.learn_weights(index(), QUERIES, outcomes=ja.Outcomes(MASKS, outputs))
+    assert (fit.gain.skipped, fit.gain.queries, fit.gain.dropped) == (1, 5, 0)
+
+
 @QUIET
 def test_queries_without_a_gradient_are_left_out():
     bad = QUERIES | {"x": QUERIES["x"].at[1].set(jnp.nan)}

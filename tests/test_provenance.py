@@ -175,3 +175,31 @@ def test_a_sample_of_the_data_says_that_it_is_one(path, monkeypatch):
     with pytest.raises(StoreError, match=match):
         build(path, train=last, verify="sample")
     build(path, train=TRAIN | {"y": TRAIN["y"].at[5].add(1)}, verify="sample")  # goes unseen
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_examples_that_hold_keys_are_on_record(impl, path):
+    def loss(params, example, key):
+        noise = jax.random.normal(example["k"], (4,))
+        return ((params["w"] @ (example["x"] + noise)) - 1) ** 2
+
+    train = {
+        "x": np.random.default_rng(0).normal(size=(20, 4)),
+        "k": jax.random.split(jax.random.key(5, impl=impl), 20),
+    }
+    params = {"w": jnp.ones(4)}
+    built = ja.build_index(ja.tracin(loss), params, train, path=path)
+    opened = ja.open_index(path, ja.tracin(loss), params)
+    np.testing.assert_array_equal(ja.score(opened, train), ja.score(built, train))
+
+
+def test_float64_of_numpy_is_float32_where_jax_makes_it_that(path):
+    def loss(params, example, key):
+        return (params["w"] @ example["x"] - 1) ** 2
+
+    train = {"x": np.ones((20, 4), np.float32)}
+    with jax.enable_x64(False):
+        index = ja.build_index(ja.tracin(loss), {"w": np.ones(4)}, train, path=path)
+        assert index.precision == "float32"
+        again = ja.build_index(ja.tracin(loss), {"w": jnp.ones(4)}, train, path=path)
+        np.testing.assert_array_equal(ja.score(again, train), ja.score(index, train))

@@ -62,3 +62,8 @@ def test_scores_of_any_type_are_ranked_by_their_size(dtype):
     scores = np.array([[1, low, high, 0, low, high, 1]], object).astype(dtype)
     expected = sorted(range(7), key=lambda n: (-int(scores[0, n]), n))
     assert evaluation.strongest(scores, 7)[0].tolist() == expected
+
+
+def test_graded_relevance_counts_once():
+    found = evaluation.recall_at_k([[3.0, 2.0, 1.0]], [[2, 0, 1]], 3)
+    np.testing.assert_array_equal(found, [1.0])

@@ -180,3 +180,54 @@ def test_bad_checkpoint_weights(method, wrong):
     with pytest.raises(ValueError, match=f"finite and at least 0, one per .*got {{1: {wrong}}}"):
         method(models.loss, checkpoint_weights=[0.5, wrong])
     assert method(models.loss, checkpoint_weights=[0.5, 0]).checkpoint_weights == (0.5, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["memory", "made anew", "mesh"])
+@pytest.mark.parametrize("function", ["contributions", "top_k", "score"])
+def test_an_index_may_be_asked_in_a_jit_first(kind, function):
+    """And is as usable after it: what it keeps of the first question are arrays."""
+    options = {
+        "memory": {},
+        "made anew": {"store": False},
+        "mesh": {"mesh": jax.make_mesh((4,), ("data",))},
+    }[kind]
+    built = ja.build_index(METHODS["tracin"], CHECKPOINTS, TRAIN, batch_size=16, **options)
+    phi = ja.query_features(built, QUERIES)
+
+    def asked(features):
+        given = phi._replace(features=features)
+        if function == "top_k":
+            return ja.top_k(built, given, k=3).scores
+        return getattr(ja, function)(built, given)
+
+    if (kind, function) == ("made anew", "score"):  # sizes are read block by block
+        with pytest.raises(jax.errors.JAXTypeError):
+            jax.jit(asked)(phi.features)
+        found = asked(phi.features)
+    else:
+        found = jax.jit(asked)(phi.features)
+    expected = asked(phi.features)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    np.testing.assert_allclose(ja.score(built, phi), ja.score(index("tracin"), QUERIES), rtol=1e-9)
+
+
+@pytest.mark.parametrize("function", [ja.score, functools.partial(ja.top_k, k=2)])
+def test_features_of_no_query_are_refused(function):
+    phi = ja.query_features(index("tracin"), QUERIES)
+    with pytest.raises(ValueError, match="of no query"):
+        function(index("tracin"), phi._replace(features=phi.features[:0]))
+
+
+def test_scores_on_a_mesh_have_gradients_by_their_weights():
+    built = ja.build_index(
+        METHODS["tracin"], CHECKPOINTS, TRAIN, mesh=jax.make_mesh((4,), ("data",))
+    )
+    phi = ja.query_features(built, QUERIES)
+
+    def total(w, index):
+        return ja.score(index, phi if index is built else QUERIES, weights=WEIGHTS | {"layer0": w})[
+            0
+        ].sum()
+
+    found, expected = (jax.grad(total)(0.2, each) for each in (built, index("tracin")))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)

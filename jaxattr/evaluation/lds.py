@@ -106,7 +106,12 @@ def lds(scores: Any, masks: Any, outputs: Any, *, resamples: int = 1000) -> LDS:
         raise ValueError(
             f"scores [q, n] and masks [m, n] need the same n, got {scores.shape} and {masks.shape}."
         )
-    predicted = scores.astype(np.float64) @ masks.T.astype(np.float64)  # [q, m]
+    each, counted = scores.astype(np.float64), masks.T.astype(np.float64)
+    predicted = each @ counted  # [q, m]
+    # Sums of scores that are all the same differ in their last bits, and would be ranked by them.
+    rounding = scores.shape[1] * np.finfo(np.float64).eps * (np.abs(each) @ counted).max(axis=1)
+    same = np.ptp(predicted, axis=1) <= rounding
+    predicted[same] = predicted[same, :1]
     found = lds_of_predictions(predicted, outputs, resamples=resamples)
     different = len(np.unique(masks, axis=0))
     if different < 3:

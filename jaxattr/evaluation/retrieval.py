@@ -93,7 +93,7 @@ def recall_at_k(scores: Any, relevant: Any, k: int) -> np.ndarray:
       Float [q].
     """
     found = _found(scores, relevant, k)
-    return found / np.asarray(relevant).sum(axis=1)
+    return found / np.asarray(relevant, bool).sum(axis=1)
 
 
 def precision_at_k(scores: Any, relevant: Any, k: int) -> np.ndarray:

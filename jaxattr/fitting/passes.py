@@ -119,8 +119,11 @@ class TrainingPass:
         Returns:
           (positions [b]) -> their features; those that are out of range do not count.
         """
-        # Drawn when they are first needed, and then kept.
-        draw = functools.cache(lambda: self.featurizer.draw(self.number, fitted, self.place))
+        @functools.cache
+        def draw() -> Drawn:
+            """When they are first needed, and then kept: as arrays, in a user's `jit` as well."""
+            with jax.ensure_compile_time_eval():
+                return self.featurizer.draw(self.number, fitted, self.place)
 
         def compute(positions: np.ndarray) -> CleanFeatures:
             batch = self.place.batch(self._read, positions)

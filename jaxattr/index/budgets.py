@@ -335,7 +335,8 @@ def feature_dtype(featurize: Featurizer, params: Params) -> Any:
     plan, leaves = featurize.plan, named_leaves(params)
     dtypes = [factored.dtype for factored in plan.factored]
     dtypes += [leaves[name].dtype for name in plan.rest]
-    return np.dtype(widest(jnp.float32, *dtypes))
+    # Of NumPy's float64 JAX makes float32, unless it is told to keep it.
+    return np.dtype(widest(jnp.float32, *map(jax.dtypes.canonicalize_dtype, dtypes)))
 
 
 def check_device(planned_bytes: int, place: Placement, what: str) -> None:

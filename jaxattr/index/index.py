@@ -110,8 +110,9 @@ class Index:
         if self.recorded is not None:
             return np.asarray(self.recorded.exponent, np.int32)
         column = slice(SELF_COLUMNS.size, None)
-        each = [self.rows.column(SELF, c, column) for c in range(self.rows.layout.checkpoints)]
-        largest = np.max(each)
+        with jax.ensure_compile_time_eval():  # as for `drawn`
+            checkpoints = range(self.rows.layout.checkpoints)
+            largest = np.max([self.rows.column(SELF, c, column) for c in checkpoints])
         return np.asarray(0 if largest == NO_SIZE else largest, np.int32)
 
     @property

@@ -255,7 +255,17 @@ def example_from(described: Any) -> Example | None:
         return None
     if "dict" in described:
         return {name: example_from(part) for name, part in described["dict"].items()}
-    return jax.ShapeDtypeStruct(tuple(described["shape"]), described["dtype"])
+    return jax.ShapeDtypeStruct(tuple(described["shape"]), _dtype_from(described["dtype"]))
+
+
+_KEYS = {"fry": "threefry2x32", "rbg": "rbg", "urbg": "unsafe_rbg"}
+
+
+def _dtype_from(name: str) -> Any:
+    """Of numbers, or of PRNG keys, as in "key<fry>"."""
+    if not name.startswith("key<"):
+        return name
+    return jax.random.key(0, impl=_KEYS[name[4:-1]]).dtype
 
 
 def _unequal(there: Any, here: Any, name: str) -> list[tuple[str, Any, Any]]:

@@ -421,6 +421,8 @@ def _checked(index: Index, queries: QueryFeatures) -> QueryFeatures:
             f"The queries' features must be [q, {expected}], as this index has them, got shape "
             f"{list(queries.features.shape)}: they belong to another index."
         )
+    if not len(queries.features):
+        raise ValueError("The queries' features are of no query.")
     if queries.query_side != index.query_side:
         raise ValueError(
             "The queries' features belong to another index: it has another method, other groups, "

@@ -306,8 +306,9 @@ def fresh_rows(
     """
     g, b = shape
     block = b * place.shards
-    ids = first + jnp.arange(g)[:, None] * block + place.shard() * b + jnp.arange(b)[None]
-    return ids.reshape(-1), jnp.repeat(jnp.arange(g) >= skip, b)
+    blocks, rows = jnp.arange(g, dtype=jnp.int32), jnp.arange(b, dtype=jnp.int32)
+    ids = first + blocks[:, None] * block + place.shard() * b + rows[None]
+    return ids.reshape(-1), jnp.repeat(blocks >= skip, b)
 
 
 def absorb(

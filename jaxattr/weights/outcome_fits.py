@@ -146,7 +146,8 @@ def cross_fitted(
         counts = _how_much(left_out, by_model)  # [pulls]
         joined = np.zeros_like(uniform)
         for fold in range(FOLDS):
-            # A fold has no say in how much the pulls count where it is what is measured on.
+            # A fold has no say of its own in how much the pulls count where it is measured on. The
+            # others' fits have seen it, though: of few models the gain comes out too large.
             own = _how_much(left_out[folds != fold], by_model[folds != fold])
             there = np.tensordot(own, theta[fold], 1)
             joined[folds == fold] = (_shares(evidence, there[None])[0] - uniform)[folds == fold]

@@ -140,13 +140,23 @@ def check_queries(outcomes: Outcomes, queries: Any, count: int) -> None:
 
 
 def finite_models(outputs: np.ndarray) -> np.ndarray:
-    """Which models are finite on all queries that some model is finite on, bool [s].
+    """Which models are finite on all queries that are `known`, bool [s].
 
     Args:
       outputs: of the models, [s, q].
     """
     finite = np.isfinite(outputs)
-    return finite[:, finite.any(axis=0)].all(axis=1)
+    return finite.any(axis=1) & finite[:, known(outputs)].all(axis=1)
+
+
+def known(outputs: np.ndarray) -> np.ndarray:
+    """Which queries most models are finite on, of those that are finite on any, bool [q].
+
+    Args:
+      outputs: of the models, [s, q].
+    """
+    finite = np.isfinite(outputs)
+    return 2 * finite.sum(axis=0) > finite.any(axis=1).sum()
 
 
 def digest_of_queries(queries: Any) -> str | None:
@@ -216,7 +226,7 @@ def agreed(outcomes: Outcomes, queries: np.ndarray) -> Agreed:
     from scipy import stats  # slow to import, and needed here alone
 
     outputs = outcomes.outputs[:, queries]
-    known, kept = np.isfinite(outputs).any(axis=0), finite_models(outputs)
+    asked, kept = known(outputs), finite_models(outputs)
     if kept.sum() < FEWEST_MODELS:
         raise ValueError(
             f"Only {kept.sum()} of the {len(kept)} models have finite outputs on all queries, and "
@@ -224,12 +234,12 @@ def agreed(outcomes: Outcomes, queries: np.ndarray) -> Agreed:
             f"{np.flatnonzero(~kept)[:10].tolist()}. Lower its learning rate."
         )
     ranks = np.zeros((int(kept.sum()), outputs.shape[1]))
-    ranks[:, known] = stats.rankdata(outputs[kept][:, known], axis=0)
+    ranks[:, asked] = stats.rankdata(outputs[kept][:, asked], axis=0)
     ranks = ranks - ranks.mean(axis=0)
     deviation = ranks.std(axis=0)
     if not deviation.any():
         raise ValueError(
-            f"All {len(ranks)} models have the same output on each of the {len(known)} queries: "
+            f"All {len(ranks)} models have the same output on each of the {len(asked)} queries: "
             "the output must depend on the parameters, and training on the examples."
         )
     ranks = ranks / np.where(deviation > 0, deviation, 1)
