@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxattr import scales
 from jaxattr.features.expectations import Expectation, TimestepFn, expectation
+from jaxattr.inputs.wording import brief
 from jaxattr.typing import Example, Key, OutputFn, Params
 
 PredictFn: TypeAlias = Callable[[Params, jax.Array, jax.Array, Example], jax.Array]
@@ -47,7 +48,14 @@ class Denoiser(NamedTuple):
 
     def clean(self, example: Example) -> jax.Array:
         """Returns the clean image of an example."""
-        return self.image(example) if callable(self.image) else example[self.image]
+        if callable(self.image):
+            return self.image(example)
+        if isinstance(example, Mapping) and self.image not in example:
+            raise ValueError(
+                f"the example has no {self.image!r}, but {sorted(example)}: say which is the "
+                "image, Denoiser(..., image=name)"
+            )
+        return example[self.image]
 
     def noisy(self, image: jax.Array, timestep: jax.Array, noise: jax.Array) -> jax.Array:
         """Mixes an image with noise.
@@ -105,6 +113,11 @@ def output(denoiser: Denoiser, name: Output = "squared_norm") -> TimestepFn:
     References:
       Zheng et al. (2024), D-TRAK, arXiv:2311.00500, Eq. 13 and Table 1.
     """
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(
+            "denoiser must be a diffusion.Denoiser(predict, alpha_bar), got "
+            f"{brief(repr(denoiser))}."
+        )
     if name not in _OUTPUTS:
         raise ValueError(f"The output must be one of {', '.join(_OUTPUTS)}, got {name!r}.")
     _check_schedule(denoiser)

@@ -23,6 +23,8 @@ from jaxattr.counts import whole_number
 from jaxattr.index.index import Index
 from jaxattr.index.parts import part_features
 from jaxattr.index.queries import QueryFeatures
+from jaxattr.inputs.outputs import check_function
+from jaxattr.inputs.wording import shapes
 from jaxattr.scales import wide
 from jaxattr.typing import Example, Key, OutputFn, Params
 
@@ -286,6 +288,11 @@ def check_targets(queries: Mapping[str, Any]) -> None:
     Raises:
       ValueError: with the positions of rows without a target.
     """
+    if not isinstance(queries, Mapping) or "mask" not in queries:
+        raise TypeError(
+            f"queries must be rows as `ja.language.rows` makes them, with a mask; got "
+            f"{shapes(queries)}."
+        )
     empty = np.flatnonzero(~np.asarray(queries["mask"]).astype(bool).any(axis=-1))
     if len(empty):
         raise ValueError(
@@ -298,6 +305,7 @@ def _of_targets(
     logits_fn: LogitsFn, function: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> OutputFn:
     """An output function of the log-probabilities of a row's targets, and its mask."""
+    check_function(logits_fn, "logits_fn", ("params", "row"))
 
     def of_row(params: Params, example: Example, key: Key) -> jax.Array:
         mask, targets = example["mask"], example["targets"]
@@ -305,7 +313,13 @@ def _of_targets(
             raise ValueError(f"a row of tokens is [t], and the mask of this one {list(mask.shape)}")
         # Those that do not count may be anything, such as -100.
         asked = jnp.where(mask.astype(bool), targets, jnp.zeros_like(targets))
-        return function(log_probabilities(logits_fn(params, example), asked), mask)
+        logits = logits_fn(params, example)
+        if jnp.ndim(logits) != 2 or len(logits) != len(mask):
+            raise ValueError(
+                f"logits_fn must map ONE row to logits [{len(mask)}, vocabulary], and returned "
+                f"{list(jnp.shape(logits))}"
+            )
+        return function(log_probabilities(logits, asked), mask)
 
     return of_row
 
@@ -320,6 +334,11 @@ def _summed(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _checked(documents: Sequence[Sequence[int]], vocabulary: int) -> list[np.ndarray]:
+    if isinstance(documents, Mapping) or any(isinstance(each, Mapping) for each in documents):
+        raise TypeError(
+            "documents must be lists of token ids, got mappings: pass their ids alone, as in "
+            "[each['input_ids'] for each in documents]."
+        )
     words = [n for n, document in enumerate(documents) if np.asarray(document).dtype.kind in "USO"]
     if words:
         raise TypeError(

@@ -230,6 +230,36 @@ WRONG = {  # name: (call, error, words)
     "checkpoints described": (
         lambda: ja.describe(M, [P, P], ONE), TypeError, ["list of 2", "ONE checkpoint"],
     ),
+    "a model where its logits belong": (
+        lambda: ja.language.loss(lambda x: x), TypeError,
+        ["logits_fn takes (x), and is called as (params, row)"],
+    ),
+    "logits of a batch": (
+        lambda: ja.build_index(
+            ja.tracin(ja.language.loss(lambda p, row: p["w"][None][:, [0, 1]])), P,
+            ja.language.rows([[1, 0, 1], [0, 1, 1]], 2, vocabulary=2),
+        ), ValueError, ["must map ONE row to logits [2, vocabulary]", "returned [1, 2, 2]"],
+    ),
+    "documents as a tokenizer gives them": (
+        lambda: ja.language.rows([{"input_ids": [1, 2]}], 4, vocabulary=8), TypeError,
+        ["got mappings", "each['input_ids']"],
+    ),
+    "tokens of no rows": (
+        lambda: ja.language.token_features(INDEX, {"x": X}), TypeError,
+        ["`ja.language.rows`", "x float32[40, 4]"],
+    ),
+    "an image by another name": (
+        lambda: ja.build_index(
+            ja.d_trak(ja.expectation(
+                ja.diffusion.output(ja.diffusion.Denoiser(
+                    lambda p, x, t, e: x @ p["w"] @ p["w"].T, np.linspace(0.9, 0.1, 5))),
+                timesteps=range(5),
+            )), P, {"point": X},
+        ), ValueError, ["has no 'image', but ['point']", "Denoiser(..., image=name)"],
+    ),
+    "an output of no denoiser": (
+        lambda: ja.diffusion.output(loss), TypeError, ["a diffusion.Denoiser(predict, alpha_bar)"],
+    ),
     "several patterns": (
         lambda: ja.by_layer(P, exclude=["norm", "bias"]), TypeError,
         ["one regular expression", "'norm|bias'"],

@@ -119,6 +119,7 @@ class TrainingPass:
         Returns:
           (positions [b]) -> their features; those that are out of range do not count.
         """
+
         @functools.cache
         def draw() -> Drawn:
             """When they are first needed, and then kept: as arrays, in a user's `jit` as well."""
