@@ -87,19 +87,21 @@ def subset_sums(index: Index, *several: Asked) -> list[SubsetSums]:
     contribute = scoring.compiled_contributions(place, index.layout)
     numbers = sum(len(asked.phi) for asked in several) * len(index.layout.names)
     affordable = _SLAB_BYTES // (numbers * several[0].phi.dtype.itemsize)
-    found: list[_Sums] = []
-    waiting: list[_Sums] = []  # fetched when the next slab's are under way
+    found: list[_Sums | None] = [None] * len(given)
     for slab in index.rows.slabs(stored.side, max(index.batch_size, min(affordable, SLAB))):
         examples, first = slab.arrays[EXAMPLES], slab.first // stored.block
-        of_slab = []
-        for asked, each in zip(several, given, strict=True):
+        for number, (asked, each) in enumerate(zip(several, given, strict=True)):
             parts = contribute(each.phi, slab.arrays, index.exponent)  # [q, g, b, m]
             subsets = place.whole(each.chosen[:, first : first + len(examples)])
             step = _compiled(place, asked.products)
-            of_slab.append(step(parts, examples, subsets, each.own, slab.first, slab.fresh))
-        found, waiting = _joined(found, waiting, place), of_slab
-    found = _joined(found, waiting, place)
-    return [_finished(sums, each.exponents) for sums, each in zip(found, given, strict=True)]
+            sums = step(parts, examples, subsets, each.own, slab.first, slab.fresh)
+            on_host = jax.tree.map(lambda x: place.host(x).astype(np.float64), sums)
+            found[number] = _joined(found[number], on_host)
+    return [
+        _finished(sums, each.exponents)
+        for sums, each in zip(found, given, strict=True)
+        if sums is not None
+    ]
 
 
 class _Given(NamedTuple):
@@ -283,14 +285,10 @@ def _of_slab(
     return _Sums(shift=shift, largest=largest, examples=count, **summed)
 
 
-def _joined(before: list[_Sums], more: list[_Sums], place: Placement) -> list[_Sums]:
-    """Those of the device added to those of the host, if there are any yet."""
-    fetched = [jax.tree.map(lambda x: place.host(x).astype(np.float64), sums) for sums in more]
-    return list(map(_added, before, fetched)) if before else fetched
-
-
-def _added(before: _Sums, more: _Sums) -> _Sums:
+def _joined(before: _Sums | None, more: _Sums) -> _Sums:
     """Sums over both, about the shift of the first."""
+    if before is None:
+        return more
     added = jax.tree.map(np.add, before, more.about(before.shift))
     return added._replace(shift=before.shift, largest=np.maximum(before.largest, more.largest))
 
