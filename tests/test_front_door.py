@@ -947,6 +947,14 @@ def test_a_loss_where_a_margin_belongs_is_warned_of():
         ja.build_index(ja.trak(cross_entropy), WEIGHTS, XY)
 
 
+def test_parameters_that_are_a_list_of_layers_are_described():
+    def output(params, example, key):
+        return (example["x"] @ params[0]["w"] @ params[1]["w"]).sum()
+
+    found = ja.describe(ja.tracin(output), [{"w": jnp.ones((4, 4))}, {"w": jnp.ones((4, 2))}], ONE)
+    assert [leaf.name for leaf in found.leaves] == ["0/w", "1/w"]
+
+
 def test_a_log_probability_where_a_margin_belongs_is_warned_of():
     separable = {"x": X * 5, "y": (X @ np.asarray(WEIGHTS["w"])).argmax(axis=1)}
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,10 @@ from jaxattr import groups as groups_lib
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.groups import Groups
 from jaxattr.identity import program_of
+from jaxattr.inputs.outputs import runs
 from jaxattr.inputs.traces import read_inputs, shapes_of
 from jaxattr.linear_maps.analysis import UNUSED
-from jaxattr.methods.method import Method, featurizer
+from jaxattr.methods.method import Method, check_method, featurizer
 from jaxattr.typing import Example, Params
 
 
@@ -91,11 +91,13 @@ def describe(
     Raises:
       ValueError: as `featurizer`.
     """
-    if isinstance(params, list) and params and all(isinstance(x, Mapping) for x in params):
-        raise TypeError(
-            f"params is a list of {len(params)}: describe takes the parameters of ONE checkpoint, "
-            "as groups and routes are the same for all. Pass the first."
-        )
+    output = check_method(method).rule.output
+    if isinstance(params, list) and params and not runs(output, params, example):
+        if runs(output, params[0], example):
+            raise TypeError(
+                f"params is a list of {len(params)}: describe takes the parameters of ONE "
+                "checkpoint, as groups and routes are the same for all. Pass the first."
+            )
     featurize = featurizer(method, params, example, groups=groups)
     plan, sizes = featurize.plan, featurize.groups.sizes
     places: dict[str, list[str]] = {}
