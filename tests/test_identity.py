@@ -454,7 +454,8 @@ def test_features_of_queries_belong_to_their_index():
 
 
 def test_optimizer_states_of_optax_go_in():
-    state = optax.adam(1e-3).init(PARAMS)
+    optimizer = optax.adam(1e-3)
+    state = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)[1]
     assert identity_of(ja.trackstar(models.loss, state, PARAMS)) != identity_of(
         ja.trackstar(models.loss, moments(2.0), PARAMS)
     )

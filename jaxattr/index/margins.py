@@ -78,7 +78,9 @@ def _ends_at_zero(residual: np.ndarray) -> bool:
     """Whether no margin is positive, but many are all but zero: see `_has_both_signs`."""
     if len(residual) < _ENOUGH or not (residual >= 0.5).all():
         return False
-    return bool((residual < 1 / (1 + np.exp(-_CLOSE))).mean() >= _MANY)
+    # At zero itself are also outputs that are whole numbers.
+    close = (residual > 0.5) & (residual < 1 / (1 + np.exp(-_CLOSE)))
+    return bool(close.mean() >= _MANY)
 
 
 def _shuffled(key: Key, params: Params) -> Params:
