@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_the_rehearsal_agrees_with_one_device(tmp_path):
-    command = [sys.executable, "-m", "experiments.pod", "--dtype", "float32"]
+    command = [sys.executable, "-m", "experiments.pod", "--dtype", "float32", "--hosts", "2"]
     ran = subprocess.run(
         [*command, "--folder", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=900
     )

@@ -61,26 +61,28 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     data.write(data.packed(ROWS, seed=1), folder / "rows")
     data.write(data.packed(QUERIES, seed=2), folder / "queries")
-    done = rehearse(folder, ["--dtype", given.dtype, "--activations", given.activations], console)
+    types = ["--dtype", given.dtype, "--activations", given.activations]
+    done = rehearse(folder, types, given.hosts, console)
     checks = [
         *compare(folder, LIMITS[given.dtype]),
-        *went_on(folder, done),
+        *went_on(folder, done, given.hosts),
         own_rows(folder),
     ]
     title = f"parameters in {given.dtype}, activations in {given.activations}"
-    console.print(verdicts(title, checks))
+    console.print(verdicts(title, checks, given.hosts))
     console.print(programs(folder))
     console.print(paper.plan(paper.Case()))
     console.print(f"{time.monotonic() - started:.0f} s. All of it is in {folder}/.")
     sys.exit(not all(check.met for check in checks))
 
 
-def rehearse(folder: Path, types: Sequence[str], console: Console) -> dict[str, int]:
+def rehearse(folder: Path, types: Sequence[str], count: int, console: Console) -> dict[str, int]:
     """Runs the job on one device, and on the pod: killed once, and started again.
 
     Args:
       folder: of rows and queries; for all results.
       types: arguments of the workers.
+      count: hosts of the pod.
       console: where it says how far it is.
 
     Returns:
@@ -99,11 +101,11 @@ def rehearse(folder: Path, types: Sequence[str], console: Console) -> dict[str, 
     pod = folder / "pod"
     run("alone", 1, 1, lambda job: launching.finish(job, folder / "alone", SECONDS))
     done = run(
-        "pod", HOSTS, DEVICES,
+        "pod", count, DEVICES,
         lambda job: launching.kill_one(job, pod / METHODS[0], BLOCKS, SECONDS),
     )  # fmt: skip
-    console.print(f"       host {HOSTS - 1} was killed; finished blocks {done}; starting again")
-    run("pod", HOSTS, DEVICES, lambda job: launching.finish(job, pod, SECONDS))
+    console.print(f"       host {count - 1} was killed; finished blocks {done}; starting again")
+    run("pod", count, DEVICES, lambda job: launching.finish(job, pod, SECONDS))
     return done or {}
 
 
@@ -145,12 +147,13 @@ def swapped(got: np.ndarray, expected: np.ndarray, scores: np.ndarray) -> tuple[
     return int((got != expected).sum()), float(gap)
 
 
-def went_on(folder: Path, done: dict[str, int]) -> list[Check]:
+def went_on(folder: Path, done: dict[str, int], hosts: int = HOSTS) -> list[Check]:
     """Whether the job was killed in the middle of the features, and did not begin anew.
 
     Args:
       folder: of both jobs.
       done: what `rehearse` returned.
+      hosts: of the pod.
     """
     total = ROWS // BLOCK
     text = ", ".join(f"{count} of {total} blocks of {stage}" for stage, count in done.items())
@@ -160,7 +163,7 @@ def went_on(folder: Path, done: dict[str, int]) -> list[Check]:
     counts = [collections.Counter(read) for read in _reads(folder, METHODS[0])]
     again = sum(many > 1 for count in counts for row, many in count.items() if row > 0)
     return [
-        Check(f"finished when host {HOSTS - 1} was killed", text, "some, not all", middle),
+        Check(f"finished when host {hosts - 1} was killed", text, "some, not all", middle),
         Check("rows read twice after that", str(again), "0", again == 0),
     ]
 
@@ -181,17 +184,18 @@ def own_rows(folder: Path) -> Check:
     )  # fmt: skip
 
 
-def verdicts(title: str, checks: Sequence[Check]) -> Table:
+def verdicts(title: str, checks: Sequence[Check], hosts: int = HOSTS) -> Table:
     """Makes the table of checks.
 
     Args:
       title: of the table.
       checks: its rows.
+      hosts: of the pod.
 
     Returns:
       A table for a terminal.
     """
-    shown = Table(title=f"{HOSTS} hosts of {DEVICES} devices, and one device; {title}")
+    shown = Table(title=f"{hosts} hosts of {DEVICES} devices, and one device; {title}")
     for heading in ("what", "largest difference", "wanted", "verdict"):
         shown.add_column(heading)
     for check in checks:
@@ -235,6 +239,7 @@ def _arguments() -> argparse.Namespace:
     types = ("bfloat16", "float32")
     parser.add_argument("--dtype", choices=types, default="bfloat16", help="of parameters")
     parser.add_argument("--activations", choices=types, default="float32", help="and arithmetic")
+    parser.add_argument("--hosts", type=int, default=HOSTS, help="of the pod; two at least")
     parser.add_argument("--folder", type=Path, default=Path("runs/pod"), help="for all results")
     given = parser.parse_args()
     if (given.dtype, given.activations) == ("float32", "bfloat16"):

@@ -63,7 +63,8 @@ def trackstar(
       >>> data = {"x": jnp.eye(3), "y": jnp.ones((3, 1))}
       >>> params = {"w": jnp.zeros((3, 1))}
       >>> optimizer = optax.adam(0.1)
-      >>> method = trackstar(loss, optimizer.init(params), params, epsilon=1.0)
+      >>> _, state = optimizer.update({"w": -jnp.ones((3, 1))}, optimizer.init(params), params)
+      >>> method = trackstar(loss, state, params, epsilon=1.0)
       >>> [round(x, 3) + 0.0 for x in score(build_index(method, params, data), data)[0].tolist()]
       [1.0, 0.0, 0.0]
 
