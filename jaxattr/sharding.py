@@ -222,8 +222,13 @@ class Placement:
         return jax.tree.map(functools.partial(_place, self.mesh), tree)
 
     def shared(self, tree: Any) -> Any:
-        """As `whole` on a mesh; without one as they are, NumPy's on the host until used."""
-        return tree if self.mesh is None else self.whole(tree)
+        """As `whole` on a mesh; without one as they are, NumPy's on the host until used.
+
+        Those are copied where their owner could write to them.
+        """
+        if self.mesh is not None:
+            return self.whole(tree)
+        return jax.tree.map(lambda x: x.copy() if _is_writeable(x) else x, tree)
 
     def host(self, x: Any) -> np.ndarray:
         """Returns the whole array on every host."""
@@ -421,6 +426,10 @@ def _from_parts(
 
 def _is_numpy(x: Any) -> bool:
     return isinstance(x, (np.ndarray, np.generic))
+
+
+def _is_writeable(x: Any) -> bool:
+    return isinstance(x, np.ndarray) and x.flags.writeable
 
 
 def _place(mesh: Mesh, leaf: Any) -> Any:

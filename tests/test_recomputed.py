@@ -51,6 +51,39 @@ def test_all_that_is_asked_of_an_index_is_the_same(name):
     np.testing.assert_allclose(*weighted, **same)
 
 
+class Stops:
+    """The training set, whose reading stops once."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def __len__(self):
+        return 37
+
+    def __getitem__(self, i):
+        if i == self.at:
+            self.at = None
+            raise KeyboardInterrupt
+        return jax.tree.map(lambda x: x[i], TRAIN)
+
+
+def test_a_pass_that_was_interrupted_is_made_again():
+    stored, anew = both("ekfac")
+    source = Stops(at=None)
+    anew = ja.build_index(METHODS["ekfac"], CHECKPOINTS, source, batch_size=8, store=False)
+    source.at = 20
+    with pytest.raises(KeyboardInterrupt):
+        ja.self_influence(anew)
+    np.testing.assert_allclose(ja.self_influence(anew), ja.self_influence(stored), rtol=1e-9)
+
+
+def test_what_is_made_once_may_be_asked_for_in_a_jit():
+    stored, anew = both("tracin")
+    found = jax.jit(lambda x: x * anew.self_contributions.sum())(1.0)
+    np.testing.assert_allclose(found, ja.self_influence(stored).sum(), rtol=1e-9)
+    np.testing.assert_allclose(ja.self_influence(anew), ja.self_influence(stored), rtol=1e-9)
+
+
 class Counted:
     """The training set, an example at a time, and how many were read."""
 

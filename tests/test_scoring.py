@@ -183,7 +183,13 @@ def test_bad_checkpoint_weights(method, wrong):
 
 
 @pytest.mark.parametrize(
-    ("function", "kind"), [("contributions", "made anew"), ("top_k", "memory"), ("score", "mesh")]
+    ("function", "kind"),
+    [
+        ("contributions", "made anew"),
+        ("score", "made anew"),
+        ("top_k", "memory"),
+        ("score", "mesh"),
+    ],
 )
 def test_an_index_may_be_asked_in_a_jit_first(function, kind):
     """And is as usable after it: what it keeps of the first question are arrays."""
@@ -204,6 +210,32 @@ def test_an_index_may_be_asked_in_a_jit_first(function, kind):
     found = jax.jit(asked)(phi.features)
     np.testing.assert_allclose(found, asked(phi.features), rtol=1e-9)
     np.testing.assert_allclose(ja.score(built, phi), ja.score(index("tracin"), QUERIES), rtol=1e-9)
+
+
+def test_an_index_built_anew_takes_features_and_weights_of_before_in_a_jit():
+    phi, fit = (
+        ja.query_features(index("tracin"), QUERIES),
+        ja.learn_weights(index("tracin"), QUERIES),
+    )
+    expected = ja.score(index("tracin"), phi, weights=fit)
+    anew = ja.build_index(METHODS["tracin"], CHECKPOINTS, TRAIN, batch_size=16)
+    found = jax.jit(lambda f: ja.score(anew, phi._replace(features=f), weights=fit))(phi.features)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_parameters_of_numpy_may_be_written_to_once_the_index_is_built():
+    given = [jax.tree.map(np.array, params) for params in CHECKPOINTS]
+    built = ja.build_index(METHODS["tracin"], given, TRAIN, batch_size=16)
+    jax.tree.leaves(given)[0][...] = 7.0
+    np.testing.assert_allclose(ja.score(built, QUERIES), ja.score(index("tracin"), QUERIES))
+
+
+def test_parameters_that_a_step_of_training_took_are_said_to_be():
+    params = jax.tree.map(jnp.copy, CHECKPOINTS[0])
+    built = ja.build_index(METHODS["tracin"], params, TRAIN, batch_size=16)
+    jax.block_until_ready(jax.jit(lambda p: jax.tree.map(jnp.sin, p), donate_argnums=0)(params))
+    with pytest.raises(ValueError, match=r"\(donate_argnums\).*a copy"):
+        ja.score(built, QUERIES)
 
 
 @pytest.mark.parametrize("function", [ja.score, functools.partial(ja.top_k, k=2)])

@@ -115,8 +115,8 @@ def build_index(
         feature off by at most 6 % of itself). With these two a kernel is fitted to bfloat16.
       store: False keeps no features, in memory or on disk: they are made anew, a block at a time,
         by each call that needs them, at the cost of a pass over the data; the first `ja.top_k` or
-        `ja.self_influence` takes one more. For features that are too long to be kept, such as
-        whole gradients (`ja.projections.identity()`, exact EK-FAC).
+        `ja.self_influence` takes one more. So `train` must stay as it is. For features that are
+        too long to be kept, such as whole gradients (`ja.projections.identity()`, exact EK-FAC).
         Blocks are as large as their features have room; queries' features are held as ever.
       extend: `train` has grown since the index was finished: adds the new examples, for methods
         whose kernel is the identity and whose basis, if any, is not fitted to the data.

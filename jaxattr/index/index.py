@@ -102,7 +102,9 @@ class Index:
         if self.recorded is not None:
             return self.recorded.query_side
         assert self.featurizer is not None
-        return provenance.query_side(self.featurizer, self.checkpoints, self.fitted, self.operators)
+        given = (self.featurizer, self.checkpoints, self.fitted, self.operators)
+        with jax.ensure_compile_time_eval():  # as for `drawn`
+            return provenance.query_side(*given)
 
     @functools.cached_property
     def exponent(self) -> np.ndarray:
@@ -149,7 +151,8 @@ class Index:
 
     def _each(self, name: str) -> list[np.ndarray]:
         """One array [n, width] per checkpoint."""
-        return [self.rows.column(name, c) for c in range(self.rows.layout.checkpoints)]
+        with jax.ensure_compile_time_eval():  # on the host also where a user's `jit` asks
+            return [self.rows.column(name, c) for c in range(self.rows.layout.checkpoints)]
 
     def _counted(self, values: np.ndarray) -> np.ndarray:
         """With zeros for examples that do not count."""

@@ -107,9 +107,19 @@ def query_features(index: Index, queries: Any, *, output: OutputFn | None = None
                 "QueryFeatures already: pass the queries themselves."
             )
         return _checked(index, queries)
-    source = as_source(queries, "queries", accepts)
+    source = _source_of(queries, accepts)
     found = _features_of(index, source, range(source.size), output)
     return found if output is None else _raising(index, output, found)
+
+
+def _source_of(queries: Any, accepts: Accepts) -> Source:
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(queries)):
+        raise TypeError(
+            "The queries are traced, as within jax.jit, and those that are not finite could not be "
+            "named. Use ja.attributor(index, k=...), which is made for that, or compute their "
+            "features outside: ja.query_features(index, queries)."
+        )
+    return as_source(queries, "queries", accepts)
 
 
 def in_groups(
@@ -131,7 +141,7 @@ def in_groups(
     if isinstance(queries, QueryFeatures):
         prepared = _checked(check_index(index), queries)
         return len(prepared.features), iter([prepared])
-    source = as_source(queries, "queries", accepted_by(index))
+    source = _source_of(queries, accepted_by(index))
     if at_once is None:
         numbers = index.layout.total * index.rows.layout.checkpoints
         at_once = max(1, room() // (numbers * index.rows.layout.wide.itemsize))
@@ -264,6 +274,12 @@ def state_of(index: Index) -> QueryArrays:
     """Returns the arrays of an index that queries need."""
     if index.featurizer is None:
         raise _without_method()
+    if any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(index.checkpoints)):
+        raise ValueError(
+            "The parameters of this index are deleted: a step of training took their memory "
+            "(donate_argnums). Queries need them: build or open the index with a copy, "
+            "jax.tree.map(jnp.copy, params)."
+        )
     key, checkpoints = index.featurizer.key, index.place.whole(index.checkpoints)
     return QueryArrays(key, checkpoints, index.drawn, index.fitted, index.operators)
 

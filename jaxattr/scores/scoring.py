@@ -386,7 +386,9 @@ def _slabs(index: Index, at_once: int | None = None) -> Iterator[Slab]:
 
 def _exponent(index: Index, slab: Slab) -> np.ndarray:
     """All features of a slab are below 2 to this power, int32."""
-    return index.exponent if slab.exponent is None else index.place.host(slab.exponent)
+    if slab.exponent is None or isinstance(slab.exponent, jax.core.Tracer):
+        return index.exponent
+    return index.place.host(slab.exponent)
 
 
 def _warn_of_overflow(scores: Any) -> None:
