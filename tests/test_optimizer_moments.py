@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import jaxattr as ja
@@ -189,6 +190,28 @@ def test_an_optimizer_of_linens_parameters_fits_its_variables(optimizer, given_a
     jax.tree.map(np.testing.assert_array_equal, found["params"], expected)
     given = optimizer_moments.second_moments(expected, variables)  # moments, like the parameters
     jax.tree.map(np.testing.assert_array_equal, given, found)
+
+
+@pytest.mark.parametrize("make", [optax.adam, optax.rmsprop, optax.adafactor, optax.amsgrad])
+def test_a_state_is_the_same_as_orbax_restores_it(tmp_path, make):
+    gradient = jax.tree.map(lambda x: jnp.arange(1.0, x.size + 1).reshape(x.shape), PARAMS)
+    optimizer = optax.chain(optax.clip_by_global_norm(1e3), make(0.1))
+    state = optimizer.update(gradient, optimizer.init(PARAMS), PARAMS)[1]
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "saved", {"state": state})
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "saved")["state"]
+    assert isinstance(restored, list)
+    expected = moments_of(state)
+    for given in (restored, [restored], [state, state], [restored, restored]):
+        for found in moments_of(given):
+            jax.tree.map(np.testing.assert_array_equal, found, expected[0])
+    assert len(moments_of([restored, restored])) == 2
+
+
+def moments_of(states):
+    basis = ja.trackstar(models.loss, states, PARAMS).rule.projection.basis
+    return [each.value for each in basis.moments]
 
 
 @pytest.mark.parametrize("make", [optax.adam(0.1).init, lambda p: jax.tree.map(jnp.zeros_like, p)])

@@ -54,10 +54,9 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
     leaves = named_leaves(params)
     shapes = {name: jnp.shape(x) for name, x in leaves.items()}
     needed = {name for name, leaf in leaves.items() if _is_trained(name, leaf)}
-    nodes = jax.tree.leaves(optimizer_state, is_leaf=_has_second_moments)
     # An optimizer of linen's parameters alone does not know that they stand under "params".
     known = shapes | {name.removeprefix(_PARAMS): shape for name, shape in shapes.items()}
-    each = [pair for node in nodes for pair in _moments(node, known).items()]
+    each = [pair for node in _nodes(optimizer_state) for pair in _moments(node, known).items()]
     found, counts = dict(each), collections.Counter(name for name, _ in each)
     repeated = sorted(name for name, count in counts.items() if count > 1)
     given = _as_in(needed, named_leaves(optimizer_state))
@@ -75,6 +74,23 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
         )
     moments = [found.get(name, jnp.zeros(shape)) for name, shape in shapes.items()]
     return _of_a_step(jax.tree.unflatten(jax.tree.structure(params), moments))
+
+
+def states_of(given: Any) -> list[Any]:
+    """One optimizer's state per checkpoint.
+
+    Orbax restores the tuple of a chain as a list, of which some links hold no second moments.
+
+    Args:
+      given: a state, or a list of them.
+
+    Returns:
+      A list of states.
+    """
+    if not isinstance(given, list):
+        return [given]
+    hold = [any(map(_has_second_moments, _nodes(each))) for each in given]
+    return [given] if any(hold) and not all(hold) else given
 
 
 _PARAMS, _STATISTICS = "params/", "batch_stats/"
@@ -111,16 +127,15 @@ def _moments(node: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.
     """
     if not _has_second_moments(node):
         return {}
-    if hasattr(node, "v_row"):
-        rows, columns, wholes = (named_leaves(tree) for tree in (node.v_row, node.v_col, node.v))
+    fields = node if isinstance(node, Mapping) else node._asdict()
+    if "v_row" in fields:
+        rows, columns, wholes = (named_leaves(fields[name]) for name in ("v_row", "v_col", "v"))
         return {
             name: _restored(shapes[name], rows[name], columns[name], wholes[name])
             for name in wholes
             if name in shapes
         }
-    if isinstance(node, Mapping):
-        return named_leaves(node.get("nu_max", node["nu"]))
-    return named_leaves(getattr(node, "nu_max", node.nu))
+    return named_leaves(fields.get("nu_max", fields["nu"]))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,9 +212,17 @@ def _scaled(factored: Factored, sides: Sides, named: dict[str, Any], epsilon: fl
     return side(sides[0], left), side(sides[1], right)
 
 
+_FIELDS = ({"nu", "count"}, {"v", "v_row", "v_col"})
+"""What no mapping but a state holds; that of RMSProp holds `nu` alone."""
+
+
+def _nodes(state: Any) -> list[Any]:
+    return jax.tree.leaves(state, is_leaf=_has_second_moments)
+
+
 def _has_second_moments(node: Any) -> bool:
     if isinstance(node, Mapping):  # as Orbax restores a state where it is not told its classes
-        return {"nu", "count"} <= node.keys()
+        return node.keys() == {"nu"} or any(fields <= node.keys() for fields in _FIELDS)
     # What SM3 calls nu is its momentum.
     known = hasattr(node, "_fields") and type(node).__name__ != "ScaleBySM3State"
     return known and (hasattr(node, "nu") or hasattr(node, "v_row"))

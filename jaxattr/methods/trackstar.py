@@ -71,8 +71,7 @@ def trackstar(
     References:
       Chang et al. (2024), arXiv:2410.17413, section 3. Deviation: one block of R per group.
     """
-    several = isinstance(optimizer_states, list)
-    states = optimizer_states if several else [optimizer_states]
+    states = optimizer_moments.states_of(optimizer_states)
     moments = [optimizer_moments.second_moments(state, params) for state in states]
     basis = optimizer_moments.ScaledSigns(
         moments=tuple(map(Contents, moments)), epsilon=epsilon, materialize=not rank_one
