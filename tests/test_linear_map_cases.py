@@ -526,6 +526,11 @@ CASES = {
         lambda p, e: p["w"].at[e["ids"] * 3].get(mode="fill", fill_value=0.5),
         {"w": "embedding 7 5"},
     ),
+    "lookup with no such row, of which one was promised": (
+        {"w": (7, 5)},
+        lambda p, e: p["w"][e["ids"] * 3],
+        {"w": "embedding 7 5"},
+    ),
     "lookup in a stack": (
         {"w": (2, 7, 5)},
         lambda p, e: p["w"][0][e["ids"]] + p["w"][1][e["ids"][::-1]],
