@@ -35,7 +35,8 @@ def whole_number(name: str, value: Any, *, least: int | None = 1) -> int:
         found = None
     if found is None:
         raise TypeError(
-            f"{name} must be a whole number, an int, got {value!r} of type {type(value).__name__}."
+            f"{name} must be a whole number, an int, got {value!r:.60} of type "
+            f"{type(value).__name__}."
         )
     if least is not None and found < least:
         raise ValueError(f"{name} must be at least {least}, got {found}.")

@@ -335,9 +335,10 @@ def _summed(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 def _checked(documents: Sequence[Sequence[int]], vocabulary: int) -> list[np.ndarray]:
     if isinstance(documents, Mapping) or any(isinstance(each, Mapping) for each in documents):
+        call = "[each['input_ids'] for each in documents]"
+        call = "documents['input_ids']" if isinstance(documents, Mapping) else call
         raise TypeError(
-            "documents must be lists of token ids, got mappings: pass their ids alone, as in "
-            "[each['input_ids'] for each in documents]."
+            f"documents must be lists of token ids, got mappings: pass their ids alone, {call}."
         )
     words = [n for n, document in enumerate(documents) if np.asarray(document).dtype.kind in "USO"]
     if words:

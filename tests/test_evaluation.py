@@ -176,6 +176,13 @@ def test_skipped_queries_are_counted():
     assert "3 queries skipped" in str(found)
 
 
+def test_models_that_diverged_are_named():
+    scores, masks, outputs = random_problem()
+    outputs[[3, 7], 0] = np.nan
+    with pytest.warns(UserWarning, match=r"2 of the .* models .* \[3, 7\] first.*Leave these"):
+        assert ja.lds(scores, masks, outputs).skipped == 1
+
+
 def test_paired_differences_know_more_than_two_intervals():
     scores, masks, _ = random_problem(q=10, m=50)
     noise = np.random.default_rng(3).normal(size=scores.shape)

@@ -37,6 +37,7 @@ def margin(params, example, key):
 M = ja.tracin(loss)
 INDEX = ja.build_index(M, P, D)
 FIT = ja.learn_weights(INDEX, D, steps=2)
+TRAINER = ja.trainer(loss, P, D, optimizer=optax.sgd(1.0), batch_size=8, epochs=1)
 
 
 def cross_entropy(params, example, key):
@@ -664,6 +665,71 @@ WRONG = {  # name: (call, error, words)
         lambda: build(Items(9, lambda i: {"x": X[i] * next(COUNTED)})), ValueError,
         ["another example 0 each time", "no random augmentation"],
     ),
+    "a pattern that no name has": (
+        lambda: build(D, groups=ja.by_layer(exclude="Dense")), ValueError,
+        ["exclude='Dense' is found in no parameter's name", "Upper and lower case"],
+    ),
+    "layers of no leaf": (
+        lambda: ja.by_leaf(P, stacked="blocks"), ValueError, ["stacked='blocks'", "The names: w."],
+    ),
+    "a group of no leaf": (
+        lambda: ja.by_regex(P, {"w": "w", "head": "head"}), ValueError, ["['head']"],
+    ),
+    "a shell's pattern": (
+        lambda: ja.by_layer(P, exclude="*bias"), ValueError, ["no regular expression", "'.*bias'"],
+    ),
+    "a frozen backbone by another name": (
+        lambda: ja.trainer(
+            loss, P, D, optimizer=optax.sgd(1.0), batch_size=1, epochs=1, exclude="backbone"
+        ), ValueError, ["exclude='backbone' is found in no parameter's name"],
+    ),
+    "training on what is not there": (
+        lambda: TRAINER(KEY, jnp.arange(30, 50)), ValueError, ["from 0 to 39", "from 30 to 49"],
+    ),
+    "training on a mask": (
+        lambda: TRAINER(KEY, np.ones(40, bool)), ValueError, ["ids must be integers", "bool [40]"],
+    ),
+    "ids before the key": (
+        lambda: TRAINER(jnp.arange(20), KEY), ValueError, ["key must be one PRNG key", "int"],
+    ),
+    "a rank that is a float": (
+        lambda: ja.logra(loss, rank=2.0), TypeError, ["rank must be a whole number", "2.0"],
+    ),
+    "bands that are a float": (
+        lambda: ja.ekfac(loss, bands=2.0), TypeError, ["bands must be a whole number"],
+    ),
+    "a mask that is an array": (
+        lambda: ja.ekfac(loss, mask=np.ones(4)), TypeError, ["mask must be a function", "ndarray"],
+    ),
+    "a mask of other positions": (
+        lambda: ja.build_index(ja.ekfac(loss, mask=lambda e: e["x"] > 0), P, D), ValueError,
+        ["mask must return", "returned [4], and linear maps have [1] positions"],
+    ),
+    "a rate for each step": (
+        lambda: ja.source(loss, learning_rate=[0.1, 0.2], steps=2), ValueError, ["one number"],
+    ),
+    "a generator of checkpoints": (
+        lambda: ja.build_index(M, (p for p in [P]), D), TypeError, ["a generator", "list(...)"],
+    ),
+    "a report of what was found": (
+        lambda: ja.report(ja.top_k(INDEX, D, k=2), D, path="x.html"), TypeError,
+        ["index must be an Index, got TopK"],
+    ),
+    "a gain of bare weights": (
+        lambda: ja.evaluation.measured_gain(INDEX, D, FIT.weights, None), TypeError,
+        ["what ja.learn_weights returned, got dict", "(index, queries, fit, outcomes)"],
+    ),
+    "queries in a jit": (
+        lambda: jax.jit(lambda q: ja.score(INDEX, q))(D), TypeError, ["ja.attributor(index"],
+    ),
+    "mislabelled by unit norms": (
+        lambda: ja.evaluation.mislabel_auc(1 + 1e-7 * X[:, 0], Y > 0), ValueError,
+        ["self_influence is 1 for all", "GradCos and TrackStar"],
+    ),
+    "a tokenizer's one mapping": (
+        lambda: ja.language.rows({"input_ids": [[1, 2]]}, 4, vocabulary=8), TypeError,
+        ["pass their ids alone, documents['input_ids']"],
+    ),
     "text for tokens": (
         lambda: language.rows(["hello"], 8, vocabulary=50), TypeError, ["token ids", "tokenizer"],
     ),
@@ -963,6 +1029,10 @@ def test_a_log_probability_where_a_margin_belongs_is_warned_of():
 
     with pytest.warns(UserWarning, match="'log_p' .* never positive, .* like a log-probability"):
         ja.build_index(ja.trak(log_p), WEIGHTS, separable)
+    separable["x"][5] = np.nan
+    with pytest.warns(UserWarning) as caught:
+        ja.build_index(ja.trak(log_p), WEIGHTS, separable)
+    assert any("log-probability" in str(each.message) for each in caught)
 
 
 def test_margins_of_a_model_that_is_always_right_are_not():

@@ -435,6 +435,7 @@ def test_subsets_of_different_sizes_and_of_a_pool():
 
 
 OUTPUTS = np.zeros((R, Q))
+TURNS = np.arange(R)[:, None] % Q == np.arange(Q)  # each model is finite on one query
 REFUSED = {
     "other queries": (dict(outcomes=ja.Outcomes(MASKS, np.zeros((R, 4)))),
                       "Outcomes are of 4 queries, and there are 6: pass the queries"),
@@ -444,6 +445,8 @@ REFUSED = {
                      "All 16 models have the same output on each of the 6 queries"),
     "diverged": (dict(outcomes=ja.Outcomes(MASKS, np.where(MASKS[:, :6], np.nan, 1.0))),
                  "models have finite outputs on all queries, and 8 are needed: training diverged"),
+    "each query for few": (dict(outcomes=ja.Outcomes(MASKS, np.where(TURNS, 1.0, np.nan))),
+                           "most of the 16 models are not finite on any of the 6 queries"),
     "top_k": (dict(outcomes=ja.Outcomes(MASKS, OUTPUTS), top_k=5, l2=1.0),
               "top_k, l2 belong to the objective without outcomes"),
     "copies alone": (dict(copies=COPIES), "copies complement outcomes, and there are none"),

@@ -207,6 +207,9 @@ def test_labels_without_a_field_are_refused(tmp_path):
     floats = {**queries, "y": queries["y"].astype(float)}
     with pytest.raises(ValueError, match="a single integer, and the fields are"):
         ja.report(index, floats, labels=list("abcdef"), path=tmp_path / "page.html")
+    by_number = {0: "zero", 1: "one", 5: "five"}
+    named = html_of(ja.report(index, queries, labels=by_number, path=tmp_path / "page.html"))
+    assert "zero" in named and "2 (has no name)" in named
     own = ja.report(index, queries, labels=lambda e: f"<{e['y']}>", path=tmp_path / "page.html")
     assert "<dd><bdi>&lt;3&gt;</bdi></dd>" in html_of(own)
 

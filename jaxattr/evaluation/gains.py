@@ -47,6 +47,7 @@ def measured_gain(index: Index, queries: Any, fit: WeightFit, outcomes: Outcomes
       The scores and their difference.
 
     Raises:
+      TypeError: if the fit is none.
       ValueError: if outcomes are of other queries or another training set.
 
     Warns:
@@ -55,6 +56,11 @@ def measured_gain(index: Index, queries: Any, fit: WeightFit, outcomes: Outcomes
 
     Cost: one pass over the training set; no [q, n] scores.
     """
+    if not isinstance(fit, WeightFit):
+        raise TypeError(
+            f"fit must be what ja.learn_weights returned, got {type(fit).__name__}. The order is "
+            "measured_gain(index, queries, fit, outcomes)."
+        )
     queries = as_queries(index, queries)
     _warn_of_overlap(queries, fit)
     prepared = query_features(index, queries)

@@ -1,6 +1,7 @@
 """The linear datamodelling score: do sums of scores predict what retrained models do?"""
 
 import dataclasses
+import warnings
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,15 @@ def lds_of_predictions(predicted: Any, outputs: Any, *, resamples: int = 1000) -
             f"outputs must be [m, q] = {predicted.shape[::-1]}, got {actual.shape[::-1]}."
         )
     m = predicted.shape[1]
+    lost = np.flatnonzero(~np.isfinite(actual).all(axis=0))
+    if len(lost):
+        warnings.warn(
+            f"Outputs of {len(lost)} of the {m} models are not finite, {lost[:10].tolist()} first, "
+            "and a query with such a model has no correlation. Leave these models out: good = "
+            "np.isfinite(outputs).all(axis=1); masks[good], outputs[good].",
+            UserWarning,
+            stacklevel=3,
+        )
     if m < 3:
         raise ValueError(f"A rank correlation needs at least 3 subsets, got {m}.")
     ranks = _ranks(predicted, actual)

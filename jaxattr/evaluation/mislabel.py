@@ -68,7 +68,8 @@ def mislabel_auc(self_influence: Any, mislabelled: Any) -> float:
       Probability that a mislabelled example scores above a well-labelled one, ties one half.
 
     Raises:
-      ValueError: if all or none are mislabelled, or shapes differ.
+      ValueError: if all or none are mislabelled, shapes differ, or values differ by no more
+        than rounding, as those of methods that scale gradients to unit norm.
 
     Example:
       >>> mislabel_auc([0.1, 0.2, 3.0], [False, False, True])
@@ -85,6 +86,13 @@ def mislabel_auc(self_influence: Any, mislabelled: Any) -> float:
     negatives = len(wrong) - positives
     if not positives or not negatives:
         raise ValueError(f"Needed some examples of each kind, got {positives} mislabelled.")
+    known = values[np.isfinite(values)]
+    if len(known) and 0 < np.ptp(known) <= 1e-5 * np.abs(known).max():
+        raise ValueError(
+            f"self_influence is {known[0]:.6g} for all examples, up to rounding, and so says "
+            "nothing of labels: GradCos and TrackStar scale gradients to unit norm. Take that of "
+            "another method."
+        )
     ranks = stats.rankdata(np.where(np.isnan(values), -np.inf, values))
     above = ranks[wrong].sum() - positives * (positives + 1) / 2
     return float(above / (positives * negatives))

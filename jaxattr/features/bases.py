@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattr.counts import whole_number
 from jaxattr.features import signs
 from jaxattr.linear_maps import LinearMap, WithBias
 from jaxattr.scales import wide
@@ -126,6 +127,11 @@ class Basis:
     bands: int = 1
     materialize: bool = False
     references: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            whole_number("rank", self.rank)
+        whole_number("bands", self.bands)
 
     @property
     def name(self) -> str:

@@ -27,6 +27,7 @@ class Masks(Basis):
     references: ClassVar[tuple[str, ...]] = ("grass",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole_number("mask", self.mask)
 
     @property

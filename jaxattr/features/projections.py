@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxattr.counts import whole_number
 from jaxattr.features import bases
 from jaxattr.features.bases import Basis
 from jaxattr.features.grass import Masks
@@ -233,8 +234,7 @@ class TwoSided:
     basis: Basis
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}.")
+        whole_number("rank", self.rank)
 
     @property
     def name(self) -> str:

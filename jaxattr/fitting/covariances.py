@@ -20,6 +20,7 @@ from jaxattr.features.bases import Factored
 from jaxattr.features.expectations import number_of_draws, refuse_unit_norm, sum_over_draws
 from jaxattr.features.featurizer import FeatureRule
 from jaxattr.fitting.passes import NumberedBatch
+from jaxattr.inputs.outputs import check_function
 from jaxattr.keys import example_keys
 from jaxattr.linear_maps import Captured
 from jaxattr.scales import exponent_of, scaled, wide
@@ -112,6 +113,10 @@ class Covariances:
     far: ClassVar[int] = 30
     multiply: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.mask is not None:
+            check_function(self.mask, "mask", ("example",))
+
     def weights(self, batch: Batch) -> jax.Array | None:
         """See `Factors`."""
         return None if self.mask is None else jax.vmap(self.mask)(batch)
@@ -136,6 +141,17 @@ class Covariances:
             inputs = _weighted_gram(use.inputs, counted, factored)
             totals.append((inputs, _weighted_gram(use.cotangents, counted, factored), counts))
         return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), totals)
+
+
+def _check_mask(shape: tuple[int, ...], uses: Mapping[str, Uses]) -> None:
+    """Refuses a mask that no linear map has as many positions as."""
+    counts = {use.cotangents.shape[-2] for each in uses.values() for use in each}
+    if uses and shape not in {(count,) for count in counts}:
+        raise ValueError(
+            "mask must return which of an example's t positions count, [t], but returned "
+            f"{list(shape)}, and linear maps have {sorted(counts)} positions. Positions that the "
+            "model adds, such as a class token, are in the mask too."
+        )
 
 
 @functools.lru_cache(maxsize=16)
@@ -166,6 +182,8 @@ def _sums_of_batch(
         shapes = shapes_of_one((batch, keys))
         captured = linear_maps.capture(output, params, *shapes, leaves=list(factored))
         uses = each_example(functools.partial(captured, params))(batch, keys)
+        if weights is not None:
+            _check_mask(weights.shape[1:], uses)
         finite = real & _all_finite(uses)
         kept = finite & _in_range(uses, exponents, factors)
         found = {}

@@ -77,8 +77,7 @@ class Eigenbasis(Basis):
     factors: Factors = Covariances()
 
     def __post_init__(self) -> None:
-        if self.bands < 1:
-            raise ValueError(f"bands must be at least 1, got {self.bands}.")
+        super().__post_init__()
         if self.eigenvalues and not self.factors.multiply:
             raise ValueError(
                 f"Products of {self.factors.name}'s eigenvalues are no curvature: use "

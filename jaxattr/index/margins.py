@@ -38,8 +38,9 @@ def warn_of_losses(job: BuildJob, rows: Rows, fitted: Fitted) -> None:
     residual = job.featurizer.rule.residual
     if residual is None or name_of(residual) != one_minus.__name__:
         return
-    column, output = rows.column(EXAMPLES, 0)[:, COLUMNS.residual], job.featurizer.rule.output
-    if _ends_at_zero(column):
+    columns, output = rows.column(EXAMPLES, 0), job.featurizer.rule.output
+    column, finite = columns[:, COLUMNS.residual], columns[:, COLUMNS.finite] > 0
+    if _ends_at_zero(column[finite]):
         warnings.warn(
             f"{name_of(output)!r} was given to TRAK as the margin, but is never positive, and "
             f"often just below zero: it looks like a log-probability. {_ODDS} With a "
@@ -48,17 +49,19 @@ def warn_of_losses(job: BuildJob, rows: Rows, fitted: Fitted) -> None:
             stacklevel=4,
         )
         return
-    if _has_both_signs(column) or job.place.mesh is not None:
+    if _has_both_signs(column[finite]) or job.place.mesh is not None:
         return
     over = job.pass_over(0)
     first = next(over.batches("looking at margins"))
-    drawn, known = job.featurizer.draw(0, fitted), column[: int(first.real.sum())]
+    drawn, count = job.featurizer.draw(0, fitted), int(first.real.sum())
+    known, there = column[:count], finite[:count]
     for seed in range(_SHUFFLES):
         params = _shuffled(jax.random.key(seed), over.params)
         given = (job.featurizer.key, params, first.batch, first.ids, drawn, fitted)
-        found = np.asarray(job.featurizer.step(*given).residual)[: len(known)]
+        found = np.asarray(job.featurizer.step(*given).residual)[:count]
         # Small adapters of a model that fits, or a single number, say nothing when shuffled.
-        if _has_both_signs(found) or np.abs(found - known).max() < _CHANGE:
+        changed = np.abs(found - known)[there].max(initial=0)
+        if _has_both_signs(found[there]) or changed < _CHANGE:
             return
     warnings.warn(
         f"{name_of(output)!r} was given to TRAK as the margin, but is never "

@@ -1,7 +1,7 @@
 """Parameters and checkpoints: pytrees of arrays, and not the modules or states that hold them."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, ValuesView
 from typing import Any
 
 import jax
@@ -23,6 +23,11 @@ def as_checkpoints(checkpoints: Params | Sequence[Params]) -> tuple[Params, ...]
       ValueError: if there are none, or they differ in structure or shapes.
     """
     several = isinstance(checkpoints, list | tuple) and not hasattr(checkpoints, "_fields")
+    if isinstance(checkpoints, Iterator | ValuesView):
+        raise TypeError(
+            f"checkpoints is {_a(type(checkpoints).__name__)}, which is read once: pass a list of "
+            "them, list(...)."
+        )
     parameters = tuple(checkpoints) if several else (checkpoints,)
     if not parameters:
         raise ValueError("checkpoints is empty: pass one params pytree, or a list of them.")

@@ -5,6 +5,8 @@ As in `methods`, each is a composition of an output function, a projection and a
 
 from typing import Literal, TypeAlias
 
+import numpy as np
+
 from jaxattr import kernels
 from jaxattr.counts import whole_number
 from jaxattr.features import projections
@@ -101,8 +103,8 @@ def kfac(
       fisher: "empirical", of the data's own labels; or "true", of labels drawn from the model.
       sample: (params, example, key) -> the example with labels drawn from the model, for
         `fisher="true"`. Default: the loss's attribute `sample`.
-      mask: (example) -> [t], which token positions count in the covariances. The loss must ignore
-        the others already.
+      mask: (example) -> [t], which token positions count in the covariances, where a map has t; the
+        model's own, such as a class token, are among them. The loss must ignore the others already.
       bands: splits each side of each layer's eigenbasis into so many groups, from large to small
         eigenvalues: groups `layer[i,j]`, for weights by curvature.
 
@@ -161,7 +163,8 @@ def ekfac(
       sample: (params, example, key) -> the example with labels drawn from the model, for
         `fisher="true"`. Default: the loss's attribute `sample`.
       mask: (example) -> [t], which token positions count in the covariances. The loss must ignore
-        the others already. Applied to maps with t positions.
+        the others already. Applied to maps with t positions; those that the model adds, such as
+        a class token, are to be in it.
       bands: splits each side of each layer's eigenbasis into so many groups, from large to small
         eigenvalues: groups `layer[i,j]`, for weights by curvature.
 
@@ -232,6 +235,11 @@ def source(
     References:
       Bae et al. (2024), arXiv:2405.12186.
     """
+    if np.ndim(learning_rate):
+        raise ValueError(
+            "learning_rate must be one number, the mean over the segment: "
+            "float(np.mean(learning_rates))."
+        )
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}.")
     rule = _eigen_rule(loss, False, rank, fisher, sample, Covariances(mask), bands=1)

@@ -83,7 +83,7 @@ class Showing:
     """
 
     render: Callable[[Example], Any] | None
-    labels: Sequence[str] | Callable[[Example], Any] | None
+    labels: Sequence[str] | Mapping[int, str] | Callable[[Example], Any] | None
     decode: Callable[[int], str] | None
 
     def __post_init__(self) -> None:
@@ -133,7 +133,8 @@ class Showing:
                 f"be a single integer, and the fields are {_shapes(fields)}. Pass a function from "
                 "an example to its label."
             )
-        inside = 0 <= int(field) < len(self.labels)
+        among = self.labels if isinstance(self.labels, Mapping) else range(len(self.labels))
+        inside = int(field) in among
         return str(self.labels[int(field)]) if inside else f"{int(field)} (has no name)"
 
 

@@ -4,14 +4,14 @@ import functools
 import importlib.metadata
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxattr.counts import whole_number
 from jaxattr.files import local_file, written_whole
-from jaxattr.index.index import Index
+from jaxattr.index.index import Index, check_index
 from jaxattr.index.queries import QueryFeatures, accepted_by, query_features
 from jaxattr.inputs.data import like
 from jaxattr.reports import facts, tokens
@@ -37,7 +37,7 @@ def report(
     weights: Weights | None = None,
     k: int = 8,
     render: Callable[[Example], Any] | None = None,
-    labels: Sequence[str] | Callable[[Example], Any] | None = None,
+    labels: Sequence[str] | Mapping[int, str] | Callable[[Example], Any] | None = None,
     predictions: Sequence[Any] | None = None,
     decode: Callable[[int], str] | None = None,
     train: Any = None,
@@ -76,8 +76,9 @@ def report(
       k: proponents, and as many opponents, per query; fewer where fewer have the sign.
       render: what to show of ONE example, NumPy arrays without a batch axis: an array [h, w] or
         [h, w, 1|3|4] is a picture, a str a text, a dict a table.
-      labels: names of classes, for the first of the fields `y`, `label`, `labels` that is one
-        integer; or a function from an example to its label. Default: that integer.
+      labels: names of classes, in order or by number, for the first of the fields `y`, `label`,
+        `labels` that is one integer; or a function from an example to its label. Default: that
+        integer.
       predictions: what the model said, one per query: texts or numbers.
       decode: token id -> its text, with the space before or after it. Default: its number. Not
         for `render`, which shows what it likes.
@@ -115,6 +116,7 @@ def report(
       'page.html'
     """
     path = local_file(path)
+    check_index(index)
     k = min(whole_number("k", k), index.size)
     weight_array(index.layout, weights)
     source = (

@@ -227,6 +227,11 @@ def agreed(outcomes: Outcomes, queries: np.ndarray) -> Agreed:
 
     outputs = outcomes.outputs[:, queries]
     asked, kept = known(outputs), finite_models(outputs)
+    if not asked.any():
+        raise ValueError(
+            f"The outputs of most of the {len(kept)} models are not finite on any of the "
+            f"{len(asked)} queries: training diverged. Lower its learning rate."
+        )
     if kept.sum() < FEWEST_MODELS:
         raise ValueError(
             f"Only {kept.sum()} of the {len(kept)} models have finite outputs on all queries, and "

@@ -29,7 +29,7 @@ class Gain:
       low: lower end of a 95 % interval that holds what is measured with as many other models and
         queries.
       high: upper end.
-      uniform: what uniform weights reach.
+      uniform: what uniform weights reach; an estimate, which may pass 1 where they all but do.
       uniform_low: lower end of its 95 % interval.
       uniform_high: upper end.
       models: that are finite.
