@@ -129,7 +129,8 @@ def by_leaf(
     Args:
       params: a pytree of arrays. Without: returns the function of them, with the other arguments
         as they are here, for `groups=ja.by_leaf(exclude="embed")`.
-      exclude: regular expression; leaves in whose names it is found are left out.
+      exclude: regular expression; leaves in whose names it is found are left out. One that is
+        found in none is an error.
       stacked: regular expression; leaves in whose names it is found hold one layer per index of
         their leading axis (as `nn.scan` makes them), and each layer gets its own group.
 
@@ -162,8 +163,11 @@ def by_layer(
 
     Args:
       params: a pytree of arrays. Without: returns the function of them, with the other arguments
-        as they are here, for `groups=ja.by_layer(exclude="batch_stats")`.
-      exclude: regular expression; leaves in whose names it is found are left out.
+        as they are here, for `groups=ja.by_layer(exclude="batch_stats")`. Given a function,
+        `build_index` also splits leaves that the loss scans over by layer, which shapes alone do
+        not show: `index.layout.names` are the groups. A layout it takes as it is.
+      exclude: regular expression; leaves in whose names it is found are left out. One that is
+        found in none is an error.
       stacked: regular expression; leaves in whose names it is found hold one layer per index of
         their leading axis (as `nn.scan` makes them), and each layer gets its own group.
 
@@ -194,7 +198,8 @@ def by_regex(
     Args:
       params: a pytree of floating-point arrays.
       patterns: {group name: regular expression}.
-      exclude: regular expression; leaves in whose names it is found are left out.
+      exclude: regular expression; leaves in whose names it is found are left out. One that is
+        found in none is an error.
       stacked: regular expression; leaves in whose names it is found hold one layer per index of
         their leading axis, and each layer gets its own group.
 
@@ -202,9 +207,10 @@ def by_regex(
       The layout.
 
     Raises:
-      ValueError: if a leaf matches no pattern, or more than one.
+      ValueError: if a leaf matches no pattern, or more than one, or a pattern no leaf.
     """
     compiled = {group: re.compile(pattern) for group, pattern in patterns.items()}
+    leaves = leaf_names(params)
 
     def label(name: str) -> str:
         matches = [group for group, pattern in compiled.items() if pattern.search(name)]
@@ -216,7 +222,14 @@ def by_regex(
             )
         return matches[0]
 
-    return _by_name(params, label, exclude, stacked)
+    layout = _by_name(params, label, exclude, stacked)
+    empty = [group for group, pattern in compiled.items() if not any(map(pattern.search, leaves))]
+    if empty:
+        raise ValueError(
+            f"The patterns of {empty} are found in no parameter's name: leave them out, or change "
+            f"them. The names: {_first(leaves)}."
+        )
+    return layout
 
 
 def resolve(groups: Groups, params: Params) -> GroupLayout:
@@ -334,9 +347,16 @@ def _by_name(
                 f"{role} must be one regular expression, got {pattern!r}. Several are joined by |, "
                 "as in 'norm|bias'."
             )
+    leaves = named_leaves(params)
+    for role, pattern in (("exclude", exclude), ("stacked", stacked)):
+        if pattern is not None and not any(_found(pattern, name) for name in leaves):
+            raise ValueError(
+                f"{role}={pattern!r} is found in no parameter's name, and so would do nothing. "
+                f"Upper and lower case differ. The names: {_first(leaves)}."
+            )
     labelled: list[tuple[str, Member]] = []
     excluded = []
-    for name, leaf in named_leaves(params).items():
+    for name, leaf in leaves.items():
         if exclude is not None and re.search(exclude, name):
             excluded.append((name, f"excluded by {exclude!r}"))
         elif _is_whole(leaf):
@@ -348,6 +368,19 @@ def _by_name(
         else:
             labelled.append((group, Member(name, None, math.prod(jnp.shape(leaf)))))
     return _collect(labelled, excluded)
+
+
+def _first(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _found(pattern: str | re.Pattern[str], name: str) -> bool:
+    try:
+        return re.search(pattern, name) is not None
+    except re.error as error:
+        hint = "; any text is .*, as in '.*bias'" if str(pattern).startswith("*") else ""
+        raise ValueError(f"{pattern!r} is no regular expression: {error}{hint}.") from None
 
 
 def _layers(name: str, shape: tuple[int, ...]) -> list[Member]:

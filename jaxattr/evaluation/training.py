@@ -125,6 +125,8 @@ def trainer(
         return step, (moving, chosen.init(moving)), _Steps(data, batches, keys), whole
 
     def train_fn(key: Key, ids: jax.Array) -> Params:
+        if not any(isinstance(each, jax.core.Tracer) for each in (key, ids)):
+            key, ids = check_key(key), jnp.asarray(checked_ids(ids, examples, "ids"))
         step, start, steps, whole = parts(key, ids)
         ones = jnp.ones(steps.ids.shape[1])
 
