@@ -193,8 +193,6 @@ def test_examples_that_hold_keys_are_on_record(impl, path):
     np.testing.assert_array_equal(ja.score(opened, train), ja.score(built, train))
 
 
-# Since 0.12 JAX warns of the shapes as well.
-@pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")
 def test_float64_of_numpy_is_float32_where_jax_makes_it_that(path):
     def loss(params, example, key):
         return (params["w"] @ example["x"] - 1) ** 2

@@ -16,10 +16,14 @@ _LOOPS = ("scan", "while")
 
 
 def shapes_of(tree: Any) -> Any:
-    """Returns a pytree of arrays, numbers or shapes as shapes, `jax.ShapeDtypeStruct`."""
+    """Returns a pytree of arrays, numbers or shapes as shapes, `jax.ShapeDtypeStruct`.
+
+    Of the types that JAX takes them as: of NumPy's float64 that is float32, unless it is enabled.
+    """
 
     def shape(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(jnp.shape(x), dtype_of(x))
+        dtype = jax.dtypes.canonicalize_dtype(dtype_of(x), allow_extended_dtype=True)
+        return jax.ShapeDtypeStruct(jnp.shape(x), dtype)
 
     return jax.tree.map(shape, tree)
 
