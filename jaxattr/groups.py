@@ -129,13 +129,15 @@ def by_leaf(
     Args:
       params: a pytree of arrays. Without: returns the function of them, with the other arguments
         as they are here, for `groups=ja.by_leaf(exclude="embed")`.
-      exclude: regular expression; leaves in whose names it is found are left out. One that is
-        found in none is an error.
+      exclude: regular expression; leaves in whose names it is found are left out.
       stacked: regular expression; leaves in whose names it is found hold one layer per index of
         their leading axis (as `nn.scan` makes them), and each layer gets its own group.
 
     Returns:
       The layout.
+
+    Raises:
+      ValueError: if `exclude` or `stacked` is found in no name, or is no regular expression.
     """
     if params is None:
         return lambda params: by_leaf(params, exclude=exclude, stacked=stacked)
@@ -166,13 +168,15 @@ def by_layer(
         as they are here, for `groups=ja.by_layer(exclude="batch_stats")`. Given a function,
         `build_index` also splits leaves that the loss scans over by layer, which shapes alone do
         not show: `index.layout.names` are the groups. A layout it takes as it is.
-      exclude: regular expression; leaves in whose names it is found are left out. One that is
-        found in none is an error.
+      exclude: regular expression; leaves in whose names it is found are left out.
       stacked: regular expression; leaves in whose names it is found hold one layer per index of
         their leading axis (as `nn.scan` makes them), and each layer gets its own group.
 
     Returns:
       The layout.
+
+    Raises:
+      ValueError: if `exclude` or `stacked` is found in no name, or is no regular expression.
 
     Example:
       >>> import jax.numpy as jnp
@@ -198,8 +202,7 @@ def by_regex(
     Args:
       params: a pytree of floating-point arrays.
       patterns: {group name: regular expression}.
-      exclude: regular expression; leaves in whose names it is found are left out. One that is
-        found in none is an error.
+      exclude: regular expression; leaves in whose names it is found are left out.
       stacked: regular expression; leaves in whose names it is found hold one layer per index of
         their leading axis, and each layer gets its own group.
 
@@ -207,10 +210,11 @@ def by_regex(
       The layout.
 
     Raises:
-      ValueError: if a leaf matches no pattern, or more than one, or a pattern no leaf.
+      ValueError: if a leaf matches no pattern or several, or a pattern no leaf; as `by_layer`.
     """
+    for group, pattern in patterns.items():
+        _check_pattern(f"{pattern!r}, of group {group!r},", pattern, leaf_names(params))
     compiled = {group: re.compile(pattern) for group, pattern in patterns.items()}
-    leaves = leaf_names(params)
 
     def label(name: str) -> str:
         matches = [group for group, pattern in compiled.items() if pattern.search(name)]
@@ -222,14 +226,7 @@ def by_regex(
             )
         return matches[0]
 
-    layout = _by_name(params, label, exclude, stacked)
-    empty = [group for group, pattern in compiled.items() if not any(map(pattern.search, leaves))]
-    if empty:
-        raise ValueError(
-            f"The patterns of {empty} are found in no parameter's name: leave them out, or change "
-            f"them. The names: {_first(leaves)}."
-        )
-    return layout
+    return _by_name(params, label, exclude, stacked)
 
 
 def resolve(groups: Groups, params: Params) -> GroupLayout:
@@ -341,19 +338,10 @@ def leaf_paths(
 def _by_name(
     params: Params, label: Callable[[str], str | None], exclude: str | None, stacked: str | None
 ) -> GroupLayout:
-    for role, pattern in (("exclude", exclude), ("stacked", stacked)):
-        if not isinstance(pattern, str | re.Pattern | None):
-            raise TypeError(
-                f"{role} must be one regular expression, got {pattern!r}. Several are joined by |, "
-                "as in 'norm|bias'."
-            )
     leaves = named_leaves(params)
     for role, pattern in (("exclude", exclude), ("stacked", stacked)):
-        if pattern is not None and not any(_found(pattern, name) for name in leaves):
-            raise ValueError(
-                f"{role}={pattern!r} is found in no parameter's name, and so would do nothing. "
-                f"Upper and lower case differ. The names: {_first(leaves)}."
-            )
+        if pattern is not None:
+            _check_pattern(f"{role}={pattern!r}", pattern, leaves)
     labelled: list[tuple[str, Member]] = []
     excluded = []
     for name, leaf in leaves.items():
@@ -370,17 +358,21 @@ def _by_name(
     return _collect(labelled, excluded)
 
 
-def _first(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _found(pattern: str | re.Pattern[str], name: str) -> bool:
+def _check_pattern(what: str, pattern: Any, names: Iterable[str]) -> None:
+    """Refuses what is no regular expression, and one that is found in no name."""
+    if not isinstance(pattern, str | re.Pattern):
+        raise TypeError(
+            f"Needed one regular expression, got {what}. Several are joined by |: 'norm|bias'."
+        )
     try:
-        return re.search(pattern, name) is not None
+        found = any(re.search(pattern, name) for name in names)
     except re.error as error:
-        hint = "; any text is .*, as in '.*bias'" if str(pattern).startswith("*") else ""
-        raise ValueError(f"{pattern!r} is no regular expression: {error}{hint}.") from None
+        raise ValueError(f"{what} is no regular expression: {error}. Any text is .*") from None
+    if not found:
+        raise ValueError(
+            f"{what} is found in no parameter's name, so that it does nothing. Upper and lower "
+            f"case differ. The first names: {', '.join([*names][:5])}."
+        )
 
 
 def _layers(name: str, shape: tuple[int, ...]) -> list[Member]:

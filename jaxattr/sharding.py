@@ -228,7 +228,16 @@ class Placement:
         """
         if self.mesh is not None:
             return self.whole(tree)
-        return jax.tree.map(lambda x: x.copy() if _is_writeable(x) else x, tree)
+        copies: dict[int, np.ndarray] = {}  # checkpoints may hold the same array
+
+        def own(x: Any) -> Any:
+            if not _is_writeable(x):
+                return x
+            if id(x) not in copies:
+                copies[id(x)] = x.copy()
+            return copies[id(x)]
+
+        return jax.tree.map(own, tree)
 
     def host(self, x: Any) -> np.ndarray:
         """Returns the whole array on every host."""

@@ -181,6 +181,8 @@ def test_models_that_diverged_are_named():
     outputs[[3, 7], 0] = np.nan
     with pytest.warns(UserWarning, match=r"2 of the .* models .* \[3, 7\] first.*Leave these"):
         assert ja.lds(scores, masks, outputs).skipped == 1
+    outputs[:, 0] = np.nan  # a query, and no model
+    assert ja.lds(scores, masks, outputs).skipped == 1
 
 
 def test_paired_differences_know_more_than_two_intervals():

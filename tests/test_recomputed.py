@@ -78,10 +78,18 @@ def test_a_pass_that_was_interrupted_is_made_again():
 
 
 def test_what_is_made_once_may_be_asked_for_in_a_jit():
-    stored, anew = both("tracin")
+    stored, anew = both("ekfac")
     found = jax.jit(lambda x: x * anew.self_contributions.sum())(1.0)
     np.testing.assert_allclose(found, ja.self_influence(stored).sum(), rtol=1e-9)
     np.testing.assert_allclose(ja.self_influence(anew), ja.self_influence(stored), rtol=1e-9)
+
+
+def test_what_is_made_once_takes_the_programs_that_are_there():
+    """A pass that is forced out of a trace, where there is none, compiles all of them again."""
+    anew = ja.build_index(METHODS["ekfac"], CHECKPOINTS, TRAIN, batch_size=8, store=False)
+    with models.compilations() as compiled:
+        ja.self_influence(anew)
+    assert compiled() <= 12
 
 
 class Counted:

@@ -167,9 +167,7 @@ def test_tokens_are_coloured_where_they_add_up(tmp_path):
     asked = jax.tree.map(lambda x: x[:1], rows)
     given = evaluation.index_of_scores(np.array([[1.0, 2.0, -1.0]]), rows, asked)
     embed = lambda params, row: jnp.where(row["mask"], row["targets"], 0.0)  # noqa: E731
-    summed = ja.build_index(
-        ja.embedding(embed), {"probe": jnp.zeros(4), "model": {}}, rows, groups=ONLY_PROBE
-    )
+    summed = ja.build_index(ja.embedding(embed), {"probe": jnp.zeros(4), "model": {}}, rows)
     for (index, queries), coloured in ((given, False), ((summed, asked), True)):
         page = ja.report(index, queries, path=tmp_path / "page.html").read_text()
         assert ("Blue tokens raise the score" in page) == coloured

@@ -9,6 +9,7 @@ import numpy as np
 from jaxattr import markup
 from jaxattr.counts import whole_number
 from jaxattr.scores.subsets import checked_masks
+from jaxattr.weights.outcomes import finite_models
 
 # Resamples of fewer subsets are so few and so alike that their quantiles say nothing.
 FEWEST_FOR_AN_INTERVAL = 8
@@ -92,6 +93,9 @@ def lds(scores: Any, masks: Any, outputs: Any, *, resamples: int = 1000) -> LDS:
       ValueError: if shapes do not match, masks are no masks, or there are fewer than 3 different
         subsets.
 
+    Warns:
+      UserWarning: with the models whose outputs are not finite where those of most are.
+
     References:
       Park et al. (2023), TRAK, arXiv:2303.14186, section 2.
 
@@ -140,12 +144,12 @@ def lds_of_predictions(predicted: Any, outputs: Any, *, resamples: int = 1000) -
             f"outputs must be [m, q] = {predicted.shape[::-1]}, got {actual.shape[::-1]}."
         )
     m = predicted.shape[1]
-    lost = np.flatnonzero(~np.isfinite(actual).all(axis=0))
+    lost = np.flatnonzero(~finite_models(actual.T))
     if len(lost):
         warnings.warn(
             f"Outputs of {len(lost)} of the {m} models are not finite, {lost[:10].tolist()} first, "
-            "and a query with such a model has no correlation. Leave these models out: good = "
-            "np.isfinite(outputs).all(axis=1); masks[good], outputs[good].",
+            "and a query with such a model has no correlation: leave these models out, of masks "
+            "and of outputs.",
             UserWarning,
             stacklevel=3,
         )

@@ -69,7 +69,8 @@ def trainer(
 
     Raises:
       TypeError: if an argument is none of what it may be.
-      ValueError: if the start holds batch statistics, or nothing that can be trained.
+      ValueError: if the start holds batch statistics, or nothing that can be trained; if `exclude`
+        is found in no name.
 
     Example:
       >>> def loss(params, example, key):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattr.inputs.traces import eagerly
 from jaxattr.typing import Key
 
 
@@ -32,7 +33,7 @@ def seed_of(key: Key, checkpoint: int) -> bytes:
             "Projections are drawn on the host, and got a traced key: make the featurizer outside "
             "of jax.jit, with a key that is an array."
         )
-    with jax.ensure_compile_time_eval():
+    with eagerly():
         data = np.asarray(jax.random.key_data(key))
     return data.astype("<u4").tobytes() + checkpoint.to_bytes(8, "little")
 

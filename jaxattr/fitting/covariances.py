@@ -144,9 +144,9 @@ class Covariances:
 
 
 def _check_mask(shape: tuple[int, ...], uses: Mapping[str, Uses]) -> None:
-    """Refuses a mask that no linear map has as many positions as."""
+    """Refuses a mask that fits no linear map, though some have several positions."""
     counts = {use.cotangents.shape[-2] for each in uses.values() for use in each}
-    if uses and shape not in {(count,) for count in counts}:
+    if len(shape) != 1 or (counts - {1} and shape[0] not in counts):
         raise ValueError(
             "mask must return which of an example's t positions count, [t], but returned "
             f"{list(shape)}, and linear maps have {sorted(counts)} positions. Positions that the "

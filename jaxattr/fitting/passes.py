@@ -12,6 +12,7 @@ import numpy as np
 from jaxattr import identity
 from jaxattr.features.bases import Drawn, Fitted
 from jaxattr.features.featurizer import Featurizer
+from jaxattr.inputs.traces import eagerly
 from jaxattr.scales import exponent_of, scaled
 from jaxattr.sharding import DATA, Placement, failing_together
 from jaxattr.sources import Source, track
@@ -123,7 +124,7 @@ class TrainingPass:
         @functools.cache
         def draw() -> Drawn:
             """When they are first needed, and then kept: as arrays, in a user's `jit` as well."""
-            with jax.ensure_compile_time_eval():
+            with eagerly():
                 return self.featurizer.draw(self.number, fitted, self.place)
 
         def compute(positions: np.ndarray) -> CleanFeatures:

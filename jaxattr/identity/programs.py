@@ -16,7 +16,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
 from jaxattr.identity.arrays import digest_of
-from jaxattr.inputs.traces import dtype_of, shapes_of, trace
+from jaxattr.inputs.traces import dtype_of, eagerly, shapes_of, trace
 
 # Rules of their own for derivatives: they are seen in the trace of the derivative alone.
 _WITH_RULES = ("custom_jvp_call", "custom_vjp_call")
@@ -234,5 +234,5 @@ def _content(value: Any) -> str:
     ):
         array = np.asarray(value)
         return f"{array.dtype} {array.shape} {array.tobytes().hex()}"
-    with jax.ensure_compile_time_eval():  # where a function is traced inside another's trace
+    with eagerly():  # where a function is traced inside another's trace
         return digest_of(value)

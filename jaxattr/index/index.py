@@ -9,7 +9,6 @@ import os
 import warnings
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxattr import markup
@@ -18,6 +17,7 @@ from jaxattr.features.bases import Drawn, Fitted
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.index import provenance
+from jaxattr.inputs.traces import eagerly
 from jaxattr.inputs.wording import brief
 from jaxattr.methods.method import Method
 from jaxattr.sharding import Placement
@@ -93,7 +93,7 @@ class Index:
         assert self.featurizer is not None
         draw = functools.partial(self.featurizer.draw, place=self.place)
         # They are kept: where a user's `jit` is the first that asks, they are arrays all the same.
-        with jax.ensure_compile_time_eval():
+        with eagerly():
             return tuple(draw(number, fitted) for number, fitted in enumerate(self.fitted))
 
     @functools.cached_property
@@ -103,7 +103,7 @@ class Index:
             return self.recorded.query_side
         assert self.featurizer is not None
         given = (self.featurizer, self.checkpoints, self.fitted, self.operators)
-        with jax.ensure_compile_time_eval():  # as for `drawn`
+        with eagerly():  # as for `drawn`
             return provenance.query_side(*given)
 
     @functools.cached_property
@@ -112,7 +112,7 @@ class Index:
         if self.recorded is not None:
             return np.asarray(self.recorded.exponent, np.int32)
         column = slice(SELF_COLUMNS.size, None)
-        with jax.ensure_compile_time_eval():  # as for `drawn`
+        with eagerly():  # as for `drawn`
             checkpoints = range(self.rows.layout.checkpoints)
             largest = np.max([self.rows.column(SELF, c, column) for c in checkpoints])
         return np.asarray(0 if largest == NO_SIZE else largest, np.int32)
@@ -151,7 +151,7 @@ class Index:
 
     def _each(self, name: str) -> list[np.ndarray]:
         """One array [n, width] per checkpoint."""
-        with jax.ensure_compile_time_eval():  # on the host also where a user's `jit` asks
+        with eagerly():  # on the host also where a user's `jit` asks
             return [self.rows.column(name, c) for c in range(self.rows.layout.checkpoints)]
 
     def _counted(self, values: np.ndarray) -> np.ndarray:

@@ -33,6 +33,15 @@ def dtype_of(x: Any) -> Any:
     return x.dtype if hasattr(x, "dtype") else jnp.result_type(x)
 
 
+def eagerly() -> contextlib.AbstractContextManager[Any]:
+    """Within this, JAX computes arrays also where a user's `jit` is being traced.
+
+    Outside of a trace it does nothing: programs would be compiled again, as others.
+    """
+    traced = isinstance(jnp.zeros(()), jax.core.Tracer)
+    return jax.ensure_compile_time_eval() if traced else contextlib.nullcontext()
+
+
 _SEEN: contextvars.ContextVar[dict[Any, tuple[ClosedJaxpr, Any, Callable]] | None] = (
     contextvars.ContextVar("seen", default=None)
 )

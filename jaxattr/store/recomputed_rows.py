@@ -106,9 +106,8 @@ class RecomputedRows:
         """The rows that are kept, some of which are made when they are first asked for."""
         for name, checkpoint in [key for key in self._makers if key[0] in names]:
             make, blocks = self._makers[name, checkpoint], range(self.layout.blocks)
-            with jax.ensure_compile_time_eval():  # they stay, so none may be of a user's jit
-                for block in track(iter(blocks), f"{name} anew", len(blocks)):
-                    self._kept.write(block, checkpoint, {name: make(self._positions(block))})
+            for block in track(iter(blocks), f"{name} anew", len(blocks)):
+                self._kept.write(block, checkpoint, {name: make(self._positions(block))})
             del self._makers[name, checkpoint]  # not before: a pass that stopped is made again
         return self._kept
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -282,8 +281,8 @@ def _suspicions_without_outcomes(
             f"collapse: group {name!r} went from {before:.0%} to {after:.0%} of the scores. Its "
             f"largest contributions are {fit.tail_ratio[name]:.1f} times their root mean square "
             f"(at most {math.sqrt(statistics.n):.1f}); a heavy-tailed group wins this loss without "
-            "being informative. Exclude it, groups=ja.by_layer(exclude="
-            f"{f'^{re.escape(name)}'!r}), or raise l2 or top_k."
+            "being informative. Leave its parameters out, by exclude= of the groups, or raise l2 "
+            "or top_k."
         )
     queries, chance = len(statistics.squares), top_k / statistics.n
     if queries < _FEW_QUERIES:
