@@ -26,7 +26,7 @@ def adam_state(params=PARAMS):
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
     state = optimizer.init(params)
     for row in range(3):
-        gradient = jax.grad(models.loss)(params, jax.tree.map(lambda x, r=row: x[r], TRAIN), None)
+        gradient = models.gradient(params, jax.tree.map(lambda x, r=row: x[r], TRAIN), None)
         _, state = optimizer.update(gradient, state)
     return state
 

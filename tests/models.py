@@ -39,6 +39,10 @@ def loss(params, example, key):
     return optax.softmax_cross_entropy_with_integer_labels(mlp(params, example["x"]), example["y"])
 
 
+gradient = jax.jit(jax.grad(loss))
+"""Of one example. Without `jit` each of its operations is a program that is compiled."""
+
+
 def margin(params, example, key):
     del key
     return margin_of(mlp(params, example["x"]), example["y"])

@@ -53,7 +53,7 @@ def by_hand(built, output, queries):
     """Features of an output in NumPy: whole gradients, multiplied from both sides."""
     columns = []
     for number, params in enumerate(built.checkpoints):
-        dense = jax.vmap(jax.grad(output), in_axes=(None, 0, None))(params, queries, None)
+        dense = jax.jit(jax.vmap(jax.grad(output), in_axes=(None, 0, None)))(params, queries, None)
         found = {}
         for group, gradient in dense.items():
             layer = gradient if isinstance(gradient, dict) else {"kernel": gradient}
@@ -122,7 +122,7 @@ def test_a_step_of_training_raises_the_concept_as_the_score_says():
     assert (scores[0] > 0).any() and (scores[0] < 0).any()
     for n in (int(scores[0].argmax()), int(scores[0].argmin())):
         example = jax.tree.map(lambda x, n=n: x[n], TRAIN)
-        gradient = jax.grad(models.loss)(CHECKPOINTS[0], example, None)
+        gradient = models.gradient(CHECKPOINTS[0], example, None)
         moved = _moved(gradient, -1e-6)
         np.testing.assert_allclose(_slope(moved, 1e-6), scores[0, n], rtol=1e-4)
 
@@ -132,7 +132,7 @@ def test_a_newton_step_of_a_margin_raises_it_as_the_score_says():
                      damping=ja.absolute(0.5))  # fmt: skip
     built = ja.build_index(method, CHECKPOINTS[0], TRAIN)
     scores = np.asarray(ja.score(built, ja.query_features(built, QUERIES, output=concept)))
-    of_margin = jax.vmap(jax.grad(models.margin), in_axes=(None, 0, None))
+    of_margin = jax.jit(jax.vmap(jax.grad(models.margin), in_axes=(None, 0, None)))
     dense = of_margin(CHECKPOINTS[0], TRAIN, None)
     phi = np.stack([jax.flatten_util.ravel_pytree(jax.tree.map(lambda x, n=n: x[n], dense))[0]
                     for n in range(41)])  # fmt: skip

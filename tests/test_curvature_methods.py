@@ -138,7 +138,7 @@ def test_influence_by_the_fisher_matrix_is_between_all_layers():
     def of_one(x):
         return jax.flatten_util.ravel_pytree(jax.grad(models.loss)(PARAMS, x, None))[0]
 
-    phi, q = jax.vmap(of_one)(TRAIN), jax.vmap(of_one)(QUERIES)
+    phi, q = map(jax.jit(jax.vmap(of_one)), (TRAIN, QUERIES))
     expected = q @ np.linalg.solve(phi.T @ phi + 2 * np.eye(phi.shape[1]), phi.T)
     np.testing.assert_allclose(ja.score(index, QUERIES), expected, rtol=1e-8)
     with pytest.raises(ValueError, match="leave out solver="):

@@ -205,6 +205,7 @@ def test_journey_trak_takes_queries_along_their_trajectory():
     index, plain = index_of(method), index_of(ja.d_trak(loss, projection=EXACT))
     np.testing.assert_array_equal(index.features, plain.features)
     got = ja.query_features(index, queries).features
+    gradient_of = jax.jit(jax.grad(toy.LOSS))
     for q in range(5):
         one = jax.tree.map(lambda x, q=q: x[q], queries)
         steps = []
@@ -212,7 +213,7 @@ def test_journey_trak_takes_queries_along_their_trajectory():
             still = one | {"image": jnp.clip(one["trajectory"][s], -1, 1)}
             key = toy.example_keys(jax.random.key(0), jnp.array([-1 - q]))[0]
             noise_key = jax.random.fold_in(jax.random.fold_in(key, s), 0)
-            gradient = jax.grad(toy.LOSS)(toy.params(), still, noise_key, jnp.array(t))
+            gradient = gradient_of(toy.params(), still, noise_key, jnp.array(t))
             steps.append(toy.flat(gradient))
         featurized = np.sort(np.asarray(got[q]))  # groups are laid out in another order
         np.testing.assert_allclose(featurized, np.sort(np.mean(steps, axis=0)), rtol=1e-10)

@@ -130,7 +130,7 @@ def test_parameters_of_no_linear_map_have_a_diagonal_fisher():
 
     params = {"net": PARAMS, "scale": jnp.ones(6)}
     index = FEW(ja.kfac(loss, damping=ja.absolute(0.01)), params, TRAIN)
-    gradient = jax.vmap(lambda x: jax.grad(loss)(params, x, None)["scale"])
+    gradient = jax.jit(jax.vmap(lambda x: jax.grad(loss)(params, x, None)["scale"]))
     g, q = gradient(TRAIN), gradient(QUERIES)
     expected = q @ (g / (jnp.mean(g**2, axis=0) + 0.01)[None]).T
     place = index.layout.names.index("scale")
@@ -166,7 +166,7 @@ def test_a_wide_side_is_narrowed_before_its_covariance_is_taken(monkeypatch):
     index = FEW(ja.ekfac(loss, rank=6), params, data)
     a, b = index.fitted[0].sides["table"]
     assert a.shape == (rows, 6) and b.shape == (width, width)
-    gradient = jax.vmap(lambda x: jax.grad(loss)(params, x, None)["table"])(data)
+    gradient = jax.jit(jax.vmap(lambda x: jax.grad(loss)(params, x, None)["table"]))(data)
     expected = jnp.einsum("ir,bio,os->brs", a, gradient, b).reshape(9, -1)
     phi = index.featurizer(params, data, fitted=index.fitted[0])
     np.testing.assert_allclose(phi[:, index.layout.slices["table"]], expected, rtol=1e-9)
@@ -201,7 +201,7 @@ def test_the_bias_of_a_looked_up_row_counts(narrow, monkeypatch):
     data = {"id": jnp.arange(9) % 7, "y": jnp.arange(9) % 3}
     method = ja.Method("rotated", ja.ekfac(looked_up, rank=8).rule, kernels.Identity())
     index = FEW(method, params, data)
-    gradient = jax.vmap(lambda x: jax.grad(looked_up)(params, x, None)["m"])(data)
+    gradient = jax.jit(jax.vmap(lambda x: jax.grad(looked_up)(params, x, None)["m"]))(data)
     rows = jnp.concatenate([gradient["table"], gradient["bias"][:, None]], axis=1)
     a, b = index.fitted[0].sides["m/table"]
     assert a.shape == (8, 4 if narrow else 8)

@@ -57,7 +57,7 @@ def test_the_gradient_of_the_mean_is_the_feature():
     batch, output = toy.images(3), toy.expected_loss(draws=2)
     featurize = featurizer(output)
     keys = example_keys(featurize.key, jnp.arange(3))
-    gradients = jax.vmap(jax.grad(output), (None, 0, 0))(toy.params(), batch, keys)
+    gradients = jax.jit(jax.vmap(jax.grad(output), (None, 0, 0)))(toy.params(), batch, keys)
     expected = jax.vmap(toy.flat)(gradients)
     np.testing.assert_allclose(featurize(toy.params(), batch), expected, rtol=1e-12, atol=1e-15)
 

@@ -134,7 +134,7 @@ def test_a_bias_in_another_group_is_exact():
     params, data = models.mlp_params(), models.data(3)
     method = ja.tracin(models.loss, projection=projections.two_sided(RANK))
     featurize = ja.featurizer(method, params, models.one(data), groups=ja.by_leaf)
-    gradient = jax.vmap(jax.grad(models.loss), (None, 0, None))(params, data, None)
+    gradient = jax.jit(jax.vmap(jax.grad(models.loss), (None, 0, None)))(params, data, None)
     got = featurize(params, data)[:, featurize.layout.slices["layer1/bias"]]
     np.testing.assert_allclose(got, gradient["layer1"]["bias"], rtol=1e-12)
     assert dict(featurize.plan.reasons)["layer1/bias"] == (

@@ -84,7 +84,7 @@ def dense(featurize, projection, gradients, leaf):
 def test_factgrass_is_masks_and_a_hash_of_the_gradient():
     projection = projections.factgrass(RANK)
     featurize = features(projection)
-    gradients = jax.vmap(jax.grad(models.loss), (None, 0, None))(PARAMS, TRAIN, None)
+    gradients = jax.jit(jax.vmap(jax.grad(models.loss), (None, 0, None)))(PARAMS, TRAIN, None)
     phi = featurize(PARAMS, TRAIN)
     assert featurize.layout.dims == (4, 4, 4)
     for layer, of in gradients.items():

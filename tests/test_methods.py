@@ -25,7 +25,9 @@ def test_checkpoint_weights_are_named_when_they_do_not_fit():
 def test_featurizer_is_the_gradient():
     params, batch = models.mlp_params(), models.data(4)
     featurize = ja.featurizer(ja.tracin(models.loss), params, models.one(batch), groups=ja.by_leaf)
-    gradients = jax.vmap(jax.grad(models.loss), (None, 0, None))(params, batch, jax.random.key(0))
+    gradients = jax.jit(jax.vmap(jax.grad(models.loss), (None, 0, None)))(
+        params, batch, jax.random.key(0)
+    )
     expected = jnp.concatenate([leaf.reshape(4, -1) for leaf in jax.tree.leaves(gradients)], 1)
     assert models.relative_error(featurize(params, batch), expected) <= 1e-14
 

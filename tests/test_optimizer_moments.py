@@ -29,9 +29,11 @@ def test_trackstar_is_its_formula(mixing):
     index = FEW(method, PARAMS, TRAIN)
     nu = optimizer_moments.second_moments(state, PARAMS)
     scaled = [
-        jax.vmap(
-            lambda x: jax.tree.map(
-                lambda g, v: g / (jnp.sqrt(v) + 1e-3), jax.grad(models.loss)(PARAMS, x, None), nu
+        jax.jit(
+            jax.vmap(
+                lambda x: jax.tree.map(
+                    lambda g, v: g / (jnp.sqrt(v) + 1e-3), models.gradient(PARAMS, x, None), nu
+                )
             )
         )(data)
         for data in (TRAIN, QUERIES)

@@ -37,7 +37,7 @@ def influence(kind, train=TRAIN, queries=QUERIES):
 
         def gradients(batch, flat=flat, back=back):
             of_one = jax.grad(lambda x, example: models.loss(back(x), example, None))
-            return jax.vmap(of_one, in_axes=(None, 0))(flat, batch)
+            return jax.jit(jax.vmap(of_one, in_axes=(None, 0)))(flat, batch)
 
         matrix = CURVATURES[kind](flat, back, train) + DAMPING[kind] * jnp.eye(flat.size)
         total += gradients(queries) @ jnp.linalg.solve(matrix, gradients(train).T)
@@ -48,7 +48,7 @@ def hessian(flat, back, train):
     def mean(x):
         return jax.vmap(lambda e: models.loss(back(x), e, None))(train).mean()
 
-    return jax.hessian(mean)(flat)
+    return jax.jit(jax.hessian(mean))(flat)
 
 
 def gauss_newton(flat, back, train):
@@ -57,7 +57,7 @@ def gauss_newton(flat, back, train):
         slope = jax.jacobian(lambda x: models.mlp(back(x), example["x"]))(flat)
         return slope.T @ jax.hessian(loss_of)(z, example) @ slope
 
-    return jax.vmap(of_one)(train).mean(axis=0)
+    return jax.jit(jax.vmap(of_one))(train).mean(axis=0)
 
 
 CURVATURES = {"hessian": hessian, "gauss_newton": gauss_newton}

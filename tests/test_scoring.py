@@ -141,7 +141,7 @@ def test_positive_scores_are_proponents():
     query, step = models.one(QUERIES), 1e-5
     for n in (int(scores[0].argmax()), int(scores[0].argmin())):
         example = jax.tree.map(lambda x, n=n: x[n], TRAIN)
-        gradient = jax.grad(models.loss)(CHECKPOINTS[0], example, None)
+        gradient = models.gradient(CHECKPOINTS[0], example, None)
         moved = jax.tree.map(lambda p, g: p - step * g, CHECKPOINTS[0], gradient)
         drop = models.loss(CHECKPOINTS[0], query, None) - models.loss(moved, query, None)
         np.testing.assert_allclose(drop / step, scores[0, n], rtol=1e-3)

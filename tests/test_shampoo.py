@@ -43,7 +43,7 @@ def tokens(n, seed):
 
 def matrices(loss, params, batch):
     """The gradients of each linear map, [n, in (+ bias), out], by brute force."""
-    gradients = jax.vmap(jax.grad(loss), (None, 0, None))(params, batch, jax.random.key(0))
+    gradients = jax.jit(jax.vmap(jax.grad(loss), (None, 0, None)))(params, batch, jax.random.key(0))
     if loss is attention:
         return {name: np.asarray(leaf) for name, leaf in gradients.items()}
     return {
@@ -132,7 +132,9 @@ def test_layers_in_a_scan_have_matrices_of_their_own():
     }
     params = {"layers": layers, "head": jax.random.normal(keys[2], (6, 3), jnp.float64)}
     index = FEW(ja.eshampoo(stacked_loss), params, TRAIN)
-    gradients = jax.vmap(jax.grad(stacked_loss), (None, 0, None))(params, TRAIN, None)["layers"]
+    gradients = jax.jit(jax.vmap(jax.grad(stacked_loss), (None, 0, None)))(params, TRAIN, None)[
+        "layers"
+    ]
     g = np.concatenate([gradients["w"], gradients["b"][:, :, None]], axis=2)  # [n, 2, in, out]
     for vectors, matrices in zip(
         index.fitted[0].sides["layers/w"],
@@ -158,7 +160,7 @@ def test_a_wide_side_is_projected_before_gradients_are_formed(monkeypatch):
     }
     data = {"id": jnp.arange(9) % 7, "y": jnp.arange(9) % 3}
     index = FEW(ja.eshampoo(looked_up, rank=8), params, data)
-    gradient = jax.vmap(lambda x: jax.grad(looked_up)(params, x, None)["m"])(data)
+    gradient = jax.jit(jax.vmap(lambda x: jax.grad(looked_up)(params, x, None)["m"]))(data)
     rows = np.concatenate([gradient["table"], gradient["bias"][:, None]], axis=1)
     a, b = index.fitted[0].sides["m/table"]
     assert a.shape == (8, 4)

@@ -22,7 +22,7 @@ def index_of(segment, **options):
 
 def gradients(params, data):
     """Of each example, {layer: [b, inputs and one, outputs]}."""
-    found = jax.vmap(jax.grad(models.loss), (None, 0, None))(params, data, None)
+    found = jax.jit(jax.vmap(jax.grad(models.loss), (None, 0, None)))(params, data, None)
     return {
         name: np.concatenate([layer["kernel"], layer["bias"][:, None]], axis=1)
         for name, layer in found.items()

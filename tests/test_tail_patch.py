@@ -19,13 +19,16 @@ def measure(params, example, key):
     return jnp.exp(-loss(params, example, key))
 
 
+gradient_of = jax.jit(jax.grad(loss))
+
+
 def by_hand(optimizer, state, ids):
     changes = np.zeros(ids.shape)
     for q, row in enumerate(ids):
         for k, n in enumerate(row):
             query, example = (jax.tree.map(lambda x, i=i: x[i], d) for d, i in
                               ((QUERIES, q), (TRAIN, n)))  # fmt: skip
-            gradient = jax.grad(loss)(PARAMS, example, None)
+            gradient = gradient_of(PARAMS, example, None)
             patched = optax.apply_updates(PARAMS, optimizer.update(gradient, state, PARAMS)[0])
             changes[q, k] = measure(patched, query, None) - measure(PARAMS, query, None)
     return changes

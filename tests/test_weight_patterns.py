@@ -140,7 +140,7 @@ def test_layers_that_are_stacked_along_any_axis_are_groups(axis):
     expected = [f"params/layers/{part}[{i}]" for part in parts for i in range(3)]
     assert list(featurize.layout.names) == expected
     # The features of the norms are their gradients, layer by layer.
-    gradient = jax.vmap(jax.grad(loss), (None, 0, None))(params, batch, None)
+    gradient = jax.jit(jax.vmap(jax.grad(loss), (None, 0, None)))(params, batch, None)
     norm = gradient["params"]["layers"]["norm"]
     whole = two_sided(loss, params, batch, rank=10)
     phi = whole(params, batch)
@@ -234,7 +234,7 @@ def test_a_mask_along_both_sides_makes_a_leaf_exact():
     assert set(reasons) == {"pruned", "where"}
     assert "along its inputs and outputs" in reasons["pruned"]
     assert_gradients_are_exact(loss, params, batch)
-    gradient = jax.vmap(jax.grad(loss), (None, 0, None))(params, batch, None)
+    gradient = jax.jit(jax.vmap(jax.grad(loss), (None, 0, None)))(params, batch, None)
     assert (np.asarray(gradient["pruned"])[:, mask == 0] == 0).all()
 
 
@@ -272,7 +272,7 @@ def test_a_shard_map_makes_the_leaves_inside_exact(name):
     assert_gradients_are_exact(loss, params, batch)
     plain = functools.partial(loss, product=jnp.matmul)
     got, expected = (
-        jax.vmap(jax.grad(f), (None, 0, None))(params, batch, None) for f in (loss, plain)
+        jax.jit(jax.vmap(jax.grad(f), (None, 0, None)))(params, batch, None) for f in (loss, plain)
     )
     assert_close(got["inside"], expected["inside"], "inside")
 
