@@ -24,10 +24,10 @@ FEW = functools.partial(ja.build_index, batch_size=7)
 
 def adam_state(params=PARAMS):
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
-    state = optimizer.init(params)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
     for row in range(3):
         gradient = models.gradient(params, jax.tree.map(lambda x, r=row: x[r], TRAIN), None)
-        _, state = optimizer.update(gradient, state)
+        _, state = update(gradient, state)
     return state
 
 

@@ -11,7 +11,7 @@ import jaxattr as ja
 from jaxattr.features import projections
 from tests import models
 
-PARAMS, TRAIN, QUERIES = models.mlp_params(), models.data(21), models.data(4, seed=1)
+PARAMS, TRAIN, QUERIES = models.mlp_params(), models.data(13), models.data(4, seed=1)
 WEIGHTS = {"layer0": 0.5, "layer1": 2.0, "layer2": 0.5}
 METHODS = {
     "tracin": ja.tracin(models.loss, projection=projections.rademacher(8)),
@@ -57,8 +57,8 @@ def weights(method):
 
 def from_outcomes(method):
     index = ja.build_index(method, PARAMS, TRAIN, batch_size=8)
-    masks = ja.evaluation.random_subsets(jax.random.key(0), 21, 9, fraction=0.25)
-    outcomes = ja.Outcomes(masks, masks @ np.random.default_rng(0).normal(size=(21, 4)))
+    masks = ja.evaluation.random_subsets(jax.random.key(0), 13, 9, fraction=0.25)
+    outcomes = ja.Outcomes(masks, masks @ np.random.default_rng(0).normal(size=(13, 4)))
     with pytest.MonkeyPatch.context() as patch:  # without compilation each fit is slow
         patch.setattr("jaxattr.weights.outcome_fits.PULLS", (0.1, 0.032))
         fit = ja.learn_weights(index, QUERIES, outcomes=outcomes, steps=1)
@@ -78,9 +78,10 @@ def expected(part, name):
 CASES = [(name, part) for name in METHODS for part in PARTS if part != OUTCOMES or name == "trak"]
 
 
-# Each operation by itself takes seconds: of each part one method.
-EAGER = {("ekfac", "scores"), ("tracin", "weights"), ("trak", OUTCOMES)}
-RUNS = [(mode, *case) for mode in MODES for case in CASES if mode != "disable_jit" or case in EAGER]
+# Where all is traced again, or each operation is a program, of each part one method.
+SLOW = ("checking_leaks", "disable_jit")
+FEW = {("ekfac", "scores"), ("tracin", "weights"), ("trak", OUTCOMES)}
+RUNS = [(mode, *case) for mode in MODES for case in CASES if mode not in SLOW or case in FEW]
 
 
 @pytest.mark.filterwarnings("ignore::jaxattr.WeightWarning")

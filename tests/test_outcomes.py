@@ -693,7 +693,7 @@ def test_a_trainer_takes_the_steps_that_a_loop_takes():
     start_key, order_key, _ = jax.random.split(key, 3)
     params = start(start_key)
     chosen = optimizer(6)
-    state = chosen.init(params)
+    state, update = chosen.init(params), jax.jit(chosen.update)
     for epoch in range(3):
         order = jax.random.permutation(jax.random.split(order_key, 3)[epoch], ids)
         for batch in (order[:4], order[4:8]):
@@ -704,7 +704,7 @@ def test_a_trainer_takes_the_steps_that_a_loop_takes():
                     for i in batch
                 ]))  # fmt: skip
 
-            updates, state = chosen.update(jax.grad(mean)(params), state, params)
+            updates, state = update(jax.grad(mean)(params), state, params)
             params = optax.apply_updates(params, updates)
     got = train_fn(key, ids)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8), got, params)
