@@ -150,9 +150,7 @@ class _Lookup(Product):
 
     kind: str = "embedding"
     column: int | None
-    out_of_range: (
-        str  # 'clip', or 'zero' where an id of no row gives no entry of the leaf a gradient
-    )
+    out_of_range: str  # 'clip', or 'zero' where an id of no row has no part in the gradient
 
     def inputs(self, x: jax.Array) -> jax.Array:
         ids = (x if self.column is None else x[..., self.column]).reshape(-1)  # [t]
@@ -365,10 +363,10 @@ def _gather(eqn: JaxprEqn, view: View, number: int) -> Product | None:
     if number != 0 or len(rows) != 1 or sizes[rows[0]] != 1 or numbers.operand_batching_dims:
         return None
     row, start = rows[0], tuple(numbers.start_index_map)
-    clipped, promised = mode == GatherScatterMode.CLIP, GatherScatterMode.PROMISE_IN_BOUNDS
+    whole = mode in (GatherScatterMode.CLIP, GatherScatterMode.PROMISE_IN_BOUNDS)
     # A start along an axis that is taken in full is clipped to zero; otherwise it may drop a row.
     if row not in start or not (
-        clipped or mode == promised or (mode == GatherScatterMode.FILL_OR_DROP and start == (row,))
+        whole or (mode == GatherScatterMode.FILL_OR_DROP and start == (row,))
     ):
         return None
     y_shape = aval(eqn.outvars[0]).shape
@@ -380,7 +378,8 @@ def _gather(eqn: JaxprEqn, view: View, number: int) -> Product | None:
         y[i] = () if axis == row else view.dims[axis]
         y_axes[axis] = None if axis == row else i
     # Of `table[ids]`, which promises a row: a wrong id reads the nearest, which learns nothing.
-    where = {"column": start.index(row), "out_of_range": "clip" if clipped else "zero"}
+    out_of_range = "clip" if mode == GatherScatterMode.CLIP else "zero"
+    where = {"column": start.index(row), "out_of_range": out_of_range}
     return _lookup(eqn, view, row, tuple(y), y_axes, operand=1, positions=positions, **where)
 
 
