@@ -179,7 +179,7 @@ def test_skipped_queries_are_counted():
 def test_models_that_diverged_are_named():
     scores, masks, outputs = random_problem()
     outputs[[3, 7], 0] = np.nan
-    with pytest.warns(UserWarning, match=r"2 of the .* models .* \[3, 7\] first.*Leave these"):
+    with pytest.warns(UserWarning, match=r"2 of the .* models .* \[3, 7\] first.*leave these"):
         assert ja.lds(scores, masks, outputs).skipped == 1
     outputs[:, 0] = np.nan  # a query, and no model
     assert ja.lds(scores, masks, outputs).skipped == 1
