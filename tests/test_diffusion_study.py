@@ -19,10 +19,10 @@ ADAPTED = TINY._replace(adapter_rank=2, conditions=())
 
 def model_and_params(config):
     model = make_model(config)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     return model, (
         params,
-        model.init_adapters(jax.random.key(1)),
+        jax.jit(model.init_adapters)(jax.random.key(1)),
     ) if config.adapter_rank else params
 
 
@@ -107,10 +107,12 @@ def test_training_lowers_the_loss():
 def test_convolutions_are_the_same_with_and_without_patches():
     model, params = model_and_params(TINY._replace(widths=(4, 8)))
     other = make_model(TINY._replace(widths=(4, 8), patches=False))
-    assert jax.tree.structure(other.init(jax.random.key(0))) == jax.tree.structure(params)
+    assert jax.tree.structure(jax.eval_shape(other.init, jax.random.key(0))) == jax.tree.structure(
+        params
+    )
     pixels, t = jnp.asarray(images(2)["image"]), jnp.array([100, 700])
     asked = {"style": jnp.array([0, 3]), "subject": jnp.array([5, 1])}
-    found, expected = (each.apply(params, pixels, t, asked) for each in (other, model))
+    found, expected = (jax.jit(each.apply)(params, pixels, t, asked) for each in (other, model))
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

@@ -134,7 +134,7 @@ def bare(params, x):
 
 def test_linen_nnx_and_bare_functions_agree():
     net = LinenNet()
-    params = net.init(jax.random.key(0), DATA["x"][:1])["params"]
+    params = jax.jit(net.init)(jax.random.key(0), DATA["x"][:1])["params"]
     graph, state = nnx.split(NnxNet(nnx.Rngs(0)), nnx.Param)
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
     applies = {
@@ -185,7 +185,7 @@ def test_a_loss_that_updates_batch_statistics():
             return linen.BatchNorm(use_running_average=False)(linen.Dense(3)(x)).sum()
 
     net = Net()
-    variables = net.init(jax.random.key(0), DATA["x"][:1])
+    variables = jax.jit(net.init)(jax.random.key(0), DATA["x"][:1])
 
     def loss(params, example, key):
         del key

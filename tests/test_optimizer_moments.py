@@ -83,7 +83,7 @@ def test_adafactor_moments_are_restored():
     params = {"w": jnp.ones((3, 5)), "b": jnp.ones(4), "t": jnp.ones((2, 5, 3))}
     optimizer = optax.adafactor(1e-3, min_dim_size_to_factor=2)
     gradient = jax.tree.map(lambda x: jnp.arange(1.0, x.size + 1).reshape(x.shape) / x.size, params)
-    _, state = optimizer.update(gradient, optimizer.init(params), params)
+    _, state = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
     found = optimizer_moments.second_moments(state, params)
     square = gradient["w"] ** 2
     row, column = square.mean(1), square.mean(0)
@@ -183,7 +183,7 @@ def restored(state):
 def test_an_optimizer_of_linens_parameters_fits_its_variables(optimizer, given_as):
     inner = {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
     gradient = jax.tree.map(lambda x: jnp.arange(1.0, x.size + 1).reshape(x.shape), inner)
-    state = optimizer.update(gradient, optimizer.init(inner), inner)[1]
+    state = jax.jit(optimizer.update)(gradient, optimizer.init(inner), inner)[1]
     expected = optimizer_moments.second_moments(state, inner)
     state = given_as(state)
     variables = {"params": inner, "batch_stats": {"norm": {"mean": jnp.zeros(4)}}}
@@ -198,7 +198,7 @@ def test_an_optimizer_of_linens_parameters_fits_its_variables(optimizer, given_a
 def test_a_state_is_the_same_as_orbax_restores_it(tmp_path, make):
     gradient = jax.tree.map(lambda x: jnp.arange(1.0, x.size + 1).reshape(x.shape), PARAMS)
     optimizer = optax.chain(optax.clip_by_global_norm(1e3), make(0.1))
-    state = optimizer.update(gradient, optimizer.init(PARAMS), PARAMS)[1]
+    state = jax.jit(optimizer.update)(gradient, optimizer.init(PARAMS), PARAMS)[1]
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "saved", {"state": state})
         checkpointer.wait_until_finished()

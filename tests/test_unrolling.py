@@ -102,7 +102,7 @@ def test_batch_norm_in_evaluation_mode_within_scan_and_remat():
             return nn.Dense(models.CLASSES)(nn.tanh(x))
 
     net = Net()
-    variables = net.init(KEY, TRAIN["x"])
+    variables = jax.jit(net.init)(KEY, TRAIN["x"])
     statistics = jax.tree.map(lambda x: x + 0.3, variables["batch_stats"])
 
     def apply(params, x):
