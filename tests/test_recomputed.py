@@ -68,7 +68,7 @@ class Stops:
 
 
 def test_a_pass_that_was_interrupted_is_made_again():
-    stored, anew = both("ekfac")
+    stored = ja.build_index(METHODS["ekfac"], CHECKPOINTS, TRAIN, batch_size=8)
     source = Stops(at=None)
     anew = ja.build_index(METHODS["ekfac"], CHECKPOINTS, source, batch_size=8, store=False)
     source.at = 20

@@ -213,11 +213,9 @@ def test_an_index_may_be_asked_in_a_jit_first(function, kind):
 
 
 def test_an_index_built_anew_takes_features_and_weights_of_before_in_a_jit():
-    phi, fit = (
-        ja.query_features(index("tracin"), QUERIES),
-        ja.learn_weights(index("tracin"), QUERIES),
-    )
-    expected = ja.score(index("tracin"), phi, weights=fit)
+    before = index("tracin")
+    phi, fit = ja.query_features(before, QUERIES), ja.learn_weights(before, QUERIES)
+    expected = ja.score(before, phi, weights=fit)
     anew = ja.build_index(METHODS["tracin"], CHECKPOINTS, TRAIN, batch_size=16)
     found = jax.jit(lambda f: ja.score(anew, phi._replace(features=f), weights=fit))(phi.features)
     np.testing.assert_allclose(found, expected, rtol=1e-9)

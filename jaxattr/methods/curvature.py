@@ -103,8 +103,9 @@ def kfac(
       fisher: "empirical", of the data's own labels; or "true", of labels drawn from the model.
       sample: (params, example, key) -> the example with labels drawn from the model, for
         `fisher="true"`. Default: the loss's attribute `sample`.
-      mask: (example) -> [t], which token positions count in the covariances, where a map has t; the
-        model's own, such as a class token, are among them. The loss must ignore the others already.
+      mask: (example) -> [t], which token positions count in the covariances. The loss must ignore
+        the others already. Applied to maps with t positions; those that the model adds, such as
+        a class token, are to be in it.
       bands: splits each side of each layer's eigenbasis into so many groups, from large to small
         eigenvalues: groups `layer[i,j]`, for weights by curvature.
 
