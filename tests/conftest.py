@@ -60,6 +60,9 @@ def programs_of_other_files_let_go():
 def pytest_collection_finish(session):
     gc.collect()
     gc.freeze()  # libraries and tests are not looked at again
+    # JAX traces into many small objects that stay: to look for cycles in them at each 700 of these
+    # takes 6 % of the time. What a file leaves is collected at its end.
+    gc.set_threshold(200_000, 50, 1000)
 
 
 def pytest_sessionfinish(session):

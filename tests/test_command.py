@@ -643,6 +643,7 @@ def test_a_task_file_ends_with_py(tmp_path):
         assert refused == f"error: {tmp_path / name} {expected}\n"
 
 
+@pytest.mark.slow
 def test_the_first_three_commands_make_a_page(tmp_path):
     """As anyone types them, in an empty folder."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"

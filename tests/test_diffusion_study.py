@@ -1,5 +1,6 @@
 """The pieces of the studies of diffusion models."""
 
+import functools
 import types
 
 import jax
@@ -17,6 +18,7 @@ TINY = UNetConfig(3, (4,), heads=2, patch=2, conditions=(("style", 3), ("subject
 ADAPTED = TINY._replace(adapter_rank=2, conditions=())
 
 
+@functools.cache
 def model_and_params(config):
     model = make_model(config)
     params = jax.jit(model.init)(jax.random.key(0))
@@ -81,10 +83,10 @@ def test_adapters_begin_as_nothing_and_are_all_that_is_trained():
     batch = {"image": jnp.asarray(images(4)["image"])}
     zero = jax.tree.map(jnp.zeros_like, adapters)
     t = jnp.arange(4)
+    adapted = jax.jit(model.apply)((base, zero), batch["image"], t, {})
     np.testing.assert_allclose(
-        model.apply((base, zero), batch["image"], t, {}), plain.apply(base, batch["image"], t, {}),
-        rtol=1e-6,
-    )  # fmt: skip
+        adapted, jax.jit(plain.apply)(base, batch["image"], t, {}), rtol=1e-6
+    )
     train = training.trainer(model, batch, training.Recipe(3, 2), adapters_of=base)
     trained = jax.jit(train)(jax.random.key(0), jnp.arange(4))
     assert jax.tree.structure(trained) == jax.tree.structure(adapters)
@@ -121,9 +123,9 @@ def test_a_network_that_predicts_images_says_what_the_noise_is():
     other = make_model(TINY._replace(predicts_image=True))
     noisy, t = jnp.asarray(images(2)["image"]), jnp.array([100, 700])
     asked = {"style": jnp.array([0, 3]), "subject": jnp.array([5, 1])}
-    clean = model.apply(params, noisy, t, asked)
+    clean = jax.jit(model.apply)(params, noisy, t, asked)
     left = schedule.ALPHA_BAR[np.asarray(t)][:, None, None, None]
-    noise = other.apply(params, noisy, t, asked)
+    noise = jax.jit(other.apply)(params, noisy, t, asked)
     np.testing.assert_allclose(np.sqrt(left) * clean + np.sqrt(1 - left) * noise, noisy, atol=1e-5)
 
 

@@ -81,7 +81,10 @@ CASES = [(name, part) for name in METHODS for part in PARTS if part != OUTCOMES 
 # Where all is traced again, or each operation is a program, of each part one method.
 SLOW = ("checking_leaks", "disable_jit")
 FEW = {("ekfac", "scores"), ("tracin", "weights"), ("trak", OUTCOMES)}
-RUNS = [(mode, *case) for mode in MODES for case in CASES if mode not in SLOW or case in FEW]
+RUNS = [
+    pytest.param(mode, *case, marks=[pytest.mark.slow] * (mode == "disable_jit"))
+    for mode in MODES for case in CASES if mode not in SLOW or case in FEW
+]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::jaxattr.WeightWarning")

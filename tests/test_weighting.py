@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import subprocess
 import sys
 
@@ -46,8 +47,13 @@ def learned(parts, **options):
     return ja.learn_weights(index, queries, **options)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def loss_and_whether_certain(parts, w, top_k, squared):
+    return loss_of_list(shortlists.everything(parts, w), w, top_k, squared)
+
+
 def loss_of(parts, w, top_k=5, squared=False):
-    loss, certain = loss_of_list(shortlists.everything(parts, w), w, top_k, squared)
+    loss, certain = loss_and_whether_certain(parts, w, top_k, squared)
     chex.assert_trees_all_equal(certain, True)
     return loss
 
@@ -63,17 +69,13 @@ def test_loss_by_hand(squared):
     assert loss == pytest.approx(np.mean(expected)) and -1 / np.sqrt(5) <= loss <= 0
     assert loss_of(parts, 7 * w, squared=squared) == pytest.approx(float(loss), abs=1e-12)
 
-    def gradient(w):
-        return jax.grad(lambda w: loss_of_list(shortlists.everything(parts, w), w, 5, squared)[0])(
-            w
-        )
-
     step = 1e-6 * jnp.eye(3)
     differences = [
         (loss_of(parts, w + h, squared=squared) - loss_of(parts, w - h, squared=squared)) / 2e-6
         for h in step
     ]
-    np.testing.assert_allclose(gradient(w), differences, rtol=1e-6)
+    gradient = jax.grad(lambda w: loss_and_whether_certain(parts, w, 5, squared)[0])(w)
+    np.testing.assert_allclose(gradient, differences, rtol=1e-6)
 
 
 def test_queries_without_any_score_do_no_harm():
@@ -121,7 +123,7 @@ def test_one_step_by_hand():
 
     def loss(theta):
         w = jax.nn.softmax(theta)
-        return loss_of_list(shortlists.everything(parts, w), w, 20, False)[0]
+        return loss_and_whether_certain(parts, w, 20, False)[0]
 
     start = jnp.zeros(3)
     theta = start - 2.0 * jax.grad(loss)(start) / jnp.abs(loss(start))
