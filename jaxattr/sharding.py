@@ -142,7 +142,7 @@ class Placement:
 
     def sum_of_shards(self, tree: Any) -> Any:
         """Sums over the leading axis of shards; every device gets the result."""
-        return _summed(self)(tree)
+        return compiled(self, _summed)(tree)
 
     def zeros(self, shapes: Any, axes: Callable[[Any], tuple[str | None, ...]]) -> Any:
         """Makes zeros, in one program.
@@ -168,7 +168,7 @@ class Placement:
         """
         sharding = self.sharding(DATA)
         if sharding is None:
-            return read(rows)
+            return jax.device_put(read(rows))
         spans = self._own(len(rows))
         local = _local_slices(spans)
         mine = read(np.concatenate([rows[a:b] for a, b in spans]))
@@ -180,14 +180,6 @@ class Placement:
             return _from_parts((len(rows), *leaf.shape[1:]), sharding, part)
 
         return jax.tree.map(spread, mine)
-
-    def numbers(self, read: Callable[[np.ndarray], Batch], rows: np.ndarray) -> Batch:
-        """As `batch`, of numbers that each host makes; without a mesh, on the default device.
-
-        What goes over several hosts' devices is there already, and cannot be put anywhere else.
-        """
-        found = self.batch(read, rows)
-        return jax.device_put(found) if self.mesh is None else found
 
     def blocks(self, rows: np.ndarray, block: int, axes: Sequence[str | None]) -> jax.Array:
         """Puts this host's rows of some blocks on its devices.
@@ -218,7 +210,8 @@ class Placement:
         if self.mesh is None:
             # Copied on a CPU as well, where what is written to them later would be seen.
             put = functools.partial(jax.device_put, may_alias=False)
-            return jax.tree.map(lambda x: put(x) if _is_numpy(x) else x, tree)
+            is_numpy = (np.ndarray, np.generic)
+            return jax.tree.map(lambda x: put(x) if isinstance(x, is_numpy) else x, tree)
         return jax.tree.map(functools.partial(_place, self.mesh), tree)
 
     def shared(self, tree: Any) -> Any:
@@ -231,7 +224,7 @@ class Placement:
         copies: dict[int, np.ndarray] = {}  # checkpoints may hold the same array
 
         def own(x: Any) -> Any:
-            if not _is_writeable(x):
+            if not (isinstance(x, np.ndarray) and x.flags.writeable):
                 return x
             if id(x) not in copies:
                 copies[id(x)] = x.copy()
@@ -249,7 +242,7 @@ class Placement:
         """Returns the array, the same on every device."""
         if self.mesh is None:
             return x
-        gathered = _identity(self)(x)
+        gathered = compiled(self, _identity)(x)
         # Several programs that wait for each other's devices can starve the few threads of a host.
         on_host = self.mesh.devices.flat[0].platform == "cpu"
         return jax.block_until_ready(gathered) if on_host else gathered
@@ -349,14 +342,10 @@ def agree(problem: str | None) -> str | None:
     """
     if jax.process_count() == 1:
         return problem
-    encoded = np.zeros(2048, np.uint8)
-    found = np.frombuffer((problem or "").encode()[:2048], np.uint8)
-    encoded[: len(found)] = found
+    encoded = np.frombuffer((problem or "").encode()[:2048].ljust(2048, b"\0"), np.uint8)
     everywhere = np.asarray(multihost_utils.process_allgather(encoded))
-    for each in everywhere:
-        if each.any():
-            return bytes(each[each > 0]).decode(errors="replace")
-    return None
+    said = (bytes(each).rstrip(b"\0").decode(errors="replace") for each in everywhere)
+    return next(filter(None, said), None)
 
 
 class OtherProcessError(RuntimeError):
@@ -433,14 +422,6 @@ def _from_parts(
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
-def _is_numpy(x: Any) -> bool:
-    return isinstance(x, (np.ndarray, np.generic))
-
-
-def _is_writeable(x: Any) -> bool:
-    return isinstance(x, np.ndarray) and x.flags.writeable
-
-
 def _place(mesh: Mesh, leaf: Any) -> Any:
     if isinstance(leaf, jax.core.Tracer):
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec()))
@@ -467,14 +448,18 @@ def _compiled_zeros(place: Placement, described: tuple[tuple, ...]) -> Any:
     return jax.jit(make, out_shardings=[place.sharding(*axes) for _, _, axes in described])
 
 
-@functools.lru_cache(maxsize=16)
-def _summed(place: Placement) -> Callable[[Any], Any]:
-    return place.jit(lambda tree: jax.tree.map(lambda x: x.sum(axis=0, dtype=x.dtype), tree))
+def _summed(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sum(axis=0, dtype=x.dtype), tree)
 
 
-@functools.lru_cache(maxsize=16)
-def _identity(place: Placement) -> Callable[[Any], Any]:
-    return place.jit(lambda x: x)
+def _identity(x: jax.Array) -> jax.Array:
+    return x
+
+
+@functools.lru_cache(maxsize=64)
+def compiled(place: Placement, function: Callable, *axes: str, **options: Any) -> Any:
+    """The function, compiled once for each placement."""
+    return place.jit(function, *axes, **options)
 
 
 def split_rows(rows: int, place: Placement) -> int:

@@ -12,7 +12,7 @@ from rich import console as rich_console
 from rich import progress as rich_progress
 from rich.text import Text
 
-from jaxattr.inputs.arrays import as_arrays, check_shapes, of_kind, stacked
+from jaxattr.inputs.arrays import as_arrays, check_shapes, of_kind, stack
 from jaxattr.inputs.data import Accepts, as_data, is_source, one_row
 from jaxattr.sharding import Placement, split_rows
 from jaxattr.typing import Batch, Example, RandomAccess
@@ -46,11 +46,6 @@ class Source:
     read: Callable[[np.ndarray], Batch]
     arrays: Batch | None = None
 
-    @property
-    def in_memory(self) -> bool:
-        """Whether all of it is in memory."""
-        return self.arrays is not None
-
     def blocks(self, size: int, place: Placement, first: int = 0) -> Iterator[Block]:
         """Yields blocks of `size` examples.
 
@@ -75,7 +70,7 @@ class Source:
     @property
     def example(self) -> Example:
         """The shapes of one example, without a batch axis."""
-        some = self.arrays if self.in_memory else self.read(np.zeros(1, np.int64))
+        some = self.read(np.zeros(1, np.int64)) if self.arrays is None else self.arrays
         return jax.tree.map(one_row, some)
 
 
@@ -188,7 +183,7 @@ class _Reader:
                 "augmentation."
             )
         of_one_type = [of_kind(example, number, first, self.role) for number, example in pairs]
-        return stacked(of_one_type)
+        return jax.tree.map(stack, *of_one_type)
 
     def _example(self, row: int) -> Example:
         found = as_arrays(self.data[row], f"example {row} of {self.role}")

@@ -156,7 +156,6 @@ FACTORIES = {
         "queries": (Contents(TRAIN), Contents(models.data(30, seed=5))),
         "mixing": (Together(queries=Contents(TRAIN), mixing=0.1),
                    Together(queries=Contents(TRAIN), mixing=0.2)),
-        "component": (1, 2),
     },
 }  # fmt: skip
 REQUIRED = {

@@ -63,7 +63,6 @@ def _warnings_as_lines() -> Iterator[None]:
     shown: set[str] = set()
 
     def show(message: Warning | str, *rest: Any, **more: Any) -> None:
-        del rest, more
         text = str(message)
         if text not in shown:
             shown.add(text)

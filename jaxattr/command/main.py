@@ -21,17 +21,7 @@ def main() -> None:
     """
 
 
-for command in (
-    starting.new,
-    indexing.describe,
-    indexing.plan,
-    indexing.build,
-    attributing.weights,
-    attributing.top,
-    attributing.report,
-    attributing.lds,
-    inspecting.info,
-    inspecting.verify,
-    inspecting.export,
-):
-    main.add_command(command)
+for module in (starting, indexing, attributing, inspecting):
+    for command in vars(module).values():
+        if isinstance(command, click.Command):
+            main.add_command(command)

@@ -9,6 +9,7 @@ lds.py            do scores predict what the retrained models do?
 mislabel.py       does self-influence find wrong labels?
 heterogeneity.py  how right is each parameter group by itself?
 tail_patch.py     does one more step on a proponent help the query?
+damping_paths.py  indexes at several dampings, to choose one by what is above
 given_scores.py   scores that were made elsewhere, as an index
 retrieval.py      do the strongest proponents hold what the query asks for?
 """

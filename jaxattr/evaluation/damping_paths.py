@@ -11,7 +11,7 @@ from jaxattr import kernels
 from jaxattr.index.building import build_index
 from jaxattr.index.checkpoint_builds import apply_kernel
 from jaxattr.index.index import Index
-from jaxattr.kernels import Damping, HasSpectrum
+from jaxattr.kernels import Damping, Gram
 from jaxattr.methods.method import Method
 from jaxattr.store.compression import is_compressed
 from jaxattr.store.rows import EXAMPLES, FEATURES, MemoryRows
@@ -60,7 +60,7 @@ def damping_path(
       'block-diagonal gram, damping 10 x mean eigenvalue'
     """
     kernel = method.kernel
-    if not isinstance(kernel, HasSpectrum):
+    if not isinstance(kernel, Gram):
         raise ValueError(
             f"{method.name} has no damping path: its kernel ({method.kernel.name}) is not the "
             "inverse of a Gram matrix, as those of ja.trak, ja.d_trak, ja.journey_trak and ja.das."

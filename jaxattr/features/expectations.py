@@ -23,7 +23,7 @@ Timesteps = tuple[int, ...] | Callable[[Key], jax.Array]
 
 
 class Draws(NamedTuple):
-    """What the draws of one example are made from, each [j]; of a batch, [b, j].
+    """What the draws of one example are made from, each [j]; of a batch, [j, b].
 
     Attributes:
       timesteps: integers.

@@ -149,10 +149,7 @@ class Featurizer:
         sides = {f.map.leaf: cut_sides(f, sides[f.map.leaf]) for f in factored if sides}
         rest = draw_groups(self.rule.projection, seed, self.plan.rest_sizes)
         mixing = () if basis is None else basis.draw_mixing(seed, self.plan.factored)
-        found = Drawn(sides, rest, mixing)
-        if place is None or place.mesh is None:
-            return jax.device_put(found)
-        return place.whole(found)
+        return (place or Placement()).whole(Drawn(sides, rest, mixing))
 
     def unscaled(self) -> Callable[..., Featurized]:
         """Returns the step without unit norm, whose features are linear in the output."""

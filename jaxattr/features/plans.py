@@ -43,10 +43,8 @@ class FeatureLayout:
     @property
     def slices(self) -> dict[str, slice]:
         """The columns of each group."""
-        edges = np.cumsum([0, *self.dims]).tolist()
-        return dict(
-            zip(self.names, itertools.starmap(slice, itertools.pairwise(edges)), strict=True)
-        )
+        edges = itertools.pairwise(np.cumsum([0, *self.dims]).tolist())
+        return dict(zip(self.names, itertools.starmap(slice, edges), strict=True))
 
     @property
     def column_blocks(self) -> np.ndarray:

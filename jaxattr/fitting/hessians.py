@@ -32,7 +32,7 @@ class Weighted(NamedTuple):
     Attributes:
       batch: a pytree of arrays [b, ...].
       keys: of stochastic outputs, [b].
-      weights: of their losses in the sum, [b].
+      weights: of their losses in the sum, [b]; False is zero.
     """
 
     batch: Any
@@ -129,12 +129,10 @@ def curvature_products(
     featurizer = over.featurizer
     refuse_unit_norm(featurizer.rule.output, "A Hessian")
     curvature = Hessian(featurizer.rule.output) if curvature is None else curvature
-    numbered = over.at(np.flatnonzero(kept))
-    weights = jnp.ones(len(numbered.ids))
+    ids = np.flatnonzero(kept)
+    batch, ids = over.place.whole((over.source.read(ids), ids))
     drawn = featurizer.draw(over.number, fitted, over.place)
-    operands = (
-        featurizer.key, drawn, over.params, numbered.batch, numbered.ids, weights, fitted
-    )  # fmt: skip
+    operands = featurizer.key, drawn, over.params, batch, ids, fitted
     return _compiled_products(featurizer.rule, featurizer.plan, curvature), operands
 
 
@@ -145,11 +143,11 @@ def _compiled_products(
     """The same function for all checkpoints and indexes of a method."""
 
     def products(operands: Any, vectors: jax.Array) -> jax.Array:
-        key, drawn, params, batch, ids, weights, fitted = operands
+        key, drawn, params, batch, ids, fitted = operands
         leaves, of_block = curvature.product(params, plan.rest | plan.covered)
         to_features = coordinates(rule.projection, plan, drawn, fitted)
         example, to_parameters = jax.vjp(to_features, leaves)
-        blocks = _in_blocks(Weighted(batch, example_keys(key, ids), weights))
+        blocks = _in_blocks(batch, example_keys(key, ids))
 
         def product(vector: jax.Array) -> jax.Array:
             (tangent,) = to_parameters(vector.astype(example.dtype))
@@ -168,9 +166,9 @@ def _compiled_products(
     return jax.jit(products)
 
 
-def _in_blocks(examples: Weighted) -> Weighted:
+def _in_blocks(batch: Any, keys: Key) -> Weighted:
     """Reshapes [n, ...] to [blocks, size, ...]; padding repeats the first rows with weight zero."""
-    n = examples.keys.shape[0]
+    n = keys.shape[0]
     blocks = -(-n // _BLOCK)
     size = -(-n // blocks)
     rows = jnp.arange(blocks * size)
@@ -178,6 +176,5 @@ def _in_blocks(examples: Weighted) -> Weighted:
     def split(x: jax.Array) -> jax.Array:
         return x[rows % n].reshape(blocks, size, *x.shape[1:])
 
-    weights = jnp.where(rows < n, examples.weights[rows % n], 0).reshape(blocks, size)
-    batch, keys = jax.tree.map(split, (examples.batch, examples.keys))
-    return Weighted(batch, keys, weights)
+    batch, keys = jax.tree.map(split, (batch, keys))
+    return Weighted(batch, keys, (rows < n).reshape(blocks, size))

@@ -15,6 +15,7 @@ from jaxattr.features.signs import seed_of
 from jaxattr.fitting.passes import TrainingPass
 from jaxattr.groups import named_leaves
 from jaxattr.identity import Contents
+from jaxattr.inputs.arrays import shapes_and_tree
 from jaxattr.scales import wide
 from jaxattr.typing import Params
 
@@ -49,7 +50,7 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
       >>> print(second_moments(state, params)["w"].round(4))
       [0.001 0.001]
     """
-    if _shapes(optimizer_state) == _shapes(params):
+    if shapes_and_tree(optimizer_state) == shapes_and_tree(params):
         return _of_a_step(optimizer_state)
     leaves = named_leaves(params)
     shapes = {name: jnp.shape(x) for name, x in leaves.items()}
@@ -114,10 +115,6 @@ def _of_a_step(moments: Params) -> Params:
             "that training ended with."
         )
     return moments
-
-
-def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
-    return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def _moments(node: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:

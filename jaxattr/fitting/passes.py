@@ -14,7 +14,7 @@ from jaxattr.features.bases import Drawn, Fitted
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.inputs.traces import eagerly
 from jaxattr.scales import exponent_of, scaled
-from jaxattr.sharding import DATA, Placement, failing_together
+from jaxattr.sharding import DATA, Placement, compiled, failing_together
 from jaxattr.sources import Source, track
 from jaxattr.typing import Batch, Features, Params
 
@@ -81,10 +81,7 @@ class TrainingPass:
         blocks = self.source.blocks(self.block, self.place, first)
         for block in track(blocks, described, count, first):
             positions = block.start + np.arange(self.block)
-            ids, real = self.place.numbers(self._numbers, positions)
-            # Once: of NumPy's arrays each of several programs would send its own.
-            batch = jax.device_put(block.batch) if self.place.mesh is None else block.batch
-            yield NumberedBatch(batch, ids, real)
+            yield NumberedBatch(block.batch, *self.place.batch(self._numbers, positions))
 
     def features(
         self,
@@ -129,8 +126,8 @@ class TrainingPass:
 
         def compute(positions: np.ndarray) -> CleanFeatures:
             batch = self.place.batch(self._read, positions)
-            ids, real = self.place.numbers(self._numbers, positions)
-            return self._clean(NumberedBatch(batch, ids, real), draw(), fitted)
+            numbered = NumberedBatch(batch, *self.place.batch(self._numbers, positions))
+            return self._clean(numbered, draw(), fitted)
 
         return compute
 
@@ -161,7 +158,7 @@ class TrainingPass:
         step = _compiled_features(self.place, self.featurizer.step)
         got = step(self.featurizer.key, self.params, given.batch, given.ids, drawn, fitted)
         # The features are written over in place: those of all parameters are large.
-        clean = _compiled(self.place, _cleaned, DATA, donate_argnums=0)
+        clean = compiled(self.place, _cleaned, DATA, donate_argnums=0)
         return clean(got.features, got.residual, given.real)
 
     def _numbers(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -175,12 +172,6 @@ class TrainingPass:
         block = source.block_size(self.block, self.place)
         return dataclasses.replace(self, source=source, block=block)
 
-    def at(self, positions: np.ndarray) -> NumberedBatch:
-        """Some examples at once, on every device."""
-        real = jnp.ones(len(positions), bool)
-        batch = self.source.read(positions)
-        return self.place.whole(NumberedBatch(batch, jnp.asarray(positions), real))
-
 
 def typical_exponent(place: Placement, phi: Features, kept: jax.Array) -> int:
     """Returns a power of two by which squares of features keep within range.
@@ -193,7 +184,7 @@ def typical_exponent(place: Placement, phi: Features, kept: jax.Array) -> int:
     Returns:
       The exponent of the largest feature of the median example; zeros do not count.
     """
-    return int(np.asarray(_compiled(place, _median_exponent)(phi, kept)))
+    return int(np.asarray(compiled(place, _median_exponent)(phi, kept)))
 
 
 def _median_exponent(phi: Features, kept: jax.Array) -> jax.Array:
@@ -241,15 +232,9 @@ def row_digests(place: Placement) -> Any:
     Args:
       place: the devices.
     """
-    return _compiled(place, identity.row_digests, DATA)
+    return compiled(place, identity.row_digests, DATA)
 
 
 def _cleaned(phi: Features, residual: jax.Array, real: jax.Array) -> CleanFeatures:
     kept = jnp.isfinite(phi).all(axis=1) & jnp.isfinite(residual) & real
     return CleanFeatures(jnp.where(kept[:, None], phi, 0), jnp.where(kept, residual, 0), kept)
-
-
-@functools.lru_cache(maxsize=64)
-def _compiled(place: Placement, function: Callable, *axes: str, **options: Any) -> Any:
-    """The function, compiled once for each placement."""
-    return place.jit(function, *axes, **options)

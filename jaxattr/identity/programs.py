@@ -60,11 +60,8 @@ class Program:
 
     def _traced(self, arguments: tuple[Any, ...]) -> tuple[ClosedJaxpr, Any]:
         signature = _signature(arguments)
-        if signature not in self._programs:
-            self._programs[signature] = self._traced_anew(arguments)
-        return self._programs[signature]
-
-    def _traced_anew(self, arguments: tuple[Any, ...]) -> tuple[ClosedJaxpr, Any]:
+        if signature in self._programs:
+            return self._programs[signature]
         program, _ = trace(self._function, self._shapes)
         if _digest(program, self._shapes) != self.digest:
             raise ValueError(
@@ -72,7 +69,7 @@ class Program:
                 "an array that it closes over has changed, such as running statistics. Build the "
                 "index again, or let each function close over what does not change."
             )
-        return trace(self._function, shapes_of(arguments))
+        return self._programs.setdefault(signature, trace(self._function, shapes_of(arguments)))
 
     def __eq__(self, other: object) -> bool:
         # The digest sees leaves alone; a function of another kind of tree takes other arguments.

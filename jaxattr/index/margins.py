@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from jaxattr.features.bases import Fitted
 from jaxattr.index.checkpoint_builds import BuildJob
@@ -87,10 +88,7 @@ def _ends_at_zero(residual: np.ndarray) -> bool:
 
 
 def _shuffled(key: Key, params: Params) -> Params:
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    mixed = [
-        jax.random.permutation(k, x.ravel()).reshape(x.shape)
-        for k, x in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, mixed)
+    def mixed(key: Key, x: jax.Array) -> jax.Array:
+        return jax.random.permutation(key, x.ravel()).reshape(x.shape)
+
+    return jax.tree.map(mixed, optax.tree.split_key_like(key, params), params)

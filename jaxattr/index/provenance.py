@@ -63,8 +63,7 @@ def manifest(
         "format": FORMAT,
         "method": describe_method(method, featurize.rule),
         "groups": describe_groups(featurize.groups),
-        "layout": describe_layout(featurize.layout),
-        "covered": _covered(featurize, checkpoints[0]),
+        "layout": dataclasses.asdict(featurize.layout),
         "key": describe_key(featurize.key),
         "params": [describe_params(params) for params in checkpoints],
         "data": {"examples": source.size},
@@ -183,7 +182,7 @@ def query_side(
     return identity.digest(
         {
             "rule": identity.describe(rule),
-            "layout": describe_layout(featurize.layout),
+            "layout": dataclasses.asdict(featurize.layout),
             "key": describe_key(featurize.key),
             "params": [describe_params(params) for params in checkpoints],
             "fitted": identity.digests_of_leaves(arrays),
@@ -216,13 +215,8 @@ def groups_from(described: Sequence[Mapping[str, Any]]) -> GroupLayout:
     )
 
 
-def describe_layout(layout: FeatureLayout) -> dict[str, Any]:
-    """Describes the columns of the features; `layout_from` reads it."""
-    return dataclasses.asdict(layout)
-
-
 def layout_from(described: Mapping[str, Any]) -> FeatureLayout:
-    """Reads what `describe_layout` wrote."""
+    """Reads a layout as a dict, as JSON gives it back."""
     fields = {name: tuple(described[name]) for name in ("names", "sizes", "dims")}
     return FeatureLayout(**fields, blocks=tuple((b, width) for b, width in described["blocks"]))
 
@@ -287,11 +281,6 @@ def _worded(name: str) -> str:
         if name.startswith(prefix):
             return words
     return name
-
-
-def _covered(featurize: Featurizer, params: Params) -> float:
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return sum(featurize.groups.sizes) / total
 
 
 def _short(value: Any) -> str:

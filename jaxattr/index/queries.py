@@ -24,7 +24,7 @@ from jaxattr.inputs.wording import name_of
 from jaxattr.kernels import MapsQueries
 from jaxattr.methods.method import Method
 from jaxattr.scales import unit_norm
-from jaxattr.sharding import DATA, Placement, split_rows
+from jaxattr.sharding import DATA, Placement, compiled, split_rows
 from jaxattr.sources import Source, as_source, track
 from jaxattr.typing import Example, Features, Key, OutputFn, Params
 
@@ -364,9 +364,8 @@ def _streamed(
     rows: Any = None
     finite = []
     for each in track(source.part(group).blocks(block, index.place), role, count):
-        ids = index.place.numbers(
-            lambda rows: rows, -1 - group.start - each.start - np.arange(block)
-        )
+        numbers = -1 - group.start - each.start - np.arange(block)
+        ids = index.place.batch(lambda rows: rows, numbers)
         features, good = map(index.place.gathered, step(state, each.batch, ids))
         part = features[: len(group) - each.start]
         if rows is None:
@@ -374,15 +373,12 @@ def _streamed(
             rows = part if count == 1 else index.place.zeros(whole, lambda path: ())
         if count > 1:
             # Not joined at the end, which would hold all of them twice.
-            rows = _compiled_insert(index.place)(rows, part, each.start)
+            rows = compiled(index.place, _inserted, donate_argnums=0)(rows, part, each.start)
         finite.append(good)
     return rows, np.concatenate([np.asarray(good) for good in finite])[: len(group)]
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled_insert(place: Placement) -> Any:
-    insert = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
-    return place.jit(insert, donate_argnums=0)
+_inserted = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
 
 
 def featurizer_of(

@@ -153,7 +153,7 @@ def check(path: str | os.PathLike[str]) -> Checked:
         rest cannot be told.
     """
     folder = Folder(path)
-    described, layout = on_record(folder)
+    _, layout = on_record(folder)
     closed, place = read_closed(folder), Placement()
     if closed is None or closed.examples != layout.size:
         raise StoreError(

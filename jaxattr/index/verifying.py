@@ -32,7 +32,7 @@ def how_much(verify: Verify | None, source: Source) -> Verify:
       verify: what the user passed.
       source: the data.
     """
-    return verify or ("all" if source.in_memory else "sample")
+    return verify or ("sample" if source.arrays is None else "all")
 
 
 def data_differences(source: Source, rows: Rows, known: int, verify: Verify) -> list[str]:

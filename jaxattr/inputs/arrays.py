@@ -65,11 +65,6 @@ def check_shapes(
             raise differing(known, (number, example), role)
 
 
-def stacked(examples: Sequence[Any]) -> Any:
-    """Stacks examples that have the same arrays."""
-    return jax.tree.map(stack, *examples)
-
-
 def of_kind(example: Example, number: int, known: Example, role: str) -> Example:
     """Returns an example in the types of the first, as far as those can hold it.
 

@@ -18,7 +18,6 @@ from jaxattr.inputs.arrays import (
     rows_of_numbers,
     shapes_and_tree,
     stack,
-    stacked,
 )
 from jaxattr.inputs.wording import brief, listed, shapes
 from jaxattr.typing import Batch, Example, RandomAccess
@@ -262,7 +261,7 @@ def one_row(array: Any, axes: int = 1) -> jax.ShapeDtypeStruct:
 def _stacked_examples(data: Sequence[Any], role: str) -> Any:
     examples = [as_arrays(item, f"example {number} of {role}") for number, item in enumerate(data)]
     check_shapes(examples, range(len(examples)), (0, examples[0]), role)
-    return stacked(examples)
+    return jax.tree.map(stack, *examples)
 
 
 def _check_leading(batch: Batch, role: str) -> None:

@@ -87,15 +87,9 @@ def _a(kind: str) -> str:
     return f"an {kind}" if kind[:1] in "AEIOUaeiou" or kind.startswith("nnx") else f"a {kind}"
 
 
-def _instance(module: str, *names: str) -> Callable[[Any], bool]:
+def _instance(module: str, name: str) -> Callable[[Any], bool]:
     """Whether something is an instance of a class, which is not imported to find out."""
-
-    def is_one(value: Any) -> bool:
-        found = sys.modules.get(module)
-        classes = tuple(getattr(found, name) for name in names if hasattr(found, name))
-        return bool(classes) and isinstance(value, classes)
-
-    return is_one
+    return lambda value: isinstance(value, getattr(sys.modules.get(module), name, ()))
 
 
 def _nnx_state_of_more(value: Any) -> bool:

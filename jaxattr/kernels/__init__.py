@@ -1,13 +1,12 @@
 """Kernels K of score(q, n) = phi(q)^T Diag(w) K phi(n): statistics, then a linear map.
 
-A kernel acts on the TRAINING side, once; weights multiply the query's raw features (Li et al. 2025,
-arXiv:2506.05647, Eq. 6). Statistics are sums over training examples, accumulated as the features
-stream by; they are inverted on the host in float64.
+A kernel acts on the TRAINING side, once, and weights multiply the query's raw features (Li et al.
+2025, arXiv:2506.05647, Eq. 6); those of queries are changed too where a kernel `MapsQueries`.
+Statistics are sums over training examples, accumulated as the features stream by; most are inverted
+on the host in float64.
 """
 
-from jaxattr.kernels import conjugate_gradients as conjugate_gradients
 from jaxattr.kernels.base import Damping as Damping
-from jaxattr.kernels.base import HasSpectrum as HasSpectrum
 from jaxattr.kernels.base import Identity as Identity
 from jaxattr.kernels.base import Iterates as Iterates
 from jaxattr.kernels.base import Kernel as Kernel

@@ -106,7 +106,7 @@ class Kernel(Protocol):
     Methods are pure. Where `degree` is a number, statistics are squares of features, and all that a
     kernel is given, now and later, are features over one power of two (`Surroundings.exponent`): K
     phi of features times s is K phi times s^degree. What else a kernel can do is a method that it
-    has or has not: see `MapsQueries`, `Decays`, `Iterates` and `HasSpectrum`.
+    has or has not: see `MapsQueries`, `Iterates`, and `decayed` of `Segment`.
     """
 
     @property
@@ -150,17 +150,9 @@ class MapsQueries(Protocol):
         """Returns the linear part of `of_queries`, before rows are scaled to unit norm."""
 
 
-@runtime_checkable
-class Decays(Protocol):
-    """A kernel of a segment of training, through which later gradients go back."""
-
-    def decayed(self, operator: Any, phi: Features) -> Features:
-        """Returns what training through the segment adds to a direction [q, p]. Jittable."""
-
-
 def keeps_operator(kernel: Kernel) -> bool:
     """Whether an index keeps the operator of a kernel, which queries need."""
-    return isinstance(kernel, MapsQueries | Decays)
+    return isinstance(kernel, MapsQueries) or hasattr(kernel, "decayed")
 
 
 @runtime_checkable
@@ -173,17 +165,6 @@ class Iterates(Protocol):
 
     def residual(self, operator: Any, phi: Features, mapped: Features) -> jax.Array:
         """Returns the relative error of each solve [b], from phi and K phi [b, p]. Jittable."""
-
-
-@runtime_checkable
-class HasSpectrum(Protocol):
-    """Kernels that differ in their damping alone, and share one eigendecomposition."""
-
-    def spectrum(self, layout: FeatureLayout, rows: Callable[[slice], np.ndarray]) -> Any:
-        """Returns what all of them need, on the host; the costly part. Rows as `Surroundings`."""
-
-    def operator_at(self, spectrum: Any, damping: Damping, exponent: int) -> Any:
-        """Returns the operator of one; the spectrum is of features over 2 to this power."""
 
 
 class WithoutSums:

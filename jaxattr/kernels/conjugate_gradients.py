@@ -1,19 +1,9 @@
 """Conjugate gradients for several right-hand sides at once, each with steps of its own."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-
-class _State(NamedTuple):
-    x: jax.Array
-    residual: jax.Array
-    direction: jax.Array
-    product: jax.Array
-    running: jax.Array
-    iteration: jax.Array
 
 
 def solve(
@@ -43,35 +33,24 @@ def solve(
     """
     goal = tolerance**2 * jnp.sum(right**2, axis=1)  # [k]
 
-    def step(state: _State) -> _State:
-        image = multiply(state.direction)
-        curvature = jnp.sum(state.direction * image, axis=1)
-        running = state.running & (curvature > 0)
-        length = _ratio(state.product, curvature, running)
-        residual = state.residual - length * image
+    def step(state: tuple) -> tuple:
+        x, residual, direction, before, running, iteration = state
+        image = multiply(direction)
+        curvature = jnp.sum(direction * image, axis=1)
+        running = running & (curvature > 0)
+        length = _ratio(before, curvature, running)
+        x, residual = x + length * direction, residual - length * image
         near = precondition(residual)
         product = jnp.sum(residual * near, axis=1)
-        return _State(
-            state.x + length * state.direction,
-            residual,
-            near + _ratio(product, state.product, running) * state.direction,
-            product,
-            running & (jnp.sum(residual**2, axis=1) > goal),
-            state.iteration + 1,
-        )
+        direction = near + _ratio(product, before, running) * direction
+        running = running & (jnp.sum(residual**2, axis=1) > goal)
+        return x, residual, direction, product, running, iteration + 1
 
     near = precondition(right)
-    start = _State(
-        jnp.zeros_like(right),
-        right,
-        near,
-        jnp.sum(right * near, axis=1),
-        jnp.sum(right**2, axis=1) > goal,
-        jnp.zeros((), jnp.int32),
-    )
-    return jax.lax.while_loop(
-        lambda state: jnp.any(state.running) & (state.iteration < iterations), step, start
-    ).x
+    product, running = jnp.sum(right * near, axis=1), jnp.sum(right**2, axis=1) > goal
+    start = jnp.zeros_like(right), right, near, product, running, jnp.zeros((), jnp.int32)
+    unsolved = lambda state: jnp.any(state[4]) & (state[5] < iterations)  # noqa: E731
+    return jax.lax.while_loop(unsolved, step, start)[0]
 
 
 def _ratio(above: jax.Array, below: jax.Array, where: jax.Array) -> jax.Array:

@@ -124,13 +124,18 @@ class Gram(Damped):
     def spectrum(
         self, layout: FeatureLayout, rows: Callable[[slice], np.ndarray]
     ) -> list[Spectrum]:
-        """See `HasSpectrum`: of each block."""
+        """Returns, on the host, what kernels that differ in their damping alone share.
+
+        Args:
+          layout: of the features.
+          rows: as `Surroundings` has them.
+        """
         return [_spectrum(rows(part)) for part in self._columns(layout)]
 
     def operator_at(
         self, spectrum: list[Spectrum], damping: Damping, exponent: int
     ) -> list[GramOperator]:
-        """See `HasSpectrum`."""
+        """Returns the operator at a damping; the spectrum is of features over 2 to this power."""
         if check_damping(damping).value == 0:
             raise ValueError(
                 "A damping path cannot hold zero: away from the training features the Gram matrix "

@@ -62,5 +62,5 @@ class Segment:
         return phi * (self.time * share)[None]
 
     def decayed(self, operator: list[jax.Array], phi: Features) -> Features:
-        """See `Decays`: (exp(-t Lambda) - 1) phi."""
+        """What training through the segment adds to a direction: (exp(-t Lambda) - 1) phi."""
         return phi * jnp.expm1(-self.time * operator[0])[None]

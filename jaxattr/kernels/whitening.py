@@ -32,9 +32,9 @@ class Whitening(Damped):
       damping: of R; relative to its mean eigenvalue, group by group.
       queries: examples whose common directions are to be downweighted; or None for the training
         set's alone.
-      mixing: mu in [0, 1]. Default: that which makes the two sorted spectra meet at `component`:
-        sigma_train / (sigma_train + sigma_queries).
-      component: where they meet. Default: 1,000 of 65,536 features as in the paper, in proportion.
+      mixing: mu in [0, 1]. Default: that which makes the two sorted spectra meet:
+        sigma_train / (sigma_train + sigma_queries) at component 1,000 of 65,536, as in the paper,
+        or in proportion.
 
     References:
       Chang et al. (2024), TrackStar, arXiv:2410.17413, section 3.
@@ -42,7 +42,6 @@ class Whitening(Damped):
 
     queries: Contents | None = None
     mixing: float | None = None
-    component: int | None = None
     degree: ClassVar[int | None] = 0
 
     def __post_init__(self) -> None:
@@ -71,7 +70,7 @@ class Whitening(Damped):
         if self.queries is not None:
             given, described = self.queries.value, "autocorrelation of queries"
             mu, others = self.mixing, surroundings.sums_of(self.sums, given, described).means()
-            mu = _meeting_point(matrices, others, self.component) if mu is None else mu
+            mu = _meeting_point(matrices, others) if mu is None else mu
             matrices = [mu * b + (1 - mu) * a for a, b in zip(matrices, others, strict=True)]
         root = functools.partial(_inverse_root, self.damping, surroundings.exponent)
         return [jnp.asarray(root(matrix), dtype) for matrix in matrices]
@@ -91,16 +90,14 @@ class Whitening(Damped):
         return self.apply(operator, phi)
 
 
-def _meeting_point(
-    train: list[np.ndarray], queries: list[np.ndarray], component: int | None
-) -> float:
+def _meeting_point(train: list[np.ndarray], queries: list[np.ndarray]) -> float:
     """The share of the queries at which both spectra weigh the same at a component."""
     spectra = [
         np.sort(np.concatenate([np.linalg.eigvalsh(block) for block in blocks]))[::-1]
         for blocks in (train, queries)
     ]
     total = len(spectra[0])
-    place = math.ceil(total * 1000 / 65536) if component is None else component
+    place = math.ceil(total * 1000 / 65536)
     ours, theirs = (max(spectrum[min(place, total - 1)], 0.0) for spectrum in spectra)
     return ours / (ours + theirs) if ours + theirs > 0 else 0.0
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.extend.core import ClosedJaxpr
 
 from jaxattr import groups as groups_lib
@@ -141,10 +140,6 @@ class Use:
         repeated = [length for site, length in self.loops if site not in taken]
         return extent(self.product.positions) * self.product.groups * math.prod(repeated)
 
-    def layers(self, stack: tuple[int, ...]) -> np.ndarray:
-        """Returns the numbers of the layers that are applied here, int [layers]."""
-        return self.view.covered(stack)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traced:
@@ -184,9 +179,7 @@ def _trace(loss: OutputFn, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, .
     def walk(args: list[jax.Array]) -> None:
         views = [view(name, arg) for name, arg in zip(names, args, strict=False)]
         arguments = [*views, *args[len(names) :]]
-        results, _ = interpreter.evaluate(
-            program.jaxpr, program.consts, arguments, Walk(visitor=finder)
-        )
+        results, _ = interpreter.evaluate(program, arguments, Walk(visitor=finder))
         for returned in results:
             for each in views_of(returned):
                 finder.reject(each, "returned by the loss")
@@ -218,7 +211,6 @@ class _Finder:
     def product(
         self, view: View, product: Product, x: jax.Array, y: jax.Array, walk: Walk
     ) -> tuple[Any, Taps]:
-        del x
         self._note(view)
         known = view.outline()
         result = jax.ShapeDtypeStruct(y.shape, y.dtype)
@@ -376,11 +368,9 @@ def _share_layers(uses: list[Use], stack: tuple[int, ...]) -> tuple[tuple[Use, .
 
     gathered: list[list[Use]] = []
     for use in uses:
-        mine = set(use.layers(stack)) if stack else set()
-        for others in gathered:
-            taken = {layer for other in others for layer in other.layers(stack)} if stack else mine
-            alike = kind(use) == kind(others[0])
-            if stack and alike and not mine & taken:
+        for others in gathered if stack else ():
+            taken = {layer for other in others for layer in other.view.covered(stack)}
+            if kind(use) == kind(others[0]) and taken.isdisjoint(use.view.covered(stack)):
                 others.append(use)
                 break
         else:

@@ -151,7 +151,7 @@ def _gather_layers(
     right = _by_layer(linear_map, together, rights, 0)
     applied = np.ones(leading(linear_map), bool)
     if linear_map.stack is not None:
-        numbers = np.concatenate([use.layers(linear_map.stack_axes) for use in together])
+        numbers = np.concatenate([use.view.covered(linear_map.stack_axes) for use in together])
         applied = np.isin(np.arange(linear_map.stack), numbers)
     return Captured(left[..., 0] if lookup else left, right, jnp.asarray(applied))
 
@@ -218,7 +218,7 @@ def _by_layer(
     """Joins [layers, t, f] of several places to [stack, t, f]; other layers hold `nothing`."""
     if linear_map.stack is None:
         return blocks[0]
-    numbers = [use.layers(linear_map.stack_axes) for use in together]
+    numbers = [use.view.covered(linear_map.stack_axes) for use in together]
     if np.array_equal(numbers[0], np.arange(linear_map.stack)):
         return blocks[0]
     shape = linear_map.stack, *blocks[0].shape[1:]

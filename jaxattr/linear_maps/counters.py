@@ -33,10 +33,6 @@ class Counted:
     entries: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
 
-def _selected(which: np.ndarray, *cases: np.ndarray) -> np.ndarray:
-    return np.choose(np.asarray(which).astype(int), cases)
-
-
 _RULES: dict[str, Callable[..., np.ndarray]] = {
     "add": np.add,
     "sub": np.subtract,
@@ -44,7 +40,7 @@ _RULES: dict[str, Callable[..., np.ndarray]] = {
     "max": np.maximum,
     "min": np.minimum,
     "lt": np.less,
-    "select_n": _selected,
+    "select_n": lambda which, *cases: np.choose(np.asarray(which).astype(int), cases),
     "convert_element_type": np.asarray,
 }
 

@@ -92,11 +92,9 @@ class Visitor(Protocol):
         self, view: View, product: Product, x: jax.Array, y: jax.Array, walk: Walk
     ) -> tuple[Any, Taps]:
         """Returns what takes the place of the result y of a product, and what is recorded."""
-        ...
 
     def added(self, view: View, output: Output) -> bool:
         """Called where a leaf is added to a product; returns whether that is a bias; here no."""
-        del view, output
         return False
 
     def stopped(self, view: View) -> None:
@@ -105,26 +103,25 @@ class Visitor(Protocol):
 
     def reject(self, view: View, reason: str) -> None:
         """Called where a leaf is used in a way that cannot be followed."""
-        ...
 
 
-def evaluate(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], walk: Walk) -> Evaluated:
+def evaluate(program: Jaxpr | ClosedJaxpr, args: Sequence[Any], walk: Walk) -> Evaluated:
     """Evaluates a program.
 
     Args:
-      jaxpr: the program.
-      consts: its constants.
+      program: with its constants, or one that has none.
       args: its arguments; leaves that are followed come as views.
       walk: what to do where they are used.
 
     Returns:
       The results, some perhaps views or outputs, and what the visitor recorded.
     """
+    consts = program.consts if isinstance(program, ClosedJaxpr) else ()
+    jaxpr = program.jaxpr if isinstance(program, ClosedJaxpr) else program
     env: dict[Var, Any] = {}
     taps: Taps = {}
-    readers = Counter(
-        v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, Literal)
-    ) + Counter(v for v in jaxpr.outvars if not isinstance(v, Literal))
+    atoms = (*(v for eqn in jaxpr.eqns for v in eqn.invars), *jaxpr.outvars)
+    readers = Counter(v for v in atoms if not isinstance(v, Literal))
 
     def read(v: Any) -> Any:
         return sums.constant(v.val) if isinstance(v, Literal) else env[v]
@@ -344,7 +341,7 @@ def _bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 def _call(eqn: JaxprEqn, args: list[Any], walk: Walk) -> Evaluated:
     """A nested jit is inlined."""
     params = eqn.params
-    return _evaluate_program(params.get("jaxpr") or params["call_jaxpr"], args, walk)
+    return evaluate(params.get("jaxpr") or params["call_jaxpr"], args, walk)
 
 
 def _remat(eqn: JaxprEqn, args: list[Any], walk: Walk) -> Evaluated:
@@ -474,14 +471,8 @@ def _without_outputs(args: Sequence[Any]) -> list[Any]:
 
 def _evaluate_inside(program: Jaxpr | ClosedJaxpr, args: Sequence[Any], walk: Walk) -> Evaluated:
     """Evaluates an inner program; its results are arrays and views, as JAX can pass them on."""
-    results, taps = _evaluate_program(program, args, walk)
+    results, taps = evaluate(program, args, walk)
     return _without_outputs(results), taps
-
-
-def _evaluate_program(program: Jaxpr | ClosedJaxpr, args: Sequence[Any], walk: Walk) -> Evaluated:
-    if isinstance(program, ClosedJaxpr):
-        return evaluate(program.jaxpr, program.consts, args, walk)
-    return evaluate(program, (), args, walk)
 
 
 _ENTERED: dict[str, Callable[[JaxprEqn, list[Any], Walk], Evaluated]] = {

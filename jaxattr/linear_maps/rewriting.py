@@ -217,15 +217,7 @@ class _Bottleneck(Rewriting):
         # The term is linear in Z, and Z is zero: its value is nothing, and so is its derivative in
         # x. Saying so spares a pass forwards through B and one backwards through A.
         @jax.custom_jvp
-        def term(
-            z: jax.Array,
-            x: jax.Array,
-            a: jax.Array | None,
-            b: jax.Array | None,
-            bias: jax.Array | None,
-            known: tuple[tuple[Scale, ...], tuple[jax.Array, ...]],
-        ) -> jax.Array:
-            del z, x, a, b, bias, known
+        def term(*primals: Any) -> jax.Array:
             return jnp.zeros(shape, dtype)
 
         @term.defjvp
@@ -312,8 +304,7 @@ def evaluate(
         followed.get(name) or analysis.view(name, leaf)
         for name, leaf in zip(traced.names, args, strict=False)
     ]
-    program, arguments = traced.program, [*views, *args[len(views) :]]
-    results, taps = interpreter.evaluate(program.jaxpr, program.consts, arguments, walk)
+    results, taps = interpreter.evaluate(traced.program, [*views, *args[len(views) :]], walk)
     return interpreter.plain(results[0]), taps
 
 

@@ -4,7 +4,7 @@ The score of every method is, over checkpoints c and with one weight per paramet
 
     score(q, n) = r(n) * sum_c eta_c phi_c(q)^T Diag(w) K_c phi_c(n)
 
-and the functions below say what phi, K, r and eta are. Positive: training on n makes the model do
+and what makes a method says what phi, K, r and eta are. Positive: training on n makes the model do
 more of what the query did.
 """
 

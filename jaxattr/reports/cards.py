@@ -129,7 +129,7 @@ class Cards:
             none = f"None: no training example has a {sign} score."
             return _section(kind, name, f'<p class="none">{none}</p>')
         tiny = all(isinstance(self.train[pair.train].shown, Picture) for pair in pairs)
-        entries = [self._entry(query, pair, place, largest) for place, pair in enumerate(pairs, 1)]
+        entries = [self._entry(query, pair, largest) for pair in pairs]
         if tiny:
             body = f'<ol class="grid">{"".join(entries)}</ol>'
         else:
@@ -139,7 +139,7 @@ class Cards:
                 body += f"<details><summary>{len(rest)} more</summary>{folded}</details>"
         return _section(kind, name, body)
 
-    def _entry(self, query: Query, pair: Pair, place: int, largest: float) -> str:
+    def _entry(self, query: Query, pair: Pair, largest: float) -> str:
         item = self.train[pair.train]
         share = min(abs(pair.score) / largest, 1.0) if math.isfinite(pair.score) else 1.0
         alike = query.item is not None and query.item.label == item.label

@@ -79,17 +79,13 @@ def gather(index: Index, prepared: QueryFeatures, weights: Weights | None, versi
       The facts.
     """
     fit = weights if isinstance(weights, WeightFit) else None
-    method = index.method
+    method, kind = index.method, "uniform" if weights is None else "learned" if fit else "given"
     excluded = None if index.featurizer is None else index.featurizer.groups.excluded
     return Facts(
         method="method not given" if method is None else method.name,
         link=index.link,
         compares=compares(method),
-        weighting="uniform weights"
-        if weights is None
-        else "learned weights"
-        if fit
-        else "given weights",
+        weighting=f"{kind} weights",
         gain=None if fit is None else UNKNOWN_GAIN if fit.gain is None else str(fit.gain),
         tiles=tuple(_tiles(index, prepared, fit)),
         warnings=tuple(_warnings(index, prepared, fit)),

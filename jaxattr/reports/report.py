@@ -119,17 +119,14 @@ def report(
     check_index(index)
     k = min(whole_number("k", k), index.size)
     weight_array(index.layout, weights)
-    source = (
-        None
-        if isinstance(queries, QueryFeatures)
-        else as_source(queries, "queries", accepted_by(index))
-    )
     data, said = _train(index, train), _texts(predictions)
     showing = Showing(render, labels, decode)
-    if source is not None:
-        _refuse_number(said, source.size)
+    source, own = None, {}
     # Before anything that takes long: what cannot be shown is found out here.
-    own = {} if source is None else read(source, range(source.size), showing, "queries")
+    if not isinstance(queries, QueryFeatures):
+        source = as_source(queries, "queries", accepted_by(index))
+        _refuse_number(said, source.size)
+        own = read(source, range(source.size), showing, "queries")
     prepared = query_features(index, queries)
     q = len(prepared.features)
     _refuse_number(said, q)

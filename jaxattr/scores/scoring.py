@@ -309,8 +309,9 @@ def attributor(
     rows = index.rows
     if not rows.resident:
         raise ValueError(
-            "An attributor needs the index in memory, and this one is on disk: open it with "
-            "ja.open_index(path, ..., in_memory=True), or use ja.top_k, which reads it in blocks."
+            "An attributor needs the rows of the index in memory, and those of this one are on "
+            "disk, or not stored: open it with ja.open_index(path, ..., in_memory=True), build it "
+            "without store=False, or use ja.top_k, which takes them in blocks."
         )
     w, exponent = index.place.whole((weights_for(index, weights), index.exponent))
     sign = -1 if opponents else 1

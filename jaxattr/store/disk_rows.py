@@ -17,12 +17,11 @@ from jaxattr.store.rows import (
     DIGESTS,
     FEATURES,
     RAW,
-    Make,
+    KeptRows,
     RowLayout,
     Slab,
     axes_of,
     blocks_at_once,
-    column_of,
     compressed,
     padded,
     slab_starts,
@@ -36,7 +35,7 @@ _AHEAD = 2
 _CHECKED_AT_ONCE = 16
 
 
-class DiskRows:
+class DiskRows(KeptRows):
     """Rows in a folder; see `rows.Rows`.
 
     A block is written when the next one is handed over, so that devices compute that one
@@ -90,10 +89,6 @@ class DiskRows:
         arrays = self._finish(reading, block)
         return values_of(name, {part: x[0, :, 0, : widths[part]] for part, x in arrays.items()})
 
-    def column(self, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
-        """See `Rows`."""
-        return column_of(self, name, checkpoint, columns)
-
     def slabs(
         self, names: Sequence[str], rows: int, checkpoint: int | None = None
     ) -> Iterator[Slab]:
@@ -118,10 +113,6 @@ class DiskRows:
         reading = {name: self._request_picked(name, mine) for name in names}
         start = min(flat[flat >= 0].tolist(), default=0)
         return self._finish(reading, start // self.layout.block, len(flat))
-
-    def made_by(self, name: str, checkpoint: int, make: Make) -> bool:
-        """See `Rows`; all rows are kept."""
-        return False
 
     def begin(self, checkpoint: int) -> None:
         """See `Rows`."""

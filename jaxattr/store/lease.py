@@ -8,11 +8,12 @@ hosts, as its documentation of the `file` driver asks for.
 
 import json
 import os
+import pathlib
 import socket
 import threading
 import time
 import uuid
-from types import TracebackType
+from collections.abc import Callable
 from typing import Any
 
 from jaxattr.store.folder import Folder, StoreError
@@ -61,12 +62,7 @@ class Lease:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -146,10 +142,12 @@ def identity(pid: int) -> dict[str, Any]:
     """
     return {
         "host": socket.gethostname(),
-        "boot": _text("/proc/sys/kernel/random/boot_id"),
-        "namespace": _namespace(),
+        "boot": _known(lambda: pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()),
+        "namespace": _known(lambda: os.readlink("/proc/self/ns/pid")),
         "pid": pid,
-        "started": _started(pid),
+        "started": _known(
+            lambda: pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        ),
     }
 
 
@@ -198,28 +196,14 @@ def _state(held: dict[str, Any]) -> str:
 def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
+    except (OSError, OverflowError) as error:
+        return isinstance(error, PermissionError)
     return True
 
 
-def _started(pid: int) -> str | None:
-    stat = _text(f"/proc/{pid}/stat")
-    return None if stat is None else stat.rpartition(")")[2].split()[19]
-
-
-def _namespace() -> str | None:
+def _known(read: Callable[[], str]) -> str | None:
+    """What a system says; None where it does not."""
     try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return None
-
-
-def _text(path: str) -> str | None:
-    try:
-        with open(path) as file:
-            return file.read().strip()
+        return read()
     except OSError:
         return None

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.scales import exponent_of
-from jaxattr.sharding import Placement
+from jaxattr.sharding import Placement, compiled
 from jaxattr.sources import track
 from jaxattr.store.rows import (
     FEATURES,
     RAW,
+    KeptRows,
     Make,
     MemoryRows,
     RowLayout,
     Slab,
     axes_of,
-    column_of,
     pad_columns,
     padded,
 )
@@ -28,7 +28,7 @@ from jaxattr.store.rows import (
 _MADE = (FEATURES, RAW)
 
 
-class RecomputedRows:
+class RecomputedRows(KeptRows):
     """See `Rows`. A slab is one block, whose features are forgotten when the next is asked for.
 
     Attributes:
@@ -73,10 +73,6 @@ class RecomputedRows:
             return self._with([name]).read(name, block, checkpoint)
         return self._makers[name, checkpoint](self._positions(block))
 
-    def column(self, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
-        """See `Rows`; of features, a pass over the data."""
-        return column_of(self, name, checkpoint, columns)
-
     def slabs(
         self, names: Sequence[str], rows: int, checkpoint: int | None = None
     ) -> Iterator[Slab]:
@@ -91,7 +87,9 @@ class RecomputedRows:
         blocks = track(kept, "features anew", self.layout.blocks)
         for block, slab in enumerate(blocks):
             arrays = {name: self._stacked(name, self._positions(block), chosen) for name in made}
-            exponent = _exponent(self.place)(arrays[FEATURES]) if FEATURES in arrays else None
+            exponent = (
+                compiled(self.place, exponent_of)(arrays[FEATURES]) if FEATURES in arrays else None
+            )
             yield slab._replace(arrays=slab.arrays | arrays, exponent=exponent)
 
     def pick(self, names: Sequence[str], ids: np.ndarray) -> dict[str, jax.Array]:
@@ -128,8 +126,3 @@ def _compiled_stack(place: Placement, width: int, in_place: bool) -> Any:
         return jnp.stack([pad_columns(x, width) for x in rows], axis=1)[None]
 
     return place.jit(stack, *axes_of(FEATURES), donate_argnums=(0,) if in_place else ())
-
-
-@functools.lru_cache(maxsize=16)
-def _exponent(place: Placement) -> Any:
-    return place.jit(exponent_of)

@@ -207,7 +207,27 @@ class Rows(Protocol):
         """
 
 
-class MemoryRows:
+class KeptRows:
+    """What all rows that are kept have in common; see `Rows`."""
+
+    def column(self: Rows, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
+        """See `Rows`; slab by slab."""
+        layout, parts = self.layout, []
+        start, stop, step = columns.indices(layout.widths[name])
+        for slab in self.slabs(layout.parts(name), SLAB, checkpoint):
+            values = values_of(name, slab.arrays)
+            if (start, stop, step) != (0, values.shape[3], 1):  # else a copy, of all features
+                values = values[..., start:stop:step]
+            part = self.place.host(values)[slab.fresh :]  # [g, b, 1, width]
+            parts.append(part.reshape(part.shape[0] * part.shape[1], part.shape[3]))
+        return np.concatenate(parts)[: layout.size]
+
+    def made_by(self, name: str, checkpoint: int, make: Make) -> bool:
+        """See `Rows`; all rows are kept."""
+        return False
+
+
+class MemoryRows(KeptRows):
     """Rows in device memory; see `Rows`.
 
     Attributes:
@@ -232,13 +252,8 @@ class MemoryRows:
             step = _compiled_write(self.place, FEATURES if name == RAW else name)
             self.arrays[kept] = step(self.arrays[kept], value, block, c)
 
-    def made_by(self, name: str, checkpoint: int, make: Make) -> bool:
-        """See `Rows`; all rows are kept."""
-        return False
-
     def begin(self, checkpoint: int) -> None:
         """See `Rows`; raw features that are no longer than the others have their place."""
-        del checkpoint
         if self.layout.raw_apart:
             self.arrays |= self._zeros({RAW: (1, FEATURES)})
 
@@ -247,7 +262,6 @@ class MemoryRows:
 
     def finish(self, checkpoint: int) -> None:
         """See `Rows`."""
-        del checkpoint
         self.arrays.pop(RAW, None)
 
     def read(self, name: str, block: int, checkpoint: int) -> jax.Array:
@@ -258,10 +272,6 @@ class MemoryRows:
             step = _compiled_read(self.place, self.layout.widths[part])
             found[part] = step(self.arrays[kept], block, c)
         return values_of(name, found)
-
-    def column(self, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
-        """See `Rows`."""
-        return column_of(self, name, checkpoint, columns)
 
     def slabs(
         self, names: Sequence[str], rows: int, checkpoint: int | None = None
@@ -321,19 +331,6 @@ def compressed(
 def values_of(name: str, arrays: Mapping[str, jax.Array]) -> jax.Array:
     """Returns an array's values [..., width], of what `RowLayout.parts` names, as it is stored."""
     return widen(arrays[name], arrays[SCALES]) if SCALES in arrays else arrays[name]
-
-
-def column_of(rows: Rows, name: str, checkpoint: int, columns: slice) -> np.ndarray:
-    """Returns columns of one array for all examples, [n, width], slab by slab; see `Rows`."""
-    layout, parts = rows.layout, []
-    start, stop, step = columns.indices(layout.widths[name])
-    for slab in rows.slabs(layout.parts(name), SLAB, checkpoint):
-        values = values_of(name, slab.arrays)
-        if (start, stop, step) != (0, values.shape[3], 1):  # else a copy, of all features perhaps
-            values = values[..., start:stop:step]
-        part = rows.place.host(values)[slab.fresh :]  # [g, b, 1, width]
-        parts.append(part.reshape(part.shape[0] * part.shape[1], part.shape[3]))
-    return np.concatenate(parts)[: layout.size]
 
 
 def by_shard(ids: np.ndarray, layout: RowLayout, place: Placement) -> list[np.ndarray]:

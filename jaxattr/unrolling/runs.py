@@ -63,7 +63,9 @@ class TrainingRun:
         check_function(self.step, "step", ("state", "batch", "weights"))
         check_function(self.params, "params", ("state",))
         object.__setattr__(self, "start", jax.tree.map(jnp.asarray, self.start))
-        object.__setattr__(self, "train", _on_device(self.train))
+        if self.train is not None:
+            train = jax.tree.map(jnp.asarray, as_batch(self.train, "train"))
+            object.__setattr__(self, "train", train)
         object.__setattr__(self, "examples", _examples(self.train, self.examples))
         _check_sequence(self.batches)
         if self.train is not None:
@@ -103,7 +105,7 @@ class TrainingRun:
                 f"weights must be one for each of {self.size} training examples, [n] or "
                 f"[m, n]; got {list(values.shape)}."
             )
-        values, step, state = values.astype(_float()), jax.jit(self.step), self.start
+        values, step, state = values.astype(jnp.result_type(float)), jax.jit(self.step), self.start
         if values.ndim == 2:
             step = jax.jit(jax.vmap(self.step, in_axes=(0, None, 0)))
             state = jax.vmap(lambda row: state)(values)
@@ -125,7 +127,7 @@ class TrainingRun:
         else:
             ids = checked_ids(item, self.size, _name(number))
             batch = rows_of(self.train, ids)
-        return batch, ids, np.ones(len(ids), _float())
+        return batch, ids, np.ones(len(ids), jnp.result_type(float))
 
     @functools.cached_property
     def forward(self) -> Callable[[Any, Batch, Any], Any]:
@@ -175,15 +177,6 @@ def _name(number: int) -> str:
 
 def _is_float(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
-
-
-def _float() -> Any:
-    """The float type of weights: of double precision where JAX is set to that."""
-    return jnp.zeros(()).dtype
-
-
-def _on_device(train: Batch | None) -> Batch | None:
-    return None if train is None else jax.tree.map(jnp.asarray, as_batch(train, "train"))
 
 
 def _examples(train: Batch | None, examples: int | None) -> int:

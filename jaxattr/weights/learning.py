@@ -114,7 +114,11 @@ def learn_weights(
             raise ValueError("Weights are fitted to outcomes or to a reference: leave one out.")
         outcomes = outcomes_of_scores(reference, check_index(index).size)
     if outcomes is not None:
-        _check_outcomes(outcomes)
+        if not isinstance(outcomes, Outcomes):
+            raise TypeError(
+                "outcomes must be what ja.outcomes(train_fn, output, queries, n, key=key) "
+                f"returned, or ja.Outcomes(...); got {type(outcomes).__name__}."
+            )
         _check_goes_with_outcomes(
             top_k=(top_k, None), l2=(l2, 0.1), start=(start, "uniform"),
             held_out=(held_out, 0.2), key=(key, None),
@@ -237,14 +241,6 @@ def _fit(
         held_out_loss=of_others if held else None, hub=hub, hub_share=hub_share,
         gain=None, top_k=options.top_k, passes=passes,
     )  # fmt: skip
-
-
-def _check_outcomes(outcomes: Any) -> None:
-    if not isinstance(outcomes, Outcomes):
-        raise TypeError(
-            "outcomes must be what ja.outcomes(train_fn, output, queries, n, key=key) returned, or "
-            f"ja.Outcomes(...); got {type(outcomes).__name__}."
-        )
 
 
 def _check_goes_with_outcomes(**options: tuple[Any, Any]) -> None:
