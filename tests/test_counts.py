@@ -1,5 +1,7 @@
 """Counts are whole numbers: what only equals one is refused, and spoils nothing for the next."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,7 @@ OUTCOMES = ja.Outcomes(
 )
 
 
+@functools.cache
 def index():
     return ja.build_index(METHOD, models.mlp_params(), TRAIN)
 

@@ -38,16 +38,18 @@ def test_tracin_sums_checkpoints_with_their_weights():
     np.testing.assert_allclose(scores(CHECKPOINTS, [0.5, 2]), expected, rtol=1e-10)
 
 
+@functools.cache
+def scores_of(method, **options):
+    return ja.score(ja.build_index(method, CHECKPOINTS, TRAIN, **options), QUERIES)
+
+
 @pytest.mark.parametrize(
     "method", [ja.tracin(models.loss), ja.trak(models.margin)], ids=lambda m: m.name
 )
 @pytest.mark.parametrize(("batch_size", "microbatch"), [(1, 1), (5, 2), (23, 23), (100, 7)])
 def test_batch_sizes_do_not_matter(method, batch_size, microbatch):
-    def scores(**kwargs):
-        return ja.score(ja.build_index(method, CHECKPOINTS, TRAIN, **kwargs), QUERIES)
-
-    got = scores(batch_size=batch_size, microbatch=microbatch)
-    assert models.relative_error(got, scores()) <= 1e-9
+    got = scores_of(method, batch_size=batch_size, microbatch=microbatch)
+    assert models.relative_error(got, scores_of(method)) <= 1e-9
 
 
 def test_order_of_examples_does_not_matter():

@@ -1,5 +1,3 @@
-import jax
-import jax.numpy as jnp
 import pytest
 
 import jaxattr as ja
@@ -20,20 +18,3 @@ def test_checkpoint_weights_are_named_when_they_do_not_fit():
     with pytest.raises(ValueError, match="GradCos was given 2 checkpoint weights for 3"):
         method.weights_of(3)
     assert ja.trak(models.margin).weights_of(4) == (0.25,) * 4
-
-
-def test_featurizer_is_the_gradient():
-    params, batch = models.mlp_params(), models.data(4)
-    featurize = ja.featurizer(ja.tracin(models.loss), params, models.one(batch), groups=ja.by_leaf)
-    gradients = jax.jit(jax.vmap(jax.grad(models.loss), (None, 0, None)))(
-        params, batch, jax.random.key(0)
-    )
-    expected = jnp.concatenate([leaf.reshape(4, -1) for leaf in jax.tree.leaves(gradients)], 1)
-    assert models.relative_error(featurize(params, batch), expected) <= 1e-14
-
-
-def test_a_method_needs_a_damping_with_a_unit():
-    with pytest.raises(ValueError, match=r"ja.absolute\(x\) or ja.relative\(x\), got 0.1"):
-        ja.trak(models.margin, damping=0.1)
-    with pytest.raises(ValueError, match="at least 0, got -1"):
-        ja.absolute(-1)

@@ -1,6 +1,5 @@
 """Unrolled influence is the derivative of retraining, by each example's weight."""
 
-import doctest
 import re
 
 import jax
@@ -11,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 import jaxattr as ja
-from jaxattr.unrolling import backward, runs
+from jaxattr.unrolling import backward
 from tests import models
 
 N, STEPS, BATCH = 7, 9, 3
@@ -361,11 +360,6 @@ def test_it_is_cited():
     assert re.findall(r"@\w+{(\w+),", ja.citation(ja.unroll)) == [
         "ilyas2025magic", "engstrom2025optimizing", "li2026learning"
     ]  # fmt: skip
-
-
-def test_the_examples_of_docstrings():
-    assert doctest.testmod(runs).failed == 0
-    assert doctest.testmod(backward).failed == 0
 
 
 @pytest.mark.filterwarnings("ignore::jaxattr.weights.report.WeightWarning")
