@@ -102,8 +102,7 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dic
         if name in found:
             both = [jax.tree_util.keystr(each) for each in (paths[name], path)]
             raise ValueError(
-                f"Two leaves have the same name {name!r}: {both[0]} and {both[1]}. Leaves are told "
-                "apart by their names: rename one of the keys."
+                f"Two leaves have the same name {name!r}: {both[0]} and {both[1]}; rename a key."
             )
         found[name], paths[name] = leaf, path
     return found
@@ -129,9 +128,8 @@ def by_leaf(
     Args:
       params: a pytree of arrays. Without: returns the function of them, with the other arguments
         as they are here, for `groups=ja.by_leaf(exclude="embed")`.
-      exclude: regular expression; leaves in whose names it is found are left out.
-      stacked: regular expression; leaves in whose names it is found hold one layer per index of
-        their leading axis (as `nn.scan` makes them), and each layer gets its own group.
+      exclude: as in `by_layer`.
+      stacked: as in `by_layer`.
 
     Returns:
       The layout.
@@ -166,8 +164,8 @@ def by_layer(
     Args:
       params: a pytree of arrays. Without: returns the function of them, with the other arguments
         as they are here, for `groups=ja.by_layer(exclude="batch_stats")`. Given a function,
-        `build_index` also splits leaves that the loss scans over by layer, which shapes alone do
-        not show: `index.layout.names` are the groups. A layout it takes as it is.
+        `build_index` also splits matrices that the loss scans over by layer, where features have
+        two sides (EK-FAC, LoGRA): `index.layout.names` are the groups. A layout it takes as it is.
       exclude: regular expression; leaves in whose names it is found are left out.
       stacked: regular expression; leaves in whose names it is found hold one layer per index of
         their leading axis (as `nn.scan` makes them), and each layer gets its own group.
@@ -202,9 +200,8 @@ def by_regex(
     Args:
       params: a pytree of floating-point arrays.
       patterns: {group name: regular expression}.
-      exclude: regular expression; leaves in whose names it is found are left out.
-      stacked: regular expression; leaves in whose names it is found hold one layer per index of
-        their leading axis, and each layer gets its own group.
+      exclude: as in `by_layer`.
+      stacked: as in `by_layer`.
 
     Returns:
       The layout.
@@ -212,12 +209,13 @@ def by_regex(
     Raises:
       ValueError: if a leaf matches no pattern or several, or a pattern no leaf; as `by_layer`.
     """
+    if not isinstance(patterns, Mapping):
+        raise TypeError(f"patterns must be {{group name: pattern}}, got {patterns!r:.80}.")
     for group, pattern in patterns.items():
         _check_pattern(f"{pattern!r}, of group {group!r},", pattern, leaf_names(params))
-    compiled = {group: re.compile(pattern) for group, pattern in patterns.items()}
 
     def label(name: str) -> str:
-        matches = [group for group, pattern in compiled.items() if pattern.search(name)]
+        matches = [group for group, pattern in patterns.items() if re.search(pattern, name)]
         if len(matches) != 1:
             found = f"matches {len(matches)} patterns: {matches}" if matches else "matches none"
             raise ValueError(
@@ -338,6 +336,8 @@ def leaf_paths(
 def _by_name(
     params: Params, label: Callable[[str], str | None], exclude: str | None, stacked: str | None
 ) -> GroupLayout:
+    if isinstance(params, str):
+        raise TypeError(f"params must be a pytree of arrays, got {params!r}; is it exclude=?")
     leaves = named_leaves(params)
     for role, pattern in (("exclude", exclude), ("stacked", stacked)):
         if pattern is not None:

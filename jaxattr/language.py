@@ -4,7 +4,8 @@ A row is a mapping with
 
     inputs     int [t], the tokens that the model reads
     targets    int [t], what it should say at each position: the inputs shifted by one
-    mask       bool [t], which targets count: not padding, and not the prompt of a fact
+    mask       bool [t], which targets count: not padding, and not the prompt of a fact; or weights,
+             of which none is negative (such a row has no finite gradient)
     segments   int [t], the document of each position where several share a row; 0 is padding
     positions  int [t], of each token within its document
 
@@ -155,10 +156,10 @@ def rows(
       [[True, True, False], [True, False, False]]
     """
     checked = _checked(documents, vocabulary)
-    starts = [1] * len(documents) if prompts is None else list(prompts)
-    if len(starts) != len(documents):
-        raise ValueError(f"prompts must be one per document, {len(documents)}, got {len(starts)}.")
-    inputs = np.zeros((len(documents), length), np.int32)
+    starts = [1] * len(checked) if prompts is None else np.atleast_1d(prompts).tolist()
+    if len(starts) != len(checked):
+        raise ValueError(f"prompts must be one per document, {len(checked)}, got {len(starts)}.")
+    inputs = np.zeros((len(checked), length), np.int32)
     targets, mask = np.zeros_like(inputs), np.zeros(inputs.shape, bool)
     for number, (document, start) in enumerate(zip(checked, starts, strict=True)):
         if len(document) > length + 1 and not truncate:
@@ -311,6 +312,8 @@ def _of_targets(
         mask, targets = example["mask"], example["targets"]
         if jnp.ndim(mask) != 1:
             raise ValueError(f"a row of tokens is [t], and the mask of this one {list(mask.shape)}")
+        if jnp.issubdtype(mask.dtype, jnp.floating):  # no mask, but one that is added to logits
+            mask = jnp.where(mask < 0, jnp.nan, mask)
         # Those that do not count may be anything, such as -100.
         asked = jnp.where(mask.astype(bool), targets, jnp.zeros_like(targets))
         logits = logits_fn(params, example)
@@ -334,6 +337,7 @@ def _summed(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _checked(documents: Sequence[Sequence[int]], vocabulary: int) -> list[np.ndarray]:
+    documents = documents if isinstance(documents, Mapping) else list(documents)  # read twice
     if isinstance(documents, Mapping) or any(isinstance(each, Mapping) for each in documents):
         call = "[each['input_ids'] for each in documents]"
         call = "documents['input_ids']" if isinstance(documents, Mapping) else call

@@ -21,8 +21,9 @@ FEATURES = sum(x.size for x in jax.tree.leaves(PARAMS))
 
 
 def test_bytes_are_those_of_the_arrays():
-    plan = ja.plan(METHOD, [PARAMS, PARAMS], TRAIN, batch_size=64)
-    index = ja.build_index(METHOD, [PARAMS, PARAMS], TRAIN, batch_size=64)
+    checkpoints = [PARAMS, jax.tree.map(jnp.copy, PARAMS)]
+    plan = ja.plan(METHOD, checkpoints, TRAIN, batch_size=64)
+    index = ja.build_index(METHOD, checkpoints, TRAIN, batch_size=64)
     assert plan.index_bytes == sum(x.nbytes for x in index.rows.arrays.values())
     assert plan.params_bytes == 2 * sum(x.nbytes for x in jax.tree.leaves(PARAMS))
     assert (plan.examples, plan.blocks, plan.block, plan.features) == (200, 4, 64, FEATURES)

@@ -123,6 +123,37 @@ def test_padding_does_not_matter():
     np.testing.assert_allclose(ja.score(long, padded), ja.score(short, data), rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (lambda example: None, "but returned None"),
+        (lambda example: [True] * 5, "but returned a list"),
+        (
+            lambda example: jnp.where(example["mask"] > 0, 0.0, -1e9),
+            "negative or not finite, as mas",
+        ),
+        (lambda example: example["mask"] * jnp.nan, "negative or not finite"),
+        (lambda example: example["mask"] < 0, "keeps no position with a gradient"),
+        (lambda example: 1 - example["mask"], "Is it the other way round"),
+    ],
+)
+def test_masks_that_are_none_are_refused(mask, words):
+    data = {"x": jnp.ones((12, 5, 6)), "y": jnp.zeros((12, 5), int)}
+    data["mask"] = jnp.tile(jnp.arange(5) < 3, (12, 1)) * 1.0
+    with pytest.raises(ValueError, match=f"mask must return .*{words}"):
+        FEW(ja.ekfac(masked, mask=mask), PARAMS, data)
+
+
+def test_whole_numbers_of_a_mask_count_once():
+    x = jax.random.normal(jax.random.key(0), (12, 5, 6), jnp.float64)
+    mask = jnp.tile(jnp.arange(5) < 3, (12, 1))
+    data = {"x": x, "y": jnp.arange(60).reshape(12, 5) % 3, "mask": mask * 1.0}
+    data["ids"] = jnp.where(mask, jnp.arange(60).reshape(12, 5) + 1, 0)
+    masks = (lambda example: example["mask"], lambda example: example["ids"])
+    scores = [ja.score(FEW(ja.kfac(masked, mask=each), PARAMS, data), data) for each in masks]
+    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-9)
+
+
 def test_parameters_of_no_linear_map_have_a_diagonal_fisher():
     def loss(params, example, key):
         scaled = example | {"x": example["x"] * params["scale"]}

@@ -36,6 +36,11 @@ def margin(params, example, key):
 
 M = ja.tracin(loss)
 INDEX = ja.build_index(M, P, D)
+P_2 = {"w": 2 * P["w"]}
+CROSS_ENTROPY = optax.softmax_cross_entropy_with_integer_labels
+LABELLED = ja.build_index(
+    ja.tracin(lambda p, e, key: CROSS_ENTROPY(e["x"] @ p["w"], e["y"])), P, {"x": X, "y": Y}
+)
 FIT = ja.learn_weights(INDEX, D, steps=2)
 TRAINER = ja.trainer(loss, P, D, optimizer=optax.sgd(1.0), batch_size=8, epochs=1)
 
@@ -739,6 +744,40 @@ WRONG = {  # name: (call, error, words)
         lambda: ja.trainer(loss, P, D, optimizer=optax.adam, batch_size=1, epochs=1), TypeError,
         ["optax.adam(1e-3)"],
     ),
+    "layers for checkpoints": (
+        lambda: build(D, lambda p, e, key: (e["x"] @ p[0]["w"]).sum() + p[1]["w"].sum(), [P, P_2]),
+        ValueError, ["checkpoints is a list", "of one model: if it is one, pass [params]"],
+    ),
+    "a folder for a store": (
+        lambda: ja.build_index(M, P, D, store="runs/index"), TypeError, ["goes in as path="],
+    ),
+    "a weight that is text": (
+        lambda: ja.score(INDEX, D, weights={"w": "1"}), ValueError, ["one number", "of 'w' is '1'"],
+    ),
+    "an attributor without a store": (
+        lambda: ja.attributor(ja.build_index(M, P, D, store=False), k=1), ValueError,
+        ["on disk, or not stored", "store=False"],
+    ),
+    "labels of examples for names": (
+        lambda: ja.report(INDEX, D, labels=["cat", "dog"] * 20, path="x.html"), ValueError,
+        ["names of classes", "one per training example"],
+    ),
+    "labels by number": (
+        lambda: ja.report(INDEX, D, labels=lambda number: "ab"[number], path="x.html"), ValueError,
+        ["labels failed on ONE example", "not its number"],
+    ),
+    "one prompt": (
+        lambda: language.rows([[1, 2], [2, 3]], 4, vocabulary=9, prompts=1), ValueError,
+        ["one per document, 2, got 1"],
+    ),
+    "a pattern for parameters": (lambda: ja.by_layer("head"), TypeError, ["is it exclude=?"]),
+    "patterns without names": (
+        lambda: ja.by_regex(P, ["w"]), TypeError, ["{group name: pattern}", "['w']"],
+    ),
+    "truth for labels": (
+        lambda: ja.score(LABELLED, {"x": X, "y": Y > 0}), ValueError,
+        ["'y' is bool[] in queries, and int64[]"],
+    ),
     "a source for training": (
         lambda: ja.trainer(loss, P, BATCHES, optimizer=optax.sgd(1), batch_size=1, epochs=1),
         TypeError, ["arrays", "np.stack"],
@@ -926,6 +965,37 @@ def test_integers_among_the_parameters_are_left_out_and_said_to_be(method):
     found = ja.score(ja.build_index(method(masked), params, D), D)
     expected = ja.score(ja.build_index(method(plain), P, D), D)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)  # parameters are float32
+
+
+def test_checkpoints_that_are_the_same_arrays_are_said_to_be():
+    with pytest.warns(UserWarning, match="Checkpoints 0 and 2 are the same arrays.*jnp.copy"):
+        ja.build_index(M, [P, P_2, P], D)
+
+
+def test_a_list_that_may_be_one_model_is_said_to_be():
+    def scaled(params, example, key):
+        return jnp.sum((example["x"] * params[0] + params[1]) ** 2)
+
+    layers = [jnp.ones(4), jnp.zeros(4)]
+    with pytest.warns(UserWarning, match=r"list or tuple of 2, .*pass \[params\]"):
+        ja.build_index(ja.tracin(scaled), layers, D)
+
+
+def test_documents_may_come_from_a_generator():
+    documents = [[1, 2, 3], [4, 5]]
+    for make in (language.rows, language.packed):
+        found = make((each for each in documents), 3, vocabulary=9)
+        expected = make(documents, 3, vocabulary=9)
+        np.testing.assert_array_equal(found["inputs"], expected["inputs"])
+
+
+def test_a_mask_that_is_added_to_logits_leaves_its_row_out():
+    rows = language.rows([[1, 2, 3], [4, 3]], 3, vocabulary=9)
+    rows["mask"] = np.stack([rows["mask"][0], np.where(rows["mask"][1], 0, -1e9)])
+    of_row = language.loss(lambda params, row: params["w"][row["inputs"]])
+    with pytest.warns(ja.NonFiniteWarning, match="ids 1"):
+        index = ja.build_index(ja.tracin(of_row), {"w": jnp.ones((9, 9))}, rows)
+    assert index.non_finite.tolist() == [1]
 
 
 def test_an_output_that_is_not_finite_is_counted_though_its_gradient_is():

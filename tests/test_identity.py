@@ -320,6 +320,23 @@ def test_other_shapes_are_traced_anew_unless_the_function_has_changed():
         program(jnp.ones(4))
 
 
+def test_an_array_of_numpy_that_is_written_to_is_found():
+    scale = np.ones(6)
+
+    @jax.jit
+    def scaled(x):  # a program within the program
+        return jnp.sum(x * scale)
+
+    index = ja.build_index(
+        ja.tracin(lambda p, e, key: scaled(e["x"]) * p["w"].sum()), {"w": jnp.ones(2)}, TRAIN
+    )
+    expected = ja.score(index, TRAIN)
+    scale *= 10
+    np.testing.assert_array_equal(ja.score(index, TRAIN), expected)
+    with pytest.raises(ValueError, match="computes something else .* has changed"):
+        ja.score(index, models.data(5, seed=9))
+
+
 def test_the_same_method_with_changed_state():
     stats = {"scale": jnp.asarray(1.0)}
 

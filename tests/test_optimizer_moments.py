@@ -103,8 +103,44 @@ def test_optimizer_states_without_second_moments():
     with pytest.raises(ValueError, match=r"found twice: \['layer0/bias'"):
         ja.trackstar(models.loss, (adam_state(), adam_state()), PARAMS)
     method = ja.trackstar(models.loss, [adam_state()], PARAMS)
-    with pytest.raises(ValueError, match="there is none for checkpoint 1"):
-        FEW(method, [PARAMS, PARAMS], TRAIN)
+    with pytest.raises(ValueError, match="states of 1 checkpoints, and there are 2: pass one"):
+        FEW(method, [PARAMS, models.mlp_params(jax.random.key(1))], TRAIN)
+
+
+def test_states_of_more_checkpoints_than_there_are():
+    method = ja.trackstar(models.loss, [adam_state(), adam_state()], PARAMS)
+    with pytest.raises(ValueError, match="states of 2 checkpoints, and there are 1: pass one for"):
+        FEW(method, PARAMS, TRAIN)
+
+
+def test_what_is_no_second_moment_is_refused():
+    found = optimizer_moments.second_moments(adam_state(), PARAMS)
+    for wrong in (PARAMS, jax.tree.map(lambda x: x.at[0].set(jnp.nan), found)):
+        with pytest.raises(ValueError, match="finite and not negative, and those of .*mu"):
+            ja.trackstar(models.loss, wrong, PARAMS)
+
+
+def test_a_frozen_part_is_excluded():
+    labels = {name: "frozen" if name == "layer0" else "trained" for name in PARAMS}
+    frozen = {"trained": optax.adam(0.1), "frozen": optax.set_to_zero()}
+    optimizer = optax.multi_transform(frozen, labels)
+    gradient = models.gradient(PARAMS, models.one(TRAIN), None)
+    _, state = jax.jit(optimizer.update)(gradient, optimizer.init(PARAMS), PARAMS)
+    method = ja.trackstar(models.loss, state, PARAMS, rank=4)
+    with pytest.raises(ValueError, match=r"moments of \['layer0/bias', 'layer0/kernel'\], 2 of 6"):
+        FEW(method, PARAMS, TRAIN)
+    index = FEW(method, PARAMS, TRAIN, groups=ja.by_layer(exclude="layer0"))
+    trained = {name: leaf for name, leaf in PARAMS.items() if name != "layer0"}
+
+    def alone(params, example, key):
+        return models.loss(PARAMS | params, example, key)
+
+    _, own = jax.jit(optax.adam(0.1).update)(
+        {name: gradient[name] for name in trained}, optax.adam(0.1).init(trained)
+    )
+    expected = FEW(ja.trackstar(alone, own, trained, rank=4), trained, TRAIN)
+    scores = ja.score(index, QUERIES), ja.score(expected, QUERIES)
+    np.testing.assert_allclose(*scores, rtol=1e-9)
 
 
 def test_second_moments_in_parts_and_those_that_the_optimizer_divides_by():
@@ -194,7 +230,12 @@ def test_an_optimizer_of_linens_parameters_fits_its_variables(optimizer, given_a
     jax.tree.map(np.testing.assert_array_equal, given, found)
 
 
-@pytest.mark.parametrize("make", [optax.adam, optax.rmsprop, optax.adafactor, optax.amsgrad])
+CENTRED = functools.partial(optax.rmsprop, centered=True)
+
+
+@pytest.mark.parametrize(
+    "make", [optax.adam, optax.rmsprop, CENTRED, optax.adafactor, optax.amsgrad]
+)
 def test_a_state_is_the_same_as_orbax_restores_it(tmp_path, make):
     gradient = jax.tree.map(lambda x: jnp.arange(1.0, x.size + 1).reshape(x.shape), PARAMS)
     optimizer = optax.chain(optax.clip_by_global_norm(1e3), make(0.1))

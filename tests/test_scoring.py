@@ -155,7 +155,7 @@ def test_positive_scores_are_proponents():
         (WEIGHTS | {"layer1": -0.5}, r"at least 0, got {'layer1': -0.5}"),
         (WEIGHTS | {"layer1": float("nan")}, "finite and at least 0, got {'layer1': nan}"),
         (WEIGHTS | {"layer1": 1 + 2j}, "must be real numbers, got complex128"),
-        (dict.fromkeys(WEIGHTS, jnp.ones(2)), r"must be a scalar, got shape \(2,\)"),
+        (dict.fromkeys(WEIGHTS, jnp.ones(2)), r"must be one number, and that of .* shape \[2\]"),
     ],
 )
 def test_bad_weights(weights, message):

@@ -105,7 +105,8 @@ class Covariances:
     """K-FAC's: x^T x and d^T d, means over positions.
 
     Attributes:
-      mask: which positions count. Applied to maps with as many positions as the mask.
+      mask: which positions count. Applied to maps with as many positions as the mask. Whole numbers
+        count where they are not zero; floats are weights.
     """
 
     mask: MaskFn | None = identity.function("example", default=None)
@@ -119,7 +120,40 @@ class Covariances:
 
     def weights(self, batch: Batch) -> jax.Array | None:
         """See `Factors`."""
-        return None if self.mask is None else jax.vmap(self.mask)(batch)
+        if self.mask is None:
+            return None
+        found: Any = jax.vmap(self.mask)(batch)
+        if not isinstance(found, jax.Array):
+            got = "None" if found is None else f"a {type(found).__name__}"
+            raise ValueError(
+                "mask must return which of an example's t positions count, [t], but returned "
+                f"{got}: write mask=lambda example: example['mask']."
+            )
+        if not jnp.issubdtype(found.dtype, jnp.floating):
+            return found != 0
+        return jnp.where(found >= 0, found, jnp.nan)  # `check_masked` says so
+
+    def check_masked(self, sums: Mapping[str, Covariance]) -> None:
+        """Refuses a mask that leaves nothing, or is none.
+
+        Args:
+          sums: over the data, of each linear map.
+
+        Raises:
+          ValueError: if it is negative or not finite, or keeps no position with a gradient.
+        """
+        needed = "mask must return True, or 1, for the positions that count, and False, or 0, for"
+        for leaf, found in sums.items() if self.mask is not None else ():
+            if not np.isfinite(found.counts).all():
+                raise ValueError(
+                    f"{needed} the others: this one is negative or not finite, as masks that are "
+                    "added to logits are."
+                )
+            if np.asarray(found.sizes)[1].all() and not np.any(found.cotangents):
+                raise ValueError(
+                    f"{needed} padding: of {leaf!r} it keeps no position with a gradient. Is it "
+                    "the other way round?"
+                )
 
     def in_range(self, inputs: jax.Array, cotangents: jax.Array) -> jax.Array:
         """See `Factors`."""

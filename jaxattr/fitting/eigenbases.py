@@ -209,6 +209,8 @@ def _covariances(
         # Sums of numbers as large or small as these leave the range of float32: once more.
         exponents = typical
         found, data = sums(exponents)
+    if isinstance(factors, Covariances):
+        factors.check_masked(found)
     return found, data, exponents, projected
 
 

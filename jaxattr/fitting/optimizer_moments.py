@@ -36,11 +36,12 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
       params: the parameters that it belongs to.
 
     Returns:
-      A pytree like the parameters; zero for what is not trained.
+      A pytree like the parameters; zero for what is not trained, and NaN for what the optimizer
+      was not given (`optax.masked`, `partition`), which an index must exclude.
 
     Raises:
-      ValueError: if a parameter has no second moment in the state, or two; the error names it. If
-        all are zero.
+      ValueError: if no parameter has a second moment in the state, or one has two; if they are
+        negative or not finite, or all zero. The error names them.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -51,7 +52,8 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
       [0.001 0.001]
     """
     if shapes_and_tree(optimizer_state) == shapes_and_tree(params):
-        return _of_a_step(optimizer_state)
+        _check(named_leaves(optimizer_state))
+        return optimizer_state
     leaves = named_leaves(params)
     shapes = {name: jnp.shape(x) for name, x in leaves.items()}
     needed = {name for name, leaf in leaves.items() if _is_trained(name, leaf)}
@@ -64,17 +66,19 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
     found = given if given.keys() == needed else _as_in(needed, found)
     missing = sorted(needed - found.keys())
     wrong = sorted(n for n, x in found.items() if shapes.get(n) != jnp.shape(x))
-    if missing or wrong or repeated:
+    if len(missing) == len(needed) or wrong or repeated:
         raise ValueError(
             f"Needed one second moment for each of {len(needed)} parameters. Missing: "
             f"{missing[:5]}; of other names or shapes: {wrong[:5]}; found twice: "
             f"{repeated[:5]}. The state holds {sorted(_kinds(optimizer_state))}: Adam, "
             "AdamW, NAdam, AMSGrad, RMSProp and Adafactor have second moments; SGD, Lion and "
             "momentum have none. You may pass a pytree of second moments like the parameters "
-            "instead; several checkpoints go in as a list."
+            "instead; several checkpoints go in as a list, [state] where params are a list too."
         )
-    moments = [found.get(name, jnp.zeros(shape)) for name, shape in shapes.items()]
-    return _of_a_step(jax.tree.unflatten(jax.tree.structure(params), moments))
+    _check(found)
+    unknown = {name: jnp.full(shapes[name], jnp.nan) for name in missing}
+    moments = [(found | unknown).get(name, jnp.zeros(shape)) for name, shape in shapes.items()]
+    return jax.tree.unflatten(jax.tree.structure(params), moments)
 
 
 def states_of(given: Any) -> list[Any]:
@@ -107,14 +111,25 @@ def _as_in(needed: set[str], found: dict[str, Any]) -> dict[str, Any]:
     return renamed if needed.isdisjoint(found) and not needed.isdisjoint(renamed) else found
 
 
-def _of_a_step(moments: Params) -> Params:
-    leaves = jax.tree.leaves(moments)
-    if leaves and not any(bool(jnp.any(leaf)) for leaf in leaves):
+@jax.jit
+def _moments_and_any(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.all((x >= 0) & jnp.isfinite(x)), jnp.any(x != 0)
+
+
+def _check(moments: Mapping[str, Any]) -> None:
+    each = {name: _moments_and_any(leaf) for name, leaf in moments.items()}
+    wrong = [name for name, (good, _) in each.items() if not good]
+    if wrong:
+        raise ValueError(
+            f"Second moments are finite and not negative, and those of {wrong[:5]} are not: is "
+            "this the first moment (mu), the parameters, or a run that diverged? Pass the state of "
+            "the optimizer as it is, or its nu."
+        )
+    if each and not any(some for _, some in each.values()):
         raise ValueError(
             "All second moments are zero, as before the first step of training: pass the state "
             "that training ended with."
         )
-    return moments
 
 
 def _moments(node: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
@@ -174,18 +189,28 @@ class ScaledSigns(Signs):
         }
         return Fitted(sides, {name: scales[name] for name in plan.rest}, None, {})
 
+    @property
+    def checkpoints(self) -> int:
+        """How many checkpoints there must be."""
+        return len(self.moments)
+
     def _moments_of(self, over: TrainingPass) -> Params:
-        if over.number >= len(self.moments):
-            raise ValueError(
-                f"Got second moments for {len(self.moments)} checkpoints, needed one for each: "
-                f"there is none for checkpoint {over.number}."
-            )
         given = self.moments[over.number].value
         if jax.tree.map(jnp.shape, given) != jax.tree.map(jnp.shape, over.params):
             raise ValueError(
                 f"The second moments of checkpoint {over.number} do not fit its parameters: got "
                 f"{jax.tree.map(jnp.shape, given)}, needed "
                 f"{jax.tree.map(jnp.shape, over.params)}."
+            )
+        excluded = dict(over.featurizer.groups.excluded)
+        used = {name: x for name, x in named_leaves(given).items() if name not in excluded}
+        unknown = [name for name, x in used.items() if not _moments_and_any(x)[0]]
+        if unknown:
+            raise ValueError(
+                f"The optimizer has no second moments of {unknown[:5]}, {len(unknown)} of "
+                f"{len(used)} parameters: it does not train them. Leave them out: "
+                "groups=ja.by_layer(exclude=...), a pattern of their names; or make the method of "
+                "a loss of the trained part alone."
             )
         return given
 
@@ -211,6 +236,7 @@ def _scaled(factored: Factored, sides: Sides, named: dict[str, Any], epsilon: fl
 
 _FIELDS = ({"nu", "count"}, {"v", "v_row", "v_col"})
 """What no mapping but a state holds; that of RMSProp holds `nu` alone."""
+_NAMES = {"count", "mu", "nu", "trace", "ema", "v"}
 
 
 def _nodes(state: Any) -> list[Any]:
@@ -219,6 +245,8 @@ def _nodes(state: Any) -> list[Any]:
 
 def _has_second_moments(node: Any) -> bool:
     if isinstance(node, Mapping):  # as Orbax restores a state where it is not told its classes
+        if node.keys() == {"mu", "nu"}:  # centred RMSProp, or SM3, whose mu is a list per leaf
+            return shapes_and_tree(node["mu"]) == shapes_and_tree(node["nu"])
         return node.keys() == {"nu"} or any(fields <= node.keys() for fields in _FIELDS)
     # What SM3 calls nu is its momentum.
     known = hasattr(node, "_fields") and type(node).__name__ != "ScaleBySM3State"
@@ -226,12 +254,14 @@ def _has_second_moments(node: Any) -> bool:
 
 
 def _kinds(state: Any) -> set[str]:
-    """Names of the NamedTuples in a state."""
+    """Names of the NamedTuples in a state, or what stands in their place as Orbax restores them."""
     names: set[str] = set()
 
     def note(node: Any) -> bool:
         if hasattr(node, "_fields"):
             names.add(type(node).__name__)
+        elif isinstance(node, Mapping) and _NAMES & node.keys():
+            names.add(f"{{{', '.join(map(str, node))}}}")
         return False
 
     jax.tree.leaves(state, is_leaf=note)

@@ -43,7 +43,7 @@ class Program:
         traced = trace(function, self._shapes)
         self._signature = _signature(self._shapes)
         self._programs = {self._signature: traced}
-        self.digest = _digest(traced[0], self._shapes)
+        self.digest, self._mutable = _digest(traced[0], self._shapes)
 
     def __call__(self, *arguments: Any) -> Any:
         """Computes what the function computed when it was traced.
@@ -52,8 +52,11 @@ class Program:
           *arguments: of the same dtypes. Of other shapes it is traced anew.
 
         Raises:
-          ValueError: if that is due, and the function no longer computes the same.
+          ValueError: if that is due, and the function no longer computes the same; or if an array
+            of NumPy that it closes over has been written to.
         """
+        if any(_content(constant) != content for constant, content in self._mutable):
+            raise self._changed()
         program, result = self._traced(arguments)
         found = jaxpr_as_fun(program)(*jax.tree.leaves(arguments))
         return jax.tree.unflatten(jax.tree.structure(result), found)
@@ -63,13 +66,16 @@ class Program:
         if signature in self._programs:
             return self._programs[signature]
         program, _ = trace(self._function, self._shapes)
-        if _digest(program, self._shapes) != self.digest:
-            raise ValueError(
-                f"The function {self.name!r} computes something else than when it was first given: "
-                "an array that it closes over has changed, such as running statistics. Build the "
-                "index again, or let each function close over what does not change."
-            )
+        if _digest(program, self._shapes)[0] != self.digest:
+            raise self._changed()
         return self._programs.setdefault(signature, trace(self._function, shapes_of(arguments)))
+
+    def _changed(self) -> ValueError:
+        return ValueError(
+            f"The function {self.name!r} computes something else than when it was first given: "
+            "an array that it closes over has changed, such as running statistics. Build the "
+            "index again, or let each function close over what does not change."
+        )
 
     def __eq__(self, other: object) -> bool:
         # The digest sees leaves alone; a function of another kind of tree takes other arguments.
@@ -103,16 +109,18 @@ def _signature(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tree, tuple((jnp.shape(leaf), str(dtype_of(leaf))) for leaf in leaves)
 
 
-def _digest(program: ClosedJaxpr, shapes: tuple[Any, ...]) -> str:
+def _digest(program: ClosedJaxpr, shapes: tuple[Any, ...]) -> tuple[str, list[tuple[Any, str]]]:
+    """What a program computes, and those of its constants that may be written to."""
     walk = _Walk()
     walk.closed(program)
     if walk.has_rules:
         try:
             derivative = _derivative(program, shapes)
         except (TypeError, ValueError, NotImplementedError):
-            return walk.hexdigest()  # what has no derivative is used without
-        walk.closed(derivative)
-    return walk.hexdigest()
+            pass  # what has no derivative is used without
+        else:
+            walk.closed(derivative)
+    return walk.hexdigest(), walk.mutable
 
 
 def _derivative(program: ClosedJaxpr, shapes: tuple[Any, ...]) -> ClosedJaxpr:
@@ -146,11 +154,13 @@ class _Walk:
 
     Attributes:
       has_rules: whether some function with rules of its own for derivatives was met.
+      mutable: constants that are no arrays of JAX, and what they are now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, around: "_Walk | None" = None) -> None:
         self._hash = hashlib.sha256()
-        self._known: dict[int, tuple[Any, str]] = {}
+        self._known: dict[int, tuple[Any, str]] = {} if around is None else around._known
+        self.mutable: list[tuple[Any, str]] = [] if around is None else around.mutable
         self.has_rules = False
 
     def hexdigest(self) -> str:
@@ -160,7 +170,10 @@ class _Walk:
     def closed(self, program: ClosedJaxpr) -> None:
         """Takes in a program and its constants."""
         for constant in program.consts:
-            self._say("constant", _content(constant))
+            content = _content(constant)
+            self._say("constant", content)
+            if not isinstance(constant, jax.Array):
+                self.mutable.append((constant, content))
         self._program(program.jaxpr)
 
     def _program(self, program: Jaxpr) -> None:
@@ -201,8 +214,7 @@ class _Walk:
     def _nested(self, value: ClosedJaxpr | Jaxpr) -> None:
         """A sub-program, once: layers of a model often share one."""
         if id(value) not in self._known:
-            inner = _Walk()
-            inner._known = self._known
+            inner = _Walk(self)
             inner.closed(value) if isinstance(value, ClosedJaxpr) else inner._program(value)
             self.has_rules |= inner.has_rules
             self._known[id(value)] = (value, inner.hexdigest())

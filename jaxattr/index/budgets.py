@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,8 +19,9 @@ from jaxattr.features.bases import NOTHING, Drawn, Factored, Fits, Fitted, Sides
 from jaxattr.features.featurizer import Featurizer, room
 from jaxattr.groups import Groups, named_leaves
 from jaxattr.identity import LANES
-from jaxattr.inputs.outputs import explaining_swaps, runs
+from jaxattr.inputs.outputs import explaining_swaps, is_one_model, runs
 from jaxattr.inputs.parameters import as_checkpoints
+from jaxattr.inputs.wording import name_of
 from jaxattr.kernels import Identity, Iterates
 from jaxattr.methods.method import Method, check_method, featurizer
 from jaxattr.scales import widest
@@ -166,7 +168,17 @@ def looking_at(
     with explaining_swaps(output, checkpoints, train):
         parameters = as_checkpoints(checkpoints)
         method.weights_of(len(parameters))
-        yield parameters, as_source(train, "train", functools.partial(runs, output, parameters[0]))
+        source = as_source(train, "train", functools.partial(runs, output, parameters[0]))
+        if is_one_model(output, checkpoints, train):
+            said = (
+                f"checkpoints is a list or tuple of {len(parameters)}, taken for that many "
+                f"checkpoints, and {name_of(output)!r} takes all of it as the parameters of one "
+                "model: if it is one, pass [params]."
+            )
+            if not runs(output, parameters[0], source.example):
+                raise ValueError(said)
+            warnings.warn(said, UserWarning, stacklevel=4)
+        yield parameters, source
 
 
 @dataclasses.dataclass(frozen=True)

@@ -283,7 +283,8 @@ def _finite(rows: Rows, number: int) -> np.ndarray:
     if not finite.any():
         raise ValueError(
             f"No training example has a finite gradient at checkpoint {number}: the parameters or "
-            "the data are not finite, or the training diverged. Check the checkpoint."
+            "the data are not finite, all labels are out of range, or the training diverged. Check "
+            "the checkpoint."
         )
     return finite
 

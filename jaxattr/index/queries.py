@@ -116,8 +116,9 @@ def _source_of(queries: Any, accepts: Accepts) -> Source:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(queries)):
         raise TypeError(
             "The queries are traced, as within jax.jit, and those that are not finite could not be "
-            "named. Use ja.attributor(index, k=...), which is made for that, or compute their "
-            "features outside: ja.query_features(index, queries)."
+            "named. Use ja.attributor(index, k=...), which is made for that; or compute their "
+            "features outside, ja.query_features(index, queries), and let the function that is "
+            "compiled close over them."
         )
     return as_source(queries, "queries", accepts)
 

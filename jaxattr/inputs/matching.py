@@ -84,7 +84,7 @@ def _difference(
     unlike = [
         f"{_named(n)} is {shape(found[n])} in queries, and {shape(known[n])} in training examples"
         for n in found
-        if n in known and found[n].shape != known[n].shape
+        if n in known and (found[n].shape, _kind(found[n])) != (known[n].shape, _kind(known[n]))
     ]
     parts = []
     if new or missing:

@@ -325,14 +325,27 @@ def explaining_swaps(function: Any, checkpoints: Any, train: Any) -> Iterator[No
         raise
 
 
+def is_one_model(function: Any, checkpoints: Any, train: Any) -> bool:
+    """Whether a list or tuple of several is all of what a function takes as its parameters."""
+    return _several(checkpoints) and len(checkpoints) > 1 and _runs(function, checkpoints, train)
+
+
+def _several(checkpoints: Any) -> bool:
+    return isinstance(checkpoints, list | tuple) and not hasattr(checkpoints, "_fields")
+
+
 def _look_right(function: Any, params: Any, data: Any) -> bool:
     """Whether a function runs on what is passed as parameters and as data."""
-    several = isinstance(params, list | tuple) and not hasattr(params, "_fields")
+    one = next(iter(params), None) if _several(params) else params
+    return _runs(function, one, data)
+
+
+def _runs(function: Any, params: Any, data: Any) -> bool:
     try:
         if not all(hasattr(leaf, "shape") for leaf in jax.tree.leaves((params, data))):
             return False  # such as a source, which may have no end
         one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], x.dtype), data)
-        return callable(function) and runs(function, params[0] if several else params, one)
+        return callable(function) and runs(function, params, one)
     except Exception:
         return False
 

@@ -1,6 +1,7 @@
 """Parameters and checkpoints: pytrees of arrays, and not the modules or states that hold them."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, ValuesView
 from typing import Any
 
@@ -21,6 +22,9 @@ def as_checkpoints(checkpoints: Params | Sequence[Params]) -> tuple[Params, ...]
     Raises:
       TypeError: if one is no pytree of arrays, but holds one.
       ValueError: if there are none, or they differ in structure or shapes.
+
+    Warns:
+      UserWarning: if two are the same arrays.
     """
     several = isinstance(checkpoints, list | tuple) and not hasattr(checkpoints, "_fields")
     if isinstance(checkpoints, Iterator | ValuesView):
@@ -35,7 +39,23 @@ def as_checkpoints(checkpoints: Params | Sequence[Params]) -> tuple[Params, ...]
         _refuse_what_holds_parameters(params)
         if number:
             _check_same(number, parameters[0], params)
+    _warn_of_the_same(parameters)
     return parameters
+
+
+def _warn_of_the_same(checkpoints: Sequence[Params]) -> None:
+    first: dict[tuple[int, ...], int] = {}
+    for number, params in enumerate(checkpoints):
+        arrays = tuple(map(id, jax.tree.leaves(params)))
+        if first.setdefault(arrays, number) != number:
+            warnings.warn(
+                f"Checkpoints {first[arrays]} and {number} are the same arrays. A state of nnx "
+                "changes as its model is trained: keep a copy of each, jax.tree.map(jnp.copy, "
+                "nnx.state(model, nnx.Param)).",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
 
 
 def _check_same(number: int, first: Params, params: Params) -> None:

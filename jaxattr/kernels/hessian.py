@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -35,6 +36,9 @@ class InverseHessian(WithoutSums, Damped):
 
     Raises:
       ValueError: at the end of the pass, if the damped Hessian is singular.
+
+    Warns:
+      UserWarning: if it has negative eigenvalues.
 
     References:
       Koh and Liang (2017), arXiv:1703.04730, Eq. 2.
@@ -157,5 +161,13 @@ def _inverse(matrix: np.ndarray, damping: Damping, dtype: Any, positive_only: bo
             f"The Hessian of {len(matrix)} parameters with damping {damping} is singular: its "
             f"eigenvalues lie between {damped.min():.1e} and {damped.max():.1e}, the smallest in "
             f"size being {size.min():.1e}. Use more damping, such as ja.absolute(0.01)."
+        )
+    if negative := int((damped < 0).sum()):
+        warnings.warn(
+            f"{negative} of {len(damped)} eigenvalues of the damped Hessian are negative, down to "
+            f"{damped.min():.1e}: along these, scores have the other sign. Use more damping, "
+            "positive_only=True, or curvature='fisher', which has none.",
+            UserWarning,
+            stacklevel=2,
         )
     return (vectors / damped) @ vectors.T

@@ -64,7 +64,13 @@ class Method:
         return f"Method({self.name} of {output}: {projection}, kernel {self.kernel.name})"
 
     def weights_of(self, checkpoints: int) -> tuple[float, ...]:
-        """Returns eta for a number of checkpoints."""
+        """Returns eta for a number of checkpoints, for which the method must be made."""
+        given = getattr(self.rule.projection.basis, "checkpoints", checkpoints)
+        if given != checkpoints:
+            raise ValueError(
+                f"{self.name} was given the states of {given} checkpoints, and there are "
+                f"{checkpoints}: pass one for each, in the same order."
+            )
         if self.checkpoint_weights is None:
             return (1 / checkpoints if self.average_checkpoints else 1.0,) * checkpoints
         if len(self.checkpoint_weights) != checkpoints:

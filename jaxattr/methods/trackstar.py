@@ -39,7 +39,9 @@ def trackstar(
     Args:
       loss: (params, example, key) -> scalar, summed over the target's tokens.
       optimizer_states: an Optax state that holds second moments (Adam, RMSProp, Adafactor), or the
-        moments themselves, a pytree like the parameters; or a list, one per checkpoint.
+        moments themselves, a pytree like the parameters; or a list, one per checkpoint. As Orbax
+        restores them they go in too. Parameters that the optimizer does not train (`optax.masked`,
+        `partition`) must be excluded from the groups.
       params: the parameters, or their shapes, that the states belong to.
       rank: features per side of each linear map.
       queries: examples whose common directions are downweighted too, such as the queries; or None.
@@ -53,7 +55,7 @@ def trackstar(
       The method.
 
     Raises:
-      ValueError: if a state has no second moments.
+      ValueError: if a state has no second moments, or what it has are none (negative, not finite).
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.inputs.arrays import fields_of
+from jaxattr.inputs.wording import shapes
 from jaxattr.markup import number
 from jaxattr.sources import Source, track
 from jaxattr.typing import Example
@@ -122,7 +123,13 @@ class Showing:
 
     def _label(self, example: Example) -> str | None:
         if callable(self.labels):
-            return str(self.labels(example))
+            try:
+                return str(self.labels(example))
+            except Exception as error:
+                raise ValueError(
+                    f"labels failed on ONE example, {shapes(example)}, and not its number: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
         fields = fields_of(example)
         field = next((fields[name] for name in LABELS if _is_label(fields.get(name))), None)
         if self.labels is None:

@@ -121,6 +121,7 @@ def report(
     weight_array(index.layout, weights)
     data, said = _train(index, train), _texts(predictions)
     showing = Showing(render, labels, decode)
+    _refuse_labels_of_examples(labels, index.size)
     source, own = None, {}
     # Before anything that takes long: what cannot be shown is found out here.
     if not isinstance(queries, QueryFeatures):
@@ -220,6 +221,16 @@ def _texts(predictions: Sequence[Any] | None) -> list[str] | None:
             f"{type(predictions).__name__}."
         )
     return None if predictions is None else [worded(each) for each in predictions]
+
+
+def _refuse_labels_of_examples(labels: Any, n: int) -> None:
+    if not isinstance(labels, Mapping) and isinstance(labels, Sequence) and len(labels) == n:
+        if len(set(map(str, labels))) < n:
+            raise ValueError(
+                f"labels are the names of classes 0, 1, ..., and these are {n}, one per training "
+                "example, some of them more than once: pass each name once, or a function from an "
+                "example to its label."
+            )
 
 
 def _refuse_number(said: list[str] | None, q: int) -> None:

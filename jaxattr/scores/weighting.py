@@ -61,6 +61,10 @@ def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:
             f"Weights must name exactly the index's groups. Missing: {missing}; unknown: {unknown}."
         )
     given = [weights[name] for name in layout.names]
+    for name, value in weights.items():
+        if np.shape(value) or isinstance(value, str):
+            kind = repr(value) if isinstance(value, str) else f"shape {list(np.shape(value))}"
+            raise ValueError(f"Each weight must be one number, and that of {name!r} is {kind}.")
     values: Any
     if any(isinstance(value, jax.core.Tracer) for value in given):
         values = jnp.stack([jnp.asarray(value) for value in given])
@@ -70,8 +74,6 @@ def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:
     if jnp.issubdtype(values.dtype, jnp.complexfloating):
         raise ValueError(f"Weights must be real numbers, got {values.dtype}.")
     values = values.astype(wide(values.dtype))
-    if values.ndim != 1:
-        raise ValueError(f"Each weight must be a scalar, got shape {values.shape[1:]}.")
     if not isinstance(values, jax.core.Tracer):
         bad = ~np.isfinite(values) | (np.asarray(values) < 0)
         if bad.any():
