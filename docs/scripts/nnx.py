@@ -64,7 +64,8 @@ for number in range(1, 101):
     if number in (60, 100):  # one on the way, and the last
         checkpoints.append(params)
 
-index = ja.build_index(ja.ekfac(loss), checkpoints, train)
+method = ja.ekfac(loss, mask=lambda row: row["mask"])  # padding has no part in its covariances
+index = ja.build_index(method, checkpoints, train)
 top = ja.top_k(index, queries, k=3)
 
 for query in range(5):
