@@ -156,7 +156,8 @@ def rows(
       [[True, True, False], [True, False, False]]
     """
     checked = _checked(documents, vocabulary)
-    starts = [1] * len(checked) if prompts is None else np.atleast_1d(prompts).tolist()
+    given: Any = [1] * len(checked) if prompts is None else prompts
+    starts = [given] if isinstance(given, int | np.integer) else list(given)
     if len(starts) != len(checked):
         raise ValueError(f"prompts must be one per document, {len(checked)}, got {len(starts)}.")
     inputs = np.zeros((len(checked), length), np.int32)
@@ -337,7 +338,7 @@ def _summed(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _checked(documents: Sequence[Sequence[int]], vocabulary: int) -> list[np.ndarray]:
-    documents = documents if isinstance(documents, Mapping) else list(documents)  # read twice
+    documents = documents if hasattr(documents, "__len__") else list(documents)  # read twice
     if isinstance(documents, Mapping) or any(isinstance(each, Mapping) for each in documents):
         call = "[each['input_ids'] for each in documents]"
         call = "documents['input_ids']" if isinstance(documents, Mapping) else call

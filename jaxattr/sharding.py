@@ -1,8 +1,8 @@
 """Where arrays live: on one device, or over a mesh of many, on one host or on several.
 
 Training examples go over the mesh axis `data`; columns of stored features over `model`, if the mesh
-has such an axis. Parameters keep whatever sharding the training job gave them. Without a mesh every
-function here does nothing, so that the rest of the library is written once.
+has such an axis. Parameters keep whatever sharding the training job gave them. Without a mesh all
+is on the default device, so that the rest of the library is written once.
 """
 
 import contextlib

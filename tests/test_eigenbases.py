@@ -133,6 +133,7 @@ def test_padding_does_not_matter():
             "negative or not finite, as mas",
         ),
         (lambda example: example["mask"] * jnp.nan, "negative or not finite"),
+        (lambda example: (example["mask"] > 0).astype(int) - 1, "negative or not finite"),
         (lambda example: example["mask"] < 0, "keeps no position with a gradient"),
         (lambda example: 1 - example["mask"], "Is it the other way round"),
     ],
@@ -142,6 +143,17 @@ def test_masks_that_are_none_are_refused(mask, words):
     data["mask"] = jnp.tile(jnp.arange(5) < 3, (12, 1)) * 1.0
     with pytest.raises(ValueError, match=f"mask must return .*{words}"):
         FEW(ja.ekfac(masked, mask=mask), PARAMS, data)
+
+
+def test_an_example_with_a_mask_of_nan_is_left_out():
+    x = jax.random.normal(jax.random.key(0), (12, 5, 6), jnp.float64)
+    data = {"x": x, "y": jnp.zeros((12, 5), int), "mask": jnp.ones((12, 5)).at[3].set(jnp.nan)}
+    method = ja.ekfac(masked, mask=lambda example: example["mask"])
+    with pytest.warns(ja.NonFiniteWarning, match="ids 3"):
+        index = FEW(method, PARAMS, data)
+    others = jax.tree.map(lambda leaf: jnp.delete(leaf, 3, axis=0), data)
+    scores = ja.score(index, others), ja.score(FEW(method, PARAMS, others), others)
+    np.testing.assert_allclose(np.delete(scores[0], 3, axis=1), scores[1], rtol=1e-8)
 
 
 def test_whole_numbers_of_a_mask_count_once():

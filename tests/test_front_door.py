@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 import types
 import warnings
@@ -694,6 +695,9 @@ WRONG = {  # name: (call, error, words)
     "training on a mask": (
         lambda: TRAINER(KEY, np.ones(40, bool)), ValueError, ["ids must be integers", "bool [40]"],
     ),
+    "training on a mask of numbers": (
+        lambda: TRAINER(KEY, Y), ValueError, ["all 0 or 1, as a mask is", "np.flatnonzero(mask)"],
+    ),
     "ids before the key": (
         lambda: TRAINER(jnp.arange(20), KEY), ValueError, ["key must be one PRNG key", "int"],
     ),
@@ -761,6 +765,10 @@ WRONG = {  # name: (call, error, words)
     "labels of examples for names": (
         lambda: ja.report(INDEX, D, labels=["cat", "dog"] * 20, path="x.html"), ValueError,
         ["names of classes", "one per training example"],
+    ),
+    "an array of labels of examples": (
+        lambda: ja.report(INDEX, D, labels=np.array(["cat", "dog"] * 20), path="x.html"),
+        ValueError, ["one per training example"],
     ),
     "labels by number": (
         lambda: ja.report(INDEX, D, labels=lambda number: "ab"[number], path="x.html"), ValueError,
@@ -984,9 +992,12 @@ def test_a_list_that_may_be_one_model_is_said_to_be():
 def test_documents_may_come_from_a_generator():
     documents = [[1, 2, 3], [4, 5]]
     for make in (language.rows, language.packed):
-        found = make((each for each in documents), 3, vocabulary=9)
+        found = make(iter(documents), 3, vocabulary=9)
         expected = make(documents, 3, vocabulary=9)
         np.testing.assert_array_equal(found["inputs"], expected["inputs"])
+    made = functools.partial(language.rows, documents, 3, vocabulary=9)
+    masks = [made(prompts=prompts)["mask"] for prompts in ([2, 1], iter([2, 1]))]
+    np.testing.assert_array_equal(masks[0], masks[1])
 
 
 def test_a_mask_that_is_added_to_logits_leaves_its_row_out():

@@ -320,18 +320,22 @@ def test_other_shapes_are_traced_anew_unless_the_function_has_changed():
         program(jnp.ones(4))
 
 
-def test_an_array_of_numpy_that_is_written_to_is_found():
-    scale = np.ones(6)
+@pytest.mark.parametrize("method", [ja.tracin, ja.ekfac, ja.logra])
+@pytest.mark.parametrize("shape", [(6,), ()])
+def test_an_array_of_numpy_that_is_written_to_is_found(method, shape):
+    scale = np.ones(shape)
 
     @jax.jit
     def scaled(x):  # a program within the program
-        return jnp.sum(x * scale)
+        return x * scale
 
-    index = ja.build_index(
-        ja.tracin(lambda p, e, key: scaled(e["x"]) * p["w"].sum()), {"w": jnp.ones(2)}, TRAIN
-    )
+    def loss(params, example, key):
+        return jnp.sum(jnp.tanh(scaled(example["x"]) @ params["w"]))
+
+    params = {"w": jax.random.normal(jax.random.key(0), (6, 2), jnp.float64)}
+    index = ja.build_index(method(loss), params, TRAIN)
     expected = ja.score(index, TRAIN)
-    scale *= 10
+    scale[...] = 10
     np.testing.assert_array_equal(ja.score(index, TRAIN), expected)
     with pytest.raises(ValueError, match="computes something else .* has changed"):
         ja.score(index, models.data(5, seed=9))

@@ -16,7 +16,7 @@ WEIGHTS = {"layer0": 0.5, "layer1": 2.0, "layer2": 0.5}
 METHODS = {
     "tracin": ja.tracin(models.loss, projection=projections.rademacher(8)),
     "trak": ja.trak(models.margin, projection=projections.rademacher(8)),
-    "ekfac": ja.ekfac(models.loss),
+    "ekfac": ja.ekfac(models.loss, mask=lambda example: example["y"][None] >= 0),
 }
 
 

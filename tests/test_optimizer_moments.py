@@ -103,13 +103,13 @@ def test_optimizer_states_without_second_moments():
     with pytest.raises(ValueError, match=r"found twice: \['layer0/bias'"):
         ja.trackstar(models.loss, (adam_state(), adam_state()), PARAMS)
     method = ja.trackstar(models.loss, [adam_state()], PARAMS)
-    with pytest.raises(ValueError, match="states of 1 checkpoints, and there are 2: pass one"):
+    with pytest.raises(ValueError, match="given 1 states of an optimizer, and there are 2"):
         FEW(method, [PARAMS, models.mlp_params(jax.random.key(1))], TRAIN)
 
 
 def test_states_of_more_checkpoints_than_there_are():
     method = ja.trackstar(models.loss, [adam_state(), adam_state()], PARAMS)
-    with pytest.raises(ValueError, match="states of 2 checkpoints, and there are 1: pass one for"):
+    with pytest.raises(ValueError, match="given 2 states of an optimizer, and there are 1"):
         FEW(method, PARAMS, TRAIN)
 
 
@@ -120,7 +120,12 @@ def test_what_is_no_second_moment_is_refused():
             ja.trackstar(models.loss, wrong, PARAMS)
 
 
-def test_a_frozen_part_is_excluded():
+def test_statistics_beside_moments_are_not_looked_at():
+    given = {"params": {"w": jnp.ones(3)}, "batch_stats": {"mean": -jnp.ones(3)}}
+    optimizer_moments.second_moments(given, given)
+
+
+def test_a_frozen_part_is_excluded(tmp_path):
     labels = {name: "frozen" if name == "layer0" else "trained" for name in PARAMS}
     frozen = {"trained": optax.adam(0.1), "frozen": optax.set_to_zero()}
     optimizer = optax.multi_transform(frozen, labels)
@@ -128,7 +133,8 @@ def test_a_frozen_part_is_excluded():
     _, state = jax.jit(optimizer.update)(gradient, optimizer.init(PARAMS), PARAMS)
     method = ja.trackstar(models.loss, state, PARAMS, rank=4)
     with pytest.raises(ValueError, match=r"moments of \['layer0/bias', 'layer0/kernel'\], 2 of 6"):
-        FEW(method, PARAMS, TRAIN)
+        FEW(method, PARAMS, TRAIN, path=tmp_path / "index")
+    assert not (tmp_path / "index").exists()  # so that the mended call finds no other index
     index = FEW(method, PARAMS, TRAIN, groups=ja.by_layer(exclude="layer0"))
     trained = {name: leaf for name, leaf in PARAMS.items() if name != "layer0"}
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxattr.counts import whole_number
 from jaxattr.features import signs
+from jaxattr.groups import GroupLayout
 from jaxattr.linear_maps import LinearMap, WithBias
 from jaxattr.scales import wide
 
@@ -137,6 +138,14 @@ class Basis:
     def name(self) -> str:
         """What `describe` shows."""
         return type(self).__name__
+
+    @property
+    def checkpoints(self) -> int | None:
+        """How many checkpoints it was made for; None for any number."""
+        return None
+
+    def check(self, groups: GroupLayout) -> None:
+        """Raises if there are parameters in the groups that it has nothing for."""
 
     def side(self, size: int) -> int:
         """Returns the number of features of a side with so many inputs or outputs."""

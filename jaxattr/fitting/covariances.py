@@ -129,9 +129,11 @@ class Covariances:
                 "mask must return which of an example's t positions count, [t], but returned "
                 f"{got}: write mask=lambda example: example['mask']."
             )
-        if not jnp.issubdtype(found.dtype, jnp.floating):
-            return found != 0
-        return jnp.where(found >= 0, found, jnp.nan)  # `check_masked` says so
+        if found.dtype == bool:
+            return found
+        floats = jnp.issubdtype(found.dtype, jnp.floating)
+        counted = found if floats else found.astype(bool).astype(jnp.result_type(float))
+        return jnp.where(found >= 0, counted, jnp.nan)  # `check_masked` says so
 
     def check_masked(self, sums: Mapping[str, Covariance]) -> None:
         """Refuses a mask that leaves nothing, or is none.
@@ -168,7 +170,7 @@ class Covariances:
             t = use.cotangents.shape[-2]
             counted = jnp.broadcast_to(kept[:, None], (kept.shape[0], t)).astype(factored.dtype)
             if weights is not None and weights.shape[1:] == (t,):
-                counted = counted * weights.astype(counted.dtype)
+                counted = jnp.where(kept[:, None], weights.astype(counted.dtype), 0)
             positions = jnp.sum(counted) * use.applied.astype(counted.dtype)
             # A convolution's feature groups share a position's cotangents.
             counts = jnp.stack([positions, positions / factored.map.groups])

@@ -13,7 +13,7 @@ from jaxattr import linear_maps
 from jaxattr.features.bases import Factored, Fitted, Sides, Signs
 from jaxattr.features.signs import seed_of
 from jaxattr.fitting.passes import TrainingPass
-from jaxattr.groups import named_leaves
+from jaxattr.groups import GroupLayout, named_leaves
 from jaxattr.identity import Contents
 from jaxattr.inputs.arrays import shapes_and_tree
 from jaxattr.scales import wide
@@ -36,8 +36,9 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
       params: the parameters that it belongs to.
 
     Returns:
-      A pytree like the parameters; zero for what is not trained, and NaN for what the optimizer
-      was not given (`optax.masked`, `partition`), which an index must exclude.
+      A pytree like the parameters: zeros for whole numbers and batch statistics, and a single NaN
+      for what the optimizer has no second moments of (`optax.masked`, `multi_transform`), which
+      must be excluded from the groups.
 
     Raises:
       ValueError: if no parameter has a second moment in the state, or one has two; if they are
@@ -51,12 +52,12 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
       >>> print(second_moments(state, params)["w"].round(4))
       [0.001 0.001]
     """
-    if shapes_and_tree(optimizer_state) == shapes_and_tree(params):
-        _check(named_leaves(optimizer_state))
-        return optimizer_state
     leaves = named_leaves(params)
-    shapes = {name: jnp.shape(x) for name, x in leaves.items()}
     needed = {name for name, leaf in leaves.items() if _is_trained(name, leaf)}
+    if shapes_and_tree(optimizer_state) == shapes_and_tree(params):
+        _check({n: x for n, x in named_leaves(optimizer_state).items() if n in needed})
+        return optimizer_state
+    shapes = {name: jnp.shape(x) for name, x in leaves.items()}
     # An optimizer of linen's parameters alone does not know that they stand under "params".
     known = shapes | {name.removeprefix(_PARAMS): shape for name, shape in shapes.items()}
     each = [pair for node in _nodes(optimizer_state) for pair in _moments(node, known).items()]
@@ -76,8 +77,8 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
             "instead; several checkpoints go in as a list, [state] where params are a list too."
         )
     _check(found)
-    unknown = {name: jnp.full(shapes[name], jnp.nan) for name in missing}
-    moments = [(found | unknown).get(name, jnp.zeros(shape)) for name, shape in shapes.items()]
+    found |= dict.fromkeys(missing, _UNKNOWN)
+    moments = [found.get(name, jnp.zeros(shape)) for name, shape in shapes.items()]
     return jax.tree.unflatten(jax.tree.structure(params), moments)
 
 
@@ -99,6 +100,7 @@ def states_of(given: Any) -> list[Any]:
 
 
 _PARAMS, _STATISTICS = "params/", "batch_stats/"
+_UNKNOWN: Any = np.float32(np.nan)
 
 
 def _is_trained(name: str, leaf: Any) -> bool:
@@ -175,8 +177,7 @@ class ScaledSigns(Signs):
 
     def fit(self, over: TrainingPass) -> Fitted:
         """See `Fits`; looks at no data."""
-        given = self._moments_of(over)
-        named = named_leaves(given)
+        named = self._moments_of(over)
         plan = over.featurizer.plan
         roots = {name: jnp.sqrt(v.astype(wide(v.dtype))) for name, v in named.items()}
         scales = {name: 1 / (root + self.epsilon) for name, root in roots.items()}
@@ -194,25 +195,37 @@ class ScaledSigns(Signs):
         """How many checkpoints there must be."""
         return len(self.moments)
 
-    def _moments_of(self, over: TrainingPass) -> Params:
-        given = self.moments[over.number].value
-        if jax.tree.map(jnp.shape, given) != jax.tree.map(jnp.shape, over.params):
+    def check(self, groups: GroupLayout) -> None:
+        """See `Basis`."""
+        for given in self.moments:
+            used = _used(given.value, groups)
+            unknown = [name for name, x in used.items() if np.ndim(x) == 0 and np.isnan(x)]
+            if unknown:
+                raise ValueError(
+                    f"The optimizer has no second moments of {unknown[:5]}, {len(unknown)} of "
+                    f"{len(used)} parameters: it does not train them, or by a rule without "
+                    "(Muon's, SGD). Leave them out: groups=ja.by_layer(exclude=...), a pattern of "
+                    "their names; or make the method of a loss of the others alone."
+                )
+
+    def _moments_of(self, over: TrainingPass) -> dict[str, Any]:
+        groups = over.featurizer.groups
+        given = _used(self.moments[over.number].value, groups)
+        got, needed = (
+            {n: jnp.shape(x) for n, x in of.items()} for of in (given, _used(over.params, groups))
+        )
+        if got != needed:
             raise ValueError(
                 f"The second moments of checkpoint {over.number} do not fit its parameters: got "
-                f"{jax.tree.map(jnp.shape, given)}, needed "
-                f"{jax.tree.map(jnp.shape, over.params)}."
-            )
-        excluded = dict(over.featurizer.groups.excluded)
-        used = {name: x for name, x in named_leaves(given).items() if name not in excluded}
-        unknown = [name for name, x in used.items() if not _moments_and_any(x)[0]]
-        if unknown:
-            raise ValueError(
-                f"The optimizer has no second moments of {unknown[:5]}, {len(unknown)} of "
-                f"{len(used)} parameters: it does not train them. Leave them out: "
-                "groups=ja.by_layer(exclude=...), a pattern of their names; or make the method of "
-                "a loss of the trained part alone."
+                f"{got}, needed {needed}."
             )
         return given
+
+
+def _used(tree: Params, groups: GroupLayout) -> dict[str, Any]:
+    """The leaves that are in a group."""
+    excluded = dict(groups.excluded)
+    return {name: x for name, x in named_leaves(tree).items() if name not in excluded}
 
 
 def _scaled(factored: Factored, sides: Sides, named: dict[str, Any], epsilon: float) -> Sides:

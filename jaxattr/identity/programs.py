@@ -8,7 +8,7 @@ JAX's cache of traces, so a changed state is another program.
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as
 from jaxattr.identity.arrays import digest_of
 from jaxattr.inputs.traces import dtype_of, eagerly, shapes_of, trace
 
+_Mutable: TypeAlias = dict[int, tuple[Any, str]]
 # Rules of their own for derivatives: they are seen in the trace of the derivative alone.
 _WITH_RULES = ("custom_jvp_call", "custom_vjp_call")
 # What does not change what is computed: names, and how things are compiled or placed.
@@ -55,13 +56,17 @@ class Program:
           ValueError: if that is due, and the function no longer computes the same; or if an array
             of NumPy that it closes over has been written to.
         """
-        if any(_content(constant) != content for constant, content in self._mutable):
-            raise self._changed()
         program, result = self._traced(arguments)
         found = jaxpr_as_fun(program)(*jax.tree.leaves(arguments))
         return jax.tree.unflatten(jax.tree.structure(result), found)
 
+    def check_unchanged(self) -> None:
+        """Raises if an array of NumPy that it closes over has been written to."""
+        if any(_content(constant) != content for constant, content in self._mutable.values()):
+            raise self._changed()
+
     def _traced(self, arguments: tuple[Any, ...]) -> tuple[ClosedJaxpr, Any]:
+        self.check_unchanged()
         signature = _signature(arguments)
         if signature in self._programs:
             return self._programs[signature]
@@ -73,8 +78,9 @@ class Program:
     def _changed(self) -> ValueError:
         return ValueError(
             f"The function {self.name!r} computes something else than when it was first given: "
-            "an array that it closes over has changed, such as running statistics. Build the "
-            "index again, or let each function close over what does not change."
+            "an array that it closes over has changed, such as running statistics, or one of "
+            "NumPy that was written to. Build the index again, or let each function close over "
+            "what does not change."
         )
 
     def __eq__(self, other: object) -> bool:
@@ -109,7 +115,7 @@ def _signature(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tree, tuple((jnp.shape(leaf), str(dtype_of(leaf))) for leaf in leaves)
 
 
-def _digest(program: ClosedJaxpr, shapes: tuple[Any, ...]) -> tuple[str, list[tuple[Any, str]]]:
+def _digest(program: ClosedJaxpr, shapes: tuple[Any, ...]) -> tuple[str, _Mutable]:
     """What a program computes, and those of its constants that may be written to."""
     walk = _Walk()
     walk.closed(program)
@@ -154,13 +160,13 @@ class _Walk:
 
     Attributes:
       has_rules: whether some function with rules of its own for derivatives was met.
-      mutable: constants that are no arrays of JAX, and what they are now.
+      mutable: constants that may be written to, by their addresses, and what they are now.
     """
 
     def __init__(self, around: "_Walk | None" = None) -> None:
         self._hash = hashlib.sha256()
         self._known: dict[int, tuple[Any, str]] = {} if around is None else around._known
-        self.mutable: list[tuple[Any, str]] = [] if around is None else around.mutable
+        self.mutable: _Mutable = {} if around is None else around.mutable
         self.has_rules = False
 
     def hexdigest(self) -> str:
@@ -170,10 +176,7 @@ class _Walk:
     def closed(self, program: ClosedJaxpr) -> None:
         """Takes in a program and its constants."""
         for constant in program.consts:
-            content = _content(constant)
-            self._say("constant", content)
-            if not isinstance(constant, jax.Array):
-                self.mutable.append((constant, content))
+            self._say("constant", self._constant(constant))
         self._program(program.jaxpr)
 
     def _program(self, program: Jaxpr) -> None:
@@ -226,8 +229,16 @@ class _Walk:
 
     def _atom(self, numbers: dict[Var, int], atom: Any) -> str:
         if isinstance(atom, Literal):
-            return f"literal {atom.aval.str_short()} {_content(atom.val)}"
+            return f"literal {atom.aval.str_short()} {self._constant(atom.val)}"
         return str(numbers[atom])
+
+    def _constant(self, value: Any) -> str:
+        if id(value) in self.mutable:
+            return self.mutable[id(value)][1]
+        content = _content(value)
+        if not isinstance(value, jax.Array | np.generic | bool | int | float | complex):
+            self.mutable[id(value)] = value, content
+        return content
 
     def _say(self, *words: Any) -> None:
         self._hash.update(repr(words).encode())

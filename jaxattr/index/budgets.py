@@ -167,7 +167,6 @@ def looking_at(
     output = check_method(method).rule.output
     with explaining_swaps(output, checkpoints, train):
         parameters = as_checkpoints(checkpoints)
-        method.weights_of(len(parameters))
         source = as_source(train, "train", functools.partial(runs, output, parameters[0]))
         if is_one_model(output, checkpoints, train):
             said = (
@@ -178,6 +177,7 @@ def looking_at(
             if not runs(output, parameters[0], source.example):
                 raise ValueError(said)
             warnings.warn(said, UserWarning, stacklevel=4)
+        method.weights_of(len(parameters))
         yield parameters, source
 
 
@@ -214,14 +214,19 @@ class BuildRequest:
           memory: bytes per device, or None.
 
         Raises:
-          ValueError: if the memory does not suffice for a microbatch of one.
+          ValueError: if the memory does not suffice for a microbatch of one, or the basis has
+            nothing for some of the parameters.
         """
         batch_size = whole_number("batch_size", batch_size)
         if memory is None:
-            return self._featurizer(batch_size, microbatch)
-        if microbatch is not None:
+            made = self._featurizer(batch_size, microbatch)
+        elif microbatch is not None:
             raise ValueError("Give microbatch or memory, not both.")
-        return self._fitting(batch_size, whole_number("memory, in bytes,", memory))
+        else:
+            made = self._fitting(batch_size, whole_number("memory, in bytes,", memory))
+        if (basis := self.method.rule.projection.basis) is not None:
+            basis.check(made.groups)
+        return made
 
     def block(self, featurize: Featurizer, batch_size: int, size: int | None = None) -> int:
         """Examples per block: every device has as many, in whole microbatches.

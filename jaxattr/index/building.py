@@ -141,13 +141,14 @@ def build_index(
       UserWarning: if TRAK was given what looks like a loss, a function draws random numbers that do
         not come from its key, gradients are zero, two checkpoints are the same arrays, or a list of
         checkpoints may be one model's parameters.
+      UserWarning: if `ja.influence`'s damped Hessian has negative eigenvalues.
       ConvergenceWarning: with the ids of those whose solve did not converge.
       TruncationWarning: if leading eigenvectors hold little of the curvature.
     """
     place = placement(mesh)
     if verify not in (None, "all", "sample"):
         raise ValueError(f'verify must be "all" or "sample", got {verify!r}.')
-    if not isinstance(store, bool):
+    if not isinstance(store, bool | np.bool_):
         raise TypeError(f"store must be True or False, got {store!r}: a folder goes in as path=.")
     if extend and path is None:
         raise ValueError("extend=True adds to an index on disk: give its path.")

@@ -44,14 +44,15 @@ def as_checkpoints(checkpoints: Params | Sequence[Params]) -> tuple[Params, ...]
 
 
 def _warn_of_the_same(checkpoints: Sequence[Params]) -> None:
+    leaves = [jax.tree.leaves(params) for params in checkpoints]  # kept, for their addresses
     first: dict[tuple[int, ...], int] = {}
-    for number, params in enumerate(checkpoints):
-        arrays = tuple(map(id, jax.tree.leaves(params)))
+    for number, own in enumerate(leaves):
+        arrays = tuple(map(id, own))
         if first.setdefault(arrays, number) != number:
             warnings.warn(
-                f"Checkpoints {first[arrays]} and {number} are the same arrays. A state of nnx "
-                "changes as its model is trained: keep a copy of each, jax.tree.map(jnp.copy, "
-                "nnx.state(model, nnx.Param)).",
+                f"Checkpoints {first[arrays]} and {number} are the same arrays. If they are states "
+                "of nnx, which change as the model is trained, keep a copy of each: "
+                "jax.tree.map(jnp.copy, nnx.state(model, nnx.Param)).",
                 UserWarning,
                 stacklevel=3,
             )

@@ -162,6 +162,7 @@ def trace(loss: OutputFn, params: Params, example: Example, key: Key | None) -> 
     """Traces a loss once and finds the linear maps in it; a `Program` of known shapes no more."""
     leaves, structure = jax.tree.flatten(shapes_of((params, example, key)))
     if isinstance(loss, Program):
+        loss.check_unchanged()
         return _trace_once(loss, structure, tuple(leaves))
     return _trace(loss, structure, tuple(leaves))
 

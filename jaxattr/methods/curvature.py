@@ -105,7 +105,8 @@ def kfac(
         `fisher="true"`. Default: the loss's attribute `sample`.
       mask: (example) -> [t], which token positions count in the covariances. The loss must ignore
         the others already. Applied to maps with t positions; those that the model adds, such as
-        a class token, are to be in it.
+        a class token, are to be in it. Whole numbers count where they are not zero; floats are
+        weights. What is negative, or leaves no gradient, is refused.
       bands: splits each side of each layer's eigenbasis into so many groups, from large to small
         eigenvalues: groups `layer[i,j]`, for weights by curvature.
 
@@ -165,7 +166,8 @@ def ekfac(
         `fisher="true"`. Default: the loss's attribute `sample`.
       mask: (example) -> [t], which token positions count in the covariances. The loss must ignore
         the others already. Applied to maps with t positions; those that the model adds, such as
-        a class token, are to be in it.
+        a class token, are to be in it. Whole numbers count where they are not zero; floats are
+        weights. What is negative, or leaves no gradient, is refused.
       bands: splits each side of each layer's eigenbasis into so many groups, from large to small
         eigenvalues: groups `layer[i,j]`, for weights by curvature.
 

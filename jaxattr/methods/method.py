@@ -65,11 +65,12 @@ class Method:
 
     def weights_of(self, checkpoints: int) -> tuple[float, ...]:
         """Returns eta for a number of checkpoints, for which the method must be made."""
-        given = getattr(self.rule.projection.basis, "checkpoints", checkpoints)
-        if given != checkpoints:
+        basis = self.rule.projection.basis
+        given = None if basis is None else basis.checkpoints
+        if given not in (None, checkpoints):
             raise ValueError(
-                f"{self.name} was given the states of {given} checkpoints, and there are "
-                f"{checkpoints}: pass one for each, in the same order."
+                f"{self.name} was given {given} states of an optimizer, and there are "
+                f"{checkpoints} checkpoints: pass one for each, in the same order."
             )
         if self.checkpoint_weights is None:
             return (1 / checkpoints if self.average_checkpoints else 1.0,) * checkpoints

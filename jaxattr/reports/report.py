@@ -224,7 +224,8 @@ def _texts(predictions: Sequence[Any] | None) -> list[str] | None:
 
 
 def _refuse_labels_of_examples(labels: Any, n: int) -> None:
-    if not isinstance(labels, Mapping) and isinstance(labels, Sequence) and len(labels) == n:
+    listed = hasattr(labels, "__len__") and not isinstance(labels, Mapping | str)
+    if listed and len(labels) == n:
         if len(set(map(str, labels))) < n:
             raise ValueError(
                 f"labels are the names of classes 0, 1, ..., and these are {n}, one per training "

@@ -302,8 +302,8 @@ def attributor(
       draws its randomness from (default -1, -2, ..., as in `score`).
 
     Raises:
-      ValueError: if k is no int between 1 and n, weights are wrong, or the index is on disk: open
-        it with `in_memory=True`.
+      ValueError: if k is no int between 1 and n, weights are wrong, or the index keeps no features
+        in memory (on disk: open it with `in_memory=True`; `store=False`).
     """
     k = _checked_k(k, check_index(index), opponents)
     rows = index.rows

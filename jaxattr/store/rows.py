@@ -208,7 +208,7 @@ class Rows(Protocol):
 
 
 class KeptRows:
-    """What all rows that are kept have in common; see `Rows`."""
+    """What stores of rows have in common; see `Rows`."""
 
     def column(self: Rows, name: str, checkpoint: int, columns: slice = slice(None)) -> np.ndarray:
         """See `Rows`; slab by slab."""
