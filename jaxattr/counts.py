@@ -53,7 +53,7 @@ def checked_ids(ids: Any, examples: int, name: str, count: int | None = None) ->
       count: how many there must be; default: one or more.
 
     Raises:
-      ValueError: if they are no integers, out of range, or a mask.
+      ValueError: if they are no integers, or out of range.
     """
     ids = np.asarray(ids)
     whole = ids.ndim == 1 and ids.dtype.kind in "iu" and len(ids) > 0
@@ -63,10 +63,5 @@ def checked_ids(ids: Any, examples: int, name: str, count: int | None = None) ->
         raise ValueError(
             f"{name} must be integers [{count or 'b'}] from 0 to {examples - 1}, ids of training "
             f"examples; got {ids.dtype} {list(ids.shape)}{got}."
-        )
-    if len(ids) == examples > 2 and ids.max() < 2:
-        raise ValueError(
-            f"{name} must be ids of training examples, and these {examples} are all 0 or 1, as a "
-            "mask is: pass np.flatnonzero(mask)."
         )
     return ids

@@ -13,7 +13,7 @@ of which the last two are there in packed rows only, for the model to keep docum
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -157,7 +157,7 @@ def rows(
     """
     checked = _checked(documents, vocabulary)
     given: Any = [1] * len(checked) if prompts is None else prompts
-    starts = [given] if isinstance(given, int | np.integer) else list(given)
+    starts = np.atleast_1d(list(given) if isinstance(given, Iterator) else given).tolist()
     if len(starts) != len(checked):
         raise ValueError(f"prompts must be one per document, {len(checked)}, got {len(starts)}.")
     inputs = np.zeros((len(checked), length), np.int32)
@@ -338,7 +338,8 @@ def _summed(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _checked(documents: Sequence[Sequence[int]], vocabulary: int) -> list[np.ndarray]:
-    documents = documents if hasattr(documents, "__len__") else list(documents)  # read twice
+    if not isinstance(documents, Mapping) and not hasattr(documents, "__getitem__"):
+        documents = list(documents)  # read more than once
     if isinstance(documents, Mapping) or any(isinstance(each, Mapping) for each in documents):
         call = "[each['input_ids'] for each in documents]"
         call = "documents['input_ids']" if isinstance(documents, Mapping) else call

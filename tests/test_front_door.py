@@ -1000,6 +1000,29 @@ def test_documents_may_come_from_a_generator():
     np.testing.assert_array_equal(masks[0], masks[1])
 
 
+def test_documents_that_can_be_read_once_are_rows():
+    class Once:  # as tqdm(generator) is
+        def __init__(self):
+            self.documents = iter([[1, 2, 3], [4, 5]])
+
+        def __len__(self):
+            return 2
+
+        def __iter__(self):
+            return self.documents
+
+    assert language.rows(Once(), 3, vocabulary=9)["inputs"].shape == (2, 3)
+
+
+def test_shapes_of_several_checkpoints_may_be_one():
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), P)
+    assert ja.plan(M, [shapes] * 3, D).examples == 40
+
+
+def test_copies_of_the_first_two_are_no_mask():
+    assert len(ja.noised({"x": X[:10]}, np.repeat([0, 1], 5), KEY)["x"]) == 10
+
+
 def test_a_mask_that_is_added_to_logits_leaves_its_row_out():
     rows = language.rows([[1, 2, 3], [4, 3]], 3, vocabulary=9)
     rows["mask"] = np.stack([rows["mask"][0], np.where(rows["mask"][1], 0, -1e9)])

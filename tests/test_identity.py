@@ -341,6 +341,25 @@ def test_an_array_of_numpy_that_is_written_to_is_found(method, shape):
         ja.score(index, models.data(5, seed=9))
 
 
+@pytest.mark.parametrize("method", [ja.tracin, ja.ekfac, ja.logra])
+def test_an_index_of_a_mended_array_is_of_that(method):
+    def made(scale):
+        def loss(params, example, key):
+            return jnp.sum(jnp.tanh((example["x"] * scale) @ params["w"]))
+
+        return method(loss)
+
+    params = {"w": jax.random.normal(jax.random.key(0), (6, 2), jnp.float64)}
+    written = np.ones(6)
+    expected = ja.score(ja.build_index(made(written), params, TRAIN), models.data(5, seed=9))
+    written *= 10
+    index = ja.build_index(made(np.ones(6)), params, TRAIN)
+    np.testing.assert_array_equal(ja.score(index, models.data(5, seed=9)), expected)
+    assert ja.score(index, models.data(3, seed=9)).shape == (3, 30)
+    by_leaf = ja.build_index(made(np.ones(6)), params, TRAIN, groups=ja.by_leaf, microbatch=7)
+    np.testing.assert_allclose(ja.score(by_leaf, models.data(5, seed=9)), expected, rtol=1e-9)
+
+
 def test_the_same_method_with_changed_state():
     stats = {"scale": jnp.asarray(1.0)}
 

@@ -127,7 +127,7 @@ def trainer(
 
     def train_fn(key: Key, ids: jax.Array) -> Params:
         if not any(isinstance(each, jax.core.Tracer) for each in (key, ids)):
-            key, ids = check_key(key), jnp.asarray(checked_ids(ids, examples, "ids"))
+            key, ids = check_key(key), jnp.asarray(_checked(ids, examples))
         step, start, steps, whole = parts(key, ids)
         ones = jnp.ones(steps.ids.shape[1])
 
@@ -137,7 +137,7 @@ def trainer(
         return whole(jax.lax.scan(next_state, start, (steps.ids, steps.keys))[0][0])
 
     def run(key: Key, ids: Any = None) -> TrainingRun:
-        chosen = np.arange(examples) if ids is None else checked_ids(ids, examples, "ids")
+        chosen = np.arange(examples) if ids is None else _checked(ids, examples)
         step, start, steps, whole = parts(check_key(key), jnp.asarray(chosen))
         # On the host, where they are looked at: else each step waits for the one before.
         steps = dataclasses.replace(steps, ids=np.asarray(steps.ids))
@@ -174,6 +174,16 @@ class _Steps:
     def __getitem__(self, number: int) -> tuple[tuple[Batch, Key], jax.Array | np.ndarray]:
         ids = self.ids[number]
         return self.batch(ids, self.keys[number]), ids
+
+
+def _checked(ids: Any, examples: int) -> np.ndarray:
+    ids = checked_ids(ids, examples, "ids")
+    if len(ids) == examples >= 8 and ids.max() < 2:  # of fewer examples a bootstrap may be so
+        raise ValueError(
+            f"ids must be those of training examples, and these {examples} are all 0 or 1, as a "
+            "mask is: pass np.flatnonzero(mask)."
+        )
+    return ids
 
 
 def _is_optimizer(value: Any) -> bool:

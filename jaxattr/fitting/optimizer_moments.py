@@ -78,7 +78,7 @@ def second_moments(optimizer_state: Any, params: Params) -> Params:
         )
     _check(found)
     found |= dict.fromkeys(missing, _UNKNOWN)
-    moments = [found.get(name, jnp.zeros(shape)) for name, shape in shapes.items()]
+    moments = [found[n] if n in found else jnp.zeros(shape) for n, shape in shapes.items()]
     return jax.tree.unflatten(jax.tree.structure(params), moments)
 
 

@@ -61,9 +61,16 @@ class Program:
         return jax.tree.unflatten(jax.tree.structure(result), found)
 
     def check_unchanged(self) -> None:
-        """Raises if an array of NumPy that it closes over has been written to."""
-        if any(_content(constant) != content for constant, content in self._mutable.values()):
+        """Raises if an array of NumPy that it closes over has been written to.
+
+        JAX copies those of types that it does not take as they are, such as float64; these are as
+        they were.
+        """
+        if not self._is_unchanged():
             raise self._changed()
+
+    def _is_unchanged(self) -> bool:
+        return all(_content(constant) == content for constant, content in self._mutable.values())
 
     def _traced(self, arguments: tuple[Any, ...]) -> tuple[ClosedJaxpr, Any]:
         self.check_unchanged()
@@ -85,10 +92,13 @@ class Program:
 
     def __eq__(self, other: object) -> bool:
         # The digest sees leaves alone; a function of another kind of tree takes other arguments.
-        return (
+        # One whose arrays were written to is no longer what its digest says.
+        return self is other or (
             isinstance(other, Program)
             and other.digest == self.digest
             and other._signature == self._signature
+            and self._is_unchanged()
+            and other._is_unchanged()
         )
 
     def __hash__(self) -> int:
@@ -248,10 +258,7 @@ def _content(value: Any) -> str:
     """What a constant is. One that is being traced is known by its object alone."""
     if isinstance(value, jax.core.Tracer):
         return f"traced {id(value)}"
-    if (
-        isinstance(value, np.ndarray | np.generic | bool | int | float | complex)
-        and np.size(value) <= 64
-    ):
+    if not isinstance(value, jax.Array) and np.size(value) <= 64:
         array = np.asarray(value)
         return f"{array.dtype} {array.shape} {array.tobytes().hex()}"
     with eagerly():  # where a function is traced inside another's trace

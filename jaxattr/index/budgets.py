@@ -219,14 +219,10 @@ class BuildRequest:
         """
         batch_size = whole_number("batch_size", batch_size)
         if memory is None:
-            made = self._featurizer(batch_size, microbatch)
-        elif microbatch is not None:
+            return self._featurizer(batch_size, microbatch)
+        if microbatch is not None:
             raise ValueError("Give microbatch or memory, not both.")
-        else:
-            made = self._fitting(batch_size, whole_number("memory, in bytes,", memory))
-        if (basis := self.method.rule.projection.basis) is not None:
-            basis.check(made.groups)
-        return made
+        return self._fitting(batch_size, whole_number("memory, in bytes,", memory))
 
     def block(self, featurize: Featurizer, batch_size: int, size: int | None = None) -> int:
         """Examples per block: every device has as many, in whole microbatches.
@@ -283,6 +279,8 @@ class BuildRequest:
             featurizer, self.method, self.checkpoints[0], self.source.example, groups=self.groups
         )
         made = make(key=self.key, microbatch=microbatch)
+        if (basis := self.method.rule.projection.basis) is not None:
+            basis.check(made.groups)
         if self.place.mesh is None:
             return made
         local = self.source.block_size(batch_size, self.place) // self.place.shards

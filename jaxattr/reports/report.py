@@ -224,7 +224,7 @@ def _texts(predictions: Sequence[Any] | None) -> list[str] | None:
 
 
 def _refuse_labels_of_examples(labels: Any, n: int) -> None:
-    listed = hasattr(labels, "__len__") and not isinstance(labels, Mapping | str)
+    listed = np.ndim(labels) == 1 and not isinstance(labels, Mapping) and not callable(labels)
     if listed and len(labels) == n:
         if len(set(map(str, labels))) < n:
             raise ValueError(
