@@ -30,8 +30,7 @@ def check_match(
     """
     known, found = fields_of(train), fields_of(query)
     shared = [name for name in found if name in known]
-    what = lambda leaf: (leaf.shape, _kind(leaf))  # noqa: E731
-    unlike = [n for n in shared if what(known[n]) != what(found[n])]
+    unlike = [n for n in shared if _what(known[n]) != _what(found[n])]
     if known.keys() == found.keys() and not unlike:
         return
     read = dict(zip(known, read_leaves(function, params, train), strict=True))
@@ -71,6 +70,10 @@ def _check_kind(name: str, known: Any, found: Any) -> None:
         )
 
 
+def _what(leaf: Any) -> tuple[tuple[int, ...], str]:
+    return leaf.shape, _kind(leaf)
+
+
 def _kind(leaf: Any) -> str:
     kinds = {"bool": jnp.bool_, "int": jnp.integer, "float": jnp.floating}
     return next((n for n, kind in kinds.items() if jnp.issubdtype(leaf.dtype, kind)), "other")
@@ -84,7 +87,7 @@ def _difference(
     unlike = [
         f"{_named(n)} is {shape(found[n])} in queries, and {shape(known[n])} in training examples"
         for n in found
-        if n in known and (found[n].shape, _kind(found[n])) != (known[n].shape, _kind(known[n]))
+        if n in known and _what(found[n]) != _what(known[n])
     ]
     parts = []
     if new or missing:

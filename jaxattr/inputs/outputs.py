@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxattr.inputs.arrays import NOTHING, fields_of
+from jaxattr.inputs.parameters import are_several
 from jaxattr.inputs.traces import read_inputs, shapes_of, trace, warn_of_shared_randomness
 from jaxattr.inputs.wording import brief, name_of, shapes
 from jaxattr.typing import Example, Key, OutputFn, Params
@@ -327,16 +328,12 @@ def explaining_swaps(function: Any, checkpoints: Any, train: Any) -> Iterator[No
 
 def is_one_model(function: Any, checkpoints: Any, train: Any) -> bool:
     """Whether a list or tuple of several is all of what a function takes as its parameters."""
-    return _several(checkpoints) and len(checkpoints) > 1 and _runs(function, checkpoints, train)
-
-
-def _several(checkpoints: Any) -> bool:
-    return isinstance(checkpoints, list | tuple) and not hasattr(checkpoints, "_fields")
+    return are_several(checkpoints) and len(checkpoints) > 1 and _runs(function, checkpoints, train)
 
 
 def _look_right(function: Any, params: Any, data: Any) -> bool:
     """Whether a function runs on what is passed as parameters and as data."""
-    one = next(iter(params), None) if _several(params) else params
+    one = next(iter(params), None) if are_several(params) else params
     return _runs(function, one, data)
 
 

@@ -26,13 +26,12 @@ def as_checkpoints(checkpoints: Params | Sequence[Params]) -> tuple[Params, ...]
     Warns:
       UserWarning: if two are the same arrays.
     """
-    several = isinstance(checkpoints, list | tuple) and not hasattr(checkpoints, "_fields")
     if isinstance(checkpoints, Iterator | ValuesView):
         raise TypeError(
             f"checkpoints is {_a(type(checkpoints).__name__)}, which is read once: pass a list of "
             "them, list(...)."
         )
-    parameters = tuple(checkpoints) if several else (checkpoints,)
+    parameters = tuple(checkpoints) if are_several(checkpoints) else (checkpoints,)
     if not parameters:
         raise ValueError("checkpoints is empty: pass one params pytree, or a list of them.")
     for number, params in enumerate(parameters):
@@ -41,6 +40,11 @@ def as_checkpoints(checkpoints: Params | Sequence[Params]) -> tuple[Params, ...]
             _check_same(number, parameters[0], params)
     _warn_of_the_same(parameters)
     return parameters
+
+
+def are_several(checkpoints: Any) -> bool:
+    """Whether what was passed is a list or tuple of checkpoints, and no NamedTuple of one."""
+    return isinstance(checkpoints, list | tuple) and not hasattr(checkpoints, "_fields")
 
 
 def _warn_of_the_same(checkpoints: Sequence[Params]) -> None:

@@ -225,13 +225,12 @@ def _texts(predictions: Sequence[Any] | None) -> list[str] | None:
 
 def _refuse_labels_of_examples(labels: Any, n: int) -> None:
     listed = np.ndim(labels) == 1 and not isinstance(labels, Mapping) and not callable(labels)
-    if listed and len(labels) == n:
-        if len(set(map(str, labels))) < n:
-            raise ValueError(
-                f"labels are the names of classes 0, 1, ..., and these are {n}, one per training "
-                "example, some of them more than once: pass each name once, or a function from an "
-                "example to its label."
-            )
+    if listed and len(labels) == n > len(set(map(str, labels))):
+        raise ValueError(
+            f"labels are the names of classes 0, 1, ..., and these are {n}, one per training "
+            "example, some of them more than once: pass each name once, or a function from an "
+            "example to its label."
+        )
 
 
 def _refuse_number(said: list[str] | None, q: int) -> None:
