@@ -10,7 +10,7 @@ from tests.pages import PAGES, blocks
 
 ROOT = pathlib.Path(jaxattr.__file__).parent
 ROOMS = (
-    ("typing", "scales", "counts", "files", "markup"),
+    ("typing", "scales", "counts", "files", "markup", "threads"),
     ("keys",),
     ("groups",),
     ("inputs",),

@@ -370,10 +370,7 @@ def products(x: jax.Array, y: jax.Array, factored: Factored) -> jax.Array:
     return jax.lax.dot_general(x, y, dimensions, precision="highest")  # [*stack, f, g]
 
 
-def means(covariance: Covariance) -> tuple[np.ndarray, np.ndarray]:
-    """The matrices as means, [*stack, f, f], in float64."""
-    counts = np.maximum(np.asarray(covariance.counts, np.float64), 1.0)[..., None, None]
-    return (
-        np.asarray(covariance.inputs, np.float64) / counts[0],
-        np.asarray(covariance.cotangents, np.float64) / counts[1],
-    )
+def mean(covariance: Covariance, side: int) -> np.ndarray:
+    """The matrices of inputs (0) or of cotangents (1) as means, [*stack, f, f] in float64."""
+    total = np.asarray((covariance.inputs, covariance.cotangents)[side], np.float64)
+    return total / np.maximum(np.asarray(covariance.counts, np.float64)[side], 1.0)[..., None, None]

@@ -8,8 +8,8 @@ is nearly diagonal.
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from jaxattr.fitting.covariances import (
     Factors,
     Narrow,
     covariance_sums,
-    means,
+    mean,
 )
 from jaxattr.fitting.passes import (
     NumberedBatch,
@@ -38,6 +38,7 @@ from jaxattr.kernels.base import Sums
 from jaxattr.kernels.diagonal import squares
 from jaxattr.keys import example_keys, named_key
 from jaxattr.scales import scaled
+from jaxattr.threads import side_by_side
 from jaxattr.typing import Example, Key, Params
 
 SampleFn = Callable[[Params, Example, Key], Example]
@@ -99,18 +100,16 @@ class Eigenbasis(Basis):
         covariances, data, exponents, projected = _covariances(over, sampler, self.factors)
         sides: dict[str, Sides] = {}
         captured, curvature = {}, {}
-        for factored in over.featurizer.plan.factored:
-            leaf = factored.map.leaf
-            ranks, dtype = (factored.left, factored.right), factored.dtype
-            given = zip(means(covariances[leaf]), ranks, projected[leaf], strict=True)
-            (a, rows, of_a), (b, columns, of_b) = (_side(*each, dtype) for each in given)
+        plan = over.featurizer.plan
+        for leaf, both in _eigen(covariances, plan.factored):
+            (a, rows, of_a), (b, columns, of_b) = map(_side, both, projected[leaf])
             sides[leaf], captured[leaf] = (a, b), jnp.asarray([of_a, of_b])
             products = rows[..., :, None] * columns[..., None, :]
             curvature[leaf] = np.ldexp(products, 2 * sum(map(int, exponents[leaf])))
         _warn_of_loss(captured)
         fitted = Fitted(sides, {}, None, captured, data=data)
         known = np.full(over.featurizer.layout.total, UNKNOWN)
-        values = over.featurizer.plan.scatter(curvature) if self.eigenvalues else known
+        values = plan.scatter(curvature) if self.eigenvalues else known
         if sampler is not None and (values == UNKNOWN).any():
             known = second_moments(over, fitted, sampler)
         return _with_curvature(fitted, np.where(values == UNKNOWN, known, values))
@@ -226,24 +225,39 @@ def _narrowing(key: Key, factored: Factored, size: int) -> jax.Array | None:
     return jax.random.rademacher(key, (size, _NARROW), factored.dtype) / _NARROW**0.5
 
 
-def _eigen(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues and eigenvectors, the largest first."""
-    values, vectors = np.linalg.eigh((matrix + np.swapaxes(matrix, -1, -2)) / 2)
-    return np.maximum(values[..., ::-1], 0), vectors[..., ::-1]
+class _Eigen(NamedTuple):
+    """Eigenvalues [*stack, f] of a side, the largest first, and its leading eigenvectors."""
+
+    values: np.ndarray
+    vectors: np.ndarray
 
 
-def _side(
-    matrix: np.ndarray, rank: int, wide: jax.Array | None, dtype: Any
-) -> tuple[jax.Array, np.ndarray, float]:
+def _eigen(
+    covariances: Mapping[str, Covariance], maps: Sequence[Factored]
+) -> Iterator[tuple[str, tuple[_Eigen, _Eigen]]]:
+    """Of both sides of each leaf."""
+
+    def of(item: tuple[Factored, int]) -> _Eigen:
+        factored, side = item
+        matrix = mean(covariances[factored.map.leaf], side)
+        values, vectors = np.linalg.eigh((matrix + np.swapaxes(matrix, -1, -2)) / 2)
+        leading = vectors[..., ::-1][..., : (factored.left, factored.right)[side]]
+        return _Eigen(np.maximum(values[..., ::-1], 0), leading.astype(factored.dtype, order="C"))
+
+    found = side_by_side(of, [(each, side) for each in maps for side in (0, 1)])
+    leaves = (each.map.leaf for each in maps)
+    return zip(leaves, zip(found[::2], found[1::2], strict=True), strict=True)
+
+
+def _side(found: _Eigen, wide: jax.Array | None) -> tuple[jax.Array, np.ndarray, float]:
     """The leading eigenvectors of a side, their eigenvalues, and their share of the trace.
 
     Of a side that is projected they are vectors of the side itself.
     """
-    values, vectors = _eigen(matrix)
-    found = jnp.asarray(np.ascontiguousarray(vectors[..., :rank]), dtype)
-    kept, total = values[..., :rank], values.sum()
+    vectors = jnp.asarray(found.vectors)
+    kept, total = found.values[..., : vectors.shape[-1]], found.values.sum()
     share = float(kept.sum() / total) if total > 0 else 1.0
-    return found if wide is None else wide @ found, kept, share
+    return vectors if wide is None else wide @ vectors, kept, share
 
 
 def second_moments(

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.kernels.base import Damped, Damping, Surroundings, check_damping, split_columns
+from jaxattr.threads import one_thread
 from jaxattr.typing import Features
 
 
@@ -176,7 +177,8 @@ def _inverse(matrix: np.ndarray, added: float, damping: Damping, dtype: Any) -> 
 
     damped = matrix + added * np.eye(len(matrix))
     try:
-        factor = linalg.cholesky(damped, lower=True)
+        with one_thread():
+            factor = linalg.cholesky(damped, lower=True)
     except np.linalg.LinAlgError as error:
         raise _singular(len(matrix), damping, "it is not positive definite") from error
     reciprocal_condition, _ = linalg.lapack.dpocon(
@@ -192,7 +194,9 @@ def _spectrum(rows: np.ndarray) -> Spectrum:
     """Of the smaller of the two Gram matrices."""
     dtype, rows = rows.dtype, np.asarray(rows, np.float64)
     primal = rows.shape[1] <= rows.shape[0]
-    eigenvalues, vectors = np.linalg.eigh(rows.T @ rows if primal else rows @ rows.T)
+    gram = rows.T @ rows if primal else rows @ rows.T
+    with one_thread():
+        eigenvalues, vectors = np.linalg.eigh(gram)
     kept = eigenvalues > eigenvalues[-1] * max(rows.shape) * np.finfo(np.float64).eps
     eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
     return Spectrum(

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxattr.kernels import conjugate_gradients
 from jaxattr.kernels.base import Damped, Damping, Surroundings, WithoutSums, check_damping
+from jaxattr.threads import one_thread
 from jaxattr.typing import Features
 
 # Columns of the Hessian that are computed at once.
@@ -150,7 +151,8 @@ def _inverse(matrix: np.ndarray, damping: Damping, dtype: Any, positive_only: bo
             "The Hessian is not finite: at some training example the loss has a gradient and no "
             "second derivative. Use a smooth loss, or a method that takes none, such as ja.ekfac."
         )
-    eigenvalues, vectors = np.linalg.eigh(matrix)
+    with one_thread():
+        eigenvalues, vectors = np.linalg.eigh(matrix)
     damped = eigenvalues + damping.of(np.trace(matrix) / len(matrix))
     size = np.abs(damped)
     if positive_only:

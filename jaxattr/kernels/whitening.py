@@ -13,6 +13,7 @@ from jaxattr.features.plans import FeatureLayout
 from jaxattr.identity import Contents
 from jaxattr.kernels.base import Damped, Damping, Sums, Surroundings, split_columns
 from jaxattr.scales import unit_norm
+from jaxattr.threads import side_by_side
 from jaxattr.typing import Features
 
 
@@ -73,7 +74,7 @@ class Whitening(Damped):
             mu = _meeting_point(matrices, others) if mu is None else mu
             matrices = [mu * b + (1 - mu) * a for a, b in zip(matrices, others, strict=True)]
         root = functools.partial(_inverse_root, self.damping, surroundings.exponent)
-        return [jnp.asarray(root(matrix), dtype) for matrix in matrices]
+        return [jnp.asarray(each, dtype) for each in side_by_side(root, matrices)]
 
     def whiten(self, operator: list[jax.Array], phi: Features) -> Features:
         """See `MapsQueries`."""
@@ -93,7 +94,7 @@ class Whitening(Damped):
 def _meeting_point(train: list[np.ndarray], queries: list[np.ndarray]) -> float:
     """The share of the queries at which both spectra weigh the same at a component."""
     spectra = [
-        np.sort(np.concatenate([np.linalg.eigvalsh(block) for block in blocks]))[::-1]
+        np.sort(np.concatenate(side_by_side(np.linalg.eigvalsh, blocks)))[::-1]
         for blocks in (train, queries)
     ]
     total = len(spectra[0])
