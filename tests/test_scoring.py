@@ -194,10 +194,10 @@ def test_bad_checkpoint_weights(method, wrong):
 def test_an_index_may_be_asked_in_a_jit_first(function, kind):
     """And is as usable after it: what it keeps of the first question are arrays."""
     options = {
-        "memory": {},
-        "made anew": {"store": False},
-        "mesh": {"mesh": jax.make_mesh((4,), ("data",))},
-    }[kind]
+        "memory": dict,
+        "made anew": lambda: {"store": False},
+        "mesh": lambda: {"mesh": jax.make_mesh((4,), ("data",))},
+    }[kind]()
     built = ja.build_index(METHODS["tracin"], CHECKPOINTS, TRAIN, batch_size=16, **options)
     phi = ja.query_features(built, QUERIES)
 
