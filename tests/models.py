@@ -5,8 +5,9 @@ import contextlib
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
-from jaxattr.scores import scoring
+from jaxattr.scores import ranking, scoring
 
 CLASSES = 3
 
@@ -82,8 +83,7 @@ def compilations():
 @contextlib.contextmanager
 def slabs_of(rows):
     """Within this, so many training examples are scored at once."""
-    usual, scoring.SLAB = scoring.SLAB, rows
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "SLAB", rows)
+        patch.setattr(ranking, "_WHOLE", 0)
         yield
-    finally:
-        scoring.SLAB = usual

@@ -145,6 +145,10 @@ def counted_rows(examples: jax.Array) -> jax.Array:
 _LARGEST = 90
 
 
+# Scores of so many pairs may be held at once: 128 MiB.
+_WHOLE = 2**25
+
+
 class Weighted(NamedTuple):
     """Weighted query features, so scaled that products with training examples do not overflow.
 
@@ -387,13 +391,17 @@ def top_k_of_arrays(
       layout: the groups.
       link: of the method.
       k: how many.
-      count: blocks that are scored at once.
+      count: blocks that are scored at once, where all are too many or must be widened.
       sign: -1 for opponents.
     """
 
     def of_shard(weighted: Weighted, arrays: dict[str, jax.Array]) -> TopK:
         blocks, b = arrays[EXAMPLES].shape[:2]
-        at_once = min(count, blocks)
+        stored = arrays[FEATURES].dtype
+        as_it_is = SCALES not in arrays and stored == wide(stored)
+        few = len(weighted.features) * blocks * b <= _WHOLE
+        # A slab is copied, which takes longer than its product where queries are few.
+        at_once = blocks if as_it_is and few else min(count, blocks)
 
         def step(i: jax.Array, best: TopK) -> TopK:
             # The last slab is moved back to be full; what was seen before does not count again.
