@@ -5,12 +5,14 @@ each wait takes that process's turn: the eigenvectors of a small GPT took 57 s f
 """
 
 import contextlib
+import functools
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 # Each thread holds a few matrices, in float64.
 _MOST = 16
@@ -22,8 +24,14 @@ R = TypeVar("R")
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Within it, each call of BLAS or LAPACK, from NumPy or SciPy, keeps to its own thread."""
-    with threadpool_limits(limits=1, user_api="blas"):
+    with _libraries("scipy.linalg" in sys.modules).limit(limits=1, user_api="blas"):
         yield
+
+
+@functools.lru_cache(maxsize=2)
+def _libraries(with_scipy: bool) -> ThreadpoolController:
+    """To look for them takes 2 ms, or more: they are among the memory maps of the process."""
+    return ThreadpoolController()
 
 
 def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
