@@ -109,7 +109,7 @@ for line in ("EShampoo 53.9 2.1; EK-FAC 52.4 3.1; K-FAC 37.5 6.0; EK-FAC 37.7 5.
         NOTES: f"| {name}… | … | … | {{}} [… | +{{}} [", "methods": f"| {name}… | {{}} (+{{}}) |"}))
 FIGURES.append(("on a GPU", (0.81, 21, 0.13), {
     NOTES: ("batch 256 | its gradient, 0.03 ms per example | {0} (", "a CPU 3.1e-4,", "2.4e-7",
-            "by these figures: {1} and 13 s",
+            "by these figures: {1} and 13.5 s",
             "| bergson (1.90 of torch's gradient) | {2} ("),
     "numbers": ("3e-4 from a CPU's", "differ by 2e-7"),
     "limits": ("features took {0} of a gradient's time", "{2} of bergson's")}))

@@ -8,23 +8,31 @@ import contextlib
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from threadpoolctl import ThreadpoolController
 
-# Each thread holds a few matrices, in float64.
-_MOST = 16
+# An eigendecomposition holds about six matrices in float64.
+_MOST_AT_ONCE = 16
 
 T = TypeVar("T")
 R = TypeVar("R")
 
+# Limits of two threads that overlap are not undone: the second takes the first's for what was.
+_lock = threading.RLock()
+
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Within it, each call of BLAS or LAPACK, from NumPy or SciPy, keeps to its own thread."""
-    with _libraries("scipy.linalg" in sys.modules).limit(limits=1, user_api="blas"):
+    """Limits BLAS and LAPACK of NumPy and SciPy to the thread that calls them.
+
+    The limit is the whole process's, other threads' calls included; a second thread that comes here
+    waits for the first. Apple's Accelerate is not covered.
+    """
+    with _lock, _libraries("scipy.linalg" in sys.modules).limit(limits=1, user_api="blas"):
         yield
 
 
@@ -38,14 +46,22 @@ def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """Maps items with linear algebra on the host, as many at once as there are cores, 16 at most.
 
     Args:
-      function: of one item; NumPy's work alone, since what a context sets for JAX stays behind.
+      function: of one item; NumPy's work alone, since what a context sets for JAX stays behind,
+        without `one_thread`, which would wait for itself.
       items: finitely many.
 
     Returns:
       The results in the order of the items.
 
     Raises:
-      Exception: the first that a call raised.
+      Exception: what the first item, in their order, raised that did; others are not begun.
     """
-    with one_thread(), ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST)) as pool:
+    with one_thread(), ThreadPoolExecutor(min(_cores(), _MOST_AT_ONCE)) as pool:
         return list(pool.map(function, items))
+
+
+def _cores() -> int:
+    """Those that this process may run on, where the system says."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

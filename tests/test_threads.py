@@ -1,5 +1,8 @@
 """Linear algebra on the host leaves other work its cores."""
 
+import threading
+import time
+
 import jax
 import numpy as np
 import optax
@@ -26,9 +29,31 @@ def test_results_are_in_order_and_each_is_of_one_thread():
         assert threads() == before == {2}
 
 
-def test_the_first_error_is_raised():
-    with pytest.raises(ZeroDivisionError):
-        side_by_side(lambda n: 1 / n, [1, 0])
+def test_the_error_of_the_first_item_is_raised_and_the_limit_left():
+    def failing(n):
+        time.sleep(0.1 if n == 1 else 0)
+        raise ValueError(f"item {n}")
+
+    with threadpoolctl.threadpool_limits(2):
+        with pytest.raises(ValueError, match="item 1"):
+            side_by_side(failing, [1, 2])
+        assert threads() == {2}
+
+
+def test_callers_in_several_threads_wait_for_each_other_and_leave_what_was():
+    found = []
+
+    def caller():
+        for _ in range(20):
+            found.extend(side_by_side(lambda _: threads(), range(3)))
+
+    before = threads()
+    callers = [threading.Thread(target=caller) for _ in range(3)]
+    for each in callers:
+        each.start()
+    for each in callers:
+        each.join()
+    assert found == [{1}] * 180 and threads() == before
 
 
 @pytest.mark.parametrize(

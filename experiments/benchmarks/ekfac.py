@@ -79,8 +79,9 @@ def best_stages(subject: Subject, batch: int, repeats: int) -> dict[str, float]:
 @contextmanager
 def _busy() -> Iterator[None]:
     command = [sys.executable, "-c", "while True: pass"]
-    others = [subprocess.Popen(command) for _ in range(os.cpu_count() or 1)]
+    others: list[subprocess.Popen] = []
     try:
+        others.extend(subprocess.Popen(command) for _ in range(os.cpu_count() or 1))
         yield
     finally:
         for each in others:

@@ -370,7 +370,13 @@ def products(x: jax.Array, y: jax.Array, factored: Factored) -> jax.Array:
     return jax.lax.dot_general(x, y, dimensions, precision="highest")  # [*stack, f, g]
 
 
-def mean(covariance: Covariance, side: int) -> np.ndarray:
-    """The matrices of inputs (0) or of cotangents (1) as means, [*stack, f, f] in float64."""
-    total = np.asarray((covariance.inputs, covariance.cotangents)[side], np.float64)
-    return total / np.maximum(np.asarray(covariance.counts, np.float64)[side], 1.0)[..., None, None]
+def mean(covariance: Covariance, side: int, at: tuple[int, ...]) -> np.ndarray:
+    """One matrix as a mean, [f, f] in float64.
+
+    Args:
+      covariance: of a leaf, on the host.
+      side: 0 for inputs, 1 for cotangents.
+      at: its place in the stack; () where there is none.
+    """
+    total = (covariance.inputs, covariance.cotangents)[side][at]
+    return np.asarray(total, np.float64) / max(float(covariance.counts[side][at]), 1.0)

@@ -7,6 +7,8 @@ is nearly diagonal.
 
 import dataclasses
 import functools
+import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -59,8 +61,8 @@ class Eigenbasis(Basis):
     the batch size; examples that are not finite are left out. A side with more than 4,096 inputs
     or outputs is first projected by random signs to 1,024.
     Cost: a pass over the data without weight gradients, b t (in^2 + out^2) operations each batch,
-    and an eigendecomposition in float64 on the host per side and layer. With `sample`, a second
-    pass, unless `eigenvalues` leave no feature without.
+    and an eigendecomposition in float64 on the host per side and layer, by one thread each, 16 at
+    once. With `sample`, a second pass, unless `eigenvalues` leave no feature without.
 
     Attributes:
       eigenvalues: whether the products of the covariances' eigenvalues are the curvature of the
@@ -101,7 +103,7 @@ class Eigenbasis(Basis):
         sides: dict[str, Sides] = {}
         captured, curvature = {}, {}
         plan = over.featurizer.plan
-        for leaf, both in _eigen(covariances, plan.factored):
+        for leaf, both in _eigen(covariances, plan.factored).items():
             (a, rows, of_a), (b, columns, of_b) = map(_side, both, projected[leaf])
             sides[leaf], captured[leaf] = (a, b), jnp.asarray([of_a, of_b])
             products = rows[..., :, None] * columns[..., None, :]
@@ -226,27 +228,39 @@ def _narrowing(key: Key, factored: Factored, size: int) -> jax.Array | None:
 
 
 class _Eigen(NamedTuple):
-    """Eigenvalues [*stack, f] of a side, the largest first, and its leading eigenvectors."""
+    """All eigenvalues [*stack, f] of a side, the largest first, and its leading eigenvectors."""
 
     values: np.ndarray
-    vectors: np.ndarray
+    leading: np.ndarray
 
 
 def _eigen(
     covariances: Mapping[str, Covariance], maps: Sequence[Factored]
-) -> Iterator[tuple[str, tuple[_Eigen, _Eigen]]]:
-    """Of both sides of each leaf."""
+) -> dict[str, tuple[_Eigen, _Eigen]]:
+    """Of both sides of each leaf; each matrix of a stack on its own, since few have room."""
+    held = {each.map.leaf: jax.tree.map(np.asarray, covariances[each.map.leaf]) for each in maps}
+    stacks = {leaf: covariance.counts.shape[1:] for leaf, covariance in held.items()}
 
-    def of(item: tuple[Factored, int]) -> _Eigen:
-        factored, side = item
-        matrix = mean(covariances[factored.map.leaf], side)
-        values, vectors = np.linalg.eigh((matrix + np.swapaxes(matrix, -1, -2)) / 2)
-        leading = vectors[..., ::-1][..., : (factored.left, factored.right)[side]]
-        return _Eigen(np.maximum(values[..., ::-1], 0), leading.astype(factored.dtype, order="C"))
+    def of(item: tuple[Factored, int, tuple[int, ...]]) -> _Eigen:
+        factored, side, at = item
+        matrix = mean(held[factored.map.leaf], side, at)
+        values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+        leading = vectors[:, ::-1][:, : (factored.left, factored.right)[side]]
+        return _Eigen(np.maximum(values[::-1], 0), leading.astype(factored.dtype, order="C"))
 
-    found = side_by_side(of, [(each, side) for each in maps for side in (0, 1)])
-    leaves = (each.map.leaf for each in maps)
-    return zip(leaves, zip(found[::2], found[1::2], strict=True), strict=True)
+    items = [
+        (each, side, at)
+        for each in maps
+        for side in (0, 1)
+        for at in np.ndindex(*stacks[each.map.leaf])
+    ]
+    found = iter(side_by_side(of, items))
+
+    def whole(stack: tuple[int, ...]) -> _Eigen:
+        parts = zip(*itertools.islice(found, math.prod(stack)), strict=True)
+        return _Eigen(*(np.stack(each).reshape(*stack, *each[0].shape) for each in parts))
+
+    return {leaf: (whole(stack), whole(stack)) for leaf, stack in stacks.items()}
 
 
 def _side(found: _Eigen, wide: jax.Array | None) -> tuple[jax.Array, np.ndarray, float]:
@@ -254,7 +268,7 @@ def _side(found: _Eigen, wide: jax.Array | None) -> tuple[jax.Array, np.ndarray,
 
     Of a side that is projected they are vectors of the side itself.
     """
-    vectors = jnp.asarray(found.vectors)
+    vectors = jnp.asarray(found.leading)
     kept, total = found.values[..., : vectors.shape[-1]], found.values.sum()
     share = float(kept.sum() / total) if total > 0 else 1.0
     return vectors if wide is None else wide @ vectors, kept, share

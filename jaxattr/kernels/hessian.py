@@ -29,7 +29,7 @@ class InverseHessian(WithoutSums, Damped):
     Guarantees: exact up to rounding. Away from a minimum the Hessian may have negative eigenvalues;
     the inverse is then taken as it stands, signs included, unless `positive_only`.
     Cost: p Hessian products with the training set, p^2 numbers and p^3 operations on the host in
-    float64: for some thousands of parameters.
+    float64, by one thread: for some thousands of parameters.
 
     Attributes:
       damping: added to each eigenvalue.

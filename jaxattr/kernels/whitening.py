@@ -1,7 +1,6 @@
 """TrackStar's kernel: whitening by a mixture of training and query autocorrelation, unit norm."""
 
 import dataclasses
-import functools
 import math
 from typing import ClassVar
 
@@ -73,8 +72,11 @@ class Whitening(Damped):
             mu, others = self.mixing, surroundings.sums_of(self.sums, given, described).means()
             mu = _meeting_point(matrices, others) if mu is None else mu
             matrices = [mu * b + (1 - mu) * a for a, b in zip(matrices, others, strict=True)]
-        root = functools.partial(_inverse_root, self.damping, surroundings.exponent)
-        return [jnp.asarray(each, dtype) for each in side_by_side(root, matrices)]
+
+        def root(matrix: np.ndarray) -> np.ndarray:
+            return _inverse_root(self.damping, surroundings.exponent, matrix).astype(dtype)
+
+        return [jnp.asarray(each) for each in side_by_side(root, matrices)]
 
     def whiten(self, operator: list[jax.Array], phi: Features) -> Features:
         """See `MapsQueries`."""

@@ -205,7 +205,9 @@ def top_k(
       NonFiniteWarning: with the ids of candidates that have no finite gradient in this index.
 
     Cost: 2 q n c p operations beside the queries' features; with `among`, n is the number of
-    different candidates of all queries. 8,192 training examples are scored at once.
+    different candidates of all queries. All training examples of an index in memory are scored
+    at once where their features are not compressed and the scores are fewer than 34 million, else
+    8,192.
     """
     ids = None if among is None else checked_candidates(among, check_index(index).size)
     k = _checked_k(k, check_index(index), opponents, ids)
