@@ -414,12 +414,15 @@ def _mark_top(top: TopK, finite: jax.Array) -> TopK:
 
 def _joined(index: Index, prepared: QueryFeatures, parts: Iterable[jax.Array]) -> jax.Array:
     """Values [q, n, ...] of blocks [q, g, b, ...]; those of queries that are not finite are NaN."""
-    flat = [
-        part.reshape(len(part), part.shape[1] * part.shape[2], *part.shape[3:]) for part in parts
-    ]
-    found = (flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1))[:, : index.size]
-    lost = prepared.non_finite
+    found, lost = _flat(list(parts), index.size), prepared.non_finite
     return found.at[lost].set(jnp.nan) if len(lost) else found
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _flat(parts: list[jax.Array], size: int) -> jax.Array:
+    """Joins blocks [q, g, b, ...] to [q, size, ...], in one copy."""
+    flat = [x.reshape(len(x), x.shape[1] * x.shape[2], *x.shape[3:]) for x in parts]
+    return jnp.concatenate(flat, axis=1)[:, :size]
 
 
 def _checked_k(k: Any, index: Index, opponents: bool, candidates: np.ndarray | None = None) -> int:
