@@ -7,8 +7,6 @@ is nearly diagonal.
 
 import dataclasses
 import functools
-import itertools
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -238,29 +236,26 @@ def _eigen(
     covariances: Mapping[str, Covariance], maps: Sequence[Factored]
 ) -> dict[str, tuple[_Eigen, _Eigen]]:
     """Of both sides of each leaf; each matrix of a stack on its own, since few have room."""
-    held = {each.map.leaf: jax.tree.map(np.asarray, covariances[each.map.leaf]) for each in maps}
-    stacks = {leaf: covariance.counts.shape[1:] for leaf, covariance in held.items()}
+    by_leaf = {each.map.leaf: each for each in maps}
+    held = {leaf: jax.tree.map(np.asarray, covariances[leaf]) for leaf in by_leaf}
+    places = {leaf: list(np.ndindex(*each.counts.shape[1:])) for leaf, each in held.items()}
 
-    def of(item: tuple[Factored, int, tuple[int, ...]]) -> _Eigen:
-        factored, side, at = item
-        matrix = mean(held[factored.map.leaf], side, at)
+    def of(item: tuple[str, int, tuple[int, ...]]) -> _Eigen:
+        leaf, side, at = item
+        matrix, factored = mean(held[leaf], side, at), by_leaf[leaf]
         values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
         leading = vectors[:, ::-1][:, : (factored.left, factored.right)[side]]
         return _Eigen(np.maximum(values[::-1], 0), leading.astype(factored.dtype, order="C"))
 
-    items = [
-        (each, side, at)
-        for each in maps
-        for side in (0, 1)
-        for at in np.ndindex(*stacks[each.map.leaf])
-    ]
-    found = iter(side_by_side(of, items))
+    items = [(leaf, side, at) for leaf in by_leaf for side in (0, 1) for at in places[leaf]]
+    found = dict(zip(items, side_by_side(of, items), strict=True))
 
-    def whole(stack: tuple[int, ...]) -> _Eigen:
-        parts = zip(*itertools.islice(found, math.prod(stack)), strict=True)
+    def whole(leaf: str, side: int) -> _Eigen:
+        stack = held[leaf].counts.shape[1:]
+        parts = zip(*(found[leaf, side, at] for at in places[leaf]), strict=True)
         return _Eigen(*(np.stack(each).reshape(*stack, *each[0].shape) for each in parts))
 
-    return {leaf: (whole(stack), whole(stack)) for leaf, stack in stacks.items()}
+    return {leaf: (whole(leaf, 0), whole(leaf, 1)) for leaf in by_leaf}
 
 
 def _side(found: _Eigen, wide: jax.Array | None) -> tuple[jax.Array, np.ndarray, float]:
