@@ -55,8 +55,8 @@ def test_gram_is_the_damped_inverse(n, damping, dense):
 
 def test_primal_equals_dual():
     phi, damping = np.asarray(features(30)), kernels.relative(0.1)
-    primal = gram_matrix._multiply(gram_matrix._primal(phi.T @ phi, damping, 0, phi.dtype), phi)
-    dual = gram_matrix._multiply(gram_matrix._dual(phi, damping, 0, phi.dtype), phi)
+    primal = gram_matrix._multiply(gram_matrix._primal(phi.T @ phi, damping, 0), phi)
+    dual = gram_matrix._multiply(gram_matrix._dual(phi, damping, 0), phi)
     np.testing.assert_allclose(dual, primal, rtol=1e-9, atol=1e-12)
 
 

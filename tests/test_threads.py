@@ -1,5 +1,6 @@
 """Linear algebra on the host leaves other work its cores."""
 
+import os
 import threading
 import time
 
@@ -28,6 +29,20 @@ def test_results_are_in_order_and_each_is_of_one_thread():
         before = threads()
         assert side_by_side(lambda n: (n, threads()), range(20)) == [(n, {1}) for n in range(20)]
         assert threads() == before == {2}
+
+
+def test_items_are_taken_by_the_caller_as_they_are_needed(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    done, ahead = [], []
+
+    def items():
+        for n in range(20):
+            ahead.append(n - len(done))
+            yield n, threading.get_ident()
+
+    found = side_by_side(lambda item: done.append(item) or item, items())
+    assert found == [(n, threading.get_ident()) for n in range(20)]
+    assert max(ahead) <= 2
 
 
 def test_the_error_of_the_first_item_is_raised_and_the_limit_left():
@@ -79,3 +94,21 @@ def test_factorisations_keep_to_one_thread(monkeypatch, where, name, method):
     with threadpoolctl.threadpool_limits(2):
         jax.block_until_ready(ja.build_index(method, PARAMS, TRAIN).features)
     assert found and set.union(*found) == {1}
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_blocks_of_a_gram_matrix_are_inverted_side_by_side_and_a_single_one_here(
+    monkeypatch, dense
+):
+    callers, original = [], scipy.linalg.cho_solve
+
+    def watched(*arguments, **options):
+        callers.append((threading.current_thread() is threading.main_thread(), *threads()))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(scipy.linalg, "cho_solve", watched)
+    with threadpoolctl.threadpool_limits(2):
+        projection = ja.projections.rademacher(4)
+        method = ja.trak(models.loss, projection=projection, dense=dense)
+        jax.block_until_ready(ja.build_index(method, PARAMS, TRAIN).features)
+    assert set(callers) == {(dense, 2 if dense else 1)}

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.kernels.base import Damped, Damping, Surroundings, check_damping, split_columns
-from jaxattr.threads import one_thread
+from jaxattr.threads import one_thread, side_by_side
 from jaxattr.typing import Features
 
 
@@ -22,8 +22,8 @@ class GramOperator(NamedTuple):
       scales: None; or s [r].
     """
 
-    vectors: jax.Array
-    scales: jax.Array | None
+    vectors: jax.Array | np.ndarray
+    scales: jax.Array | np.ndarray | None
 
 
 class Spectrum(NamedTuple):
@@ -57,7 +57,7 @@ class Gram(Damped):
     their span, which is where a kernel is used). Statistics carry no 1/n. A block in which every
     feature is zero maps to zero.
     Cost: 2 n p^2 operations and p^2 numbers per block (dual: 2 n^2 p, and n p numbers); p^3 on the
-    host in float64, factorised by one thread.
+    host in float64, one block on each core.
 
     Attributes:
       damping: `absolute(x)` or `relative(x)`.
@@ -104,13 +104,20 @@ class Gram(Damped):
         self, statistics: list[jax.Array], surroundings: Surroundings
     ) -> list[GramOperator]:
         """See `Kernel`."""
-        operators, unit = [], surroundings.exponent
-        for gram, part in zip(statistics, self._columns(surroundings.layout), strict=True):
-            primal = gram.ndim == 2
-            given = np.asarray(gram if primal else surroundings.rows(part), np.float64)
+
+        def inverse(block: tuple[bool, np.ndarray]) -> GramOperator:
+            primal, given = block
             invert = _primal if primal else _dual
-            operators.append(invert(given, self.damping, unit, gram.dtype))
-        return operators
+            return invert(given, self.damping, surroundings.exponent)
+
+        columns = self._columns(surroundings.layout)
+        blocks = (
+            (gram.ndim == 2, np.asarray(gram if gram.ndim == 2 else surroundings.rows(part)))
+            for gram, part in zip(statistics, columns, strict=True)
+        )
+        # A single block has all threads for what does not wait for them at every column.
+        found = map(inverse, blocks) if len(columns) == 1 else side_by_side(inverse, blocks)
+        return [jax.tree.map(jnp.asarray, each) for each in found]
 
     def apply(self, operator: list[GramOperator], phi: Features) -> Features:
         """See `Kernel`."""
@@ -143,7 +150,8 @@ class Gram(Damped):
                 "has no inverse. Start it at a small value, such as ja.relative(1e-3); got "
                 f"{damping}."
             )
-        return [_operator_at(each, damping, exponent) for each in spectrum]
+        found = [_operator_at(each, damping, exponent) for each in spectrum]
+        return [jax.tree.map(jnp.asarray, each) for each in found]
 
     def _columns(self, layout: FeatureLayout) -> list[slice]:
         return [slice(0, layout.total)] if self.dense else list(layout.slices.values())
@@ -156,20 +164,22 @@ def _multiply(block: GramOperator, phi: Features) -> Features:
     return jnp.matmul(product * block.scales[None], block.vectors.T, precision="highest")
 
 
-def _primal(matrix: np.ndarray, damping: Damping, exponent: int, dtype: Any) -> GramOperator:
+def _primal(gram: np.ndarray, damping: Damping, exponent: int) -> GramOperator:
+    """The operator, on the host, of a matrix that was summed."""
+    dtype, matrix = gram.dtype, np.asarray(gram, np.float64)
     if not matrix.any():  # no training gradient reaches this block: K phi is zero, whatever K is
-        return GramOperator(jnp.zeros(matrix.shape, dtype), None)
+        return GramOperator(np.zeros(matrix.shape, dtype), None)
     added = damping.of(np.trace(matrix) / len(matrix), exponent)
-    inverse = _inverse(matrix, added, damping, dtype).astype(dtype)
-    return GramOperator(jax.device_put(inverse), None)
+    return GramOperator(_inverse(matrix, added, damping, dtype).astype(dtype), None)
 
 
-def _dual(rows: np.ndarray, damping: Damping, exponent: int, dtype: Any) -> GramOperator:
+def _dual(rows: np.ndarray, damping: Damping, exponent: int) -> GramOperator:
+    """The operator, on the host, of features [n, p]."""
     if damping.value == 0 and rows.any():
         examples, width = rows.shape
         why = f"{examples} training examples cannot span {width} features"
         raise _singular(width, damping, why)
-    return _operator_at(_spectrum(rows)._replace(dtype=dtype), damping, exponent)
+    return _operator_at(_spectrum(rows), damping, exponent)
 
 
 def _inverse(matrix: np.ndarray, added: float, damping: Damping, dtype: Any) -> np.ndarray:
@@ -207,9 +217,9 @@ def _spectrum(rows: np.ndarray) -> Spectrum:
 def _operator_at(spectrum: Spectrum, damping: Damping, exponent: int) -> GramOperator:
     vectors, eigenvalues, dtype = spectrum
     if not len(eigenvalues):
-        return GramOperator(jnp.zeros((len(vectors), 1), dtype), jnp.zeros(1, dtype))
+        return GramOperator(np.zeros((len(vectors), 1), dtype), np.zeros(1, dtype))
     scales = 1 / (eigenvalues + damping.of(eigenvalues.sum() / len(vectors), exponent))
-    return GramOperator(jnp.asarray(vectors, dtype), jnp.asarray(scales, dtype))
+    return GramOperator(vectors.astype(dtype), scales.astype(dtype))
 
 
 def _singular(width: int, damping: Damping, why: str) -> ValueError:
