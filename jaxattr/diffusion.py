@@ -204,7 +204,13 @@ def _predicted(
     timestep: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Predicted noise, and the noise."""
-    noise = jax.random.normal(key, image.shape, image.dtype)
+    if not jnp.issubdtype(image.dtype, jnp.floating):
+        raise ValueError(
+            f"images must be floats, scaled as the model's training data were, such as "
+            f"image / 127.5 - 1; got {image.dtype}"
+        )
+    # Drawn in bfloat16 it would have 128 values, whose mean is not zero.
+    noise = jax.random.normal(key, image.shape, scales.wide(image.dtype)).astype(image.dtype)
     noisy = denoiser.noisy(image, timestep, noise)
     predicted = denoiser.predict(params, noisy, timestep, example)
     if predicted.shape != noise.shape:

@@ -54,11 +54,17 @@ def loss(logits_fn: LogitsFn) -> OutputFn:
       >>> round(float(of_row(params, row, jax.random.key(0))), 3)  # log 4 + log 4/3
       1.674
     """
-    of_row = _of_targets(logits_fn, lambda log_p, mask: -_summed(log_p, mask))
+
+    def total(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+        return -_summed(log_probabilities(logits, targets), mask)
+
+    of_row = _of_targets(logits_fn, total)
 
     def sample(params: Params, example: Example, key: Key) -> Example:
-        targets = example["targets"]
-        drawn = jax.random.categorical(key, logits_fn(params, example)).astype(targets.dtype)
+        targets, logits = example["targets"], logits_fn(params, example)
+        # In bfloat16 the noise that decides has 128 values, and of equal ones the first wins.
+        drawn = jax.random.categorical(key, logits.astype(wide(logits.dtype)))
+        drawn = drawn.astype(targets.dtype)
         return {**example, "targets": jnp.where(example["mask"], drawn, targets)}
 
     of_row.sample = sample  # type: ignore[attr-defined]
@@ -75,10 +81,8 @@ def margin(logits_fn: LogitsFn) -> OutputFn:
       (params, row, key) -> float32 scalar; pass `residual(logits_fn)` to `ja.trak` with it.
     """
 
-    def total(log_p: jax.Array, mask: jax.Array) -> jax.Array:
-        # log(1 - p) of a p that rounds to one is taken at the nearest p below it.
-        log_rest = jnp.log(-jnp.expm1(jnp.minimum(log_p, -jnp.finfo(log_p.dtype).eps)))
-        return _summed(log_p - log_rest, mask)
+    def total(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+        return _summed(_log_odds(logits, targets), mask)
 
     return _of_targets(logits_fn, total)
 
@@ -92,7 +96,11 @@ def residual(logits_fn: LogitsFn) -> OutputFn:
     Returns:
       (params, row, key) -> float32 scalar between 0 and 1.
     """
-    return _of_targets(logits_fn, lambda log_p, mask: 1 - _mean_probability(log_p, mask))
+
+    def mean(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+        return _mean(jax.nn.sigmoid(-_log_odds(logits, targets)), mask)
+
+    return _of_targets(logits_fn, mean)
 
 
 def probability(logits_fn: LogitsFn) -> OutputFn:
@@ -104,7 +112,11 @@ def probability(logits_fn: LogitsFn) -> OutputFn:
     Returns:
       (params, row, key) -> float32 scalar between 0 and 1; what `evaluation.tail_patch` measures.
     """
-    return _of_targets(logits_fn, _mean_probability)
+
+    def mean(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+        return _mean(jnp.exp(log_probabilities(logits, targets)), mask)
+
+    return _of_targets(logits_fn, mean)
 
 
 def log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -118,10 +130,7 @@ def log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
       Float [t]; NaN where a target is no token of the vocabulary.
     """
     logits = logits.astype(wide(logits.dtype))
-    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    # Below zero they would count from the end of the vocabulary.
-    picked = jnp.where(targets < 0, jnp.nan, picked)
-    return picked - jax.nn.logsumexp(logits, axis=-1)
+    return _picked(logits, targets) - jax.nn.logsumexp(logits, axis=-1)
 
 
 def rows(
@@ -304,9 +313,9 @@ def check_targets(queries: Mapping[str, Any]) -> None:
 
 
 def _of_targets(
-    logits_fn: LogitsFn, function: Callable[[jax.Array, jax.Array], jax.Array]
+    logits_fn: LogitsFn, function: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 ) -> OutputFn:
-    """An output function of the log-probabilities of a row's targets, and its mask."""
+    """An output function of a row's logits, its targets, which are tokens, and its mask."""
     check_function(logits_fn, "logits_fn", ("params", "row"))
 
     def of_row(params: Params, example: Example, key: Key) -> jax.Array:
@@ -323,13 +332,28 @@ def _of_targets(
                 f"logits_fn must map ONE row to logits [{len(mask)}, vocabulary], and returned "
                 f"{list(jnp.shape(logits))}"
             )
-        return function(log_probabilities(logits, asked), mask)
+        return function(logits, asked, mask)
 
     return of_row
 
 
-def _mean_probability(log_p: jax.Array, mask: jax.Array) -> jax.Array:
-    return _summed(jnp.exp(log_p), mask) / jnp.maximum(mask.sum(), 1)
+def _log_odds(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """log(p / (1 - p)) of each target [t]: of p itself, 1 - p and all gradients are lost near 1."""
+    logits = logits.astype(wide(logits.dtype))
+    own = jnp.arange(logits.shape[-1])[None] == targets[:, None]
+    return _picked(logits, targets) - jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=-1)
+
+
+def _picked(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """The logit of each target [t]; NaN where it is no token."""
+    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    # Below zero they would count from the end of the vocabulary.
+    return jnp.where(targets < 0, jnp.nan, picked)
+
+
+def _mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    count = mask.sum()
+    return _summed(values, mask) / jnp.where(count > 0, count, 1)
 
 
 def _summed(values: jax.Array, mask: jax.Array) -> jax.Array:

@@ -264,6 +264,15 @@ WRONG = {  # name: (call, error, words)
             )), P, {"point": X},
         ), ValueError, ["has no 'image', but ['point']", "Denoiser(..., image=name)"],
     ),
+    "images as bytes": (
+        lambda: ja.build_index(
+            ja.d_trak(ja.expectation(
+                ja.diffusion.output(ja.diffusion.Denoiser(
+                    lambda p, x, t, e: x @ p["w"] @ p["w"].T, np.linspace(0.9, 0.1, 5))),
+                timesteps=range(5),
+            )), P, {"image": np.ones((4, 3), np.uint8)},
+        ), ValueError, ["must be floats", "image / 127.5 - 1", "uint8"],
+    ),
     "an output of no denoiser": (
         lambda: ja.diffusion.output(loss), TypeError, ["a diffusion.Denoiser(predict, alpha_bar)"],
     ),
