@@ -23,7 +23,7 @@ from jaxattr.weights.agreement import (
     outcome_loss,
 )
 from jaxattr.weights.evidence import gather
-from jaxattr.weights.outcomes import agreed, variance_of_sums
+from jaxattr.weights.outcomes import agreed, digests_of_queries, variance_of_sums
 from jaxattr.weights.report import WeightWarning
 from tests import models
 
@@ -861,3 +861,34 @@ def test_queries_that_were_learned_from_are_warned_of():
     with pytest.warns(WeightWarning, match=r"learned from 3 of the 6 .* positions \[3, 4, 5\]"):
         evaluation.measured_gain(index(), mixed, fit, found)
     evaluation.measured_gain(index(), other, fit, found)
+    with jax.enable_x64(False):
+        on_host, on_device = ({"x": f(2)} for f in (np.ones, jnp.ones))
+        assert digests_of_queries(on_host) == digests_of_queries(on_device)
+
+
+def test_a_gain_of_weights_of_another_index_is_warned_of_and_of_other_groups_refused():
+    fit, queries = fitted(), models.data(9, seed=4)
+    found = ja.Outcomes(MASKS, np.random.default_rng(0).normal(size=(R, 9)))
+    other = ja.build_index(METHOD, CHECKPOINTS[:1], TRAIN, groups=ja.by_leaf)
+    with pytest.warns(UserWarning, match="learned on another index"):
+        evaluation.measured_gain(other, queries, fit, found)
+    grouped = ja.build_index(METHOD, CHECKPOINTS, TRAIN, groups=ja.by_layer)
+    with (
+        pytest.warns(UserWarning, match="learned on another index"),
+        pytest.raises(ValueError, match="exactly the index's groups"),
+    ):
+        evaluation.measured_gain(grouped, queries, fit, found)
+
+
+@QUIET
+def test_copies_of_squared_scores_do_not_see_the_sign_of_a_residual():
+    def signed(params, example, key):
+        return jnp.where(example["x"].sum() > 0, 1.0, -1.0) * models.loss(params, example, key)
+
+    made = ja.build_index(ja.das(models.loss, residual=signed), CHECKPOINTS[0], TRAIN)
+    found = ja.Outcomes(MASKS, MASKS @ np.asarray(ja.score(made, QUERIES)).T)
+    evidence, *_ = gather(made, QUERIES, found, COPIES)
+    batch, sources = COPIES
+    sizes = np.sqrt(np.asarray(ja.score(made, batch))[np.arange(len(sources)), sources])
+    predicted = evidence.copies.sums[0].sum(axis=1)
+    assert np.corrcoef(sizes, predicted)[0, 1] > 0.95

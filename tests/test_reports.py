@@ -698,6 +698,8 @@ def test_a_row_ends_with_its_last_target_and_decodes():
     texts, counted = cards.pieces(row, chr)
     assert texts == ["\0", "a", "b"] and counted.tolist() == [False, False, True]
     assert cards.pieces(row, None)[0] == ["0 ", "97 ", "98 "]
+    filler = row | {"targets": np.where(row["mask"], row["targets"], -100)}
+    assert cards.pieces(filler, chr)[0] == texts
 
 
 # Notebooks.

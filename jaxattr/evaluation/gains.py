@@ -9,6 +9,7 @@ from jaxattr.evaluation.lds import LDS, Difference, lds_of_predictions, paired_d
 from jaxattr.index.index import Index
 from jaxattr.index.queries import as_queries, query_features
 from jaxattr.scores.subsets import subset_contributions, subset_products
+from jaxattr.scores.weighting import weights_for
 from jaxattr.weights.outcomes import Outcomes, check_queries, digests_of_queries, finite_models
 from jaxattr.weights.report import WeightFit, WeightWarning
 
@@ -48,9 +49,11 @@ def measured_gain(index: Index, queries: Any, fit: WeightFit, outcomes: Outcomes
 
     Raises:
       TypeError: if the fit is none.
-      ValueError: if outcomes are of other queries or another training set.
+      ValueError: if outcomes are of other queries or another training set, or weights of other
+        groups.
 
     Warns:
+      UserWarning: if weights were learned on another index.
       WeightWarning: if weights were learned from some of the queries, where those are arrays, or
         models are not finite, which are dropped.
 
@@ -61,6 +64,7 @@ def measured_gain(index: Index, queries: Any, fit: WeightFit, outcomes: Outcomes
             f"fit must be what ja.learn_weights returned, got {type(fit).__name__}. The order is "
             "measured_gain(index, queries, fit, outcomes)."
         )
+    w = np.asarray(weights_for(index, fit), np.float64)
     queries = as_queries(index, queries)
     _warn_of_overlap(queries, fit)
     prepared = query_features(index, queries)
@@ -82,9 +86,7 @@ def measured_gain(index: Index, queries: Any, fit: WeightFit, outcomes: Outcomes
         predicted = predicted @ w if squared else predicted
         return lds_of_predictions(predicted, outputs)
 
-    names = index.layout.names
-    uniform = of_weights(np.ones(len(names)))
-    learned = of_weights(np.array([fit.weights[name] for name in names]))
+    uniform, learned = of_weights(np.ones(len(w))), of_weights(w)
     return MeasuredGain(uniform, learned, paired_difference(learned, uniform))
 
 

@@ -246,8 +246,9 @@ def source(
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}.")
     rule = _eigen_rule(loss, False, rank, fisher, sample, Covariances(mask), bands=1)
-    kernel = kernels.Segment(learning_rate * whole_number("steps", steps) / (1 - momentum))
-    return Method("SOURCE", rule, kernel, references=("source", "ekfac", "kfac"))
+    # A schedule's value is an array, and what a method is made of must have a hash.
+    time = float(learning_rate) * whole_number("steps", steps) / (1 - float(momentum))
+    return Method("SOURCE", rule, kernels.Segment(time), references=("source", "ekfac", "kfac"))
 
 
 def eshampoo(

@@ -221,7 +221,10 @@ def pieces(
     """
     counted = np.asarray(row["mask"]).astype(bool)
     last = int(np.flatnonzero(counted)[-1]) + 1 if counted.any() else 0
-    ids = [int(row["inputs"][0]), *map(int, row["targets"][:last])]
+    # Targets that do not count may be filler, such as -100: what is read there says the token.
+    said = np.append(row["inputs"][1:], row["targets"][-1:])
+    said = np.where(counted, row["targets"], said)[:last]
+    ids = [int(row["inputs"][0]), *map(int, said)]
     texts = [f"{i} " if decode is None else str(decode(i)) for i in ids]
     return texts, np.concatenate([[False], counted[:last]])
 

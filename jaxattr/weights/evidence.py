@@ -51,11 +51,8 @@ def gather(
     if copies is not None:
         asked.append(_of_copies(index, copies))
     sums, *own = subset_sums(index, *asked)
-    evidence = Evidence(
-        _sums(sums, found.masks),
-        found.ranks,
-        LinearSums(own[0].own[None], own[0].gram / own[0].examples) if own else None,
-    )
+    of_copies = _own(own[0], squared) if own else None
+    evidence = Evidence(_sums(sums, found.masks), found.ranks, of_copies)
     statistics = ContributionStatistics(sums.squares, sums.largest, sums.examples).checked()
     return evidence, statistics, found
 
@@ -74,6 +71,13 @@ def _sums(found: SubsetSums, masks: np.ndarray) -> Sums:
     gram = found.gram * variance_of_sums(masks, found.examples)
     gram += beyond.var() * found.mean[:, :, None] * found.mean[:, None]
     return LinearSums(sums - sums.mean(axis=0), gram)
+
+
+def _own(found: SubsetSums, squared: bool) -> LinearSums:
+    """What copies get of their sources; squares do not see the sign of a residual."""
+    own = found.own  # [q, m]
+    own = own * np.sign(own.sum(axis=1, keepdims=True)) if squared else own
+    return LinearSums(own[None], found.gram / found.examples)
 
 
 def _of_copies(index: Index, copies: tuple[Any, Any]) -> Asked:

@@ -183,7 +183,9 @@ def digests_of_queries(queries: Any) -> list[bytes]:
 
 def _bits(leaf: Any) -> np.ndarray:
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+    value = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+    # As JAX would take it, so that a query is the same on the host and on a device.
+    return value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
 
 
 def _are_arrays(queries: Any) -> bool:
