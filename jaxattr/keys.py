@@ -9,6 +9,8 @@ import numpy as np
 
 from jaxattr.typing import Key
 
+_THREEFRY = "threefry2x32"
+
 
 def check_key(key: Any, name: str = "key") -> Key:
     """Refuses what is no PRNG key, such as a seed.
@@ -18,20 +20,36 @@ def check_key(key: Any, name: str = "key") -> Key:
       name: of the argument, for the message.
 
     Returns:
-      The key, typed.
+      The key, typed, of threefry: under `vmap` those of rbg all draw what the first of them draws,
+      so that an example's randomness would depend on its batch.
 
     Raises:
       ValueError: if it is anything else, or several keys.
     """
     array = isinstance(key, jax.Array | np.ndarray)
     if array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0:
-        return key
+        return _of_threefry(key)
     if array and key.dtype == jnp.uint32 and key.ndim == 1:
-        return jax.random.wrap_key_data(jnp.asarray(key))
+        return _of_threefry(jax.random.wrap_key_data(jnp.asarray(key)))
     got = f"{key.dtype} {list(key.shape)}" if array else f"{key!r} of type {type(key).__name__}"
     raise ValueError(
         f"{name} must be one PRNG key, got {got}. Make one of a seed: jax.random.key(0)."
     )
+
+
+def key_or_default(key: Any) -> Key:
+    """Returns the key of seed 0 where none is given, whatever kind of key is JAX's default.
+
+    Args:
+      key: as in `check_key`, or None.
+    """
+    return jax.random.key(0, impl=_THREEFRY) if key is None else check_key(key)
+
+
+def _of_threefry(key: Key) -> Key:
+    if str(jax.random.key_impl(key)) == _THREEFRY:
+        return key
+    return jax.random.wrap_key_data(jax.random.key_data(key)[:2], impl=_THREEFRY)
 
 
 def named_key(key: Key, name: str) -> Key:

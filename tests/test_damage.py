@@ -368,6 +368,25 @@ def test_a_chunk_of_another_place_is_found(copy_of, originals, tmp_path, name, h
             read()
 
 
+def test_chunks_that_were_read_ahead_of_an_error_are_still_looked_at(
+    copy_of, originals, monkeypatch
+):
+    monkeypatch.setattr("jaxattr.store.rows._SLAB_BYTES", 1)  # a slab for each block
+    path = copy_of(TRACIN)
+    chunk, other = (path / "features" / "c" / number / "0" / "0" for number in "01")
+    chunk.rename(path / "aside")
+    other.rename(chunk)
+    (path / "aside").rename(other)
+    index = ja.open_index(path, TRACIN, CHECKPOINTS)
+    with pytest.raises(StoreError, match="after block 0 "):
+        ja.score(index, QUERIES)
+    shutil.copy(originals / "TracIn" / "features" / "c/0/0/0", chunk)
+    with pytest.raises(StoreError, match="after block 1 "):
+        ja.top_k(index, QUERIES)
+    shutil.copy(originals / "TracIn" / "features" / "c/1/0/0", other)
+    ja.top_k(index, QUERIES)
+
+
 @pytest.mark.parametrize("what", ["fitted-0.json", "fitted-0", "features/zarr.json", "features"])
 def test_what_is_gone_is_named(copy_of, what):
     path = copy_of(EKFAC)

@@ -18,6 +18,7 @@ from jaxattr import identity, kernels
 from jaxattr.features import bases, projections
 from jaxattr.fitting.eigenbases import Eigenbasis
 from jaxattr.identity import Contents, Program
+from jaxattr.identity.programs import _Walk
 from tests import models
 
 PARAMS = models.mlp_params()
@@ -232,6 +233,14 @@ def test_identities_are_the_same_in_another_process():
     command = [sys.executable, "-c", program]
     found = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert found.stdout.strip() == str([identity_of(made(f)) for f in FACTORIES])
+
+
+def test_the_order_of_a_set_does_not_matter():
+    """As of the axes of a `shard_map`: it depends on the process."""
+    first, second = (_Walk(), _Walk())
+    first._parameter(frozenset(["data", "model"]))
+    second._parameter({"model", "data"})
+    assert first.hexdigest() == second.hexdigest()
 
 
 def program_of(function, *arguments):

@@ -77,6 +77,17 @@ def test_two_leases_of_one_process_refuse_each_other(folder, tmp_path):
     taken(folder)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+def test_a_process_that_ended_is_dead_before_its_parent_asks(folder):
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    folder.write("lease.json", holder(child.pid))
+    began = time.monotonic()
+    assert taken(folder, expires=60.0) != "other"
+    assert time.monotonic() - began < 5
+    child.wait()
+
+
 def test_leases_of_the_dead_are_taken_at_once(folder):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()

@@ -193,6 +193,33 @@ def test_examples_that_hold_keys_are_on_record(impl, path):
     np.testing.assert_array_equal(ja.score(opened, train), ja.score(built, train))
 
 
+def test_what_is_drawn_from_a_key_depends_on_a_setting(path):
+    method = ja.tracin(noisy_loss, projection=ja.projections.gaussian(2))
+    with jax.threefry_partitionable(False):
+        ja.build_index(method, {"w": jnp.ones(4)}, np.ones((5, 4)), path=path)
+        ja.open_index(path, method, {"w": jnp.ones(4)})
+        built = ja.open_index(path)
+    with pytest.raises(StoreError, match="jax_threefry_partitionable was off, and is on"):
+        ja.open_index(path, method, {"w": jnp.ones(4)})
+    assert built.size == 5
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_the_noise_of_an_example_is_its_own_whatever_the_key(impl):
+    """Under vmap those of rbg all draw what the first of them draws."""
+    train = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    rows = []
+    for batch_size in (1, 6):
+        options = {"key": jax.random.key(3, impl=impl), "batch_size": batch_size}
+        index = ja.build_index(ja.tracin(noisy_loss), {"w": jnp.ones(4)}, train, **options)
+        rows.append(np.asarray(index.features))
+    np.testing.assert_allclose(*rows, rtol=1e-6)
+
+
+def noisy_loss(params, example, key):
+    return ((params["w"] * jax.random.normal(key, (4,))) @ example - 1) ** 2
+
+
 def test_float64_of_numpy_is_float32_where_jax_makes_it_that(path):
     def loss(params, example, key):
         return (params["w"] @ example["x"] - 1) ** 2

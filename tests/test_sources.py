@@ -37,6 +37,12 @@ def scores(data):
     return np.asarray(ja.score(index, data))
 
 
+def test_whole_numbers_that_the_first_example_cannot_hold_are_refused():
+    items = [{"ids": np.array([1, 2], np.uint8)}, {"ids": np.array([4, 300], np.uint16)}]
+    with pytest.raises(ValueError, match="uint8 in example 0, .* hold 300 of example 1"):
+        as_source(Listed(items), "train").read(np.arange(2))
+
+
 ITEMS = [{"ids": ids, "label": label} for ids, label in zip(DOCS, LABELS, strict=True)]
 
 

@@ -115,6 +115,45 @@ def test_scores_into_a_zarr(finished_index, tmp_path, monkeypatch):
         ja.score(index, _Unread(), path=tmp_path / "scores")
 
 
+def test_scores_of_groups_of_queries_are_chunks_of_their_own(finished_index, tmp_path):
+    index = ja.open_index(finished_index, IDENTITY, CHECKPOINTS)
+    scores = ja.score(index, QUERIES, path=tmp_path / "scores", queries_at_once=4)
+    assert scores.chunk_layout.write_chunk.shape[0] == 3  # else each group writes all anew
+    expected = ja.score(index, QUERIES)
+    np.testing.assert_allclose(scores.read().result(), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_wide_rows_are_read_a_few_at_a_time(finished_index, monkeypatch):
+    index = ja.open_index(finished_index, IDENTITY, CHECKPOINTS)
+    layout = index.rows.layout
+    expected, top = ja.score(index, QUERIES), ja.top_k(index, QUERIES, k=3)
+    row = layout.checkpoints * layout.widths["features"] * np.dtype(layout.wide).itemsize
+    monkeypatch.setattr("jaxattr.store.rows._SLAB_BYTES", 2 * layout.block * row)
+    slabs = list(index.rows.slabs(layout.side, 8192))
+    assert {len(slab.arrays["features"]) for slab in slabs} == {2}
+    np.testing.assert_array_equal(ja.score(index, QUERIES), expected)
+    np.testing.assert_array_equal(ja.top_k(index, QUERIES, k=3).ids, top.ids)
+
+
+def test_parameters_without_entries_are_kept(tmp_path):
+    params = {"w": jnp.ones((3, 2)), "none": jnp.zeros((0, 2))}
+
+    def loss(params, example, key):
+        return jnp.sum(jnp.tanh(example @ params["w"])) + params["none"].sum()
+
+    train = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    moments = jax.tree.map(lambda x: x + 1, params)
+    method = ja.trackstar(loss, moments, params, rank=2)
+    built = ja.build_index(method, params, train, path=tmp_path / "index")
+    opened = ja.open_index(tmp_path / "index", method, params)
+    np.testing.assert_array_equal(ja.score(opened, train), ja.score(built, train))
+    dampings = [ja.absolute(1.0)]
+    paths = ja.evaluation.damping_path(ja.trak(loss), params, train, dampings, groups=ja.by_leaf)
+    whole = ja.build_index(ja.trak(loss, damping=dampings[0]), params, train, groups=ja.by_leaf)
+    found = ja.score(next(iter(paths))[1], train)
+    np.testing.assert_allclose(found, ja.score(whole, train), rtol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore::jaxattr.weights.report.WeightWarning")
 def test_weights_from_disk(finished_index, monkeypatch):
     """With a shortlist so short, and slabs so small, that several passes are due."""

@@ -14,6 +14,7 @@ from jaxattr.command import options, printing
 from jaxattr.command.tasks import Task
 from jaxattr.evaluation import measured_gain
 from jaxattr.files import local_file
+from jaxattr.keys import key_or_default
 from jaxattr.scores.ranking import TopK
 from jaxattr.scores.tables import listed_names
 from jaxattr.sharding import process
@@ -174,8 +175,7 @@ def _retrained(
     task: Task, index: ja.Index, queries: Any, kept: Path, models: int, fraction: float
 ) -> ja.Outcomes:
     """Models on random parts of the data, other ones for each fraction; kept where they resume."""
-    key = task.get("key")
-    key = jax.random.key(0) if key is None else key
+    key = key_or_default(task.get("key"))
     printing.note(f"retraining {models} models on {fraction:.0%} of the data each, kept in {kept}")
     found = ja.outcomes(
         task.get("train_fn"),

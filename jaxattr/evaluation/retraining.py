@@ -18,7 +18,7 @@ from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function, check_output, runs
 from jaxattr.inputs.traces import read_inputs
 from jaxattr.inputs.wording import brief
-from jaxattr.keys import check_key
+from jaxattr.keys import check_key, key_or_default
 from jaxattr.scores.subsets import checked_masks
 from jaxattr.sharding import DATA, Placement, placement, split_rows
 from jaxattr.sources import track
@@ -182,7 +182,7 @@ def outputs(
     Returns:
       Float [m, q].
     """
-    key = jax.random.key(0) if key is None else check_key(key)
+    key = key_or_default(key)
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), params)
     on_queries = of_queries(output_fn, one, queries, key)
 

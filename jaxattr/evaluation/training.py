@@ -18,7 +18,7 @@ from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function
 from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.inputs.wording import brief, name_of
-from jaxattr.keys import check_key
+from jaxattr.keys import check_key, key_or_default
 from jaxattr.typing import Batch, Key, OutputFn, Params
 from jaxattr.unrolling.runs import StepFn, TrainingRun, rows_of
 
@@ -93,7 +93,7 @@ def trainer(
         _check_optimizer(optimizer)
     data = jax.tree.map(jnp.asarray, as_batch(train, "train"))
     begin = _as_function(start)
-    trained = _trained(jax.eval_shape(begin, jax.random.key(0)), exclude)
+    trained = _trained(jax.eval_shape(begin, key_or_default(None)), exclude)
 
     def parts(key: Key, ids: jax.Array) -> tuple[StepFn, tuple, _Steps, Callable[[Params], Params]]:
         """What training from a key is made of; the last makes parameters of those that move."""

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxattr import identity
 from jaxattr.inputs.outputs import check_function
+from jaxattr.keys import key_or_default
 from jaxattr.typing import Batch, Example, Key, OutputFn, Params
 
 TimestepFn = Callable[[Params, Example, Key, jax.Array], jax.Array]
@@ -239,7 +240,7 @@ def refuse_unit_norm(output: OutputFn, what: str) -> None:
 
 def _check_drawn(timesteps: Callable[[Key], jax.Array], steps: int | None) -> None:
     """Looks at a few hundred timesteps as a function draws them."""
-    drawn = jax.vmap(timesteps)(jax.random.split(jax.random.key(0), 256))
+    drawn = jax.vmap(timesteps)(jax.random.split(key_or_default(None), 256))
     if drawn.shape != (256,) or not jnp.issubdtype(drawn.dtype, jnp.integer):
         raise ValueError(
             f"timesteps must draw one integer from a key, got {drawn.dtype}{list(drawn.shape[1:])}."

@@ -35,7 +35,7 @@ from jaxattr.features.whole_gradients import as_function_of, project_gradients
 from jaxattr.groups import GroupLayout, Groups
 from jaxattr.inputs.outputs import check_function, check_output
 from jaxattr.inputs.traces import activation_bytes, shapes_of, traced_once
-from jaxattr.keys import check_key, example_keys
+from jaxattr.keys import example_keys, key_or_default
 from jaxattr.scales import unit_norm, wide
 from jaxattr.sharding import Placement
 from jaxattr.typing import Batch, Example, Features, Key, OutputFn, Params
@@ -244,7 +244,7 @@ def featurize_with(
         groups are no partition of them.
     """
     layout = groups_lib.resolve(groups, params)
-    key = jax.random.key(0) if key is None else check_key(key)
+    key = key_or_default(key)
     with traced_once():
         rule.check(params, example, key)
         rule = rule.traced(params, example, key)

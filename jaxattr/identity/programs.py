@@ -214,6 +214,8 @@ class _Walk:
             for key in sorted(value, key=str):
                 self._say(key)
                 self._parameter(value[key])
+        elif isinstance(value, set | frozenset):
+            self._parameter(sorted(value, key=repr))
         elif isinstance(value, tuple | list):
             self._say(type(value).__name__, len(value))
             for each in value:

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -41,7 +40,7 @@ from jaxattr.index.saving import (
 from jaxattr.index.verifying import Verify, check_rereading, data_differences, how_much
 from jaxattr.inputs.wording import name_of, shapes
 from jaxattr.kernels import Identity, Iterates, Kernel, keeps_operator
-from jaxattr.keys import check_key
+from jaxattr.keys import key_or_default
 from jaxattr.methods.method import Method
 from jaxattr.sharding import barrier, placement, process
 from jaxattr.sources import announce
@@ -154,7 +153,7 @@ def build_index(
         raise ValueError("extend=True adds to an index on disk: give its path.")
     if not store and (path is not None or dtype is not None):
         raise ValueError("store=False keeps no features: leave path and dtype out.")
-    key, on_disk = jax.random.key(0) if key is None else check_key(key), path is not None
+    key, on_disk = key_or_default(key), path is not None
     with looking_at(method, checkpoints, train) as (parameters, source):
         key, parameters = place.whole(key), place.shared(tuple(parameters))
         request = BuildRequest(method, parameters, source, groups, key, place, on_disk, dtype)

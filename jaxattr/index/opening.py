@@ -181,13 +181,14 @@ def _featurizer(
     with reading(folder, MANIFEST):
         groups = provenance.groups_from(described["groups"])
         key = place.whole(provenance.key_from(described["key"]))
-        there = {name: described[name] for name in ("method", "params")}
+        there = {name: described[name] for name in ("method", "params", "key")}
         there["rows"] = {"checkpoints": described["rows"]["checkpoints"]}
         there["settings"] = described.get("settings", {})
     featurize = featurizer(method, parameters[0], example, groups=groups, key=key)
     here = {
         "method": provenance.describe_method(method, featurize.rule),
         "params": [provenance.describe_params(params) for params in parameters],
+        "key": provenance.describe_key(key),
         "rows": {"checkpoints": len(parameters)},
     }
     refuse_others(folder, provenance.differences(there, here))

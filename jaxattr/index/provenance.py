@@ -38,6 +38,7 @@ _WORDS = (
 
 
 PRECISION = "jax_default_matmul_precision"
+_PARTITIONABLE = "jax_threefry_partitionable"
 
 
 def manifest(
@@ -104,6 +105,9 @@ def differences(there: Any, here: Any) -> list[str]:
                 f"{_worded(part)} was traced by jax {a}, and cannot be compared with that of jax "
                 f"{b}: use the same version, or build the index again"
             )
+        elif end == _PARTITIONABLE:
+            then, now = ("off", "on") if b is None else ("on", "off")
+            found[name] = f"{end} was {then}, and is {now}: keys give other random numbers"
         elif end in ("computes", "content"):
             what = "computes something else" if end == "computes" else "differs"
             why = _precisions(there) if end == "computes" else ""
@@ -224,7 +228,10 @@ def layout_from(described: Mapping[str, Any]) -> FeatureLayout:
 def describe_key(key: jax.Array) -> dict[str, Any]:
     """Describes a PRNG key; `key_from` reads it."""
     words = np.asarray(jax.random.key_data(key)).tolist()
-    return {"impl": str(jax.random.key_impl(key)), "words": words}
+    described = {"impl": str(jax.random.key_impl(key)), "words": words}
+    # What is drawn from a key depends on this setting of JAX.
+    partitionable = getattr(jax.config, _PARTITIONABLE)
+    return described if partitionable else described | {_PARTITIONABLE: False}
 
 
 def key_from(described: Mapping[str, Any]) -> jax.Array:

@@ -78,7 +78,8 @@ def of_kind(example: Example, number: int, known: Example, role: str) -> Example
       role: what the data are, for messages.
 
     Raises:
-      ValueError: if the first has whole numbers, and this one has not.
+      ValueError: if the first has whole numbers, and this one has not, or larger ones than its
+        type holds.
     """
 
     def one(path: tuple[Any, ...], leaf: Any, first: Any) -> Any:
@@ -89,7 +90,14 @@ def of_kind(example: Example, number: int, known: Example, role: str) -> Example
                 f"{role}: {_field(path_name(path))} is {first.dtype} in example 0 and {leaf.dtype} "
                 f"in example {number}. Give all examples one type, such as np.float32(value)."
             )
-        return np.asarray(leaf, first.dtype)
+        cast = np.asarray(leaf, first.dtype)
+        if first.dtype.kind in "biu" and (cast != leaf).any():
+            raise ValueError(
+                f"{role}: {_field(path_name(path))} is {first.dtype} in example 0, which does not "
+                f"hold {np.asarray(leaf)[cast != leaf][0]} of example {number}. Give all examples "
+                f"one type, such as np.{leaf.dtype}(value)."
+            )
+        return cast
 
     return jax.tree_util.tree_map_with_path(one, example, known)
 

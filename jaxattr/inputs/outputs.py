@@ -17,6 +17,7 @@ from jaxattr.inputs.arrays import NOTHING, fields_of
 from jaxattr.inputs.parameters import are_several
 from jaxattr.inputs.traces import read_inputs, shapes_of, trace, warn_of_shared_randomness
 from jaxattr.inputs.wording import brief, name_of, shapes
+from jaxattr.keys import key_or_default
 from jaxattr.typing import Example, Key, OutputFn, Params
 
 _ARGUMENTS = ("params", "example", "key")
@@ -79,7 +80,7 @@ def _rewritten(function: Any, taken: list[str]) -> str:
 def runs(function: OutputFn, params: Params, example: Example) -> bool:
     """Whether a function maps these shapes, and a key, to one float scalar."""
     try:
-        _traced(function, params, example, jax.random.key(0))
+        _traced(function, params, example, key_or_default(None))
     except Exception:
         return False
     return True
@@ -144,7 +145,7 @@ def read_leaves(function: OutputFn, params: Params, example: Example) -> list[bo
       params: parameters, or their shapes.
       example: ONE example, or its shapes.
     """
-    program = _traced(function, params, example, jax.random.key(0))
+    program = _traced(function, params, example, key_or_default(None))
     first, count = len(jax.tree.leaves(params)), len(jax.tree.leaves(example))
     return read_inputs(program.jaxpr)[first : first + count]
 

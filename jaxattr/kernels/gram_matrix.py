@@ -207,7 +207,7 @@ def _spectrum(rows: np.ndarray) -> Spectrum:
     gram = rows.T @ rows if primal else rows @ rows.T
     with one_thread():
         eigenvalues, vectors = np.linalg.eigh(gram)
-    kept = eigenvalues > eigenvalues[-1] * max(rows.shape) * np.finfo(np.float64).eps
+    kept = eigenvalues > eigenvalues.max(initial=0) * max(rows.shape) * np.finfo(np.float64).eps
     eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
     return Spectrum(
         vectors if primal else rows.T @ (vectors / np.sqrt(eigenvalues)), eigenvalues, dtype

@@ -12,6 +12,7 @@ from jaxattr.groups import Groups
 from jaxattr.identity import program_of
 from jaxattr.inputs.outputs import runs
 from jaxattr.inputs.traces import read_inputs, shapes_of
+from jaxattr.keys import key_or_default
 from jaxattr.linear_maps.analysis import UNUSED
 from jaxattr.methods.method import Method, check_method, featurizer
 from jaxattr.typing import Example, Params
@@ -157,7 +158,7 @@ def _routes(featurize: Featurizer) -> dict[str, str]:
 
 def _unused(featurize: Featurizer, params: Params) -> dict[str, str]:
     """Leaves that are in a group, and that the function does not read."""
-    given = shapes_of((params, featurize.example, jax.random.key(0)))
+    given = shapes_of((params, featurize.example, key_or_default(None)))
     names = groups_lib.leaf_names(params)
     read = read_inputs(program_of(featurize.rule.output, given).jaxpr)
     excluded = dict(featurize.groups.excluded)

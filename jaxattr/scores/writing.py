@@ -34,7 +34,8 @@ def written(index: Index, queries: int, groups: Iterator[Scored], folder: Folder
     array, row, infinite = None, 0, np.zeros(queries, int)
     for prepared, blocks in groups:
         if array is None:
-            array = _made(index, queries, prepared.features.dtype, folder)
+            shape = (queries, len(prepared.features))
+            array = _made(index, shape, prepared.features.dtype, folder)
         for slab, scores in blocks:
             first = slab.first + slab.fresh * index.batch_size
             part = np.array(scores[:, slab.fresh :]).reshape(len(scores), -1)
@@ -68,8 +69,10 @@ def warn_of_overflow(infinite: np.ndarray, dtype: Any) -> None:
         )
 
 
-def _made(index: Index, queries: int, dtype: Any, folder: Folder) -> Any:
-    columns = blocks_at_once(index.rows.layout, SLAB) * index.batch_size
-    make = functools.partial(score_array, folder, queries, index.size, columns, dtype)
+def _made(index: Index, queries: tuple[int, int], dtype: Any, folder: Folder) -> Any:
+    """The array, for all queries and so many at once: a chunk is written as a whole."""
+    count, rows = queries
+    chunk = (rows, blocks_at_once(index.rows.layout, SLAB) * index.batch_size)
+    make = functools.partial(score_array, folder, (count, index.size), chunk, dtype)
     array = on_first_process(functools.partial(make, create=True))
     return make(create=False) if array is None else array

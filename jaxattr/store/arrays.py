@@ -27,15 +27,14 @@ def check_vacant(folder: Folder) -> None:
 
 
 def score_array(
-    folder: Folder, queries: int, size: int, block: int, dtype: Any, create: bool
+    folder: Folder, shape: tuple[int, int], chunk: tuple[int, int], dtype: Any, create: bool
 ) -> Any:
     """Makes an array [q, n] for scores, or opens it.
 
     Args:
       folder: where; see `check_vacant`. Scores that were not finished are deleted.
-      queries: q.
-      size: n.
-      block: columns per chunk.
+      shape: q, n.
+      chunk: rows and columns that are written at once.
       dtype: of the scores.
       create: whether to make it.
 
@@ -48,8 +47,8 @@ def score_array(
     if create:
         check_vacant(folder)
         folder.delete_under("")  # what a killed run left
-        folder.write(_UNFINISHED, {"queries": queries, "examples": size})
-    spec = _spec(folder, (queries, size), dtype, (queries, block), {"fill_value": math.nan})
+        folder.write(_UNFINISHED, dict(zip(("queries", "examples"), shape, strict=True)))
+    spec = _spec(folder, shape, dtype, chunk, {"fill_value": math.nan})
     with writing(folder.path):
         return ts.open(spec, create=create, open=not create).result()
 

@@ -340,7 +340,6 @@ class DiskRows(KeptRows):
         size, found = _chunk_bytes(array), {}
         for key in keys:
             if f"{name}/{key}" not in self._checked:
-                self._checked.add(f"{name}/{key}")
                 found[key] = chunk_seal(self.folder, name, key, size)
         return found
 
@@ -350,9 +349,9 @@ class DiskRows(KeptRows):
         expected = self._seals.arrays[name]
         for key, future in waiting.items():
             if seal_of(self.folder, f"{name}/{key}", future) != expected.get(key):
-                self._checked -= {f"{name}/{each}" for each in waiting}
                 why = f"the chunk {key} is not the one that was written there, but another"
                 raise self._damaged(name, start, why)
+            self._checked.add(f"{name}/{key}")
 
     def _finish(self, reading: dict, start: int, block: int | None = None) -> dict[str, jax.Array]:
         """Waits for what was requested; blocks have as many rows as the layout's, or so many."""

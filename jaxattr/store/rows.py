@@ -41,6 +41,8 @@ class SelfColumns(NamedTuple):
 SELF_COLUMNS = SelfColumns()
 SLAB = 8192
 """Training examples that are read from disk, or scored, at once."""
+# Features of so many bytes at most, but for a single block: of some models a row has a megabyte.
+_SLAB_BYTES = 1 << 28
 
 NO_SIZE = -4096
 
@@ -282,7 +284,8 @@ class MemoryRows(KeptRows):
         else:
             kept = {name: self._kept(name, checkpoint) for name in names}
             chosen = {name: _of_checkpoint(self.arrays[x], c) for name, (x, c) in kept.items()}
-        count = blocks_at_once(self.layout, rows)
+        whole = rows >= self.layout.blocks * self.layout.block
+        count = self.layout.blocks if whole else blocks_at_once(self.layout, rows)
         for start, fresh in slab_starts(self.layout.blocks, count):
             arrays = chosen if count == self.layout.blocks else _slab(chosen, start, count)
             yield Slab(arrays, start * self.layout.block, fresh)
@@ -360,7 +363,10 @@ def padded(name: str, layout: RowLayout, place: Placement) -> int:
 
 
 def blocks_at_once(layout: RowLayout, rows: int) -> int:
-    """Returns how many blocks make a slab of about so many rows."""
+    """Returns how many blocks make a slab of about so many rows; fewer where rows are wide."""
+    if FEATURES in layout.widths:
+        width = layout.checkpoints * layout.widths[FEATURES] * np.dtype(layout.wide).itemsize
+        rows = min(rows, _SLAB_BYTES // max(width, 1))
     return max(1, min(layout.blocks, rows // layout.block))
 
 

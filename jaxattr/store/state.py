@@ -39,7 +39,9 @@ def save_state(folder: Folder, name: str, arrays: dict[str, Any], place: Placeme
     from jaxattr.store.orbax_arrays import save_arrays  # slow to import, and needed here alone
 
     with writing(f"{folder.path}/{name}", Exception):  # of many kinds, one per library below
-        save_arrays(f"{folder.plain}/{name}", values or {"nothing": np.zeros(1)})
+        # Orbax takes neither nothing nor arrays without entries.
+        some = {place: value for place, value in values.items() if value.size}
+        save_arrays(f"{folder.plain}/{name}", some or {"nothing": np.zeros(1)})
     described = {
         "names": names,
         "shapes": [[list(value.shape), value.dtype.name] for value in values.values()],
@@ -72,7 +74,8 @@ def load_state(folder: Folder, name: str, place: Placement) -> dict[str, jax.Arr
             raise ValueError("names, shapes and digests are not as many")
     arrays = {}
     for i, (key, shape, digest) in enumerate(zip(names, shapes, digests, strict=True)):
-        value = _read(folder, f"{name}/{i}")
+        empty = 0 in shape[0]
+        value = np.zeros(*shape) if empty else _read(folder, f"{name}/{i}")
         if [list(value.shape), value.dtype.name] != shape or _digest(value) != digest:
             raise malformed(folder, f"{name}/{i}", f"it is not the {key!r} that was saved")
         arrays[key] = jnp.asarray(place.whole(value))

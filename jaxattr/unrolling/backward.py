@@ -14,7 +14,7 @@ from jaxattr.counts import whole_number
 from jaxattr.index.index import NonFiniteWarning, report_non_finite
 from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function, check_output, runs
-from jaxattr.keys import check_key, example_keys
+from jaxattr.keys import example_keys, key_or_default
 from jaxattr.sources import track
 from jaxattr.typing import Batch, Key, OutputFn
 from jaxattr.unrolling.runs import TrainingRun, floats_of, with_floats
@@ -98,7 +98,7 @@ def unroll(
     params = jax.eval_shape(run.params, run.start)
     queries = as_batch(queries, "queries", lambda example: runs(output, params, example))
     queries = jax.tree.map(jnp.asarray, queries)
-    key = jax.random.key(0) if key is None else check_key(key)
+    key = key_or_default(key)
     check_output(output, params, shapes_of_one(queries), key)
     at_once = whole_number("at_once", _AT_ONCE if at_once is None else at_once)
     root = max(2, math.isqrt(len(run) - 1) + 1)

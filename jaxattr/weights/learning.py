@@ -15,7 +15,7 @@ import optax
 from jaxattr.counts import whole_number
 from jaxattr.index.index import Index, check_index
 from jaxattr.index.queries import QueryFeatures, as_queries, query_features
-from jaxattr.keys import check_key
+from jaxattr.keys import key_or_default
 from jaxattr.scales import exponent_of, scaled
 from jaxattr.scores import scoring
 from jaxattr.store.rows import SLAB
@@ -135,7 +135,7 @@ def learn_weights(
     top_k = min(_TOP_K, n) if top_k is None else top_k
     _check_options(top_k, l2, start, held_out, n)
     options = FitOptions(top_k, squared, optimizer, whole_number("steps", steps))
-    key = jax.random.key(0) if key is None else check_key(key)
+    key = key_or_default(key)
     return _knowing(_fit(index, queries, options, start, l2, held_out, key), queries, index)
 
 
