@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxattr.inputs.arrays import with_auto_axes
 from jaxattr.typing import Batch
 
 DATA, MODEL = "data", "model"
@@ -323,7 +324,7 @@ def placement(mesh: Mesh | Placement | None) -> Placement:
             "Make one over the same devices, such as jax.make_mesh((jax.device_count(),), "
             '("data",)); parameters keep the sharding that they have.'
         )
-    return Placement(_auto(mesh))
+    return Placement(with_auto_axes(mesh))
 
 
 def process() -> tuple[int, int]:
@@ -377,11 +378,6 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def _auto(mesh: Mesh) -> Mesh:
-    """The mesh, with axes that the compiler handles: `jax.make_mesh` makes explicit ones."""
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
-
-
 def _is_axes(x: Any) -> bool:
     return type(x) is tuple and all(axis is None or isinstance(axis, str) for axis in x)
 
@@ -428,7 +424,7 @@ def _place(mesh: Mesh, leaf: Any) -> Any:
     if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
         if leaf.sharding.device_set == set(mesh.devices.flat):
             theirs: Any = leaf.sharding.mesh
-            return jax.device_put(leaf, NamedSharding(_auto(theirs), leaf.sharding.spec))
+            return jax.device_put(leaf, NamedSharding(with_auto_axes(theirs), leaf.sharding.spec))
     replicated = NamedSharding(mesh, PartitionSpec())
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _place(mesh, jax.random.key_data(leaf))

@@ -215,6 +215,20 @@ def shorter(params, example, key):
     return params["w"].sum() * example["x"].sum().astype(float)
 
 
+def first_of(params, example, key):
+    return (example[0] * params["w"].sum()).sum() + example[1].sum()
+
+
+def narrow(call):
+    with jax.enable_x64(False):
+        return call()
+
+
+def in_explicit_mesh():
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])):
+        return build(D)
+
+
 RAGGED = [np.arange(3), np.arange(2)]
 OBJECTS = np.array([[1, 2, 3], [0, 3]], dtype=object)
 MESH = jax.sharding.Mesh(jax.devices()[:2], ("batch",))
@@ -337,6 +351,22 @@ WRONG = {  # name: (call, error, words)
     "strings": (
         lambda: build(D | {"name": np.array(["a"] * 40)}), ValueError,
         ["'name'", "strings", "ja.without(data, 'name')"],
+    ),
+    "a list that may be examples or fields": (
+        lambda: ja.build_index(ja.tracin(first_of), P, [np.ones((9, 4, 3))] * 2), ValueError,
+        ["2 arrays [9, 4, 3]", "2 fields of 9 examples", "np.stack(train)", "tuple(train)"],
+    ),
+    "ids beyond what JAX takes": (
+        lambda: narrow(lambda: build({"x": X, "y": Y.astype(np.int64) + 2**33})), ValueError,
+        ["'y' is int64", "int32", "np.unique(ids, return_inverse=True)"],
+    ),
+    "ids of a source beyond what JAX takes": (
+        lambda: narrow(lambda: build(Items(5, lambda i: {"x": X[i], "y": np.int64(2**40 + i)}))),
+        ValueError,
+        ["example 0 of train", "'y' is int64", "1099511627776"],
+    ),
+    "a mesh with explicit axes that is set": (in_explicit_mesh, ValueError,
+        ["jax.set_mesh", "explicit axes", "AxisType.Auto"],
     ),
     "a list of strings": (lambda: build(["a", "b"]), ValueError, ["strings", "token ids"]),
     "strings in examples": (

@@ -76,6 +76,18 @@ def test_top_k_is_the_top_of_the_scores(name, block_size, opponents):
     np.testing.assert_allclose(top.scores, np.take_along_axis(scores, order, axis=1), rtol=1e-9)
 
 
+def test_queries_without_a_gradient_are_named_and_ranked_by_id():
+    def loss(params, example, key):
+        return (params["w"] * example["x"] - 1) ** 2
+
+    train = {"x": np.arange(6, dtype=np.float32)}
+    index = ja.build_index(ja.tracin(loss), {"w": jnp.ones(())}, train)
+    queries = {"x": np.array([1, 2, 1], np.float32)}
+    with pytest.warns(UserWarning, match="of 2 queries are zero, .* positions 0, 2"):
+        top = ja.top_k(index, queries, k=3)
+    np.testing.assert_array_equal(top.ids[jnp.array([0, 2])], [[0, 1, 2]] * 2)
+
+
 def test_ties_go_to_the_lower_id():
     same = jax.tree.map(lambda x: jnp.repeat(x[:1], 20, axis=0), TRAIN)
     built = ja.build_index(METHODS["tracin"], CHECKPOINTS, same)

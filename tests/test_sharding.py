@@ -103,6 +103,27 @@ def test_params_may_be_sharded(spec):
     assert any(not leaf.is_fully_replicated for leaf in kept)
 
 
+@pytest.mark.parametrize("mesh", [None, "8"])
+def test_arrays_on_a_mesh_of_explicit_axes_are_taken(mesh):
+    """As `jax.make_mesh` makes it: each operation would have to say where its result lies."""
+    explicit = jax.make_mesh((8,), ("data",))
+    first = NamedSharding(explicit, PartitionSpec("data"))
+    whole = NamedSharding(explicit, PartitionSpec())
+    params = jax.device_put(CHECKPOINTS, whole)
+    train, queries = (
+        jax.tree.map(lambda x: jax.device_put(np.asarray(x)[: len(x) // 8 * 8], first), data)
+        for data in (TRAIN, models.data(8, seed=1))
+    )
+    given = None if mesh is None else mesh_of(mesh)
+    index = ja.build_index(METHODS["tracin"], params, train, batch_size=BATCH, mesh=given)
+    plain = ja.build_index(METHODS["tracin"], CHECKPOINTS, jax.tree.map(np.asarray, train))
+    expected = ja.score(plain, jax.tree.map(np.asarray, queries))
+    assert models.relative_error(ja.score(index, queries), expected) <= 1e-9
+    top = ja.attributor(index, k=3)(queries)
+    np.testing.assert_array_equal(top.ids, jax.lax.top_k(expected, 3)[1])
+    ja.plan(METHODS["tracin"], params, train, mesh=given)
+
+
 def test_microbatches_on_a_mesh():
     index = ja.build_index(
         METHODS["trak"], CHECKPOINTS, TRAIN, batch_size=40, microbatch=3, mesh=mesh_of("8")

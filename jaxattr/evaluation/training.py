@@ -206,20 +206,20 @@ def _as_function(start: Params | Callable[[Key], Params]) -> Callable[[Key], Par
     if callable(start) and (isinstance(start, functools.partial) or not arrays):
         check_function(start, "start", ("key",))
         return start
-    _check_parameters(start)
-    return lambda key: start
+    parameters = _checked_parameters(start)
+    return lambda key: parameters
 
 
-def _check_parameters(params: Params) -> None:
+def _checked_parameters(params: Params) -> Params:
     try:
-        as_checkpoints([params])
+        return as_checkpoints([params])[0]
     except TypeError as error:
         raise TypeError(f"start holds parameters, as checkpoints do: {error}") from None
 
 
 def _trained(shapes: Params, exclude: str | None) -> frozenset[str]:
     """Names of the parameters that training moves."""
-    _check_parameters(shapes)
+    _checked_parameters(shapes)
     layout = by_leaf(exclude=exclude)(shapes)
     names = frozenset(member.leaf for group in layout.members for member in group)
     statistics = batch_statistics(layout, shapes)

@@ -16,7 +16,7 @@ from jaxattr.counts import whole_number
 from jaxattr.features.bases import Drawn, Fitted
 from jaxattr.features.expectations import refuse_unit_norm
 from jaxattr.features.featurizer import Featurizer, room
-from jaxattr.index.index import Index, check_index, report_non_finite
+from jaxattr.index.index import Index, check_index, first_ids, report_non_finite
 from jaxattr.inputs.data import Accepts, as_data
 from jaxattr.inputs.matching import check_match
 from jaxattr.inputs.outputs import runs
@@ -78,7 +78,8 @@ def query_features(index: Index, queries: Any, *, output: OutputFn | None = None
 
     Warns:
       NonFiniteWarning: with the positions of queries whose gradient is not finite.
-      UserWarning: if the gradient of `output` is zero for all queries.
+      UserWarning: with the positions of queries whose gradient is zero; of `output`, if it is for
+        all queries.
 
     Cost: a gradient per query. Of matrices that `output` does not use as the index's function does,
       as what they are multiplied by, a whole gradient per query is in memory, a microbatch of them
@@ -160,7 +161,25 @@ def _features_of(
     features, finite = _streamed(index, source, functions, "queries", group)
     lost = np.flatnonzero(~finite)
     report_non_finite(group.start + lost, source.size, "queries")
+    if output is None and not isinstance(features, jax.core.Tracer):
+        _warn_of_zeros(group.start + np.flatnonzero(finite & ~np.asarray(_there(features))))
     return QueryFeatures(features, lost, index.query_side)
+
+
+@jax.jit
+def _there(features: Features) -> jax.Array:
+    return jnp.any(features != 0, axis=1)
+
+
+def _warn_of_zeros(positions: np.ndarray) -> None:
+    if len(positions):
+        warnings.warn(
+            f"The gradients of {len(positions)} queries are zero, and so are all of their scores, "
+            f"which rank nothing: positions {first_ids(positions)}. The model fits them exactly, "
+            "or nothing of them counts (a mask).",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _raising(index: Index, output: OutputFn, found: QueryFeatures) -> QueryFeatures:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jaxattr.groups import named_leaves
 from jaxattr.inputs.wording import brief, path_name, shapes
@@ -184,7 +185,7 @@ def _as_array(leaf: Any, path: tuple[Any, ...], what: str) -> Any:
             "that take no memory: np.broadcast_to(np.float32(0), shape)."
         )
     if isinstance(leaf, jax.Array):
-        return _addressable(leaf)
+        return placed(_addressable(leaf))
     if isinstance(leaf, str | bytes):
         raise holds_strings(what, field)
     if hasattr(leaf, "to_numpy"):  # a column of a table, whose items have names
@@ -197,10 +198,61 @@ def _as_array(leaf: Any, path: tuple[Any, ...], what: str) -> Any:
     if not (hasattr(leaf, "shape") and isinstance(getattr(leaf, "dtype", None), np.dtype)):
         leaf = _converted(leaf, field, what)
     if leaf.dtype.kind in _NUMBERS and leaf.dtype.type is not np.void:
+        _check_range(leaf, field, what)
         return leaf
     if leaf.dtype.kind in "US":
         raise holds_strings(what, field)
     raise _no_numbers(leaf, field, what)
+
+
+def placed(array: Any) -> Any:
+    """Returns an array of JAX on a mesh whose axes the compiler handles, in the same memory.
+
+    Those of `jax.make_mesh` are explicit: each operation would have to say where its result lies.
+
+    Args:
+      array: or whatever else is a leaf, which stays what it is.
+    """
+    if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array):
+        return array
+    if not isinstance(array.sharding, NamedSharding):
+        return array
+    mesh: Any = array.sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return array
+    return jax.device_put(array, NamedSharding(with_auto_axes(mesh), array.sharding.spec))
+
+
+def check_context() -> None:
+    """Refuses `jax.set_mesh` of a mesh with explicit axes, which takes arrays on no other mesh."""
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        raise ValueError(
+            "This is called within jax.set_mesh of a mesh with explicit axes, under which each "
+            "operation would have to say where its result lies. Call it outside, or make the mesh "
+            "with jax.make_mesh(..., axis_types=(jax.sharding.AxisType.Auto,) * axes)."
+        )
+
+
+def with_auto_axes(mesh: Mesh) -> Mesh:
+    """The mesh, with axes that the compiler handles: `jax.make_mesh` makes explicit ones."""
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * mesh.devices.ndim)
+
+
+def _check_range(array: np.ndarray, field: str, what: str) -> None:
+    """Refuses whole numbers that JAX would cut to 32 bits: ids of users, hashes."""
+    taken = jax.dtypes.canonicalize_dtype(array.dtype)
+    if array.dtype.kind not in "iu" or taken == array.dtype or not array.size:
+        return
+    limits = np.iinfo(taken)
+    low, high = array.min(), array.max()
+    if low < limits.min or high > limits.max:
+        beyond = low if low < limits.min else high
+        raise ValueError(
+            f"{what}: {_field(field)} is {array.dtype} and holds {beyond}, of which JAX makes "
+            f"another number: it takes {taken}, from {limits.min:,} to {limits.max:,}. Give ids "
+            "numbers from 0 on (np.unique(ids, return_inverse=True)), leave the field out, or set "
+            'jax.config.update("jax_enable_x64", True).'
+        )
 
 
 def _converted(leaf: Any, field: str, what: str) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxattr.inputs.arrays import (
     as_arrays,
     canonical_dtype,
+    check_context,
     check_shapes,
     differing,
     holds_strings,
@@ -34,7 +35,7 @@ def as_data(data: Any, role: str, accepts: Accepts | None = None) -> RandomAcces
 
     Lists and tuples of examples are stacked. A list or tuple of arrays of one shape may also be
     the fields of one batch: the reading is taken that the function accepts; if it accepts both, a
-    list holds examples, and a tuple fields, as in JAX.
+    tuple holds fields, as in JAX, and a list examples, if those are more than its arrays have rows.
 
     Args:
       data: as in `build_index`.
@@ -45,6 +46,7 @@ def as_data(data: Any, role: str, accepts: Accepts | None = None) -> RandomAcces
       ValueError: if the data are empty, ragged, endless, or hold what is no number.
       TypeError: if they are no data set.
     """
+    check_context()
     _refuse_what_is_none(data, role)
     if is_source(data):
         return _checked_source(data, role)
@@ -249,6 +251,13 @@ def _of_arrays(data: Sequence[Any], role: str, accepts: Accepts | None) -> Any:
     examples = isinstance(data, list)
     if accepts is not None:
         runs, other = accepts(one_row(data[0], 0)), accepts(jax.tree.map(one_row, data))
+        if runs and other and examples and len(data) <= shape_of[0][0]:
+            raise ValueError(
+                f"{role} is a list of {len(data)} arrays {list(shape_of[0])}, which may be "
+                f"{len(data)} examples, or {len(data)} fields of {shape_of[0][0]} examples: the "
+                f"function takes both. Pass np.stack({role}) for examples, and tuple({role}) for "
+                "fields."
+            )
         examples = runs if runs != other else examples
     return stack(*data) if examples else data
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxattr.groups import named_leaves
+from jaxattr.inputs.arrays import check_context, placed
 from jaxattr.inputs.wording import brief, listed, shape
 from jaxattr.typing import Params
 
@@ -26,6 +27,7 @@ def as_checkpoints(checkpoints: Params | Sequence[Params]) -> tuple[Params, ...]
     Warns:
       UserWarning: if two are the same arrays.
     """
+    check_context()
     if isinstance(checkpoints, Iterator | ValuesView):
         raise TypeError(
             f"checkpoints is {_a(type(checkpoints).__name__)}, which is read once: pass a list of "
@@ -39,7 +41,7 @@ def as_checkpoints(checkpoints: Params | Sequence[Params]) -> tuple[Params, ...]
         if number:
             _check_same(number, parameters[0], params)
     _warn_of_the_same(parameters)
-    return parameters
+    return tuple(jax.tree.map(placed, params) for params in parameters)
 
 
 def are_several(checkpoints: Any) -> bool:

@@ -344,6 +344,7 @@ def absorb(
     scores = sign * local_strengths(place, link, weighted, side)
     usable = side.counted[None] & asked & jnp.isfinite(scores)
     k = best.ids.shape[-1]
+    scores = jnp.where(scores == 0, 0, scores)  # of equal ones -0 would come after 0
     scores = jnp.where(usable, scores, -jnp.inf).astype(best.scores.dtype)
     if scores.shape[1] > k:
         scores, places = jax.lax.top_k(scores, k)

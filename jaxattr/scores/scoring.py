@@ -24,6 +24,7 @@ from jaxattr.index.queries import (
     query_features,
     state_of,
 )
+from jaxattr.inputs.arrays import placed
 from jaxattr.scales import exponent_of, scaled, wide
 from jaxattr.scores import ranking
 from jaxattr.scores.candidates import checked_candidates, in_parts, warn_of_non_finite
@@ -322,6 +323,7 @@ def attributor(
     state = state_of(index)
 
     def attribute(batch: Batch, ids: jax.Array | None = None) -> TopK:
+        batch = jax.tree.map(placed, batch)
         ids = -1 - jnp.arange(leading_size(batch)) if ids is None else jnp.asarray(ids)
         run = _compiled_attributor(functions_of(index, shapes_of_one(batch)), search)
         return run(state, _arrays(rows), w, exponent, batch, ids)
