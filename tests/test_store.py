@@ -135,6 +135,25 @@ def test_wide_rows_are_read_a_few_at_a_time(finished_index, monkeypatch):
     np.testing.assert_array_equal(ja.top_k(index, QUERIES, k=3).ids, top.ids)
 
 
+def test_an_index_of_few_examples_is_extended_again_and_again(tmp_path):
+    """Its blocks are of as many as it was begun with, which are fewer than batch_size."""
+    x = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+
+    def build_of(n, **options):
+        method = ja.tracin(lambda params, example, key: jnp.sum((example @ params["w"]) ** 2))
+        return ja.build_index(method, {"w": jnp.ones((4, 3))}, x[:n], **options)
+
+    path = tmp_path / "index"
+    build_of(4, path=path)
+    for n in (6, 6, 9):
+        index = build_of(n, path=path, extend=True)
+        again = build_of(n, path=path)
+        np.testing.assert_array_equal(ja.score(index, x), ja.score(again, x))
+    np.testing.assert_allclose(ja.score(index, x), ja.score(build_of(9), x), rtol=1e-6)
+    with pytest.raises(StoreError, match="index has 9 examples, got 8"):
+        build_of(8, path=path)
+
+
 def test_parameters_without_entries_are_kept(tmp_path):
     params = {"w": jnp.ones((3, 2)), "none": jnp.zeros((0, 2))}
 

@@ -30,12 +30,14 @@ from jaxattr.index.saving import (
     MANIFEST,
     BesideRows,
     Closed,
+    examples_at_first,
     examples_on_record,
     load_finished,
     read_closed,
     read_manifest,
     refuse_others,
     save_finished,
+    with_first,
 )
 from jaxattr.index.verifying import Verify, check_rereading, data_differences, how_much
 from jaxattr.inputs.wording import name_of, shapes
@@ -161,9 +163,7 @@ def build_index(
         batch_size = batch_size if store else request.smaller(featurize, batch_size)
     announce(f"{source.size:,} training examples of {shapes(source.example)}")
     folder = None if path is None else Folder(path)
-    extended = read_manifest(folder) if folder is not None and extend else None
-    before = None if folder is None else examples_on_record(folder, extended)
-    block = request.block(featurize, batch_size, before)
+    block = request.block(featurize, batch_size, _begun(folder, extend))
     layout = request.rows(featurize, block)
     job = BuildJob(method, featurize, parameters, source, block, place)
     if not store:
@@ -174,6 +174,17 @@ def build_index(
     with contextlib.ExitStack() as stack:  # the first process holds the lease for all
         lease = on_first_process(lambda: stack.enter_context(Lease(folder)))
         return _build_on_disk(job, folder, layout, extend, how_much(verify, source), lease)
+
+
+def _begun(folder: Folder | None, extend: bool) -> int | None:
+    """Examples that an index was begun with, which may be fewer than a block; None for these."""
+    there = None if folder is None else read_manifest(folder)
+    if folder is None or there is None:
+        return None
+    examples = examples_on_record(folder, there)
+    assert examples is not None
+    begun = examples_at_first(there, examples)
+    return begun if extend or begun != examples else None
 
 
 def _build(job: BuildJob, rows: Rows, ledger: Ledger | None) -> Index:
@@ -225,6 +236,9 @@ def _build_on_disk(
 ) -> Index:
     here = provenance.manifest(job.method, job.featurizer, job.checkpoints, job.source, layout)
     there, complete = read_manifest(folder), read_closed(folder)
+    before = examples_on_record(folder, there)
+    if there is not None and before is not None:
+        here = with_first(here, examples_at_first(there, before))
     strangers = [] if there else [name for name in folder.names() if name != "lease.json"]
     barrier("index read")  # before anyone writes: all processes must see the same
     if strangers:
@@ -283,7 +297,7 @@ def _check_manifest(
       How many blocks stay when the index is extended; None if it is not.
     """
     before = examples_on_record(folder, there)
-    if before is None:
+    if there is None or before is None:
         if extend:
             raise StoreError(f"{folder.path} holds no index to extend.")
         return None
@@ -307,7 +321,7 @@ def _check_manifest(
             f"{folder.path} cannot be extended: it has {before} examples, and train has only "
             f"{job.source.size}. Pass all of them, the old ones first."
         )
-    old = here | {"data": {"examples": before}}
+    old = here | {"data": there["data"]}
     refuse_others(folder, provenance.differences(there, old))
     return before // job.block
 

@@ -17,6 +17,7 @@ from jaxattr.store.seals import SEALS, Seals, load_seals
 from jaxattr.store.state import load_state, save_state
 
 MANIFEST, COMPLETE = "manifest.json", "complete.json"
+_BEGUN = "begun"
 """What an index was made from; what its rows came to, written last."""
 
 
@@ -121,6 +122,23 @@ def examples_on_record(folder: Folder, described: Mapping[str, Any] | None) -> i
         if type(examples) is not int or examples < 1:
             raise ValueError(f"{examples!r} is no number of examples")
     return examples
+
+
+def examples_at_first(described: Mapping[str, Any], examples: int) -> int:
+    """Returns how many examples an index was begun with, before it was extended.
+
+    Args:
+      described: what `read_manifest` returned.
+      examples: what it has now.
+    """
+    begun = described["data"].get(_BEGUN, examples)
+    return begun if type(begun) is int and 0 < begun <= examples else examples
+
+
+def with_first(here: dict[str, Any], begun: int) -> dict[str, Any]:
+    """A manifest that says how many examples the index was begun with, if those are fewer."""
+    data = here["data"]
+    return here if begun == data["examples"] else here | {"data": data | {_BEGUN: begun}}
 
 
 def refuse_others(folder: Folder, differences: Sequence[str]) -> None:
