@@ -186,7 +186,12 @@ class _Reader:
         return jax.tree.map(stack, *of_one_type)
 
     def _example(self, row: int) -> Example:
-        found = as_arrays(self.data[row], f"example {row} of {self.role}")
+        try:
+            example = self.data[row]
+        except Exception as error:
+            error.add_note(f"Raised by example {row} of {self.role}.")
+            raise
+        found = as_arrays(example, f"example {row} of {self.role}")
         # Copied, since a source may fill the same array each time.
         return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, found)
 

@@ -235,6 +235,38 @@ def test_identities_are_the_same_in_another_process():
     assert found.stdout.strip() == str([identity_of(made(f)) for f in FACTORIES])
 
 
+def test_functions_that_differ_on_other_queries_alone_are_told_apart():
+    """They share a compiled step for training examples, which ran the first for queries."""
+
+    def scores(factor):
+        def loss(params, example, key):
+            more = factor * example["v"] if "v" in example else 1
+            return jnp.sum(jnp.sin(example["x"] @ params["w"])) * more
+
+        x = np.linspace(-1, 1, 12).reshape(3, 4)
+        index = ja.build_index(ja.tracin(loss), {"w": jnp.ones((4, 2))}, {"x": x})
+        return np.asarray(ja.score(index, {"x": x, "v": np.ones(3)}))
+
+    np.testing.assert_allclose(scores(10.0), 10 * scores(1.0), rtol=1e-9)
+
+
+def test_what_a_callback_closes_over_is_part_of_a_program():
+    def calling(number, power=2):
+        def called(x):
+            return np.asarray(number * x[0] ** power, x.dtype)
+
+        def function(params, example, key):
+            shape = jax.ShapeDtypeStruct((), example.dtype)
+            factor = jax.pure_callback(called, shape, example, vmap_method="sequential")
+            return jax.lax.stop_gradient(factor) * params.sum()
+
+        return Program(function, (jnp.ones(3), jnp.ones(3), KEY))
+
+    assert calling(2.0) == calling(2.0)
+    assert calling(2.0) != calling(3.0)
+    assert calling(2.0) != calling(2.0, 3)
+
+
 def test_the_order_of_a_set_does_not_matter():
     """As of the axes of a `shard_map`: it depends on the process."""
     first, second = (_Walk(), _Walk())

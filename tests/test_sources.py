@@ -37,6 +37,18 @@ def scores(data):
     return np.asarray(ja.score(index, data))
 
 
+def test_an_error_of_a_source_says_of_which_example():
+    class Broken(Listed):
+        def __getitem__(self, index):
+            if index == 2:
+                raise OSError("truncated file")
+            return super().__getitem__(index)
+
+    with pytest.raises(OSError, match="truncated file") as caught:
+        as_source(Broken(ITEMS), "train").read(np.arange(3))
+    assert caught.value.__notes__ == ["Raised by example 2 of train."]
+
+
 def test_whole_numbers_that_the_first_example_cannot_hold_are_refused():
     items = [{"ids": np.array([1, 2], np.uint8)}, {"ids": np.array([4, 300], np.uint16)}]
     with pytest.raises(ValueError, match="uint8 in example 0, .* hold 300 of example 1"):

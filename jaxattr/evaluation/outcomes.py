@@ -157,12 +157,17 @@ def _read(file: Path, identity: str, shape: tuple[int, ...]) -> tuple[np.ndarray
         raise ValueError(f"{error} {remedy}") from error
     if stored.keys() != {"identity", "outputs", "done"}:
         raise ValueError(f"{file} holds no outcomes: its arrays are {sorted(stored)}. {remedy}")
+    found, done = stored["outputs"], stored["done"]
     if str(stored["identity"]) != identity:
+        if found.ndim == 2 and found.shape != shape:
+            raise ValueError(
+                f"{file} holds outcomes of {found.shape[0]} models on {found.shape[1]} queries; "
+                f"{shape[0]} on {shape[1]} were asked for, which are of other subsets. {remedy}"
+            )
         raise ValueError(
             f"{file} holds outcomes of something else: the training function or its data, "
             f"the output, the queries, the subsets or the key differ. {remedy}"
         )
-    found, done = stored["outputs"], stored["done"]
     whole = done.shape == () and done.dtype.kind in "iu" and 0 <= done <= shape[0]
     if found.shape != shape or found.dtype.kind != "f" or not whole:
         raise ValueError(

@@ -73,17 +73,20 @@ class FeatureRule:
         if self.residual is not None:  # which may be a constant
             check_output(self.residual, params, example, key, constant=True)
 
-    def traced(self, params: Params, example: Example, key: Key) -> "FeatureRule":
+    def traced(
+        self, params: Params, example: Example, key: Key, *, anew: bool = False
+    ) -> "FeatureRule":
         """Returns the rule with the user's functions as what they compute now.
 
         Args:
           params: parameters, or their shapes.
           example: ONE example, or its shapes.
           key: any key.
+          anew: whether those that were traced are traced again, for other shapes.
         """
         timestep = jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(int))
         given = {"params": params, "example": example, "key": key, "timestep": timestep}
-        return identity.traced(self, given)
+        return identity.traced(self, given, anew)
 
 
 class Featurized(NamedTuple):
@@ -266,7 +269,7 @@ def featurize_with(
     return Featurizer(plan.layout, layout, plan, rule, key, shapes, microbatch, step)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)  # one for each length of queries, too
 def _compiled_step(rule: FeatureRule, plan: Plan, microbatch: int) -> Step:
     """The jitted step; an index of other data by the same method compiles nothing anew."""
 

@@ -39,6 +39,8 @@ class Program:
 
     def __init__(self, function: Callable, arguments: tuple[Any, ...]) -> None:
         self.name = getattr(function, "__name__", type(function).__name__)
+        if isinstance(function, Program):
+            self.name = function.name
         self._function = function
         self._shapes = shapes_of(arguments)
         traced = trace(function, self._shapes)
@@ -205,7 +207,30 @@ class _Walk:
             if key not in _IRRELEVANT:
                 self._say(key)
                 self._parameter(equation.params[key])
+        if "callback" in name:
+            called = equation.params["callback"]
+            self._python(getattr(called, "callback_func", called), ())
         self._say("to", *(self._new(numbers, variable) for variable in equation.outvars))
+
+    def _python(self, function: Any, within: tuple[Any, ...]) -> None:
+        """A function that no trace shows: its code, and what it closes over."""
+        code = getattr(function, "__code__", None)
+        if code is None or function in within:
+            return
+        for cell in function.__closure__ or ():
+            held = cell.cell_contents
+            self._parameter(held)
+            self._python(held, (*within, function))
+        self._parameter(function.__defaults__)
+        self._code(code)
+
+    def _code(self, code: Any) -> None:
+        self._say(code.co_code, code.co_names)
+        for constant in code.co_consts:
+            if hasattr(constant, "co_code"):
+                self._code(constant)
+            else:
+                self._say(constant)
 
     def _parameter(self, value: Any) -> None:
         if isinstance(value, ClosedJaxpr | Jaxpr):

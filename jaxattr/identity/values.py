@@ -54,12 +54,13 @@ def function(*arguments: str, default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"arguments": arguments})
 
 
-def traced(value: Any, arguments: Mapping[str, Any]) -> Any:
+def traced(value: Any, arguments: Mapping[str, Any], anew: bool = False) -> Any:
     """Replaces the functions that a frozen dataclass holds, at any depth, by their programs.
 
     Args:
       value: anything; what is no dataclass is returned as it is.
       arguments: {name as in `function`: an argument, or its shapes}.
+      anew: whether programs are traced again, for other shapes.
 
     Returns:
       The value, that can be compared, hashed and described by content.
@@ -71,8 +72,8 @@ def traced(value: Any, arguments: Mapping[str, Any]) -> Any:
         held = getattr(value, field.name)
         names = field.metadata.get("arguments")
         if dataclasses.is_dataclass(held) and (names is None or _holds_functions(held)):
-            changed[field.name] = traced(held, arguments)
-        elif names is not None and callable(held) and not isinstance(held, Program):
+            changed[field.name] = traced(held, arguments, anew)
+        elif names is not None and callable(held) and (anew or not isinstance(held, Program)):
             changed[field.name] = Program(held, tuple(arguments[name] for name in names))
     same = all(getattr(value, name) is new for name, new in changed.items())
     return value if same else dataclasses.replace(value, **changed)

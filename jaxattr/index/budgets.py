@@ -100,7 +100,7 @@ class BuildPlan:
                 f"feature step {size_in_words(self.step_bytes)}, "
                 f"statistics {size_in_words(self.statistics_bytes)}"
                 + ("" if self.on_disk else f", index {size_in_words(self.index_bytes)}"),
-                f"  arithmetic  {self.flops:.2g} floating-point operations",
+                f"  arithmetic  {self.flops:.2g} floating-point operations, loops counted once",
             ]
         )
 

@@ -15,11 +15,12 @@ import numpy as np
 from jaxattr.counts import whole_number
 from jaxattr.features.bases import Drawn, Fitted
 from jaxattr.features.expectations import refuse_unit_norm
-from jaxattr.features.featurizer import Featurizer, room
+from jaxattr.features.featurizer import FeatureRule, Featurizer, room
 from jaxattr.index.index import Index, check_index, first_ids, report_non_finite
 from jaxattr.inputs.data import Accepts, as_data
 from jaxattr.inputs.matching import check_match
 from jaxattr.inputs.outputs import runs
+from jaxattr.inputs.traces import shapes_of
 from jaxattr.inputs.wording import name_of
 from jaxattr.kernels import MapsQueries
 from jaxattr.methods.method import Method
@@ -418,7 +419,25 @@ def featurizer_of(
     if other is not None:
         return featurize.of(other, params, example), method
     check_match(featurize.rule.output, params, featurize.example, example, featurize.key)
-    return featurize, method
+    own, asked = (jax.tree.flatten(shapes_of(each)) for each in (featurize.example, example))
+    if own == asked:
+        return featurize, method
+    # Functions that compute the same of training examples share a step, and may differ elsewhere.
+    return _of_shapes(featurize, *_hashable(params), *_hashable(example)), method
+
+
+@functools.lru_cache(maxsize=32)
+def _of_shapes(
+    featurize: Featurizer, params: tuple, of_params: Any, example: tuple, of_example: Any
+) -> Featurizer:
+    given = jax.tree.unflatten(of_params, params), jax.tree.unflatten(of_example, example)
+    rule = FeatureRule(featurize.rule.output).traced(*given, featurize.key, anew=True)
+    return featurize.of(rule.output, *given)
+
+
+def _hashable(tree: Any) -> tuple[tuple[Any, ...], Any]:
+    leaves, structure = jax.tree.flatten(shapes_of(tree))
+    return tuple(leaves), structure
 
 
 def accepted_by(index: Index, output: OutputFn | None = None) -> Accepts:
