@@ -219,6 +219,12 @@ def first_of(params, example, key):
     return (example[0] * params["w"].sum()).sum() + example[1].sum()
 
 
+def deleted(tree=None):
+    copies = jax.tree.map(lambda x: jnp.array(x, copy=True), P if tree is None else tree)
+    jax.tree.map(lambda x: x.delete(), copies)
+    return copies
+
+
 def narrow(call):
     with jax.enable_x64(False):
         return call()
@@ -365,6 +371,10 @@ WRONG = {  # name: (call, error, words)
         ValueError,
         ["example 0 of train", "'y' is int64", "1099511627776"],
     ),
+    "parameters that training took": (lambda: build(D, params=deleted()), ValueError,
+        ["is deleted", "donate_argnums", "jax.tree.map(jnp.copy, params)"],
+    ),
+    "data that training took": (lambda: build(deleted(D)), ValueError, ["is deleted"]),
     "a mesh with explicit axes that is set": (in_explicit_mesh, ValueError,
         ["jax.set_mesh", "explicit axes", "AxisType.Auto"],
     ),

@@ -5,6 +5,7 @@ import optax
 import pytest
 
 from jaxattr import evaluation
+from jaxattr.scores.ranking import TopK
 
 TRAIN = {"x": jnp.array([[1.0, 0.0], [0.0, 2.0], [1.0, -1.0]]), "y": jnp.array([1.0, 2.0, 0.5])}
 QUERIES = jax.tree.map(lambda x: x[:2] * 0.5, TRAIN)
@@ -46,6 +47,12 @@ def test_each_step_starts_from_the_same_parameters_and_state(optimizer):
         )  # fmt: skip
         assert np.allclose(changes, by_hand(optimizer, used, ids), rtol=1e-10, atol=0)
     assert changes[1, 0] == changes[1, 1]
+    top = TopK(jnp.asarray(ids), jnp.zeros(ids.shape))
+    given = (loss, measure, PARAMS, TRAIN, QUERIES)
+    same = evaluation.tail_patch(*given, top, optimizer=optimizer, optimizer_state=state)
+    np.testing.assert_array_equal(
+        same, evaluation.tail_patch(*given, ids, optimizer=optimizer, optimizer_state=state)
+    )
 
 
 def test_missing_proponents_are_not_counted():

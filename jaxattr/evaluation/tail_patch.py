@@ -38,7 +38,7 @@ def tail_patch(
       params: the model at the end of its training.
       train: training examples, a pytree of arrays [n, ...].
       queries: a pytree of arrays [q, ...].
-      ids: integers [q, k], each query's proponents, as `ja.top_k(...).ids`.
+      ids: integers [q, k], each query's proponents; or what `ja.top_k` returned.
       optimizer: takes the step, with its learning rate.
       optimizer_state: where the training left it. Default: `optimizer.init(params)`.
       at_once: steps in memory at once, each with its own parameters and optimizer state.
@@ -57,7 +57,7 @@ def tail_patch(
       learning rate are not published in full, so both are arguments.
     """
     train, queries = as_batch(train, "train"), as_batch(queries, "queries")
-    n, q, ids = leading_size(train), leading_size(queries), np.asarray(ids)
+    n, q, ids = leading_size(train), leading_size(queries), np.asarray(getattr(ids, "ids", ids))
     if ids.ndim != 2 or len(ids) != q or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"ids must be integers [{q}, k], got {ids.dtype} {list(ids.shape)}.")
     if ids.size and not -1 <= ids.min() <= ids.max() < n:

@@ -212,9 +212,17 @@ def placed(array: Any) -> Any:
 
     Args:
       array: or whatever else is a leaf, which stays what it is.
+
+    Raises:
+      ValueError: if it is deleted.
     """
     if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array):
         return array
+    if array.is_deleted():
+        raise ValueError(
+            f"An array {array.dtype} {list(array.shape)} is deleted: a step of training took its "
+            "memory (donate_argnums). Pass a copy from before, jax.tree.map(jnp.copy, params)."
+        )
     if not isinstance(array.sharding, NamedSharding):
         return array
     mesh: Any = array.sharding.mesh
