@@ -13,6 +13,7 @@ of which the last two are there in packed rows only, for the model to keep docum
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -341,7 +342,12 @@ def _log_odds(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """log(p / (1 - p)) of each target [t]: of p itself, 1 - p and all gradients are lost near 1."""
     logits = logits.astype(wide(logits.dtype))
     own = jnp.arange(logits.shape[-1])[None] == targets[:, None]
-    return _picked(logits, targets) - jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=-1)
+    others = jnp.where(own, -jnp.inf, logits)
+    alone = (others == -jnp.inf).all(axis=-1)  # p is one, whatever the parameters are
+    odds = _picked(logits, targets) - jax.nn.logsumexp(
+        jnp.where(alone[:, None], 0, others), axis=-1
+    )
+    return jnp.where(alone, -math.log(jnp.finfo(logits.dtype).eps), odds)
 
 
 def _picked(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxattr.inputs.arrays import with_auto_axes
+from jaxattr.inputs.arrays import check_context, with_auto_axes
 from jaxattr.typing import Batch
 
 DATA, MODEL = "data", "model"
@@ -318,6 +318,7 @@ def placement(mesh: Mesh | Placement | None) -> Placement:
             "names the axes of a grid of devices; of all devices along one axis it is "
             'jax.make_mesh((jax.device_count(),), ("data",)).'
         )
+    check_context()
     if DATA not in mesh.axis_names:
         raise ValueError(
             f'The mesh has axes {mesh.axis_names}; training examples go over an axis named "data". '

@@ -231,8 +231,10 @@ def narrow(call):
 
 
 def in_explicit_mesh():
-    with jax.set_mesh(jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])):
-        return build(D)
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        ja.score(build(D), D)  # where nothing is on a mesh it does not matter
+        return ja.build_index(M, P, D, mesh=mesh)
 
 
 RAGGED = [np.arange(3), np.arange(2)]

@@ -267,6 +267,20 @@ def test_what_a_callback_closes_over_is_part_of_a_program():
     assert calling(2.0) != calling(2.0, 3)
 
 
+def test_what_a_callback_logs_is_no_part_of_a_program():
+    log = []
+
+    def function(params, example, key):
+        jax.debug.callback(lambda value: log.append(value), example.sum())
+        return (params * example).sum()
+
+    program = Program(function, (jnp.ones(3), jnp.ones(3), KEY))
+    program(jnp.ones(3), jnp.ones(3), KEY)
+    jax.effects_barrier()
+    assert log and program == Program(function, (jnp.ones(3), jnp.ones(3), KEY))
+    assert program(jnp.ones(4), jnp.ones(4), KEY) == 4  # traced anew
+
+
 def test_the_order_of_a_set_does_not_matter():
     """As of the axes of a `shard_map`: it depends on the process."""
     first, second = (_Walk(), _Walk())

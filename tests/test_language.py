@@ -138,6 +138,19 @@ def test_margins_of_certain_targets_keep_their_gradients(logit):
     np.testing.assert_allclose(found[1][0], rest, rtol=1e-5, atol=1e-40)
 
 
+def test_a_token_that_alone_is_allowed_has_no_gradient():
+    def logits(z, row):
+        return jnp.where(jnp.array([[True, True, True], [True, False, False]]), z, -jnp.inf)
+
+    z = jnp.array([[1.0, 2.0, 0.0], [3.0, 0.0, 0.0]])
+    for mask in ([True, False], [True, True]):
+        example = {"targets": jnp.array([0, 0]), "mask": jnp.array(mask)}
+        for make in (language.margin, language.residual):
+            value, slope = jax.value_and_grad(make(logits))(z, example, jax.random.key(0))
+            assert jnp.isfinite(value) and jnp.isfinite(slope).all()
+            assert slope[0].any() and not slope[1].any()
+
+
 def test_probability_is_the_mean_by_the_weights_of_a_mask():
     logits = jnp.log(jnp.array([[0.25, 0.75], [0.6, 0.4]]))
     for weights in ([0.1, 0], [0.1, 0.2], [3, 5]):

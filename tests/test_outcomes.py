@@ -661,7 +661,7 @@ def test_copies_that_uniform_weights_say_less_than_nothing_of_do_not_turn_the_lo
     assert better < 0 < worse
 
 
-@pytest.mark.filterwarnings("ignore:The features of the first", "ignore:The gradients of 2 queries")
+@pytest.mark.filterwarnings("ignore:The features of the first", "ignore:Queries at positions")
 def test_contributions_that_are_all_zero_are_refused():
     made = ja.build_index(
         ja.tracin(lambda p, e, key: p["w"] @ e * (e[0] > 9)), {"w": jnp.ones(3)}, np.ones((N, 3))

@@ -5,6 +5,7 @@ equal one may be made anew. Its trace says what it computes now. Tracing is neve
 JAX's cache of traces, so a changed state is another program.
 """
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Mapping
@@ -38,9 +39,7 @@ class Program:
     """
 
     def __init__(self, function: Callable, arguments: tuple[Any, ...]) -> None:
-        self.name = getattr(function, "__name__", type(function).__name__)
-        if isinstance(function, Program):
-            self.name = function.name
+        self.name = self.__name__ = getattr(function, "__name__", type(function).__name__)
         self._function = function
         self._shapes = shapes_of(arguments)
         traced = trace(function, self._shapes)
@@ -204,25 +203,37 @@ class _Walk:
         self.has_rules |= name in _WITH_RULES
         self._say(name, *(self._atom(numbers, atom) for atom in equation.invars))
         for key in sorted(equation.params):
-            if key not in _IRRELEVANT:
+            if key not in (*_IRRELEVANT, "callback"):
                 self._say(key)
                 self._parameter(equation.params[key])
-        if "callback" in name:
-            called = equation.params["callback"]
+        called = equation.params.get("callback")
+        if called is not None and equation.outvars:  # one that only logs computes nothing
             self._python(getattr(called, "callback_func", called), ())
         self._say("to", *(self._new(numbers, variable) for variable in equation.outvars))
 
     def _python(self, function: Any, within: tuple[Any, ...]) -> None:
-        """A function that no trace shows: its code, and what it closes over."""
+        """A function that no trace shows: its code, and the constants that it closes over."""
+        if isinstance(function, functools.partial):
+            self._held((function.args, function.keywords), within)
+            function = function.func
         code = getattr(function, "__code__", None)
-        if code is None or function in within:
+        self._say(type(function).__name__ if code is None else code.co_name)
+        if code is None or any(function is each for each in within):
             return
-        for cell in function.__closure__ or ():
-            held = cell.cell_contents
-            self._parameter(held)
-            self._python(held, (*within, function))
-        self._parameter(function.__defaults__)
+        cells = [cell.cell_contents for cell in function.__closure__ or () if _is_full(cell)]
+        own = (cells, function.__defaults__, getattr(function, "__kwdefaults__", None))
+        self._held(own, (*within, function))
         self._code(code)
+
+    def _held(self, value: Any, within: tuple[Any, ...]) -> None:
+        """What a function holds, as far as it is a constant: a counter or a log is none."""
+        for each in jax.tree.leaves(value) if isinstance(value, tuple) else [value]:
+            if callable(each):
+                self._python(each, within)
+            elif isinstance(each, bool | int | float | complex | str | bytes | np.ndarray):
+                self._parameter(each)
+            else:
+                self._say(type(each).__name__)
 
     def _code(self, code: Any) -> None:
         self._say(code.co_code, code.co_names)
@@ -230,7 +241,7 @@ class _Walk:
             if hasattr(constant, "co_code"):
                 self._code(constant)
             else:
-                self._say(constant)
+                self._parameter(constant)
 
     def _parameter(self, value: Any) -> None:
         if isinstance(value, ClosedJaxpr | Jaxpr):
@@ -279,6 +290,13 @@ class _Walk:
 
     def _say(self, *words: Any) -> None:
         self._hash.update(repr(words).encode())
+
+
+def _is_full(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def _content(value: Any) -> str:

@@ -17,6 +17,7 @@ from jaxattr.features.bases import Drawn, Fitted
 from jaxattr.features.featurizer import Featurizer
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.index import provenance
+from jaxattr.inputs.arrays import check_context
 from jaxattr.inputs.traces import eagerly
 from jaxattr.inputs.wording import brief
 from jaxattr.methods.method import Method
@@ -199,8 +200,11 @@ def check_index(index: Any) -> Index:
 
     Raises:
       TypeError: if it is something else.
+      ValueError: if it is on a mesh, within `jax.set_mesh` of one that it cannot be used with.
     """
     if isinstance(index, Index):
+        if index.place.mesh is not None:
+            check_context()
         return index
     remedy = "ja.build_index(method, checkpoints, train) makes one."
     if isinstance(index, str) or hasattr(index, "__fspath__"):

@@ -175,9 +175,9 @@ def _there(features: Features) -> jax.Array:
 def _warn_of_zeros(positions: np.ndarray) -> None:
     if len(positions):
         warnings.warn(
-            f"The gradients of {len(positions)} queries are zero, and so are all of their scores, "
-            f"which rank nothing: positions {first_ids(positions)}. The model fits them exactly, "
-            "or nothing of them counts (a mask).",
+            f"Queries at positions {first_ids(positions)} have a gradient of zero, and so are all "
+            "of their scores, which rank nothing: the model fits them exactly, or nothing of them "
+            "counts (a mask).",
             UserWarning,
             stacklevel=4,
         )
@@ -419,14 +419,13 @@ def featurizer_of(
     if other is not None:
         return featurize.of(other, params, example), method
     check_match(featurize.rule.output, params, featurize.example, example, featurize.key)
-    own, asked = (jax.tree.flatten(shapes_of(each)) for each in (featurize.example, example))
-    if own == asked:
+    if _hashable(featurize.example) == _hashable(example):
         return featurize, method
     # Functions that compute the same of training examples share a step, and may differ elsewhere.
     return _of_shapes(featurize, *_hashable(params), *_hashable(example)), method
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=64)
 def _of_shapes(
     featurize: Featurizer, params: tuple, of_params: Any, example: tuple, of_example: Any
 ) -> Featurizer:
@@ -483,7 +482,7 @@ def _checked(index: Index, queries: QueryFeatures) -> QueryFeatures:
     return queries
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _query_step(place: Placement, functions: QueryFunctions) -> Any:
     step = functools.partial(features_of_batch, functions)
     # On one device each checkpoint's program is compiled by itself, once.

@@ -16,8 +16,8 @@ from jaxattr.store.folder import Folder, StoreError, malformed, reading
 from jaxattr.store.seals import SEALS, Seals, load_seals
 from jaxattr.store.state import load_state, save_state
 
-MANIFEST, COMPLETE = "manifest.json", "complete.json"
 _BEGUN = "begun"
+MANIFEST, COMPLETE = "manifest.json", "complete.json"
 """What an index was made from; what its rows came to, written last."""
 
 

@@ -228,7 +228,10 @@ def placed(array: Any) -> Any:
     mesh: Any = array.sharding.mesh
     if AxisType.Explicit not in mesh.axis_types:
         return array
-    return jax.device_put(array, NamedSharding(with_auto_axes(mesh), array.sharding.spec))
+    check_context()
+    kind = array.sharding.memory_kind
+    sharding = NamedSharding(with_auto_axes(mesh), array.sharding.spec, memory_kind=kind)
+    return jax.device_put(array, sharding)
 
 
 def check_context() -> None:
@@ -252,7 +255,8 @@ def _check_range(array: np.ndarray, field: str, what: str) -> None:
     if array.dtype.kind not in "iu" or taken == array.dtype or not array.size:
         return
     limits = np.iinfo(taken)
-    low, high = array.min(), array.max()
+    once = array[tuple(slice(None) if step else slice(1) for step in array.strides)]
+    low, high = once.min(), once.max()
     if low < limits.min or high > limits.max:
         beyond = low if low < limits.min else high
         raise ValueError(

@@ -10,7 +10,6 @@ import numpy as np
 from jaxattr.inputs.arrays import (
     as_arrays,
     canonical_dtype,
-    check_context,
     check_shapes,
     differing,
     holds_strings,
@@ -43,10 +42,10 @@ def as_data(data: Any, role: str, accepts: Accepts | None = None) -> RandomAcces
       accepts: tells readings apart; None if there is nothing to tell them by.
 
     Raises:
-      ValueError: if the data are empty, ragged, endless, or hold what is no number.
+      ValueError: if the data are empty, ragged, endless, hold what is no number, or may be examples
+        or fields.
       TypeError: if they are no data set.
     """
-    check_context()
     _refuse_what_is_none(data, role)
     if is_source(data):
         return _checked_source(data, role)

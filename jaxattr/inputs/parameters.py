@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxattr.groups import named_leaves
-from jaxattr.inputs.arrays import check_context, placed
+from jaxattr.inputs.arrays import placed
 from jaxattr.inputs.wording import brief, listed, shape
 from jaxattr.typing import Params
 
@@ -27,7 +27,6 @@ def as_checkpoints(checkpoints: Params | Sequence[Params]) -> tuple[Params, ...]
     Warns:
       UserWarning: if two are the same arrays.
     """
-    check_context()
     if isinstance(checkpoints, Iterator | ValuesView):
         raise TypeError(
             f"checkpoints is {_a(type(checkpoints).__name__)}, which is read once: pass a list of "

@@ -331,7 +331,7 @@ def attributor(
     return attribute
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _compiled_attributor(functions: QueryFunctions, search: Any) -> Any:
     """The jitted function, the same for indexes of one method: a newer one compiles nothing."""
 
