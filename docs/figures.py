@@ -40,6 +40,9 @@ FIGURES = [
         "weights": ("none of {0} cases", "no | {1} |", "{5} of {6} cases"),
         "limits": ("{1} of {0} cases clearly worse, by up to {2}", "made {3} worse", "by {4})",
                    "{5} of {6} cases", "held {7} %", "reached {8} %")}),
+    ("removal of a generated image's proponents", ("1.50", 1.46, "0.90"), {
+        NOTES: "D-TRAK uniform {0} (0.14), learned {1} (0.26), random {2}",
+        "limits": ("changed by {0} (l2", "and by {2} with others", "({1}); four images")}),
     ("the gain that is said", (9.5, 5.3), {
         NOTES: "| resnet EK-FAC (16) | … | +{1} [… | +{0} |", "limits": "said {0} and had {1}"}),
     ("weights in the larger study of digits", (33, 0.02, 4.7, 2.6, 6.2), {
