@@ -133,6 +133,9 @@ def test_wide_rows_are_read_a_few_at_a_time(finished_index, monkeypatch):
     assert {len(slab.arrays["features"]) for slab in slabs} == {2}
     np.testing.assert_array_equal(ja.score(index, QUERIES), expected)
     np.testing.assert_array_equal(ja.top_k(index, QUERIES, k=3).ids, top.ids)
+    resident = ja.open_index(finished_index, IDENTITY, CHECKPOINTS, in_memory=True)
+    whole = list(resident.rows.slabs(layout.side, layout.size))  # they are there anyway
+    assert [len(slab.arrays["features"]) for slab in whole] == [layout.blocks]
 
 
 def test_an_index_of_few_examples_is_extended_again_and_again(tmp_path):

@@ -284,7 +284,7 @@ class MemoryRows(KeptRows):
         else:
             kept = {name: self._kept(name, checkpoint) for name in names}
             chosen = {name: _of_checkpoint(self.arrays[x], c) for name, (x, c) in kept.items()}
-        whole = rows >= self.layout.blocks * self.layout.block
+        whole = rows >= self.layout.size
         count = self.layout.blocks if whole else blocks_at_once(self.layout, rows)
         for start, fresh in slab_starts(self.layout.blocks, count):
             arrays = chosen if count == self.layout.blocks else _slab(chosen, start, count)
