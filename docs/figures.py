@@ -80,7 +80,7 @@ FIGURES = [
         "CHANGELOG.md": ("0.9 to {0} times what `vmap(grad)` takes; it took {1} to {2} times",
                          "{3} to {4} of the time"),
         "how/identity": ("{5} changes were found, {6} had no effect", "cost {7} % of a build")}),
-    ("store; two stages", (779, 872, 924, 1.19, 1.06, 48, 27, 4.6, 192, 99, 91), {
+    ("store; two stages", (779, 872, 924, 1.12, 0.99, 48, 27, 4.6, 192, 99, 91), {
         NOTES: ("431, {0} and 544. float32", "799, {1} and 889", "875, {2} and 906",
                 "score | {3} (", "top_k | {4} (",
                 "{5} kills", "| {6} s | {7} s | {8} s |",
