@@ -265,6 +265,7 @@ def test_what_a_callback_closes_over_is_part_of_a_program():
     assert calling(2.0) == calling(2.0)
     assert calling(2.0) != calling(3.0)
     assert calling(2.0) != calling(2.0, 3)
+    assert calling(jnp.float32(2)) == calling(jnp.float32(2)) != calling(jnp.float32(3))
 
 
 def test_what_a_callback_logs_is_no_part_of_a_program():

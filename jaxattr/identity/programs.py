@@ -227,10 +227,11 @@ class _Walk:
 
     def _held(self, value: Any, within: tuple[Any, ...]) -> None:
         """What a function holds, as far as it is a constant: a counter or a log is none."""
+        constants = bool | int | float | complex | str | bytes | np.ndarray | np.generic | jax.Array
         for each in jax.tree.leaves(value) if isinstance(value, tuple) else [value]:
             if callable(each):
                 self._python(each, within)
-            elif isinstance(each, bool | int | float | complex | str | bytes | np.ndarray):
+            elif isinstance(each, constants):
                 self._parameter(each)
             else:
                 self._say(type(each).__name__)
