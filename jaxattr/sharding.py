@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxattr.inputs.arrays import check_context, with_auto_axes
+from jaxattr.inputs.arrays import check_context, placed, with_auto_axes
 from jaxattr.typing import Batch
 
 DATA, MODEL = "data", "model"
@@ -424,8 +424,7 @@ def _place(mesh: Mesh, leaf: Any) -> Any:
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec()))
     if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
         if leaf.sharding.device_set == set(mesh.devices.flat):
-            theirs: Any = leaf.sharding.mesh
-            return jax.device_put(leaf, NamedSharding(with_auto_axes(theirs), leaf.sharding.spec))
+            return placed(leaf)
     replicated = NamedSharding(mesh, PartitionSpec())
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         data = _place(mesh, jax.random.key_data(leaf))

@@ -219,6 +219,15 @@ def first_of(params, example, key):
     return (example[0] * params["w"].sum()).sum() + example[1].sum()
 
 
+def denoised(data):
+    def predict(params, noisy, timestep, example):
+        return noisy @ params["w"] @ params["w"].T
+
+    denoiser = ja.diffusion.Denoiser(predict, np.linspace(0.9, 0.1, 5))
+    output = ja.expectation(ja.diffusion.output(denoiser), timesteps=range(5))
+    return ja.build_index(ja.d_trak(output), P, data)
+
+
 def deleted(tree=None):
     copies = jax.tree.map(lambda x: jnp.array(x, copy=True), P if tree is None else tree)
     jax.tree.map(lambda x: x.delete(), copies)
@@ -278,22 +287,12 @@ WRONG = {  # name: (call, error, words)
         ["`ja.language.rows`", "x float32[40, 4]"],
     ),
     "an image by another name": (
-        lambda: ja.build_index(
-            ja.d_trak(ja.expectation(
-                ja.diffusion.output(ja.diffusion.Denoiser(
-                    lambda p, x, t, e: x @ p["w"] @ p["w"].T, np.linspace(0.9, 0.1, 5))),
-                timesteps=range(5),
-            )), P, {"point": X},
-        ), ValueError, ["has no 'image', but ['point']", "Denoiser(..., image=name)"],
+        lambda: denoised({"point": X}), ValueError,
+        ["has no 'image', but ['point']", "Denoiser(..., image=name)"],
     ),
     "images as bytes": (
-        lambda: ja.build_index(
-            ja.d_trak(ja.expectation(
-                ja.diffusion.output(ja.diffusion.Denoiser(
-                    lambda p, x, t, e: x @ p["w"] @ p["w"].T, np.linspace(0.9, 0.1, 5))),
-                timesteps=range(5),
-            )), P, {"image": np.ones((4, 3), np.uint8)},
-        ), ValueError, ["must be floats", "image / 127.5 - 1", "uint8"],
+        lambda: denoised({"image": np.ones((4, 3), np.uint8)}), ValueError,
+        ["must be floats", "image / 127.5 - 1", "uint8"],
     ),
     "an output of no denoiser": (
         lambda: ja.diffusion.output(loss), TypeError, ["a diffusion.Denoiser(predict, alpha_bar)"],
