@@ -1,7 +1,7 @@
 """Says which training pictures gave generated ones their subject, their style and their background.
 
 python -m experiments.attributes            # some ten minutes of processor time
-python -m experiments.attributes --full     # twice the pictures, two models trained for longer
+python -m experiments.attributes --full     # twice the pictures, a model trained for longer
 """
 
 import json

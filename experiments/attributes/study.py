@@ -78,8 +78,8 @@ class Config:
 
 QUICK = Config()
 FULL = dataclasses.replace(
-    QUICK, train=3000, repeats=16, full=384, checkpoints=2, timesteps=16, dim=256,
-    recipe=QUICK.recipe._replace(steps=20_000, learning_rate=2e-3, averaging=0.999),
+    QUICK, train=3000, repeats=16, full=192, timesteps=12, dim=256,
+    recipe=QUICK.recipe._replace(steps=10_000, learning_rate=2e-3, averaging=0.999),
 )  # fmt: skip
 
 

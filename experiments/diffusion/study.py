@@ -77,14 +77,13 @@ class Config:
 
 QUICK = Config()
 FULL = dataclasses.replace(
-    QUICK, train=800, queries=96, subsets=48, seeds=2, checkpoints=4, timesteps=20,
-    recipe=Recipe(1500, learning_rate=3e-3), adapters=Recipe(600, learning_rate=1e-2),
-    removals=16, removed=160, removal_seeds=3,
+    QUICK, train=800, queries=96, subsets=48, timesteps=20, removals=8, removed=160,
+    recipe=Recipe(750, learning_rate=3e-3), adapters=Recipe(300, learning_rate=1e-2),
 )  # fmt: skip
 # For --data cifar2.npz --full, on a GPU: 9.5 million parameters, data and subsets of Zheng et al.
 CIFAR = dataclasses.replace(
     FULL, train=5000, queries=500, subsets=64, seeds=3, checkpoints=1, timesteps=10, dim=1024,
-    unet=UNetConfig(3, (96, 192, 256), heads=8), removals=16, removed=1000,
+    unet=UNetConfig(3, (96, 192, 256), heads=8), removals=16, removed=1000, removal_seeds=3,
     recipe=Recipe(40_000, 128, 2e-4, 0.9999), adapters=Recipe(5_000, 64, 1e-3), at_once=1,
 )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Attributes a small GPT-2 to the documents that it was trained on, and says how right that is.
 
 python -m experiments.language                     # Python's documentation; eight to twenty minutes on two cores
-python -m experiments.language --full              # three models, 48 half-subsets, two seeds each
+python -m experiments.language --full              # two models, 48 half-subsets each
 python -m experiments.language --data wiki.train.tokens --weights gpt2/ --full   # on a GPU
 python -m experiments.language --facts all         # also facts that a search for words does not find
 python -m experiments.language --plan              # what GPT-2 small on WikiText-103 takes

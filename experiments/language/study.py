@@ -67,7 +67,7 @@ class Config:
 
 SMALL = gpt2.Config(vocabulary=256, context=128, width=64, depth=3, heads=4, remat=False)
 QUICK = Config(SMALL)
-FULL = Config(SMALL, queries=128, subsets=48, seeds=2, runs=3, patched=64)
+FULL = Config(SMALL, queries=128, subsets=48, runs=2, patched=64)
 
 
 class Subject(NamedTuple):
