@@ -63,6 +63,22 @@ def test_linear_and_the_same_for_any_batch(projection):
 
 
 @BY_NAME
+@pytest.mark.parametrize("together", [2, 3, 100])
+def test_blocks_at_once_are_those_one_after_the_other(projection, together, monkeypatch):
+    monkeypatch.setattr(random_maps, "_BLOCK_ENTRIES", 1 << 14)
+    monkeypatch.setattr(random_maps, "_HELD_BLOCKS", 2)  # some leaves are drawn where needed
+    sizes = {f"group{i}": {"a": 300 + 300 * i, "b": 77, "c": 600} for i in range(3)}
+    x = {name: members(sizes=tuple(of.values())) for name, of in sizes.items()}
+    sizes = {name: {leaf: value.shape[1] for leaf, value in of.items()} for name, of in x.items()}
+    drawn = random_maps.draw_groups(projection, signs.seed_of(jax.random.key(0), 0), sizes)
+    expected = random_maps.project_groups(projection, drawn, x)
+    monkeypatch.setattr(random_maps, "_blocks_at_once", lambda entries: together)
+    found = random_maps.project_groups(projection, drawn, x)
+    for name, features in expected.items():
+        np.testing.assert_allclose(found[name], features, rtol=1e-12, atol=1e-12)
+
+
+@BY_NAME
 def test_order_of_leaves_does_not_matter_but_the_key_does(projection):
     x, key = members(), jax.random.key(1)
     reversed_leaves = dict(reversed(x.items()))

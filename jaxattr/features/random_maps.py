@@ -200,7 +200,7 @@ class Blocks(NamedTuple):
         )
 
     def add(self, total: jax.Array, project: Callable[..., jax.Array], each: Any) -> jax.Array:
-        """Adds what is made of each block to the sums of its group, one block after the other.
+        """Adds what is made of each block to the sums of its group, some blocks at a time.
 
         Args:
           total: [groups, b, p].
@@ -210,13 +210,28 @@ class Blocks(NamedTuple):
         Returns:
           The sums.
         """
+        n, (groups, _, width) = len(self.owners), total.shape
+        together = min(_blocks_at_once(self.x.shape[-1] * width), n)
+        taken = np.minimum(np.arange(-(-n // together) * together), n - 1)
+        owners = self.owners[taken].reshape(-1, together)  # ascending
+        # As many groups as a step's blocks have, at most; so that the last ones begin early enough.
+        span = int((owners[:, -1] - owners[:, 0]).max()) + 1
+        first = np.minimum(owners[:, 0], groups - span)
+        of_each = (owners - first[:, None])[:, None] == np.arange(span)[:, None]  # [steps, g, t]
+        x = jnp.pad(self.x, ((0, len(taken) - n), (0, 0), (0, 0)))
 
-        def step(total: jax.Array, block: tuple) -> tuple[jax.Array, None]:
-            owner, given, x = block
-            added = total[owner] + project(given, x).astype(total.dtype)
-            return jax.lax.dynamic_update_index_in_dim(total, added, owner, 0), None
+        def step(total: jax.Array, blocks: tuple) -> tuple[jax.Array, None]:
+            start, mine, given, x = blocks
+            parts = jax.vmap(project)(given, x).astype(total.dtype)  # [t, b, p]
+            sums = jnp.where(mine[..., None, None], parts[None], 0).sum(axis=1)
+            held = jax.lax.dynamic_slice_in_dim(total, start, span)
+            return jax.lax.dynamic_update_slice_in_dim(total, held + sums, start, 0), None
 
-        return jax.lax.scan(step, total, (jnp.asarray(self.owners), each, self.x))[0]
+        def in_steps(each: jax.Array) -> jax.Array:
+            return each.reshape(-1, together, *each.shape[1:])
+
+        given = (jnp.asarray(first), of_each, in_steps(each[taken]), in_steps(x))
+        return jax.lax.scan(step, total, given)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,9 +372,17 @@ class Grass(_Randomised):
 
 # Entries of P that are drawn at once, as 32-bit floats: 4 MiB, whatever the sizes.
 _BLOCK_ENTRIES = 1 << 20
+# A GPU has room and starts programs slowly; what a CPU multiplies should have room in its cache.
+_BYTES_AT_ONCE = 64 << 20
 # Signs of leaves of at most so many blocks of so many rows are held; they take p / 8 bytes per
 # coordinate. Those of larger leaves are drawn again for each batch.
 _HELD_BLOCKS, _HELD_ROWS = 64, 256
+
+
+def _blocks_at_once(entries: int) -> int:
+    """How many blocks, of so many entries of P, are projected in one step of the loop."""
+    on_host = jax.default_backend() == "cpu"
+    return 1 if on_host else max(_BYTES_AT_ONCE // (4 * entries), 1)
 
 
 def added_up(x: jax.Array, buckets: jax.Array, width: int) -> jax.Array:
