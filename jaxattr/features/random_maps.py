@@ -373,7 +373,7 @@ class Grass(_Randomised):
 # Entries of P that are drawn at once, as 32-bit floats: 4 MiB, whatever the sizes.
 _BLOCK_ENTRIES = 1 << 20
 # A GPU has room and starts programs slowly; what a CPU multiplies should have room in its cache.
-_BYTES_AT_ONCE = 64 << 20
+_BYTES_AT_ONCE = 256 << 20
 # Signs of leaves of at most so many blocks of so many rows are held; they take p / 8 bytes per
 # coordinate. Those of larger leaves are drawn again for each batch.
 _HELD_BLOCKS, _HELD_ROWS = 64, 256
