@@ -50,6 +50,10 @@ FIGURES = [
                 "beats the true one by {3} to {4} points"),
         README: "raised all {0}, by up to {2} points", "weights": "all {0}, by {1} to {2} points",
         "methods": ("Of its {0} cells", "by {1} to {2} points", "by {3} to {4} points")}),
+    ("the paper's weights in the larger study of language", (0.3, "8.0", 13.4, 5.3), {
+        NOTES: ("| TracIn | 8.1 [… | {2} | +{3} [", "| GradCos | 8.3 [… | … | +{1} [",
+                "| TRAK | 39.8 [… | … | +{0} ["),
+        "weights": "raised all nine, by {0} to {1} points"}),
     ("weights between labels; queries for models", (3.5, 0.4, 10.1, -1.3, 0.8, 3.8), {
         NOTES: ("(TracIn {0} -> {1}, {2} -> {3})", "128 queries | +{4} [", "384 queries | +{5} ["),
         "limits": "{2} points before, {3} after; on a ViT {0} and {1}",
