@@ -1,7 +1,7 @@
 """Attributes images that a DDPM generates to the images it was trained on, and says how right that is.
 
 python -m experiments.diffusion                     # digits, 8x8; eight to twenty minutes on two cores
-python -m experiments.diffusion --full              # more of everything
+python -m experiments.diffusion --full              # twice the halves and queries
 python -m experiments.diffusion --data cifar2.npz --full        # CIFAR-2 at 32x32, on a GPU
 python -m experiments.diffusion --data cifar2.npz               # the same files, as small as the default
 """  # noqa: E501

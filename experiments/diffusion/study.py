@@ -76,10 +76,7 @@ class Config:
 
 
 QUICK = Config()
-FULL = dataclasses.replace(
-    QUICK, train=800, queries=96, subsets=48, timesteps=20, removals=8, removed=160,
-    recipe=Recipe(750, learning_rate=3e-3), adapters=Recipe(300, learning_rate=1e-2),
-)  # fmt: skip
+FULL = dataclasses.replace(QUICK, queries=96, subsets=48, removals=8)
 # For --data cifar2.npz --full, on a GPU: 9.5 million parameters, data and subsets of Zheng et al.
 CIFAR = dataclasses.replace(
     FULL, train=5000, queries=500, subsets=64, seeds=3, checkpoints=1, timesteps=10, dim=1024,
