@@ -181,6 +181,15 @@ def test_whole_numbers_of_a_mask_count_once():
     np.testing.assert_allclose(scores[1], scores[0], rtol=1e-9)
 
 
+@pytest.mark.parametrize("weight", [1e-4, 0.01, 3.0])
+def test_weights_of_a_mask_count_by_their_ratios(weight):
+    x = jax.random.normal(jax.random.key(0), (12, 5, 6), jnp.float64)
+    data = {"x": x, "y": jnp.arange(60).reshape(12, 5) % 3, "mask": jnp.ones((12, 5))}
+    masks = (lambda example: example["mask"], lambda example: weight * example["mask"])
+    scores = [ja.score(FEW(ja.kfac(masked, mask=each), PARAMS, data), data) for each in masks]
+    np.testing.assert_allclose(scores[1], scores[0], rtol=1e-9)
+
+
 def test_parameters_of_no_linear_map_have_a_diagonal_fisher():
     def loss(params, example, key):
         scaled = example | {"x": example["x"] * params["scale"]}

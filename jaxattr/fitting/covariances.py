@@ -379,4 +379,4 @@ def mean(covariance: Covariance, side: int, at: tuple[int, ...]) -> np.ndarray:
       at: its place in the stack; () where there is none.
     """
     total = (covariance.inputs, covariance.cotangents)[side][at]
-    return np.asarray(total, np.float64) / max(float(covariance.counts[side][at]), 1.0)
+    return np.asarray(total, np.float64) / (float(covariance.counts[side][at]) or 1.0)
