@@ -86,6 +86,22 @@ def test_conjugate_gradients_report_where_they_end():
     assert np.isfinite(ja.score(short, QUERIES)).all()
 
 
+@pytest.mark.parametrize("size", [1e-19, 1e-22])
+def test_conjugate_gradients_of_gradients_whose_squares_are_zero(size):
+    x = jax.random.normal(jax.random.key(0), (6, 3), jnp.float32)
+
+    def scores(size):
+        def loss(params, example, key):
+            return size * 0.5 * (params["w"] @ example) ** 2
+
+        method = ja.influence(loss, damping=ja.absolute(size), solver="cg")
+        index = ja.build_index(method, {"w": jnp.ones(3, jnp.float32)}, x)
+        assert (index.solve_errors < 1e-3).all()
+        return np.asarray(ja.score(index, x)) / size
+
+    np.testing.assert_allclose(scores(size), scores(1.0), rtol=1e-3, atol=1e-3)
+
+
 def test_a_solve_that_ends_in_no_number_is_reported_in_memory_and_on_disk(tmp_path):
     def rough(params, example, key):  # whose curvature is infinite where it fits exactly
         return jnp.abs(params["w"] @ example["x"] - example["y"]) ** 1.5
@@ -169,8 +185,11 @@ def test_bad_arguments():
         ja.influence(loss, damping=ja.absolute(0.1), solver="lissa")
     with pytest.raises(ValueError, match="use solver='exact'"):
         ja.influence(loss, damping=ja.absolute(0.1), solver="cg", positive_only=True)
-    with pytest.raises(ValueError, match="tolerance must be above 0 and iterations at least 1"):
-        ja.influence(loss, damping=ja.absolute(0.1), solver="cg", tolerance=0)
+    for tolerance in (0, np.nan):
+        with pytest.raises(ValueError, match="tolerance must be above 0, got"):
+            ja.influence(loss, damping=ja.absolute(0.1), solver="cg", tolerance=tolerance)
+    with pytest.raises(TypeError, match="iterations must be a whole number"):
+        ja.influence(loss, damping=ja.absolute(0.1), solver="cg", iterations=2.5)
     with pytest.raises(ValueError, match="mixing must be between 0 and 1, got 2"):
         ja.trackstar(loss, adam_state(), PARAMS, queries=QUERIES, mixing=2)
     with pytest.raises(ValueError, match="needs queries= to mix with"):

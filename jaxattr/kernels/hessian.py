@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxattr.counts import whole_number
 from jaxattr.kernels import conjugate_gradients
 from jaxattr.kernels.base import Damped, Damping, Surroundings, WithoutSums, check_damping
+from jaxattr.scales import exponent_of, scaled
 from jaxattr.threads import one_thread
 from jaxattr.typing import Features
 
@@ -109,11 +111,9 @@ class ConjugateGradient(WithoutSums, Damped):
                 "Conjugate gradients do not know the mean eigenvalue: give the damping as "
                 f"ja.absolute(x), got {self.damping}."
             )
-        if self.tolerance <= 0 or self.iterations < 1:
-            raise ValueError(
-                "tolerance must be above 0 and iterations at least 1, got "
-                f"{self.tolerance}, {self.iterations}."
-            )
+        whole_number("iterations", self.iterations)
+        if not self.tolerance > 0:
+            raise ValueError(f"tolerance must be above 0, got {self.tolerance}.")
 
     @property
     def largest_residual(self) -> float:
@@ -127,15 +127,19 @@ class ConjugateGradient(WithoutSums, Damped):
 
     def apply(self, operator: Solver, phi: Features) -> Features:
         """See `Kernel`."""
-        return conjugate_gradients.solve(
+        exponents = exponent_of(phi, axis=1)[:, None]  # squares of small gradients are zero
+        found = conjugate_gradients.solve(
             functools.partial(_multiply, operator),
-            phi,
+            scaled(phi, -exponents),
             tolerance=self.tolerance,
             iterations=self.iterations,
         )
+        return scaled(found, exponents)
 
     def residual(self, operator: Solver, phi: Features, mapped: Features) -> jax.Array:
         """See `Iterates`."""
+        exponents = exponent_of(phi, axis=1)[:, None]
+        phi, mapped = scaled(phi, -exponents), scaled(mapped, -exponents)
         error = jnp.linalg.norm(phi - _multiply(operator, mapped), axis=1)
         size = jnp.linalg.norm(phi, axis=1)
         return error / jnp.where(size == 0, 1, size)
