@@ -1,5 +1,7 @@
 """An index knows what it was made from: what does not belong together is refused, by name."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -190,6 +192,23 @@ def test_examples_that_hold_keys_are_on_record(impl, path):
     params = {"w": jnp.ones(4)}
     built = ja.build_index(ja.tracin(loss), params, train, path=path)
     opened = ja.open_index(path, ja.tracin(loss), params)
+    np.testing.assert_array_equal(ja.score(opened, train), ja.score(built, train))
+
+
+@pytest.mark.parametrize("train", [
+    collections.OrderedDict(y=np.arange(6) + 2, x=np.eye(6)), {1: np.arange(6) + 2, 0: np.eye(6)},
+], ids=["ordered", "numbered"])  # fmt: skip
+def test_examples_whose_names_say_no_order_are_those_of_the_data(train, path):
+    first, second = (name for name in train)
+
+    def loss(params, example, key):
+        return (params["w"] @ example[second] - example[first]) ** 2
+
+    params, method = {"w": jnp.ones(6)}, ja.tracin(loss)
+    built = ja.build_index(method, params, train, path=path)
+    with pytest.raises(ValueError, match="pass example=.*, or train="):
+        ja.open_index(path, method, params)
+    opened = ja.open_index(path, method, params, train=train)
     np.testing.assert_array_equal(ja.score(opened, train), ja.score(built, train))
 
 

@@ -1,6 +1,7 @@
 """Opening an index that is on disk."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from jaxattr.index.index import Index
 from jaxattr.index.saving import MANIFEST, load_finished, read_closed, read_manifest, refuse_others
 from jaxattr.index.verifying import data_differences, how_much
 from jaxattr.inputs.data import like
+from jaxattr.inputs.outputs import runs
 from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.methods.method import Method, check_method, featurizer
 from jaxattr.sharding import Placement, placement
@@ -43,7 +45,7 @@ def open_index(
       method: that it was built with; needed for queries that are not features yet.
       checkpoints: likewise.
       example: ONE example, or its shapes; needed where training examples are no arrays or nested
-        dicts of arrays.
+        dicts of arrays, unless `train` is given.
       train: the training data, if they are to be shown (`ja.report`); they are compared with those
         that the index was made from, as `build_index` does. Scores do not need them.
       mesh: as in `build_index`; may be another than it was built on.
@@ -79,6 +81,9 @@ def open_index(
     featurize = None
     if method is not None and checkpoints is not None:
         parameters = place.shared(tuple(as_checkpoints(checkpoints)))
+        if example is None and train is not None and described.get("example") is None:
+            accepts = functools.partial(runs, method.rule.output, parameters[0])
+            example = as_source(train, "train", accepts).example
         featurize = _featurizer(folder, described, method, parameters, example, place)
     elif method is not None or checkpoints is not None:
         raise ValueError("Give both method and checkpoints, or neither.")
@@ -176,7 +181,7 @@ def _featurizer(
     if example is None:
         raise ValueError(
             "The training examples are no arrays or nested dicts of arrays, so their shapes are "
-            "not on record: pass example=, ONE example or its shapes."
+            "not on record: pass example=, ONE example or its shapes, or train=."
         )
     with reading(folder, MANIFEST):
         groups = provenance.groups_from(described["groups"])

@@ -1,5 +1,6 @@
 """What an index was made from, as plain data that can be compared and read by people."""
 
+import collections
 import dataclasses
 import importlib.metadata
 import json
@@ -243,7 +244,11 @@ def key_from(described: Mapping[str, Any]) -> jax.Array:
 def describe_example(example: Example) -> Any:
     """Describes the shapes of an example made of dicts and arrays; None for any other."""
     if isinstance(example, Mapping):
-        parts = {str(name): describe_example(part) for name, part in example.items()}
+        # JAX keeps the order of the former, and sorts others by their names.
+        ordered = isinstance(example, collections.OrderedDict)
+        if ordered or not all(isinstance(name, str) for name in example):
+            return None
+        parts = {name: describe_example(part) for name, part in example.items()}
         return None if any(part is None for part in parts.values()) else {"dict": parts}
     if hasattr(example, "shape") and hasattr(example, "dtype"):
         return {"shape": list(example.shape), "dtype": str(example.dtype)}
