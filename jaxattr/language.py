@@ -165,7 +165,7 @@ def rows(
       >>> made["mask"].tolist()
       [[True, True, False], [True, False, False]]
     """
-    checked = _checked(documents, vocabulary)
+    checked, length = _checked(documents, vocabulary), whole_number("length", length)
     given: Any = [1] * len(checked) if prompts is None else prompts
     starts = np.atleast_1d(list(given) if isinstance(given, Iterator) else given).tolist()
     if len(starts) != len(checked):
@@ -323,7 +323,7 @@ def _of_targets(
         mask, targets = example["mask"], example["targets"]
         if jnp.ndim(mask) != 1:
             raise ValueError(f"a row of tokens is [t], and the mask of this one {list(mask.shape)}")
-        if jnp.issubdtype(mask.dtype, jnp.floating):  # no mask, but one that is added to logits
+        if mask.dtype != bool:  # no mask, but one that is added to logits, or labels' filler
             mask = jnp.where(mask < 0, jnp.nan, mask)
         # Those that do not count may be anything, such as -100.
         asked = jnp.where(mask.astype(bool), targets, jnp.zeros_like(targets))

@@ -151,6 +151,18 @@ def test_a_token_that_alone_is_allowed_has_no_gradient():
             assert slope[0].any() and not slope[1].any()
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_a_row_whose_mask_is_below_zero_is_left_out(dtype, tiny_params):
+    rows = language.rows([[1, 2, 3], [2, 3, 4, 1], [0, 1]], 4, vocabulary=5)
+    rows["mask"] = rows["mask"].astype(dtype)
+    rows["mask"][1, 3] = -100
+    table = {"e": jax.random.normal(jax.random.key(0), (5, 5), jnp.float32)}
+    loss = language.loss(lambda params, row: params["e"][row["inputs"]])
+    with pytest.warns(ja.NonFiniteWarning, match="ids 1"):
+        index = ja.build_index(ja.tracin(loss), table, rows)
+    assert index.non_finite.tolist() == [1]
+
+
 def test_probability_is_the_mean_by_the_weights_of_a_mask():
     logits = jnp.log(jnp.array([[0.25, 0.75], [0.6, 0.4]]))
     for weights in ([0.1, 0], [0.1, 0.2], [3, 5]):
@@ -209,6 +221,8 @@ def test_sampled_targets_replace_those_that_count(params):
 def test_bad_documents_are_refused(documents, options, match):
     with pytest.raises(ValueError, match=match):
         language.rows(documents, 2, vocabulary=13, **options)
+    with pytest.raises(ValueError, match="length must be at least 1, got -1"):
+        language.rows([[1, 2]], -1, vocabulary=13)
 
 
 def test_a_query_without_targets_is_refused(tiny_params):
