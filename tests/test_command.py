@@ -1,6 +1,7 @@
 """The command: it calls the library, prints what that says, and refuses in one line."""
 
 import csv
+import datetime
 import importlib
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import uuid
 
 import jax
 import numpy as np
@@ -264,6 +266,26 @@ def test_weights_without_outcomes(place):
     fit = ja.learn_weights(index_at(place), LEARNING)
     assert found["weights"] == pytest.approx(fit.weights) and found["gain"] is None
     assert not (place / "index.outcomes.npz").exists()
+
+
+def test_outcomes_that_would_not_be_used_are_refused(place):
+    task, path = place / "task.py", place / "index"
+    options = ("--path", path, "--outcomes", place / "o.npz")
+    found = call("weights", task, *options, "--without-outcomes", code=2)
+    assert "leave --without-outcomes out" in found.stderr
+    task.write_text(TASK.replace("train_fn = ", "other = "))
+    assert "name train_fn and output" in call("weights", task, *options, code=2).stderr
+
+
+def test_weights_are_beside_the_index_wherever_one_stands(place, monkeypatch):
+    monkeypatch.chdir(place / "index")
+    call("weights", place / "task.py", "--path", ".", "--without-outcomes")
+    monkeypatch.chdir(place)
+    found = call("top", place / "task.py", "--path", "index/.")
+    assert "with the weights of" in found.stderr
+    (place / "index.weights.json").write_text("nonsense")
+    refused = call("top", place / "task.py", "--path", "index", code=1).stderr
+    assert "it is no JSON" in refused and "learn the weights again" in refused
 
 
 def test_a_fit_comes_back_as_it_was(place):
@@ -680,6 +702,21 @@ def test_importing_the_library_leaves_the_command_out():
 def test_what_json_cannot_hold_is_null():
     found = printing.plain({"a": np.array([1.0, np.nan]), "b": (np.int32(2), float("inf"))})
     assert found == {"a": [1.0, None], "b": [2, None]}
+
+
+def test_what_json_does_not_know_is_its_text():
+    day, number = datetime.date(2020, 1, 2), uuid.UUID(int=7)
+    found = printing.plain({"a": day, "b": [number], "c": np.array([day]), "d": pathlib.Path("x")})
+    assert found == {"a": "2020-01-02", "b": [str(number)], "c": ["2020-01-02"], "d": "x"}
+
+
+def test_what_a_task_prints_is_not_in_the_document(place):
+    task = place / "task.py"
+    task.write_text("print('hello')\n" + task.read_text())
+    call("build", task, "--path", place / "index")
+    found = call("top", task, "--path", place / "index", "--json")
+    assert json.loads(found.stdout)["queries"] and "hello" in found.stderr
+    assert "hello" in call("top", task, "--path", place / "index").stdout
 
 
 def test_progress_says_its_rate_on_a_terminal(monkeypatch, capsys):

@@ -60,6 +60,10 @@ def weights(
     queries = options.queries_of(task, None, name)
     found = None
     can_retrain = None not in (task.get("train_fn"), task.get("output"))
+    if without_outcomes and outcomes:
+        raise click.UsageError("--outcomes is of retrained models: leave --without-outcomes out.")
+    if outcomes and not can_retrain:
+        raise click.UsageError("--outcomes is of retrained models: name train_fn and output.")
     if can_retrain and not without_outcomes:
         kept = outcomes or options.beside(path, "outcomes.npz")
         found = _retrained(task, index, queries, kept, models, 0.25)

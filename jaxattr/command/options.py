@@ -54,7 +54,8 @@ def of_task(command: Command, *, built: bool = False) -> Command:
     )  # fmt: skip
     @functools.wraps(command)
     def loaded(*, task: Path, distributed: bool, **others: Any) -> Any:
-        return command(_opened(task, distributed, others["path"] if built else None), **others)
+        with printing.alone(others["as_json"]):
+            return command(_opened(task, distributed, others["path"] if built else None), **others)
 
     return at_path(loaded) if built else loaded
 
@@ -154,7 +155,7 @@ def beside(path: str, ending: str) -> Path:
 
 def weights_path(path: str) -> str:
     """Returns where the learned weights of an index are, beside it."""
-    return f"{path.rstrip('/')}.weights.json"
+    return f"{Folder(path).path}.weights.json"
 
 
 def learned_weights(index: ja.Index, path: str, uniform: bool) -> WeightFit | None:

@@ -1,16 +1,17 @@
 """Results on standard output, as text or as one JSON document; all else on standard error."""
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
-from pathlib import Path
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
 import numpy as np
 
-_QUIET = "jaxattr.quiet"
+_QUIET, _OUTPUT = "jaxattr.quiet", "jaxattr.output"
 
 
 def be_quiet() -> None:
@@ -46,7 +47,19 @@ def result(document: Any, text: Any, as_json: bool) -> None:
       as_json: which of them is wanted.
     """
     if not _quiet():
-        click.echo(json.dumps(plain(document), indent=1) if as_json else str(text))
+        text = json.dumps(plain(document), indent=1) if as_json else str(text)
+        click.echo(text, file=click.get_current_context().meta.get(_OUTPUT))
+
+
+@contextlib.contextmanager
+def alone(as_json: bool) -> Iterator[None]:
+    """Keeps standard output for the one JSON document: what a task prints goes to the other."""
+    if not as_json:
+        yield
+        return
+    click.get_current_context().meta[_OUTPUT] = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 def plain(value: Any) -> Any:
@@ -68,9 +81,9 @@ def plain(value: Any) -> Any:
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, bool | int | str):
         return value
-    if isinstance(value, Path | bytes):
-        return str(value)
-    return plain(np.asarray(value).tolist())
+    if hasattr(value, "__array__"):
+        return plain(np.asarray(value).tolist())
+    return str(value)  # paths, dates, and whatever else ids may be
 
 
 def _quiet() -> bool:

@@ -55,11 +55,12 @@ class Folder:
         place = self._files / f"{name}/" if name else self._files
         return place.spec().to_json()
 
-    def read(self, name: str) -> dict[str, Any] | None:
+    def read(self, name: str, remedy: str | None = None) -> dict[str, Any] | None:
         """Reads a JSON file of names and values.
 
         Args:
           name: of the file.
+          remedy: what to do about a damaged one. Default: what an index that was given up takes.
 
         Returns:
           Its contents, or None if there is no such file.
@@ -73,12 +74,11 @@ class Folder:
         try:
             found = json.loads(content)
         except (ValueError, RecursionError) as error:
-            raise StoreError(
-                f"{self.path}/{name} is damaged: it is no JSON ({error}). If the index was made by "
-                "this program, delete it and build it again."
-            ) from None
+            rebuild = "If the index was made by this program, delete it and build it again."
+            raise malformed(self, name, f"it is no JSON ({error})", remedy or rebuild) from None
         if not isinstance(found, dict):
-            raise malformed(self, name, f"it holds a {type(found).__name__}, not names and values")
+            why = f"it holds a {type(found).__name__}, not names and values"
+            raise malformed(self, name, why, remedy or _RESTORE)
         return found
 
     def read_bytes(self, name: str) -> tuple[bytes | None, bytes]:

@@ -54,7 +54,7 @@ def load_fit(path: str | os.PathLike[str], index: Index) -> WeightFit | None:
       StoreError: if it is damaged, or was learned on another index.
     """
     folder, name = _place(path)
-    contents = folder.read(name)
+    contents = folder.read(name, _REMEDY)
     if contents is None:
         return None
     with reading(folder, name, _REMEDY):
