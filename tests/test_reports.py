@@ -231,6 +231,8 @@ def test_what_is_guessed():
     assert isinstance(examples.guessed({"other": square}), examples.Fields)
     assert isinstance(examples.guessed({"x": np.zeros(64)}), examples.Fields)
     assert isinstance(examples.guessed(tokens), examples.Tokens)
+    series = tokens | {"inputs": np.linspace(0, 1, 9), "targets": np.linspace(0, 1, 9)}
+    assert isinstance(examples.guessed(series), examples.Fields)
     table = examples.guessed({"a": np.float32(0.5), "b": np.arange(3), "c": np.linspace(0, 1, 64)})
     assert dict(table.rows) == {"a": "0.5", "b": "[0, 1, 2]", "c": "float64 [64], 0 to 1"}
     key = {"key": jax.random.key(0), "t": np.array(True)}

@@ -205,7 +205,9 @@ def guessed(example: Example, decode: Callable[[int], str] | None = None) -> Sho
     """
     if isinstance(example, Mapping) and {"inputs", "targets", "mask"} <= set(example):
         row = {name: np.asarray(example[name]) for name in ("inputs", "targets", "mask")}
-        if row["mask"].ndim == 1 and all(x.shape == row["mask"].shape for x in row.values()):
+        tokens = all(jnp.issubdtype(row[name].dtype, jnp.integer) for name in ("inputs", "targets"))
+        alike = row["mask"].ndim == 1 and all(x.shape == row["mask"].shape for x in row.values())
+        if tokens and alike:
             return Tokens(row)
     fields = fields_of(example)
     if decode is not None:
