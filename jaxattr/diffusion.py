@@ -269,6 +269,11 @@ def _trajectory(example: Example, steps: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _check_schedule(denoiser: Denoiser) -> None:
+    if callable(denoiser.alpha_bar) or not np.size(denoiser.alpha_bar):
+        raise TypeError(
+            "alpha_bar must be an array [steps], the running product of 1 - beta, got "
+            f"{type(denoiser.alpha_bar).__name__}: Denoiser(predict, alpha_bar)."
+        )
     alpha_bar = np.asarray(denoiser.alpha_bar, np.float64)
     inside = ((alpha_bar >= 0) & (alpha_bar <= 1)).all()
     if alpha_bar.ndim != 1 or not inside or (np.diff(alpha_bar) > 0).any():

@@ -56,7 +56,7 @@ def test_random_subsets_are_stratified():
     assert len({mask.tobytes() for mask in masks}) == 7
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0, 0.01, 0.999, -1])
+@pytest.mark.parametrize("fraction", [0.0, 1.0, 0.01, 0.999, -1, np.nan])
 def test_subsets_that_are_none(fraction):
     with pytest.raises(ValueError, match="more than none and fewer than all"):
         ja.evaluation.random_subsets(jax.random.key(0), 24, 2, fraction=fraction)

@@ -840,6 +840,45 @@ WRONG = {  # name: (call, error, words)
         lambda: ja.trainer(loss, P, BATCHES, optimizer=optax.sgd(1), batch_size=1, epochs=1),
         TypeError, ["arrays", "np.stack"],
     ),
+    "an array too wide": (
+        lambda: build({"x": X.astype(np.longdouble)}), ValueError, ["'x'", ".astype(np.float64)"],
+    ),
+    "a weight of None": (
+        lambda: ja.score(INDEX, D, weights={"w": None}), ValueError, ["'w' is None"],
+    ),
+    "one timestep": (
+        lambda: ja.expectation(lambda p, e, key, t: loss(p, e, key), timesteps=5), TypeError,
+        ["such as [5]"],
+    ),
+    "timesteps of floats": (
+        lambda: ja.expectation(lambda p, e, key, t: loss(p, e, key), timesteps=[0.0, 5.0]),
+        TypeError, ["each of timesteps must be a whole number"],
+    ),
+    "draws of a float": (
+        lambda: ja.expectation(lambda p, e, key, t: loss(p, e, key), timesteps=[5], draws=2.0),
+        TypeError, ["draws must be a whole number"],
+    ),
+    "half an example": (
+        lambda: build(D, microbatch=2.5), TypeError, ["microbatch must be a whole number"],
+    ),
+    "one segment": (
+        lambda: ja.score_segments(INDEX, D), TypeError, ["pass a list, [index]"],
+    ),
+    "a function that makes an optimizer": (
+        lambda: ja.evaluation.tail_patch(loss, loss, P, D, D, np.zeros((40, 1), int),
+                                         optimizer=optax.sgd),
+        TypeError, ["optax.adam(1e-3)"],
+    ),
+    "the state of another optimizer": (
+        lambda: ja.evaluation.tail_patch(loss, loss, P, D, D, np.zeros((40, 1), int),
+                                         optimizer=optax.adam(1.0),
+                                         optimizer_state=optax.sgd(1.0).init(P)),
+        ValueError, ["optimizer_state must be of this optimizer"],
+    ),
+    "a denoiser with its arguments swapped": (
+        lambda: ja.diffusion.loss(ja.diffusion.Denoiser(np.ones(5), lambda p, x, t, e: x)),
+        TypeError, ["Denoiser(predict, alpha_bar)"],
+    ),
 }  # fmt: skip
 
 
@@ -863,6 +902,14 @@ def same_index(*trains, output=loss, params=P):
     for other in built[1:]:
         np.testing.assert_allclose(other.features, built[0].features, rtol=2e-6, atol=1e-6)
     return built[0].size
+
+
+def test_arrays_of_another_byte_order_are_the_same_numbers():
+    swapped = {"x": X.astype(">f4"), "y": Y.astype(">i4")}
+    params = {"w": np.ones((4, 2), ">f4")}
+    index = build(swapped, cross_entropy, params)
+    np.testing.assert_array_equal(ja.score(index, swapped), ja.score(LABELLED, D | {"y": Y}))
+    ja.trainer(cross_entropy, P, swapped, optimizer=optax.sgd(1.0), batch_size=8, epochs=1)
 
 
 XY = D | {"y": Y}

@@ -47,8 +47,8 @@ def flip_labels(
             f"{labels[outside][:10].tolist()} at positions {outside[:10].tolist()}. Leave examples "
             "without a label out, or say how many classes there are."
         )
-    count = round(fraction * len(labels))
-    if not 0 < fraction <= 1 or not count:
+    count = round(fraction * len(labels)) if 0 < fraction <= 1 else 0  # of NaN, none
+    if not count:
         raise ValueError(f"A fraction of {fraction} flips {count} of {len(labels)} labels.")
     generator = np.random.default_rng(np.asarray(jax.random.key_data(check_key(key))))
     flipped = np.zeros(len(labels), bool)

@@ -64,8 +64,9 @@ def random_subsets(
     if strata.shape != (n,):
         raise ValueError(f"strata must be integers [{n}], got shape {strata.shape}.")
     members = [np.flatnonzero(strata == value) for value in np.unique(strata)]
-    sizes = [round(fraction * len(ids)) for ids in members]
-    if not 0 < fraction < 1 or not 0 < sum(sizes) < n:
+    # A fraction of NaN has no size.
+    sizes = [round(fraction * len(ids)) for ids in members] if 0 < fraction < 1 else []
+    if not 0 < sum(sizes) < n:
         raise ValueError(
             f"A fraction of {fraction} of {n} training examples is {sum(sizes)}: needed more than "
             "none and fewer than all."

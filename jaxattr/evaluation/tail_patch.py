@@ -9,6 +9,7 @@ import optax
 
 from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.counts import whole_number
+from jaxattr.evaluation.training import check_optimizer
 from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_output
 from jaxattr.sources import track
@@ -69,7 +70,14 @@ def tail_patch(
     train, queries = jax.tree.map(jnp.asarray, (train, queries))
     check_output(loss, params, shapes_of_one(train), key)
     check_output(measure, params, shapes_of_one(queries), key)
+    check_optimizer(optimizer)
     state = optimizer.init(params) if optimizer_state is None else optimizer_state
+    expected: Any = jax.tree.structure(jax.eval_shape(optimizer.init, params))
+    if expected != jax.tree.structure(state):
+        raise ValueError(
+            f"optimizer_state must be of this optimizer and these parameters, {expected}, got "
+            f"{jax.tree.structure(state)}."
+        )
     params, state = jax.device_put((params, state))  # once, and not for each block
     step = _compiled_steps(loss, measure, optimizer, at_once)
     pairs = np.stack([np.repeat(np.arange(q), ids.shape[1]), ids.reshape(-1)], axis=1)

@@ -90,7 +90,7 @@ def trainer(
             f"the number of steps for a learning rate: call it, optax.{name_of(optimizer)}(1e-3)."
         )
     if not callable(optimizer) or isinstance(optimizer, type):
-        _check_optimizer(optimizer)
+        check_optimizer(optimizer)
     data = jax.tree.map(jnp.asarray, as_batch(train, "train"))
     begin = _as_function(start)
     trained = _trained(jax.eval_shape(begin, key_or_default(None)), exclude)
@@ -109,7 +109,7 @@ def trainer(
         chosen: Any = optimizer
         if not _is_optimizer(optimizer):
             chosen = optimizer(steps)
-            _check_optimizer(chosen)
+            check_optimizer(chosen)
 
         def mean_loss(moving: Params, batch: Batch, key: Key, weights: jax.Array) -> jax.Array:
             keys = jax.random.split(key, len(weights))
@@ -191,7 +191,8 @@ def _is_optimizer(value: Any) -> bool:
     return has and not isinstance(value, type)
 
 
-def _check_optimizer(value: Any) -> None:
+def check_optimizer(value: Any) -> None:
+    """Raises if something is no optimizer of Optax."""
     if not _is_optimizer(value):
         raise TypeError(
             "optimizer must be one of Optax, with init and update, such as optax.adam(1e-3), or a "

@@ -5,7 +5,6 @@ alone: not on the batch that it is in, nor on what other timesteps there are.
 """
 
 import dataclasses
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxattr import identity
+from jaxattr.counts import whole_number
 from jaxattr.inputs.outputs import check_function
 from jaxattr.keys import key_or_default
 from jaxattr.typing import Batch, Example, Key, OutputFn, Params
@@ -148,12 +148,13 @@ def expectation(
     """
     check_function(loss, "loss", ("params", "example", "key", "timestep"))
     known = getattr(loss, "steps", None) if steps is None else steps
-    if draws < 1:
-        raise ValueError(f"draws must be at least 1, got {draws}.")
+    draws = whole_number("draws", draws)
     if callable(timesteps):
         _check_drawn(timesteps, known)
         return Expectation(loss, timesteps, draws, unit_norm)
-    listed = tuple(operator.index(timestep) for timestep in timesteps)
+    if not isinstance(timesteps, Iterable):
+        raise TypeError(f"timesteps must be whole numbers, such as [{timesteps}], got one.")
+    listed = tuple(whole_number("each of timesteps", each, least=None) for each in timesteps)
     _check_timesteps(listed, known)
     return Expectation(loss, listed, draws, unit_norm)
 

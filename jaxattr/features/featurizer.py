@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxattr import groups as groups_lib
 from jaxattr import identity, linear_maps
 from jaxattr.batches import each_example, in_microbatches, leading_size, shapes_of_one
+from jaxattr.counts import whole_number
 from jaxattr.features import projections, signs
 from jaxattr.features.bases import NOTHING, Drawn, Fits, Fitted, cut_sides
 from jaxattr.features.expectations import (
@@ -251,8 +252,8 @@ def featurize_with(
     with traced_once():
         rule.check(params, example, key)
         rule = rule.traced(params, example, key)
-    if microbatch is not None and microbatch < 1:
-        raise ValueError(f"microbatch must be at least 1, got {microbatch}.")
+    if microbatch is not None:
+        microbatch = whole_number("microbatch", microbatch)
     found, (output, one) = None, at_one_draw(rule.output, example)
     if rule.projection.basis is not None:
         found = linear_maps.find(output, params, one, key)

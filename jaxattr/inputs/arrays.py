@@ -145,7 +145,7 @@ def differing(known: tuple[int, Any], other: tuple[int, Any], role: str) -> Valu
     each = "row" if role.startswith("example") else "example"
     lengths = [jnp.shape(x)[:1] for tree in (expected, found) for x in jax.tree.leaves(tree)]
     same = shapes_and_tree(expected)[0] == shapes_and_tree(found)[0]
-    remedy = "Every example needs the same fields."
+    remedy = "Every example needs the same fields, also those that are no arrays."
     if same:
         remedy = f"Sequences of different lengths? {_PAD}" if all(lengths) else ""
     if not all(jax.tree.leaves(tree) for tree in (expected, found)):
@@ -198,11 +198,27 @@ def _as_array(leaf: Any, path: tuple[Any, ...], what: str) -> Any:
     if not (hasattr(leaf, "shape") and isinstance(getattr(leaf, "dtype", None), np.dtype)):
         leaf = _converted(leaf, field, what)
     if leaf.dtype.kind in _NUMBERS and leaf.dtype.type is not np.void:
+        if leaf.dtype.char in "gG":
+            raise ValueError(
+                f"{what}: {_field(field)} is {leaf.dtype}, and JAX has none so wide: make it "
+                ".astype(np.float64)."
+            )
         _check_range(leaf, field, what)
-        return leaf
+        return in_byte_order(leaf)
     if leaf.dtype.kind in "US":
         raise holds_strings(what, field)
     raise _no_numbers(leaf, field, what)
+
+
+def in_byte_order(array: Any) -> Any:
+    """Returns an array of NumPy in the byte order of this machine, which files may not have.
+
+    Args:
+      array: or whatever else is a leaf, which stays what it is.
+    """
+    if isinstance(array, np.ndarray | np.generic) and not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
+    return array
 
 
 def placed(array: Any) -> Any:

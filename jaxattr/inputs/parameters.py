@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxattr.groups import named_leaves
-from jaxattr.inputs.arrays import placed
+from jaxattr.inputs.arrays import in_byte_order, placed
 from jaxattr.inputs.wording import brief, listed, shape
 from jaxattr.typing import Params
 
@@ -40,7 +40,9 @@ def as_checkpoints(checkpoints: Params | Sequence[Params]) -> tuple[Params, ...]
         if number:
             _check_same(number, parameters[0], params)
     _warn_of_the_same(parameters)
-    return tuple(jax.tree.map(placed, params) for params in parameters)
+    return tuple(
+        jax.tree.map(lambda leaf: placed(in_byte_order(leaf)), params) for params in parameters
+    )
 
 
 def are_several(checkpoints: Any) -> bool:

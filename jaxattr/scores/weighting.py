@@ -62,8 +62,8 @@ def weight_array(layout: FeatureLayout, weights: Weights | None) -> jax.Array:
         )
     given = [weights[name] for name in layout.names]
     for name, value in weights.items():
-        if np.shape(value) or isinstance(value, str):
-            kind = repr(value) if isinstance(value, str) else f"shape {list(np.shape(value))}"
+        if np.shape(value) or value is None or isinstance(value, str):
+            kind = f"shape {list(np.shape(value))}" if np.shape(value) else repr(value)
             raise ValueError(f"Each weight must be one number, and that of {name!r} is {kind}.")
     values: Any
     if any(isinstance(value, jax.core.Tracer) for value in given):

@@ -59,6 +59,10 @@ def score_segments(
       Bae et al. (2024), arXiv:2405.12186. Deviations: one checkpoint per segment, not the mean over
       several.
     """
+    if isinstance(indexes, Index):
+        raise TypeError(
+            "indexes is one index, and one per segment is needed: pass a list, [index]."
+        )
     found = [(check_index(index), *_parts(index)) for index in indexes]
     if not found:
         raise ValueError("indexes is empty: one per segment is needed, the earliest first.")
