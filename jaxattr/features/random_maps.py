@@ -218,7 +218,8 @@ class Blocks(NamedTuple):
         span = int((owners[:, -1] - owners[:, 0]).max()) + 1
         first = np.minimum(owners[:, 0], groups - span)
         of_each = (owners - first[:, None])[:, None] == np.arange(span)[:, None]  # [steps, g, t]
-        x = jnp.pad(self.x, ((0, len(taken) - n), (0, 0), (0, 0)))
+        more = len(taken) - n  # blocks of zeros
+        x = jnp.pad(self.x, ((0, more), (0, 0), (0, 0)))
 
         def step(total: jax.Array, blocks: tuple) -> tuple[jax.Array, None]:
             start, mine, given, x = blocks
@@ -230,7 +231,7 @@ class Blocks(NamedTuple):
         def in_steps(each: jax.Array) -> jax.Array:
             return each.reshape(-1, together, *each.shape[1:])
 
-        given = (jnp.asarray(first), of_each, in_steps(each[taken]), in_steps(x))
+        given = (jnp.asarray(first), of_each, in_steps(each[taken] if more else each), in_steps(x))
         return jax.lax.scan(step, total, given)[0]
 
 
