@@ -54,6 +54,9 @@ FIGURES = [
         NOTES: ("| TracIn | 8.1 [… | {2} | +{3} [", "| GradCos | 8.3 [… | … | +{1} [",
                 "| TRAK | 39.8 [… | … | +{0} ["),
         "weights": "raised all nine, by {0} to {1} points"}),
+    ("concepts", (26, 73, 69), {
+        NOTES: "| TracIn, even: uniform / own w / w_all | {0} / {1} / {2} |",
+        "limits": "subject: {1} % of the ten strongest for {2}, of {0} without"}),
     ("weights between labels; queries for models", (3.5, 0.4, 10.1, -1.3, 0.8, 3.8), {
         NOTES: ("(TracIn {0} -> {1}, {2} -> {3})", "128 queries | +{4} [", "384 queries | +{5} ["),
         "limits": "{2} points before, {3} after; on a ViT {0} and {1}",
