@@ -1,4 +1,4 @@
-"""Counts and ids: those that callers give are whole numbers, and nothing that only equals one."""
+"""Numbers of callers: counts and ids are whole ones, and nothing that only equals one."""
 
 import operator
 from typing import Any
@@ -41,6 +41,24 @@ def whole_number(name: str, value: Any, *, least: int | None = 1) -> int:
     if least is not None and found < least:
         raise ValueError(f"{name} must be at least {least}, got {found}.")
     return found
+
+
+def real_numbers(name: str, values: Any) -> np.ndarray:
+    """Returns a caller's numbers as float64.
+
+    Args:
+      name: of the argument, for the message.
+      values: a number, or an array of some.
+
+    Raises:
+      TypeError: if they are complex, or no numbers.
+    """
+    found = np.asarray(values)
+    if found.dtype.kind in "cOSUTmM":
+        kind = found.dtype.type.__name__.strip("_")
+        got = f"{kind} {list(found.shape)}" if found.ndim else f"{values!r:.60}"
+        raise TypeError(f"{name} must be real numbers, got {got}.")
+    return found.astype(np.float64)
 
 
 def checked_ids(ids: Any, examples: int, name: str, count: int | None = None) -> np.ndarray:

@@ -20,7 +20,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
       A path beside it, with the same ending.
 
     Raises:
-      ValueError: if the path is that of a folder, or a URL.
+      ValueError: if the path is that of a folder, or a URL, or in a folder that may not be written.
     """
     path = local_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def local_file(path: str | os.PathLike[str]) -> pathlib.Path:
       path: of a user.
 
     Raises:
-      ValueError: if it is that of a folder, or a URL.
+      ValueError: if it is that of a folder, or a URL, or in a folder that may not be written to.
     """
     # A `Path` makes gs:/bucket of gs://bucket, which would be a new folder by that name.
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fsdecode(path)):
@@ -51,6 +51,12 @@ def local_file(path: str | os.PathLike[str]) -> pathlib.Path:
     if path.is_dir():
         raise ValueError(
             f"{path} is a folder, and the path of a file is needed: give the file's name too."
+        )
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(
+            f"{path} cannot be written: {nearest} is no folder that may be written to. Give "
+            "another path."
         )
     return path
 

@@ -432,6 +432,7 @@ def test_info(built):
     assert found["bytes"] == 53 * (107 * 8 + 2 * 8 + 8 * 8 + 4 * 4)
     assert found["made_from"]["projection"] == "Identity"
     assert "finished" in call("info", built / "index").stdout
+    assert "it is empty" in call("info", "", code=1).stderr
     nothing = call("info", built / "nothing", code=1)
     assert nothing.stderr.startswith("error: There is no index at ")
 
@@ -651,6 +652,7 @@ def test_new_refuses_to_overwrite(tmp_path):
     (tmp_path / "mine.py").write_text("kept")
     assert "is there already" in call("new", tmp_path / "mine.py", code=1).stderr
     assert (tmp_path / "mine.py").read_text() == "kept"
+    assert "names no file" in call("new", ".", code=1).stderr
     refused = call("new", tmp_path / "no/mine", code=1).stderr
     assert refused.endswith(f"needs a folder {tmp_path / 'no'}: make it, or give another name.\n")
     refused = call("new", tmp_path / "mine.py/more", code=1).stderr

@@ -875,6 +875,27 @@ WRONG = {  # name: (call, error, words)
                                          optimizer_state=optax.sgd(1.0).init(P)),
         ValueError, ["optimizer_state must be of this optimizer"],
     ),
+    "a damping as text": (
+        lambda: ja.relative("0.1"), TypeError, ["Damping must be real numbers, got '0.1'"],
+    ),
+    "several dampings": (
+        lambda: ja.absolute([0.1, 0.2]), ValueError, ["one finite number", "[0.1, 0.2]"],
+    ),
+    "a dtype that is none": (
+        lambda: build(D, dtype="foo"), ValueError, ["dtype must be float32, bfloat16", "'foo'"],
+    ),
+    "scores that are names": (
+        lambda: ja.lds([["a"] * 40] * 3, np.ones((9, 40), bool), np.ones((9, 3))), TypeError,
+        ["scores must be real numbers, got str [3, 40]"],
+    ),
+    "outputs that are complex": (
+        lambda: ja.lds(np.ones((3, 40)), np.ones((9, 40), bool), np.ones((9, 3)) + 1j), TypeError,
+        ["outputs must be real numbers, got complex128 [9, 3]"],
+    ),
+    "features where their queries belong": (
+        lambda: ja.unroll(TRAINER.run(KEY), margin, ja.query_features(INDEX, D)), TypeError,
+        ["queries is QueryFeatures", "pass what they are of"],
+    ),
     "a denoiser with its arguments swapped": (
         lambda: ja.diffusion.loss(ja.diffusion.Denoiser(np.ones(5), lambda p, x, t, e: x)),
         TypeError, ["Denoiser(predict, alpha_bar)"],

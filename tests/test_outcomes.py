@@ -602,7 +602,10 @@ def test_outcomes_are_kept_on_local_disk(tmp_path, monkeypatch, path):
     (tmp_path / "folder.npz").mkdir()
     with pytest.raises(ValueError, match="folder.npz is a folder, and the path of a file"):
         made(path=tmp_path / "folder.npz")
-    assert [each.name for each in tmp_path.iterdir()] == ["folder.npz"]
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file is no folder that may be written to"):
+        made(path=tmp_path / "file/new/x.npz")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "folder.npz"]
 
 
 def outcomes_module():

@@ -22,7 +22,7 @@ def _of_index(command: options.Command) -> options.Command:
         if (path is None) == (named is None):
             name = click.get_current_context().info_name
             raise click.UsageError(f"Say once where the index is: jaxattr {name} PATH.")
-        return command(path=path or named, **others)
+        return command(path=named if path is None else path, **others)
 
     return found
 

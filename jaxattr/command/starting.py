@@ -14,6 +14,8 @@ from jaxattr.command.tasks import TaskError
 @options.shared
 def new(name: Path, as_json: bool) -> None:
     """Write a task file NAME.py that runs: real digits, a small network, all commands."""
+    if not name.name:
+        raise TaskError(f"{str(name)!r} names no file: give a name, such as jaxattr new mine.")
     path = name if name.suffix == ".py" else name.with_name(f"{name.name}.py")
     template = importlib.resources.files("jaxattr.command").joinpath("template.txt").read_text()
     text = template.replace("NAME", path.stem)

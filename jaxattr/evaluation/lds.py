@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxattr import markup
-from jaxattr.counts import whole_number
+from jaxattr.counts import real_numbers, whole_number
 from jaxattr.scores.subsets import checked_masks
 from jaxattr.weights.outcomes import finite_models
 
@@ -105,16 +105,16 @@ def lds(scores: Any, masks: Any, outputs: Any, *, resamples: int = 1000) -> LDS:
       >>> print(lds(scores, masks, masks @ scores.T))
       100.0 % [100.0, 100.0]
     """
-    scores, masks = np.asarray(scores), np.asarray(masks)
+    scores, masks = real_numbers("scores", scores), np.asarray(masks)
     masks = checked_masks(masks.astype(bool) if np.isin(masks, (0, 1)).all() else masks)
     if scores.ndim != 2 or scores.shape[1] != masks.shape[1]:
         raise ValueError(
             f"scores [q, n] and masks [m, n] need the same n, got {scores.shape} and {masks.shape}."
         )
-    each, counted = scores.astype(np.float64), masks.T.astype(np.float64)
-    predicted = each @ counted  # [q, m]
+    counted = masks.T.astype(np.float64)
+    predicted = scores @ counted  # [q, m]
     # Sums of scores that are all the same differ in their last bits, and would be ranked by them.
-    rounding = scores.shape[1] * np.finfo(np.float64).eps * (np.abs(each) @ counted).max(axis=1)
+    rounding = scores.shape[1] * np.finfo(np.float64).eps * (np.abs(scores) @ counted).max(axis=1)
     same = np.ptp(predicted, axis=1) <= rounding
     predicted[same] = predicted[same, :1]
     found = lds_of_predictions(predicted, outputs, resamples=resamples)
@@ -138,7 +138,7 @@ def lds_of_predictions(predicted: Any, outputs: Any, *, resamples: int = 1000) -
     Returns:
       The score.
     """
-    predicted, actual = np.asarray(predicted, np.float64), np.asarray(outputs, np.float64).T
+    predicted, actual = real_numbers("predicted", predicted), real_numbers("outputs", outputs).T
     if predicted.shape != actual.shape:
         raise ValueError(
             f"outputs must be [m, q] = {predicted.shape[::-1]}, got {actual.shape[::-1]}."

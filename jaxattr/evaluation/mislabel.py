@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxattr.counts import whole_number
+from jaxattr.counts import real_numbers, whole_number
 from jaxattr.keys import check_key
 from jaxattr.typing import Key
 
@@ -77,7 +77,7 @@ def mislabel_auc(self_influence: Any, mislabelled: Any) -> float:
     """
     from scipy import stats  # slow to import, and needed here alone
 
-    values, wrong = np.asarray(self_influence, np.float64), np.asarray(mislabelled)
+    values, wrong = real_numbers("self_influence", self_influence), np.asarray(mislabelled)
     if values.shape != wrong.shape or wrong.dtype != bool:
         raise ValueError(
             f"mislabelled must be bool {list(values.shape)}, got {wrong.dtype} {list(wrong.shape)}."

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxattr.counts import whole_number
+from jaxattr.counts import real_numbers, whole_number
 
 
 def strongest(scores: Any, k: int) -> np.ndarray:
@@ -126,7 +126,7 @@ def mean_interval(values: Any) -> tuple[float, float]:
       >>> mean_interval([1.0, 1.0, 1.0])
       (1.0, 1.0)
     """
-    values = np.asarray(values, np.float64)
+    values = real_numbers("values", values)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"values must be one number per query, got shape {list(values.shape)}.")
     missing = np.flatnonzero(~np.isfinite(values))
@@ -147,7 +147,7 @@ def _found(scores: Any, relevant: Any, k: int) -> np.ndarray:
 
 def _checked(scores: Any, relevant: Any) -> tuple[np.ndarray, np.ndarray]:
     """Scores, -inf where not finite; and which are of relevant examples and finite."""
-    scores, relevant = np.asarray(scores, np.float64), np.asarray(relevant, bool)
+    scores, relevant = real_numbers("scores", scores), np.asarray(relevant, bool)
     if scores.ndim != 2 or scores.shape != relevant.shape:
         raise ValueError(
             "scores and relevant must both be [q, n], got shapes "

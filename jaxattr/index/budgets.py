@@ -247,11 +247,14 @@ class BuildRequest:
     def rows(self, featurize: Featurizer, block: int) -> RowLayout:
         """The shapes of the rows."""
         computed = feature_dtype(featurize, self.checkpoints[0])
-        stored = np.dtype(computed if self.dtype is None else self.dtype)
+        try:
+            stored = np.dtype(computed if self.dtype is None else self.dtype)
+        except TypeError:
+            stored = np.dtype(object)
         floats = (np.dtype(computed), np.dtype(jnp.float32), np.dtype(jnp.bfloat16))
         if stored not in floats and not is_compressed(stored):
             raise ValueError(
-                f"dtype must be float32, bfloat16, int8 or float8_e4m3fn, got {stored.name}: "
+                f"dtype must be float32, bfloat16, int8 or float8_e4m3fn, got {self.dtype!r:.40}: "
                 "float16 overflows at 65,504, which gradients reach, and features of other types "
                 "are not kept."
             )

@@ -152,6 +152,8 @@ def _refuse_what_is_none(data: Any, role: str) -> None:
             f"{role} must be a data set, got {brief(repr(data))}: pass a pytree of arrays with a "
             "common leading axis, a list of examples, or an object with __len__ and __getitem__."
         )
+    if hasattr(data, "query_side"):
+        raise TypeError(f"{role} is {kind}, features that were computed: pass what they are of.")
     if hasattr(data, "iloc"):
         raise TypeError(
             f"{role} is a {kind}, whose items are columns: pass the columns as arrays, "
