@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxattr import groups as groups_lib
+from jaxattr.leaves import named_leaves
 from jaxattr.typing import Batch, Example
 
 
@@ -25,7 +25,7 @@ def leading_size(batch: Batch) -> int:
     Raises:
       ValueError: if there is no array, a scalar, or two arrays differ.
     """
-    shapes = {name: jnp.shape(leaf) for name, leaf in groups_lib.named_leaves(batch).items()}
+    shapes = {name: jnp.shape(leaf) for name, leaf in named_leaves(batch).items()}
     scalars = [name for name, shape in shapes.items() if not shape]
     if scalars or len({shape[0] for shape in shapes.values() if shape}) != 1:
         raise ValueError(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr import linear_maps
-from jaxattr.groups import leaf_names
+from jaxattr.leaves import leaf_names
 
 EXACT = 1e-12
 

@@ -11,7 +11,7 @@ from tests.pages import PAGES, blocks
 ROOT = pathlib.Path(jaxattr.__file__).parent
 ROOMS = (
     ("typing", "scales", "counts", "files", "markup", "threads"),
-    ("keys",),
+    ("keys", "leaves"),
     ("groups",),
     ("inputs",),
     ("identity",),

@@ -12,7 +12,8 @@ import jaxattr as ja
 from experiments.attributes import drawing, recognition, study
 from experiments.diffusion import data, process, schedule, training, unet
 from experiments.diffusion.unet import UNetConfig, make_model
-from jaxattr import diffusion, groups, linear_maps
+from jaxattr import diffusion, linear_maps
+from jaxattr.leaves import leaf_names, named_leaves
 
 TINY = UNetConfig(3, (4,), heads=2, patch=2, conditions=(("style", 3), ("subject", 5)))
 ADAPTED = TINY._replace(adapter_rank=2, conditions=())
@@ -44,7 +45,7 @@ def test_every_matrix_of_the_unet_is_a_linear_map():
         lambda params, example, key: loss(params, example, key, jnp.array(10)),
         params, example, jax.random.key(0),
     )  # fmt: skip
-    matrices = {name for name, leaf in groups.named_leaves(params).items() if leaf.ndim > 1}
+    matrices = {name for name, leaf in named_leaves(params).items() if leaf.ndim > 1}
     assert matrices == set(found.maps)
 
 
@@ -217,7 +218,7 @@ def test_labels_are_in_no_group_and_weights_are_learned_for_each_attribute():
     )
     index = study.index_of(subject, study.methods(subject.denoiser, config)["D-TRAK"])
     embeddings = {f"conditions/{name}/embedding" for name in study.ATTRIBUTES}
-    assert set(groups.leaf_names(params)) - set(index.layout.names) == embeddings
+    assert set(leaf_names(params)) - set(index.layout.names) == embeddings
     result = study.measure(subject, index)
     assert set(result.fits) == {*study.ATTRIBUTES, "all"}
     # The noise of a query goes by its place among those whose features are taken together.

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import jaxattr as ja
-from jaxattr import groups as groups_lib
 from jaxattr import linear_maps
 from jaxattr.features import bases, projections
 from jaxattr.features.plans import FeatureLayout
+from jaxattr.leaves import leaf_names
 from tests import architectures, models
 
 RANK = 3
@@ -68,7 +68,7 @@ def test_every_parameter_is_planned_once(name):
     for groups in (ja.by_layer, ja.by_leaf):
         featurize = featurizer(name, projections.two_sided(RANK), groups=groups)
         plan = featurize.plan
-        everything = {name for name in groups_lib.leaf_names(params)}
+        everything = {name for name in leaf_names(params)}
         assert plan.covered | plan.rest == everything
         assert not plan.covered & plan.rest
         assert {leaf for leaf, _ in plan.reasons} == plan.rest
@@ -267,7 +267,7 @@ def test_layout_without_blocks_takes_groups_as_blocks():
 def test_describe_accounts_for_every_parameter(name):
     loss, params, batch = model(name)
     described = ja.describe(ja.logra(loss, rank=RANK), params, models.one(batch))
-    assert [leaf.name for leaf in described.leaves] == groups_lib.leaf_names(params)
+    assert [leaf.name for leaf in described.leaves] == leaf_names(params)
     found = linear_maps.find(loss, params, models.one(batch), jax.random.key(0))
     for leaf in described.leaves:
         if leaf.name in found.maps:

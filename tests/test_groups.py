@@ -9,6 +9,7 @@ from flax import nnx
 
 import jaxattr as ja
 from jaxattr import groups
+from jaxattr.leaves import leaf_names
 
 PARAMS = {
     "embed": {"embedding": jnp.ones((5, 4))},
@@ -68,7 +69,7 @@ def test_labels_and_exclusion():
 
 def test_nnx_state_is_named_as_its_dict():
     state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
-    assert groups.leaf_names(state) == groups.leaf_names(nnx.to_pure_dict(state))
+    assert leaf_names(state) == leaf_names(nnx.to_pure_dict(state))
 
 
 def test_only_the_value_of_a_variable_loses_its_name():
@@ -104,7 +105,7 @@ def test_only_the_value_of_a_variable_loses_its_name():
     # Inside a variable, too, an attribute keeps its name.
     variable = nnx.Param(Registered(*[jnp.ones(3)] * 3))
     names = ["a/value/query", "a/value/key", "a/value/value"]
-    assert groups.leaf_names(nnx.State({"a": variable})) == names
+    assert leaf_names(nnx.State({"a": variable})) == names
 
 
 def test_labels_of_an_nnx_state():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jaxattr as ja
-from jaxattr import groups as groups_lib
+from jaxattr.leaves import named_leaves
 from tests import architectures
 from tests.linear_map_checks import check
 from tests.test_weight_patterns import RANK, assert_features_are_exact
@@ -32,7 +32,7 @@ def held(loss, params, batch):
     found = check(loss, params, batch)
     featurize = assert_features_are_exact(loss, params, batch)
     described = ja.describe(ja.logra(loss, rank=RANK), params, jax.tree.map(lambda x: x[0], batch))
-    sizes = {name: np.size(x) for name, x in groups_lib.named_leaves(params).items()}
+    sizes = {name: np.size(x) for name, x in named_leaves(params).items()}
     factored = sum(sizes[leaf] for leaf in featurize.plan.covered) / sum(sizes.values())
     assert abs(described.factored - factored) < 1e-12
     return found, featurize.layout.names, factored

@@ -13,12 +13,13 @@ import optax
 
 from jaxattr.batches import leading_size
 from jaxattr.counts import checked_ids, whole_number
-from jaxattr.groups import batch_statistics, by_leaf, leaf_names, pattern_of, resolve
+from jaxattr.groups import batch_statistics, by_leaf, pattern_of, resolve
 from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function
 from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.inputs.wording import brief, name_of
 from jaxattr.keys import check_key, key_or_default
+from jaxattr.leaves import leaf_names
 from jaxattr.typing import Batch, Key, OutputFn, Params
 from jaxattr.unrolling.runs import StepFn, TrainingRun, rows_of
 

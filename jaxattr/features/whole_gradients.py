@@ -4,11 +4,11 @@ from collections.abc import Callable, Collection, Mapping
 
 import jax
 
-from jaxattr import groups as groups_lib
 from jaxattr import linear_maps
 from jaxattr.features.bases import Drawn, Fitted, apply_sides
 from jaxattr.features.plans import Plan
 from jaxattr.features.projections import Projection
+from jaxattr.leaves import named_leaves
 from jaxattr.scales import wide
 from jaxattr.typing import Example, Key, OutputFn, Params
 
@@ -79,7 +79,7 @@ def as_function_of(
     Returns:
       (leaves, example, key) -> output, and those leaves {name: leaf}.
     """
-    leaves, structure = groups_lib.named_leaves(params), jax.tree.structure(params)
+    leaves, structure = named_leaves(params), jax.tree.structure(params)
 
     def of_leaves(chosen: dict[str, jax.Array], example: Example, key: Key) -> jax.Array:
         merged = [chosen.get(name, leaf) for name, leaf in leaves.items()]

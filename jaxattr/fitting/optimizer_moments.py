@@ -13,9 +13,10 @@ from jaxattr import linear_maps
 from jaxattr.features.bases import Factored, Fitted, Sides, Signs
 from jaxattr.features.signs import seed_of
 from jaxattr.fitting.passes import TrainingPass
-from jaxattr.groups import GroupLayout, named_leaves
+from jaxattr.groups import GroupLayout
 from jaxattr.identity import Contents
 from jaxattr.inputs.arrays import shapes_and_tree
+from jaxattr.leaves import named_leaves
 from jaxattr.scales import wide
 from jaxattr.typing import Params
 

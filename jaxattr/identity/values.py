@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.groups import leaf_names
 from jaxattr.identity.arrays import digest_of, digests_of_leaves
 from jaxattr.identity.programs import Program
+from jaxattr.leaves import leaf_names
 
 
 class Contents:

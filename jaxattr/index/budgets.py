@@ -17,12 +17,13 @@ from jaxattr import groups as groups_lib
 from jaxattr.counts import counted, whole_number
 from jaxattr.features.bases import NOTHING, Drawn, Factored, Fits, Fitted, Sides
 from jaxattr.features.featurizer import Featurizer, room
-from jaxattr.groups import Groups, named_leaves
+from jaxattr.groups import Groups
 from jaxattr.identity import LANES
 from jaxattr.inputs.outputs import explaining_swaps, is_one_model, runs
 from jaxattr.inputs.parameters import as_checkpoints
 from jaxattr.inputs.wording import name_of
 from jaxattr.kernels import Identity, Iterates
+from jaxattr.leaves import named_leaves
 from jaxattr.methods.method import Method, check_method, featurizer
 from jaxattr.scales import widest
 from jaxattr.sharding import DATA, Placement, placement, split_rows

@@ -15,8 +15,9 @@ from jaxattr import identity
 from jaxattr.features.bases import Fitted
 from jaxattr.features.featurizer import FeatureRule, Featurizer
 from jaxattr.features.plans import FeatureLayout
-from jaxattr.groups import GroupLayout, Member, named_leaves
+from jaxattr.groups import GroupLayout, Member
 from jaxattr.inputs.wording import listed
+from jaxattr.leaves import named_leaves
 from jaxattr.methods.method import Method
 from jaxattr.sources import Source
 from jaxattr.store.rows import RowLayout

@@ -13,8 +13,8 @@ import numpy as np
 from jaxattr import identity
 from jaxattr.features.bases import Fitted
 from jaxattr.fitting.passes import row_digests
-from jaxattr.groups import leaf_names
 from jaxattr.index.index import first_ids
+from jaxattr.leaves import leaf_names
 from jaxattr.sources import Source, track
 from jaxattr.store.folder import StoreError
 from jaxattr.store.rows import DIGESTS, Rows

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from jaxattr.groups import named_leaves
 from jaxattr.inputs.wording import brief, path_name, shapes
+from jaxattr.leaves import named_leaves
 from jaxattr.typing import Example
 
 # What a NumPy array may hold: booleans, integers, floats, complex numbers and bfloat16 ("V").

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxattr.groups import named_leaves
 from jaxattr.inputs.arrays import in_byte_order, placed
 from jaxattr.inputs.wording import brief, listed, shape
+from jaxattr.leaves import named_leaves
 from jaxattr.typing import Params
 
 

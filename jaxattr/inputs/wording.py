@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxattr.groups import leaf_paths
+from jaxattr.leaves import leaf_paths
 
 # Names, or arrays, that a message lists before it says how many more there are.
 _LISTED = 6

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr
 
-from jaxattr import groups as groups_lib
 from jaxattr.identity import Program, program_of
 from jaxattr.inputs.traces import shapes_of
+from jaxattr.leaves import leaf_names
 from jaxattr.linear_maps import interpreter, labels
 from jaxattr.linear_maps.interpreter import Output, Taps, Walk
 from jaxattr.linear_maps.labels import Dims, Label, digits, extent
@@ -173,7 +173,7 @@ def _trace(loss: OutputFn, structure: Any, leaves: tuple[jax.ShapeDtypeStruct, .
     if [aval.shape for aval in program.out_avals] != [()]:
         got = ", ".join(aval.str_short() for aval in program.out_avals)
         raise ValueError(f"The loss must return one scalar, got {got or 'nothing'}.")
-    names = tuple(groups_lib.leaf_names(params))
+    names = tuple(leaf_names(params))
     finder = _Finder({}, {}, {}, {}, set())
     sources = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in program.in_avals]
 

@@ -13,6 +13,7 @@ from jaxattr.identity import program_of
 from jaxattr.inputs.outputs import runs
 from jaxattr.inputs.traces import read_inputs, shapes_of
 from jaxattr.keys import key_or_default
+from jaxattr.leaves import leaf_names
 from jaxattr.linear_maps.analysis import UNUSED
 from jaxattr.methods.method import Method, check_method, featurizer
 from jaxattr.typing import Example, Params
@@ -108,7 +109,7 @@ def describe(
     routes = _routes(featurize) | _unused(featurize, params)
     leaves = tuple(
         LeafDescription(name, jnp.shape(leaf), tuple(places.get(name, ())), routes[name])
-        for name, leaf in zip(groups_lib.leaf_names(params), jax.tree.leaves(params), strict=True)
+        for name, leaf in zip(leaf_names(params), jax.tree.leaves(params), strict=True)
     )
     total = sum(math.prod(leaf.shape) for leaf in leaves)
     not_formed = frozenset() if _formed(featurize) else plan.covered
@@ -159,7 +160,7 @@ def _routes(featurize: Featurizer) -> dict[str, str]:
 def _unused(featurize: Featurizer, params: Params) -> dict[str, str]:
     """Leaves that are in a group, and that the function does not read."""
     given = shapes_of((params, featurize.example, key_or_default(None)))
-    names = groups_lib.leaf_names(params)
+    names = leaf_names(params)
     read = read_inputs(program_of(featurize.rule.output, given).jaxpr)
     excluded = dict(featurize.groups.excluded)
     zero = f"exact: {UNUSED}, so its gradient is zero"

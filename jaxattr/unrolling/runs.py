@@ -11,11 +11,11 @@ import numpy as np
 
 from jaxattr.batches import leading_size
 from jaxattr.counts import checked_ids, whole_number
-from jaxattr.groups import named_leaves
 from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function
 from jaxattr.inputs.traces import read_inputs, shapes_of, trace
 from jaxattr.inputs.wording import brief, listed, shape, shapes
+from jaxattr.leaves import named_leaves
 from jaxattr.typing import Batch, Params
 
 StepFn = Callable[[Any, Batch, jax.Array], Any]
