@@ -148,17 +148,34 @@ def by_layer(
     return _by_name(params, lambda name: name.rpartition("/")[0] or name, exclude, stacked)
 
 
+@overload
+def by_regex(
+    params: Mapping[str, str], *, exclude: str | None = None, stacked: str | None = None
+) -> Callable[[Params], GroupLayout]: ...
+
+
+@overload
 def by_regex(
     params: Params,
     patterns: Mapping[str, str],
     *,
     exclude: str | None = None,
     stacked: str | None = None,
-) -> GroupLayout:
+) -> GroupLayout: ...
+
+
+def by_regex(
+    params: Params,
+    patterns: Mapping[str, str] | None = None,
+    *,
+    exclude: str | None = None,
+    stacked: str | None = None,
+) -> Any:
     """Groups the leaves by regular expressions, searched for in their names.
 
     Args:
-      params: a pytree of floating-point arrays.
+      params: a pytree of floating-point arrays. Patterns alone give the function of parameters, for
+        `groups=ja.by_regex({"attention": "attn", "rest": "mlp|embed"})`.
       patterns: {group name: regular expression}.
       exclude: as in `by_layer`.
       stacked: as in `by_layer`.
@@ -169,8 +186,14 @@ def by_regex(
     Raises:
       ValueError: if a leaf matches no pattern or several, or a pattern no leaf; as `by_layer`.
     """
-    if not isinstance(patterns, Mapping):
-        raise TypeError(f"patterns must be {{group name: pattern}}, got {patterns!r:.80}.")
+    given = params if patterns is None else patterns
+    fits = isinstance(given, Mapping)
+    if patterns is None:  # and not parameters whose patterns were forgotten
+        fits = fits and all(isinstance(each, str) for each in given.values())
+    if not fits:
+        raise TypeError(f"patterns must be {{group name: pattern}}, got {given!r:.80}.")
+    if patterns is None:
+        return lambda params: by_regex(params, given, exclude=exclude, stacked=stacked)
     for group, pattern in patterns.items():
         _check_pattern(f"{pattern!r}, of group {group!r},", pattern, leaf_names(params))
 
@@ -206,7 +229,7 @@ def resolve(groups: Groups, params: Params) -> GroupLayout:
     if isinstance(groups, str | int | float):
         raise TypeError(
             f"groups must be a function such as ja.by_layer or ja.by_leaf, or a pytree of labels, "
-            f"got {groups!r}. Of patterns: lambda params: ja.by_regex(params, {{...}})."
+            f"got {groups!r}. Of patterns: ja.by_regex({{group name: pattern}})."
         )
     labels = all(isinstance(leaf, str) for leaf in jax.tree.leaves(groups))  # of a model, say
     if callable(groups) and not labels and not isinstance(groups, GroupLayout):

@@ -875,6 +875,9 @@ WRONG = {  # name: (call, error, words)
                                          optimizer_state=optax.sgd(1.0).init(P)),
         ValueError, ["optimizer_state must be of this optimizer"],
     ),
+    "patterns that were forgotten": (
+        lambda: ja.by_regex(P), TypeError, ["patterns must be {group name: pattern}"],
+    ),
     "a damping as text": (
         lambda: ja.relative("0.1"), TypeError, ["Damping must be real numbers, got '0.1'"],
     ),

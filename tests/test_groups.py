@@ -143,6 +143,7 @@ def test_by_regex_needs_exactly_one_match(patterns, message):
 def test_by_regex_groups():
     layout = ja.by_regex(PARAMS, {"dense": "dense", "other": "embed|scale"})
     assert dict(zip(layout.names, layout.sizes, strict=True)) == {"dense": 60, "other": 21}
+    assert ja.by_regex({"dense": "dense"}, exclude="embed|scale")(PARAMS).names == ("dense",)
 
 
 @pytest.mark.parametrize(

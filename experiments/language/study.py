@@ -22,16 +22,18 @@ from jaxattr.evaluation import LDS, Difference
 from jaxattr.language import LogitsFn, Rows
 
 # One letter per kind of matrix, as papers name them; norms and embeddings by themselves.
-KINDS = {
-    "q": "attention/query",
-    "k": "attention/key",
-    "v": "attention/value",
-    "o": "attention/out",
-    "up": "/up/",
-    "down": "/down/",
-    "embeddings": "^embed|^position",
-    "norms": "norm",
-}
+by_kind = ja.by_regex(
+    {
+        "q": "attention/query",
+        "k": "attention/key",
+        "v": "attention/value",
+        "o": "attention/out",
+        "up": "/up/",
+        "down": "/down/",
+        "embeddings": "^embed|^position",
+        "norms": "norm",
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,18 +148,6 @@ class Result(NamedTuple):
     weights: dict[str, dict[str, float]]
     shares: dict[str, float]
     warnings: tuple[str, ...]
-
-
-def by_kind(params: Any) -> Any:
-    """Groups by kind of matrix, each over all layers.
-
-    Args:
-      params: of the model.
-
-    Returns:
-      The layout: q, k, v, o, up, down, embeddings, norms.
-    """
-    return ja.by_regex(params, KINDS)
 
 
 def prepare(
