@@ -77,6 +77,28 @@ def test_a_proponent_whose_loss_is_not_finite_has_no_change():
     assert changes[0, 0] == tail_patch(jnp.array([1, 1]))[0, 0]
 
 
+def test_what_training_does_not_move_stays_as_it_is():
+    params = {"params": PARAMS, "batch_stats": {"mean": jnp.array(0.1)}, "count": jnp.int32(3)}
+
+    def shifted(params, example, key):
+        example = example | {"y": example["y"] - params["batch_stats"]["mean"]}
+        return loss(params["params"], example, key)
+
+    def of_parameters(alone, example, key):
+        return shifted(params | {"params": alone}, example, key)
+
+    rest = (TRAIN, QUERIES, [[0, 1], [2, 0]])
+    with pytest.raises(ValueError, match=r"params holds batch statistics.*exclude='batch_stats'"):
+        evaluation.tail_patch(shifted, shifted, params, *rest, optimizer=optax.adam(0.1))
+    found = evaluation.tail_patch(
+        shifted, shifted, params, *rest, optimizer=optax.adam(0.1), exclude="^batch_stats"
+    )
+    expected = evaluation.tail_patch(
+        of_parameters, of_parameters, PARAMS, *rest, optimizer=optax.adam(0.1)
+    )
+    assert np.allclose(found, expected, rtol=1e-10, atol=0) and found.any()
+
+
 @pytest.mark.parametrize(
     ("ids", "match"),
     [

@@ -9,11 +9,11 @@ import optax
 
 from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.counts import whole_number
-from jaxattr.evaluation.training import check_optimizer
+from jaxattr.evaluation.training import check_optimizer, split_parameters, trained_names
 from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_output
 from jaxattr.sources import track
-from jaxattr.typing import Batch, OutputFn, Params
+from jaxattr.typing import Batch, Example, OutputFn, Params
 
 
 def tail_patch(
@@ -26,6 +26,7 @@ def tail_patch(
     *,
     optimizer: optax.GradientTransformation,
     optimizer_state: Any = None,
+    exclude: str | None = None,
     at_once: int = 8,
 ) -> np.ndarray:
     """Takes one optimizer step on a single training example, and measures the change of a query.
@@ -41,7 +42,9 @@ def tail_patch(
       queries: a pytree of arrays [q, ...].
       ids: integers [q, k], each query's proponents; or what `ja.top_k` returned.
       optimizer: takes the step, with its learning rate.
-      optimizer_state: where the training left it. Default: `optimizer.init(params)`.
+      optimizer_state: where the training left it. Default: that of a training that begins.
+      exclude: as in `ja.trainer`: parameters in whose names it is found stay as they are, as whole
+        numbers do. The state is of the others, `None` in the place of these.
       at_once: steps in memory at once, each with its own parameters and optimizer state.
 
     Returns:
@@ -49,7 +52,8 @@ def tail_patch(
       for proponents that are missing (id -1), or have a loss that is not finite.
 
     Raises:
-      ValueError: if ids are no [q, k] of training examples.
+      ValueError: if ids are no [q, k] of training examples, there are batch statistics among the
+        parameters, or a state is not of this optimizer and these parameters.
 
     Cost: q k gradient steps; a pair that occurs several times is computed once.
 
@@ -71,15 +75,17 @@ def tail_patch(
     check_output(loss, params, shapes_of_one(train), key)
     check_output(measure, params, shapes_of_one(queries), key)
     check_optimizer(optimizer)
-    state = optimizer.init(params) if optimizer_state is None else optimizer_state
-    expected: Any = jax.tree.structure(jax.eval_shape(optimizer.init, params))
+    trained = trained_names(jax.eval_shape(lambda: params), exclude, "params")
+    moving, _ = split_parameters(params, trained)
+    state = optimizer.init(moving) if optimizer_state is None else optimizer_state
+    expected: Any = jax.tree.structure(jax.eval_shape(optimizer.init, moving))
     if expected != jax.tree.structure(state):
         raise ValueError(
             f"optimizer_state must be of this optimizer and these parameters, {expected}, got "
             f"{jax.tree.structure(state)}."
         )
     params, state = jax.device_put((params, state))  # once, and not for each block
-    step = _compiled_steps(loss, measure, optimizer, at_once)
+    step = _compiled_steps(loss, measure, optimizer, trained, at_once)
     pairs = np.stack([np.repeat(np.arange(q), ids.shape[1]), ids.reshape(-1)], axis=1)
     there = pairs[:, 1] >= 0
     once, places = np.unique(pairs[there], axis=0, return_inverse=True)
@@ -95,18 +101,26 @@ def tail_patch(
 
 
 def _compiled_steps(
-    loss: OutputFn, measure: OutputFn, optimizer: optax.GradientTransformation, at_once: int
+    loss: OutputFn,
+    measure: OutputFn,
+    optimizer: optax.GradientTransformation,
+    trained: frozenset[str],
+    at_once: int,
 ) -> Any:
     @jax.jit
     def run(params: Params, state: Any, train: Batch, queries: Batch, pairs: jax.Array) -> Any:
         key = jax.random.key(0)
+        moving, whole = split_parameters(params, trained)
+
+        def of_moving(moving: Params, example: Example) -> jax.Array:
+            return loss(whole(moving), example, key)
 
         def change(pair: jax.Array) -> jax.Array:
             query = jax.tree.map(lambda x: x[pair[0]], queries)
             example = jax.tree.map(lambda x: x[pair[1]], train)
-            value, gradient = jax.value_and_grad(loss)(params, example, key)
-            updates, _ = optimizer.update(gradient, state, params)
-            patched = optax.apply_updates(params, updates)
+            value, gradient = jax.value_and_grad(of_moving)(moving, example)
+            updates, _ = optimizer.update(gradient, state, moving)
+            patched = whole(optax.apply_updates(moving, updates))
             found = measure(patched, query, key) - measure(params, query, key)
             # A label out of range: the gradient is finite, and wrong.
             return jnp.where(jnp.isfinite(value), found, jnp.nan)

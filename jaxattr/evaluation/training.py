@@ -94,12 +94,12 @@ def trainer(
         check_optimizer(optimizer)
     data = jax.tree.map(jnp.asarray, as_batch(train, "train"))
     begin = _as_function(start)
-    trained = _trained(jax.eval_shape(begin, key_or_default(None)), exclude)
+    trained = trained_names(jax.eval_shape(begin, key_or_default(None)), exclude, "start")
 
     def parts(key: Key, ids: jax.Array) -> tuple[StepFn, tuple, _Steps, Callable[[Params], Params]]:
         """What training from a key is made of; the last makes parameters of those that move."""
         start_key, order_key, loss_key = jax.random.split(key, 3)
-        moving, whole = _split(begin(start_key), trained)
+        moving, whole = split_parameters(begin(start_key), trained)
         size = min(batch_size, len(ids))
         per_epoch = len(ids) // size
         orders = jax.vmap(jax.random.permutation, in_axes=(0, None))(
@@ -219,8 +219,17 @@ def _checked_parameters(params: Params) -> Params:
         raise TypeError(f"start holds parameters, as checkpoints do: {error}") from None
 
 
-def _trained(shapes: Params, exclude: str | None) -> frozenset[str]:
-    """Names of the parameters that training moves."""
+def trained_names(shapes: Params, exclude: str | None, what: str) -> frozenset[str]:
+    """Names of the parameters that training moves.
+
+    Args:
+      shapes: of the parameters.
+      exclude: regular expression; parameters in whose names it is found stay as they are.
+      what: the argument that they are, for messages.
+
+    Raises:
+      ValueError: if there are batch statistics among them, or nothing that can be trained.
+    """
     _checked_parameters(shapes)
     layout = by_leaf(exclude=exclude)(shapes)
     names = frozenset(member.leaf for group in layout.members for member in group)
@@ -228,17 +237,27 @@ def _trained(shapes: Params, exclude: str | None) -> frozenset[str]:
     if statistics:
         exclude = pattern_of(statistics, leaf_names(shapes))
         raise ValueError(
-            f"start holds batch statistics, {len(statistics)} arrays ({statistics[0]}, ...), which "
-            "training does not move along a gradient. Leave them as they are, "
-            f"exclude={exclude!r}, or start from the parameters alone, and let the loss close over "
-            "the statistics."
+            f"{what} holds batch statistics, {len(statistics)} arrays ({statistics[0]}, ...), "
+            "which training does not move along a gradient. Leave them as they are, "
+            f"exclude={exclude!r}, or pass the parameters alone, and let the loss close over the "
+            "statistics."
         )
     resolve(layout, shapes)  # refuses what is no parameter
     return names
 
 
-def _split(params: Params, trained: frozenset[str]) -> tuple[Params, Callable[[Params], Params]]:
-    """Parameters with None for those that stay, and the function that puts these back."""
+def split_parameters(
+    params: Params, trained: frozenset[str]
+) -> tuple[Params, Callable[[Params], Params]]:
+    """Takes out what training does not move.
+
+    Args:
+      params: all parameters.
+      trained: names of those that training moves.
+
+    Returns:
+      The parameters with None for those that stay, and the function that puts these back.
+    """
     leaves, structure = jax.tree.flatten(params)
     named = zip(leaf_names(params), leaves, strict=True)
     moving = jax.tree.unflatten(structure, [x if name in trained else None for name, x in named])
