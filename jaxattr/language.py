@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.counts import whole_number
-from jaxattr.index.index import Index
-from jaxattr.index.parts import part_features
-from jaxattr.index.queries import QueryFeatures
+from jaxattr.counts import flag, whole_number
+from jaxattr.index.index import Index, check_index
+from jaxattr.index.parts import check_sum, part_features
+from jaxattr.index.queries import QueryFeatures, accepted_by
+from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function
 from jaxattr.inputs.wording import shapes
 from jaxattr.scales import wide
@@ -129,7 +130,16 @@ def log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
     Returns:
       Float [t]; NaN where a target is no token of the vocabulary.
+
+    Raises:
+      ValueError: if targets are no integers, or not one per position.
     """
+    logits, targets = jnp.asarray(logits), jnp.asarray(targets)
+    if targets.shape != logits.shape[:-1] or not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(
+            f"targets must be integers {list(logits.shape[:-1])}, one for each position of logits "
+            f"{list(logits.shape)}; got {targets.dtype} {list(targets.shape)}."
+        )
     logits = logits.astype(wide(logits.dtype))
     return _picked(logits, targets) - jax.nn.logsumexp(logits, axis=-1)
 
@@ -166,6 +176,7 @@ def rows(
       [[True, True, False], [True, False, False]]
     """
     checked, length = _checked(documents, vocabulary), whole_number("length", length)
+    flag("truncate", truncate)
     given: Any = [1] * len(checked) if prompts is None else prompts
     starts = np.atleast_1d(list(given) if isinstance(given, Iterator) else given).tolist()
     if len(starts) != len(checked):
@@ -173,6 +184,7 @@ def rows(
     inputs = np.zeros((len(checked), length), np.int32)
     targets, mask = np.zeros_like(inputs), np.zeros(inputs.shape, bool)
     for number, (document, start) in enumerate(zip(checked, starts, strict=True)):
+        start = whole_number(f"prompts[{number}]", start)
         if len(document) > length + 1 and not truncate:
             raise ValueError(
                 f"Document {number} has {len(document)} tokens, and a row of {length} positions "
@@ -180,11 +192,10 @@ def rows(
                 "document, or pass truncate=True."
             )
         document = document[: length + 1]
-        if not 1 <= start < len(document):
+        if start >= len(document):
             raise ValueError(
                 f"Document {number} has no target: {len(document)} tokens, of which the first "
-                f"{start} are the prompt. A document needs at least one token after its prompt, "
-                "and a prompt at least one token."
+                f"{start} are the prompt. A document needs at least one token after its prompt."
             )
         t = len(document) - 1
         inputs[number, :t], targets[number, :t] = document[:-1], document[1:]
@@ -261,7 +272,10 @@ def token_of(row: Example, number: jax.Array) -> Example:
       row: a row with `mask` [t].
       number: of the position.
     """
-    single = jnp.arange(row["mask"].shape[0]) == number
+    count = row["mask"].shape[0]
+    if not isinstance(number, jax.core.Tracer) and not 0 <= int(number) < count:
+        raise ValueError(f"The row has positions 0 to {count - 1}, and no {number}.")
+    single = jnp.arange(count) == number
     return {**row, "mask": jnp.where(single, row["mask"], jnp.zeros_like(row["mask"]))}
 
 
@@ -273,21 +287,27 @@ def token_features(index: Index, queries: Any) -> QueryFeatures:
     whole query. Positions that do not count score zero.
 
     Args:
-      index: the index, of a loss from this module.
-      queries: rows, a mapping of arrays [q, t].
+      index: the index, of a sum over targets: `loss` and `margin` are, means over targets not.
+      queries: rows, a mapping of arrays [q, t], or a list of rows.
 
     Returns:
       Features of q * t queries, the tokens of the first query first:
       `ja.score(index, token_features(index, queries)).reshape(q, t, n)`.
 
     Raises:
-      ValueError: if a query has no target.
+      ValueError: if a query has no target, or outputs of tokens do not add up to the query's (tried
+        at the first checkpoint on the query with the most targets).
 
-    Guarantees: exact; sums agree with `ja.score(index, queries)` up to rounding.
+    Guarantees: exact; sums agree with `ja.score(index, queries)` up to the rounding of the
+      parameters' type.
     Cost: a forward and backward pass per token, a microbatch of them at a time: q t p numbers, and
       no weight gradient where the features are factored.
     """
+    check_index(index)
+    queries = as_batch(queries, "queries", accepted_by(index))
     check_targets(queries)
+    longest = (np.asarray(queries["mask"]) > 0).sum(axis=-1).argmax()
+    check_sum(index, jax.tree.map(lambda x: jnp.asarray(x[longest]), queries), tokens_of)
     return part_features(index, queries, tokens_of)
 
 
@@ -376,13 +396,19 @@ def _checked(documents: Sequence[Sequence[int]], vocabulary: int) -> list[np.nda
         raise TypeError(
             f"documents must be lists of token ids, got mappings: pass their ids alone, {call}."
         )
+    first: Any = documents[0] if len(documents) else ()
+    if first is None or isinstance(first, int) or getattr(first, "ndim", 1) == 0:
+        raise TypeError(
+            f"documents must be lists of token ids, and the first is {first!r:.40}: if those are "
+            "ids of ONE document, pass [document]."
+        )
     words = [n for n, document in enumerate(documents) if np.asarray(document).dtype.kind in "USO"]
     if words:
         raise TypeError(
             f"documents must be lists of token ids, and document {words[0]} is text. Tokenize it "
             "first: [tokenizer.encode(text) for text in texts]."
         )
-    arrays = [np.asarray(document) for document in documents]
+    arrays, vocabulary = list(map(np.asarray, documents)), whole_number("vocabulary", vocabulary)
     for number, document in enumerate(arrays):
         if not document.size:
             raise ValueError(f"Document {number} is empty: leave it out.")

@@ -225,6 +225,32 @@ def test_bad_documents_are_refused(documents, options, match):
         language.rows([[1, 2]], -1, vocabulary=13)
 
 
+@pytest.mark.parametrize("make", [language.probability, language.residual])
+def test_tokens_of_a_mean_are_refused(tiny_params, make):
+    index = ja.build_index(ja.tracin(make(tiny_logits)), tiny_params, rows())
+    queries = language.rows([[1, 5, 3, 2], [4, 12]], 5, vocabulary=13)
+    with pytest.raises(ValueError, match="a mean over targets is no sum"):
+        language.token_features(index, queries)
+    one_target = jax.tree.map(lambda x: x[1:], queries)
+    tokens = ja.score(index, language.token_features(index, one_target))
+    assert relative_error(tokens.sum(axis=0), ja.score(index, one_target)[0]) < 1e-9
+
+
+def test_tokens_of_a_list_of_rows_and_of_one_that_is_not_finite(tiny_params):
+    def of_row(params, row, key):
+        value = language.loss(tiny_logits)(params, row, key)
+        return value * jnp.where(row["inputs"][0] == 4, jnp.nan, 1.0)
+
+    index = ja.build_index(ja.tracin(of_row), tiny_params, rows())
+    queries = language.rows([[1, 5, 3], [4, 12]], 3, vocabulary=13)
+    listed = [jax.tree.map(lambda x, i=i: x[i], queries) for i in range(2)]
+    with pytest.warns(ja.NonFiniteWarning, match="1 of 2 queries .* ids 1"):
+        found = language.token_features(index, listed)
+    assert found.non_finite.tolist() == [3, 4, 5]
+    expected = language.token_features(index, jax.tree.map(lambda x: x[:1], queries))
+    assert relative_error(found.features[:3], expected.features) < 1e-12
+
+
 def test_a_query_without_targets_is_refused(tiny_params):
     index = ja.build_index(ja.tracin(language.loss(tiny_logits)), tiny_params, rows())
     queries = rows()

@@ -14,7 +14,7 @@ from jaxattr.features.featurizer import FeatureRule
 from jaxattr.features.plans import Plan
 from jaxattr.features.whole_gradients import as_function_of, coordinates
 from jaxattr.identity import Program
-from jaxattr.index.index import Index
+from jaxattr.index.index import Index, report_non_finite
 from jaxattr.index.queries import (
     QueryArrays,
     QueryFeatures,
@@ -29,7 +29,7 @@ from jaxattr.kernels import Kernel, MapsQueries
 from jaxattr.keys import example_keys
 from jaxattr.scales import exponent_of, scaled, wide
 from jaxattr.sources import track
-from jaxattr.typing import Batch, Example, Features, Key, OutputFn
+from jaxattr.typing import Batch, Example, Features, Key, OutputFn, Params
 
 
 def part_features(index: Index, queries: Any, split: Callable[[Example], Batch]) -> QueryFeatures:
@@ -62,8 +62,37 @@ def part_features(index: Index, queries: Any, split: Callable[[Example], Batch])
         features, whole = step(state, one, jnp.asarray(-1 - number))
         found.append(features)
         finite.append(np.full(len(features), bool(whole)))
+    report_non_finite(np.flatnonzero([not each.all() for each in finite]), q, "queries")
     lost = np.flatnonzero(~np.concatenate(finite))
     return QueryFeatures(jnp.concatenate(found), lost, index.query_side)
+
+
+def check_sum(index: Index, query: Example, split: Callable[[Example], Batch]) -> None:
+    """Raises if what the parts of a query give does not add up to what the query gives.
+
+    Args:
+      index: the index.
+      query: ONE query.
+      split: as in `part_features`.
+
+    Raises:
+      ValueError: with both values at the first checkpoint.
+    """
+    shapes = shapes_of_one(jax.tree.map(lambda x: x[None], query))
+    output = featurizer_of(index, shapes)[0].rule.output
+    _refuse(index, output)
+    state = state_of(index)
+    step: Any = output  # a `Program`, which has a hash
+    run = _value_step(step, Program(split, (shapes,)))
+    whole, parts = map(np.asarray, run(state.checkpoints[0], query, state.key))
+    found, size = parts.astype(np.float64).sum(), np.abs(parts.astype(np.float64)).sum()
+    # A mean of two targets is off by half of that size, and one without targets is 0 / 0.
+    if np.isfinite(whole) and not abs(found - whole) <= 0.1 * size:
+        raise ValueError(
+            f"The outputs of a query's parts must add up to the query's, and add up to {found:.4g} "
+            f"where it has {whole:.4g}: a mean over targets is no sum. Build the index of a sum, "
+            "such as ja.language.loss."
+        )
 
 
 def part_products(
@@ -158,6 +187,19 @@ def _product_step(rule: FeatureRule, plan: Plan, kernel: Kernel, part: Any, coun
             return found
         whole = jax.grad(lambda leaves: outputs(leaves).sum())(leaves)
         return _over_norm(found, to_features(whole))
+
+    return run
+
+
+@functools.lru_cache(maxsize=16)
+def _value_step(output: Any, split: Any) -> Any:
+    """The jitted (params, one query, key) -> its output, and those of its parts [t]."""
+
+    @jax.jit
+    def run(params: Params, query: Example, key: Key) -> tuple[jax.Array, jax.Array]:
+        one = example_keys(key, jnp.array([-1]))[0]
+        parts = each_example(lambda part: output(params, part, one))(split(query))
+        return output(params, query, one), parts
 
     return run
 

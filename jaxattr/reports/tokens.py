@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxattr.index.index import Index
-from jaxattr.index.parts import part_products
+from jaxattr.index.parts import part_features, part_products
 from jaxattr.index.queries import QueryFeatures
 from jaxattr.kernels import Identity
-from jaxattr.language import check_targets, token_features, token_of
+from jaxattr.language import check_targets, token_of, tokens_of
 from jaxattr.scores.candidates import in_parts
 from jaxattr.scores.weighting import weight_array
 from jaxattr.sources import Source, track
@@ -107,7 +107,7 @@ def _products(index: Index, source: Source, position: int, vectors: np.ndarray) 
     check_targets(batch)
     row = {name: np.asarray(field)[0] for name, field in batch.items()}
     if _PASSES * len(vectors) > len(row["mask"]):
-        return vectors @ np.asarray(token_features(index, batch).features, np.float64).T
+        return vectors @ np.asarray(part_features(index, batch, tokens_of).features, np.float64).T
     return part_products(index, row, token_of, len(row["mask"]), vectors)
 
 
