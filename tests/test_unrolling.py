@@ -11,6 +11,7 @@ from flax import linen as nn
 
 import jaxattr as ja
 from jaxattr.unrolling import backward
+from jaxattr.weights.outcomes import outcomes_of_scores
 from tests import models
 
 N, STEPS, BATCH = 7, 9, 3
@@ -376,6 +377,8 @@ def test_weights_fitted_to_a_reference_are_those_that_made_it():
     true = np.array([0.5, 0.8, 1.0, 1.2, 2.0])
     reference = parts @ true
     reference[3, 5] = np.nan
+    same = outcomes_of_scores(np.full((2, 100), 0.1), 100).outputs  # sums of 50 ones differ in bits
+    assert (np.ptp(same, axis=0) == 0).all()
     fit = ja.learn_weights(index, queries, reference=reference)
     found = np.array([fit.weights[name] for name in index.layout.names])
     # Not quite: of halves ranks alone are compared, and the pull to uniform weights remains.

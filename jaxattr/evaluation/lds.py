@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxattr import markup
 from jaxattr.counts import real_numbers, whole_number
-from jaxattr.scores.subsets import checked_masks
+from jaxattr.scores.subsets import checked_masks, summed
 from jaxattr.weights.outcomes import finite_models
 
 # Resamples of fewer subsets are so few and so alike that their quantiles say nothing.
@@ -111,13 +111,7 @@ def lds(scores: Any, masks: Any, outputs: Any, *, resamples: int = 1000) -> LDS:
         raise ValueError(
             f"scores [q, n] and masks [m, n] need the same n, got {scores.shape} and {masks.shape}."
         )
-    counted = masks.T.astype(np.float64)
-    predicted = scores @ counted  # [q, m]
-    # Sums of scores that are all the same differ in their last bits, and would be ranked by them.
-    rounding = scores.shape[1] * np.finfo(np.float64).eps * (np.abs(scores) @ counted).max(axis=1)
-    same = np.ptp(predicted, axis=1) <= rounding
-    predicted[same] = predicted[same, :1]
-    found = lds_of_predictions(predicted, outputs, resamples=resamples)
+    found = lds_of_predictions(summed(scores, masks), outputs, resamples=resamples)
     different = len(np.unique(masks, axis=0))
     if different < 3:
         raise ValueError(
@@ -188,6 +182,11 @@ def paired_difference(first: LDS, second: LDS) -> Difference:
     Raises:
       ValueError: if the two differ in their resamples or queries, or in those they skipped.
     """
+    if not (isinstance(first, LDS) and isinstance(second, LDS)):
+        raise TypeError(
+            f"Two scores as ja.lds makes them are needed, got {type(first).__name__} and "
+            f"{type(second).__name__}."
+        )
     if first.resampled.shape != second.resampled.shape or len(first.per_query) != len(
         second.per_query
     ):

@@ -166,6 +166,26 @@ def subset_products(index: Index, queries: Any, masks: Any) -> np.ndarray:
     return products
 
 
+def summed(scores: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Sums scores over subsets, and has no order where there is none.
+
+    Sums of scores that are all the same differ in their last bits, and would be ranked by them.
+
+    Args:
+      scores: float64 [q, n].
+      masks: bool [s, n].
+
+    Returns:
+      Float64 [q, s].
+    """
+    counted = masks.T.astype(np.float64)
+    sums = scores @ counted
+    rounding = scores.shape[1] * np.finfo(np.float64).eps * (np.abs(scores) @ counted).max(axis=1)
+    same = np.ptp(sums, axis=1) <= rounding
+    sums[same] = sums[same, :1]
+    return sums
+
+
 def checked_masks(masks: Any, n: int | None = None) -> np.ndarray:
     """Refuses what are no masks of training examples.
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxattr.identity import Contents
 from jaxattr.index.queries import QueryFeatures
 from jaxattr.scales import widened
-from jaxattr.scores.subsets import checked_masks
+from jaxattr.scores.subsets import checked_masks, summed
 
 # Fewer models cannot be split into some to fit to and some to check on.
 FEWEST_MODELS = 8
@@ -111,7 +111,7 @@ def outcomes_of_scores(scores: Any, n: int) -> Outcomes:
     scores = np.where(finite, scores, np.nan).astype(np.float64)
     order = np.random.default_rng(0).random((_HALVES, n)).argsort(axis=1)
     masks = order < n // 2
-    return Outcomes(masks, masks @ scores.T)
+    return Outcomes(masks, summed(scores, masks).T)
 
 
 def check_queries(outcomes: Outcomes, queries: Any, count: int) -> None:
