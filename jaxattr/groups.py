@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, overload
 
 import jax
@@ -195,7 +195,7 @@ def by_regex(
     if patterns is None:
         return lambda params: by_regex(params, given, exclude=exclude, stacked=stacked)
     for group, pattern in patterns.items():
-        _check_pattern(f"{pattern!r}, of group {group!r},", pattern, leaf_names(params))
+        _check_pattern(f"{pattern!r} of group {group!r}", pattern, leaf_names(params))
 
     def label(name: str) -> str:
         matches = [group for group, pattern in patterns.items() if re.search(pattern, name)]
@@ -320,7 +320,7 @@ def _by_name(
     return _collect(labelled, excluded)
 
 
-def _check_pattern(what: str, pattern: Any, names: Iterable[str]) -> None:
+def _check_pattern(what: str, pattern: Any, names: Collection[str]) -> None:
     """Refuses what is no regular expression, and one that is found in no name."""
     if not isinstance(pattern, str | re.Pattern):
         raise TypeError(
@@ -330,6 +330,8 @@ def _check_pattern(what: str, pattern: Any, names: Iterable[str]) -> None:
         found = any(re.search(pattern, name) for name in names)
     except re.error as error:
         raise ValueError(f"{what} is no regular expression: {error}. Any text is .*") from None
+    if not names:
+        raise ValueError(f"{what} is for the names of parameters, and there are none.")
     if not found:
         raise ValueError(
             f"{what} is found in no parameter's name, so that it does nothing. Upper and lower "
@@ -379,7 +381,10 @@ def _collect(
 
 
 def batch_statistics(layout: GroupLayout, params: Params) -> list[str]:
-    """Names of the running statistics of batch norm, of linen or nnx, that are in a group."""
+    """Names of the running statistics of batch norm, of linen or nnx, that are in a group.
+
+    What nnx restores as dicts is told by its names: a mean and a var beside a scale or a bias.
+    """
     nnx = sys.modules.get("flax.nnx")
 
     def is_one(node: Any) -> bool:
@@ -388,7 +393,23 @@ def batch_statistics(layout: GroupLayout, params: Params) -> list[str]:
     grouped = {member.leaf for group in layout.members for member in group}
     leaves = named_leaves(params, is_one)
     of_nnx = [name for name, leaf in leaves.items() if is_one(leaf) and name in grouped]
-    return sorted([*of_nnx, *(name for name in grouped if name.startswith("batch_stats/"))])
+    siblings: dict[str, set[str]] = {}
+    for name in leaves:
+        siblings.setdefault(name.rpartition("/")[0], set()).add(name.rpartition("/")[2])
+    norms = {place for place, names in siblings.items() if _is_batch_norm(names)}
+    by_name = {
+        name for name in grouped
+        if name.startswith("batch_stats/")
+        or (name.rpartition("/")[0] in norms and name.rpartition("/")[2] in _STATISTICS)
+    }  # fmt: skip
+    return sorted(by_name.union(of_nnx))
+
+
+_STATISTICS = {"mean", "var"}
+
+
+def _is_batch_norm(names: set[str]) -> bool:
+    return _STATISTICS < names <= _STATISTICS | {"scale", "bias"}
 
 
 def pattern_of(chosen: Sequence[str], names: Sequence[str]) -> str:
@@ -438,7 +459,8 @@ def _check_parameters(params: Params) -> None:
             raise ValueError(
                 f"Parameter {name!r} must be a floating-point array, got {got}. Keep keys, "
                 "functions and settings out of the parameters and let the loss close over them: "
-                "nnx.split(model, nnx.Param, ...), eqx.partition(model, eqx.is_inexact_array)."
+                "nnx.split(model, nnx.Param, ...), eqx.partition(model, eqx.is_inexact_array). "
+                "Make arrays of lists of numbers: jnp.asarray(values)."
             )
 
 

@@ -72,6 +72,26 @@ def test_nnx_state_is_named_as_its_dict():
     assert leaf_names(state) == leaf_names(nnx.to_pure_dict(state))
 
 
+class Normed(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.dense, self.norm = nnx.Linear(2, 3, rngs=rngs), nnx.BatchNorm(3, rngs=rngs)
+
+
+@pytest.mark.parametrize("restored", [False, True], ids=["a state", "restored without a target"])
+def test_running_averages_of_nnx_are_found(restored):
+    state = nnx.state(Normed())
+    if restored:  # a dict of one value for each variable
+        state = jax.tree.map(lambda x: {"value": x}, nnx.to_pure_dict(state))
+    with pytest.raises(ValueError, match="2 arrays .*Exclude them: .*norm/mean|norm/var"):
+        groups.resolve(ja.by_layer, state)
+    layout = groups.resolve(ja.by_layer(exclude="mean|var"), state)
+    assert layout.names == ("dense", "norm") and layout.sizes == (9, 6)
+    # What a prior may have is no batch norm.
+    prior = {"prior": {"mean": jnp.ones(3), "var": jnp.ones(3)}}
+    assert groups.resolve(ja.by_layer, prior).sizes == (6,)
+
+
 def test_only_the_value_of_a_variable_loses_its_name():
     @jax.tree_util.register_dataclass
     @dataclasses.dataclass

@@ -123,13 +123,13 @@ def _instance(module: str, name: str) -> Callable[[Any], bool]:
 
 
 def _nnx_state_of_more(value: Any) -> bool:
-    """Whether an nnx state holds running statistics or keys beside parameters."""
+    """Whether an nnx state holds keys beside parameters; running statistics are found by name."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None or not isinstance(value, nnx.State):
         return False
     is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
     variables = jax.tree.leaves(value, is_leaf=is_variable)
-    return any(isinstance(each, nnx.BatchStat | nnx.RngState) for each in variables)
+    return any(isinstance(each, nnx.RngState) for each in variables)
 
 
 _SPLIT = "graph, params, rest = nnx.split(model, nnx.Param, ...)"
@@ -142,7 +142,7 @@ _HOLDERS = (
     (_instance("flax.nnx", "GraphDef"), f"pass the params alone, of {_SPLIT}."),
     (
         _nnx_state_of_more,
-        f"it holds running statistics or random state beside parameters. Pass params of {_SPLIT}.",
+        f"it holds random state beside parameters. Pass params of {_SPLIT}.",
     ),
     (
         _instance("flax.linen", "Module"),
