@@ -61,6 +61,37 @@ def real_numbers(name: str, values: Any) -> np.ndarray:
     return found.astype(np.float64)
 
 
+def real_number(name: str, value: Any) -> float:
+    """Returns a caller's number as a float.
+
+    Args:
+      name: of the argument, for the message.
+      value: a number.
+
+    Raises:
+      TypeError: if it is none, or several.
+    """
+    found = real_numbers(name, value)
+    if found.ndim:
+        raise TypeError(f"{name} must be one number, got {list(found.shape)} of them.")
+    return float(found)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Returns a caller's yes or no; "no" would count as yes.
+
+    Args:
+      name: of the argument, for the message.
+      value: a bool of Python or NumPy.
+
+    Raises:
+      TypeError: if it is anything else.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r:.60}.")
+    return bool(value)
+
+
 def checked_ids(ids: Any, examples: int, name: str, count: int | None = None) -> np.ndarray:
     """Returns ids of training examples, or raises if they are none.
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr import scales
+from jaxattr.counts import real_number, whole_number
 from jaxattr.features.expectations import Expectation, TimestepFn, expectation
 from jaxattr.inputs.wording import brief
 from jaxattr.typing import Example, Key, OutputFn, Params
@@ -113,14 +114,9 @@ def output(denoiser: Denoiser, name: Output = "squared_norm") -> TimestepFn:
     References:
       Zheng et al. (2024), D-TRAK, arXiv:2311.00500, Eq. 13 and Table 1.
     """
-    if not isinstance(denoiser, Denoiser):
-        raise TypeError(
-            "denoiser must be a diffusion.Denoiser(predict, alpha_bar), got "
-            f"{brief(repr(denoiser))}."
-        )
+    _check_denoiser(denoiser)
     if name not in _OUTPUTS:
         raise ValueError(f"The output must be one of {', '.join(_OUTPUTS)}, got {name!r}.")
-    _check_schedule(denoiser)
     function = _OUTPUTS[name]
     bound = _bound_weights(denoiser) if name == "weighted_loss" else np.ones(denoiser.steps)
 
@@ -154,7 +150,10 @@ def journey(
     References:
       Georgiev et al. (2023), arXiv:2312.06205; the single score is that of Zheng et al. (2024).
     """
-    _check_schedule(denoiser)
+    _check_denoiser(denoiser)
+    steps = whole_number("steps", steps)
+    if clip is not None and not real_number("clip", clip) > 0:
+        raise ValueError(f"clip must be above 0, or None for latents, got {clip}.")
 
     def at_step(params: Params, example: Example, key: Key, step: jax.Array) -> jax.Array:
         trajectory, timesteps = _trajectory(example, steps)
@@ -184,7 +183,12 @@ def error_profile(denoiser: Denoiser, *, timesteps: Iterable[int], draws: int = 
     Returns:
       (params, example, key) -> scalar, for `ja.das`. Cost: a forward pass per draw.
     """
-    squared = expectation(loss(denoiser), timesteps=list(timesteps), draws=draws)
+    if callable(timesteps):
+        raise TypeError(
+            "timesteps of an error profile are listed, since errors are compared over them; got a "
+            "function that draws them: pass range(0, steps, 100), say."
+        )
+    squared = expectation(loss(denoiser), timesteps=timesteps, draws=draws)
 
     def of_example(params: Params, example: Example, key: Key) -> jax.Array:
         errors = squared.each(params, example, key)
@@ -268,8 +272,13 @@ def _trajectory(example: Example, steps: int) -> tuple[jax.Array, jax.Array]:
     return trajectory, timesteps
 
 
-def _check_schedule(denoiser: Denoiser) -> None:
-    if callable(denoiser.alpha_bar) or not np.size(denoiser.alpha_bar):
+def _check_denoiser(denoiser: Any) -> None:
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(
+            "denoiser must be a diffusion.Denoiser(predict, alpha_bar), got "
+            f"{brief(repr(denoiser))}."
+        )
+    if np.asarray(denoiser.alpha_bar).dtype.kind not in "fiuV" or not np.size(denoiser.alpha_bar):
         raise TypeError(
             "alpha_bar must be an array [steps], the running product of 1 - beta, got "
             f"{type(denoiser.alpha_bar).__name__}: Denoiser(predict, alpha_bar)."

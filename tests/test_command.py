@@ -653,6 +653,7 @@ def test_new_refuses_to_overwrite(tmp_path):
     assert "is there already" in call("new", tmp_path / "mine.py", code=1).stderr
     assert (tmp_path / "mine.py").read_text() == "kept"
     assert "names no file" in call("new", ".", code=1).stderr
+    assert "my task.py' --path 'runs/my task'" in call("new", tmp_path / "my task").stdout
     refused = call("new", tmp_path / "no/mine", code=1).stderr
     assert refused.endswith(f"needs a folder {tmp_path / 'no'}: make it, or give another name.\n")
     refused = call("new", tmp_path / "mine.py/more", code=1).stderr

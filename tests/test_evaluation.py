@@ -49,6 +49,10 @@ def test_retraining_equals_a_loop(devices, at_once):
 
 
 def test_random_subsets_are_stratified():
+    with pytest.raises(ValueError, match=r"2 are NaN, at positions \[1, 3\]"):
+        ja.evaluation.random_subsets(
+            jax.random.key(0), 4, 2, strata=np.array([0, np.nan, 0, np.nan])
+        )
     strata = np.repeat([0, 1, 2], [10, 20, 30])
     masks = ja.evaluation.random_subsets(jax.random.key(0), 60, 7, fraction=0.3, strata=strata)
     for stratum, size in zip(range(3), (3, 6, 9), strict=True):

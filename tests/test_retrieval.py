@@ -28,6 +28,7 @@ def test_a_query_without_finite_scores_finds_nothing():
     scores, relevant = np.full((1, 4), np.nan), np.array([[True, False, False, False]])
     assert evaluation.ranks(scores, relevant).tolist() == [4]
     assert evaluation.mean_reciprocal_rank(scores, relevant) == 0.25
+    assert evaluation.strongest(SCORES, 4).tolist() == [[1, 2, 3, 0], [1, 2, 3, -1]]
     for metric in (evaluation.hit_at_k, evaluation.recall_at_k, evaluation.precision_at_k):
         assert metric(scores, relevant, 2).tolist() == [0]
         assert metric(scores, relevant, 4).tolist() == [0]

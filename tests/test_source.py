@@ -143,7 +143,7 @@ def test_what_are_no_segments_is_refused():
         ja.score_segments([index_of(0)], QUERIES, params={"layer9": CHECKPOINTS[0]["layer0"]})
     with pytest.raises(ValueError, match="indexes is empty"):
         ja.score_segments([], QUERIES)
-    with pytest.raises(ValueError, match="time must be finite and above 0"):
+    with pytest.raises(ValueError, match="learning_rate must be finite and above 0"):
         ja.source(models.loss, learning_rate=0.0, steps=3)
     with pytest.raises(ValueError, match="at least 0 and below 1, got 1"):
         ja.source(models.loss, learning_rate=0.1, steps=3, momentum=1)

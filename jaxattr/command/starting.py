@@ -1,6 +1,7 @@
 """The command that makes a first task file."""
 
 import importlib.resources
+import shlex
 from pathlib import Path
 
 import click
@@ -33,5 +34,6 @@ def new(name: Path, as_json: bool) -> None:
             f"{path} cannot be written: {error.strerror}. Give the name of a new file, in a folder "
             "that may be written to."
         ) from None
-    then = f"{path} is written. Next:\n  jaxattr build {path} --path runs/{path.stem}"
+    task, index = shlex.quote(str(path)), shlex.quote(f"runs/{path.stem}")
+    then = f"{path} is written. Next:\n  jaxattr build {task} --path {index}"
     printing.result({"task": path}, then, as_json)

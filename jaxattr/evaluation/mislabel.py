@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxattr.counts import real_numbers, whole_number
+from jaxattr.counts import real_number, real_numbers, whole_number
 from jaxattr.keys import check_key
 from jaxattr.typing import Key
 
@@ -47,7 +47,8 @@ def flip_labels(
             f"{labels[outside][:10].tolist()} at positions {outside[:10].tolist()}. Leave examples "
             "without a label out, or say how many classes there are."
         )
-    count = round(fraction * len(labels)) if 0 < fraction <= 1 else 0  # of NaN, none
+    share = real_number("fraction", fraction)
+    count = round(share * len(labels)) if 0 < share <= 1 else 0  # of NaN, none
     if not count:
         raise ValueError(f"A fraction of {fraction} flips {count} of {len(labels)} labels.")
     generator = np.random.default_rng(np.asarray(jax.random.key_data(check_key(key))))
@@ -78,9 +79,10 @@ def mislabel_auc(self_influence: Any, mislabelled: Any) -> float:
     from scipy import stats  # slow to import, and needed here alone
 
     values, wrong = real_numbers("self_influence", self_influence), np.asarray(mislabelled)
-    if values.shape != wrong.shape or wrong.dtype != bool:
+    if values.ndim != 1 or values.shape != wrong.shape or wrong.dtype != bool:
         raise ValueError(
-            f"mislabelled must be bool {list(values.shape)}, got {wrong.dtype} {list(wrong.shape)}."
+            f"mislabelled must be bool [n], and self_influence {list(values.shape)} one number "
+            f"each, got {wrong.dtype} {list(wrong.shape)}."
         )
     positives = int(wrong.sum())
     negatives = len(wrong) - positives

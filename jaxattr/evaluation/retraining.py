@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxattr.batches import leading_size, shapes_of_one
-from jaxattr.counts import whole_number
+from jaxattr.counts import real_number, whole_number
 from jaxattr.inputs.data import as_batch
 from jaxattr.inputs.outputs import check_function, check_output, runs
 from jaxattr.inputs.traces import read_inputs
@@ -63,9 +63,15 @@ def random_subsets(
     strata = np.zeros(n, np.int64) if strata is None else np.asarray(strata)
     if strata.shape != (n,):
         raise ValueError(f"strata must be integers [{n}], got shape {strata.shape}.")
+    missing = np.flatnonzero(strata != strata)  # NaN, in columns with gaps
+    if len(missing):
+        raise ValueError(
+            f"strata must have a value for each example, and {len(missing)} are NaN, at positions "
+            f"{missing[:10].tolist()}: give these one of their own."
+        )
     members = [np.flatnonzero(strata == value) for value in np.unique(strata)]
-    # A fraction of NaN has no size.
-    sizes = [round(fraction * len(ids)) for ids in members] if 0 < fraction < 1 else []
+    share = real_number("fraction", fraction)  # one of NaN has no size
+    sizes = [round(share * len(ids)) for ids in members] if 0 < share < 1 else []
     if not 0 < sum(sizes) < n:
         raise ValueError(
             f"A fraction of {fraction} of {n} training examples is {sum(sizes)}: needed more than "

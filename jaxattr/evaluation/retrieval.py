@@ -15,7 +15,8 @@ def strongest(scores: Any, k: int) -> np.ndarray:
       k: how many.
 
     Returns:
-      Integers [q, k]. Ties go to the lower id, as in `ja.top_k`.
+      Integers [q, k]. Ties go to the lower id, as in `ja.top_k`; -1 where all
+      others are NaN.
 
     Raises:
       ValueError: if k is no int between 1 and n, or scores are no real numbers [q, n].
@@ -31,7 +32,9 @@ def strongest(scores: Any, k: int) -> np.ndarray:
         )
     # Minus an integer may be no integer of its type; its complement is, in reverse order.
     descending = ~scores if scores.dtype.kind in "biu" else -scores
-    return np.argsort(descending, axis=1, kind="stable")[:, :k]
+    ids = np.argsort(descending, axis=1, kind="stable")[:, :k]
+    found = np.take_along_axis(scores, ids, axis=1)
+    return np.where(found == found, ids, -1)  # NaN, which comes last
 
 
 def ranks(scores: Any, relevant: Any) -> np.ndarray:
@@ -147,7 +150,13 @@ def _found(scores: Any, relevant: Any, k: int) -> np.ndarray:
 
 def _checked(scores: Any, relevant: Any) -> tuple[np.ndarray, np.ndarray]:
     """Scores, -inf where not finite; and which are of relevant examples and finite."""
-    scores, relevant = real_numbers("scores", scores), np.asarray(relevant, bool)
+    scores, relevant = real_numbers("scores", scores), real_numbers("relevant", relevant)
+    if (relevant % 1 != 0).any():  # such as similarities, all of which would count
+        raise ValueError(
+            "relevant must be bool [q, n], which training examples answer each query, or whole "
+            "numbers; got fractions or NaN."
+        )
+    relevant = relevant.astype(bool)
     if scores.ndim != 2 or scores.shape != relevant.shape:
         raise ValueError(
             "scores and relevant must both be [q, n], got shapes "

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxattr import groups as groups_lib
+from jaxattr.counts import flag
 from jaxattr.features.bases import Fits
 from jaxattr.groups import Groups
 from jaxattr.index import provenance
@@ -151,7 +152,7 @@ def build_index(
         raise ValueError(f'verify must be "all" or "sample", got {verify!r}.')
     if not isinstance(store, bool | np.bool_):
         raise TypeError(f"store must be True or False, got {store!r}: a folder goes in as path=.")
-    if extend and path is None:
+    if flag("extend", extend) and path is None:
         raise ValueError("extend=True adds to an index on disk: give its path.")
     if not store and (path is not None or dtype is not None):
         raise ValueError("store=False keeps no features: leave path and dtype out.")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr import identity
-from jaxattr.counts import whole_number
+from jaxattr.counts import real_number, whole_number
 from jaxattr.fitting.eigenbases import second_moments
 from jaxattr.fitting.hessians import Curvature, GaussNewton, curvature_products
 from jaxattr.fitting.passes import TrainingPass
@@ -84,7 +84,7 @@ def astra(
     """
     kernel = _checked_kernel(check_index(index))
     iterations = whole_number("iterations", iterations)
-    if not tolerance > 0:
+    if not real_number("tolerance", tolerance) > 0:
         raise ValueError(f"tolerance must be above 0, got {tolerance}.")
     damping = relative(10) if damping is None else check_damping(damping)
     curvature = _curvature(index, outputs, loss)

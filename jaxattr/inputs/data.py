@@ -54,7 +54,7 @@ def as_data(data: Any, role: str, accepts: Accepts | None = None) -> RandomAcces
     batch = as_arrays(data, role)
     if not jax.tree.leaves(batch):
         raise ValueError(f"{role} is empty: got a pytree without arrays.")
-    _check_leading(batch, role)
+    _check_leading(batch, role, data)
     return batch
 
 
@@ -127,6 +127,8 @@ class _Without:
 
 
 def _smaller(example: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"Names go in one by one, ja.without(data, 'x', 'y'); got {names!r:.80}.")
     if not isinstance(example, Mapping):
         raise ValueError(f"Fields have names in dicts alone; got {type(example).__name__}.")
     missing = [name for name in names if name not in example]
@@ -159,6 +161,15 @@ def _refuse_what_is_none(data: Any, role: str) -> None:
             f"{role} is a {kind}, whose items are columns: pass the columns as arrays, "
             "{name: frame[name].to_numpy() for name in [...]}."
         )
+    if isinstance(data, Mapping):
+        frames = [name for name, each in data.items() if hasattr(each, "iloc") and each.ndim > 1]
+        if frames:
+            raise TypeError(
+                f"{role}: the field {frames[0]!r} is a {type(data[frames[0]]).__name__}, whose "
+                f"items are columns: pass an array, data[{frames[0]!r}].to_numpy()."
+            )
+    if hasattr(data, "__fspath__"):
+        raise TypeError(f"{role} is the path {data!r}: load it, and pass its arrays.")
     if isinstance(data, Mapping) and data and all(is_source(each) for each in data.values()):
         names = listed(map(repr, data))
         raise TypeError(
@@ -274,10 +285,17 @@ def _stacked_examples(data: Sequence[Any], role: str) -> Any:
     return jax.tree.map(stack, *examples)
 
 
-def _check_leading(batch: Batch, role: str) -> None:
+def _check_leading(batch: Batch, role: str, data: Any) -> None:
     leaves = jax.tree.leaves(batch)
     sizes = {jnp.shape(leaf)[:1] for leaf in leaves}
     if len(sizes) != 1 or () in sizes:
+        fields = data.items() if isinstance(data, Mapping) else ()
+        lists = [name for name, each in fields if isinstance(each, list | tuple) and len(each) > 1]
+        if lists and len(jax.tree.leaves(batch)) > len(data):
+            raise ValueError(
+                f"{role}: the field {lists[0]!r} is a list of {len(data[lists[0]])}: if those are "
+                f"the rows of one array, pass np.stack(data[{lists[0]!r}])."
+            )
         single = " If this is ONE example, add an axis: jax.tree.map(lambda x: x[None], example)."
         raise ValueError(
             f"All arrays of a data set need the same leading axis, one row per example. {role} has "

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.counts import real_numbers
+from jaxattr.counts import real_number
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.typing import Features
 
@@ -259,7 +259,7 @@ def check_damping(damping: Damping) -> Damping:
 
 
 def _checked(value: float) -> float:
-    found = real_numbers("Damping", value)
-    if found.ndim or not (np.isfinite(found) and found >= 0):
-        raise ValueError(f"Damping must be one finite number, at least 0, got {value!r:.60}.")
-    return float(found)
+    found = real_number("Damping", value)
+    if not (math.isfinite(found) and found >= 0):
+        raise ValueError(f"Damping must be finite and at least 0, got {value}.")
+    return found

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.counts import whole_number
+from jaxattr.counts import real_number, whole_number
 from jaxattr.kernels import conjugate_gradients
 from jaxattr.kernels.base import Damped, Damping, Surroundings, WithoutSums, check_damping
 from jaxattr.scales import exponent_of, scaled
@@ -112,7 +112,7 @@ class ConjugateGradient(WithoutSums, Damped):
                 f"ja.absolute(x), got {self.damping}."
             )
         whole_number("iterations", self.iterations)
-        if not self.tolerance > 0:
+        if not real_number("tolerance", self.tolerance) > 0:
             raise ValueError(f"tolerance must be above 0, got {self.tolerance}.")
 
     @property

@@ -43,8 +43,12 @@ def linear_map(function: Callable[..., Any], *, x: str | int, w: str | int) -> C
       >>> rounded(jnp.ones((1, 2)), jnp.array([[0.6], [1.7]])).tolist()
       [[3.0]]
     """
+    if not callable(function):
+        raise TypeError(f"linear_map takes a function, got {type(function).__name__}.")
     signature = inspect.signature(function)
     names = [_named(signature, each) for each in (x, w)]
+    if names[0] == names[1]:
+        raise TypeError(f"x and w must be two arguments, and both are {names[0]!r}.")
 
     @functools.wraps(function)
     def declared(*args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 from jaxattr import kernels
-from jaxattr.counts import whole_number
+from jaxattr.counts import real_number, whole_number
 from jaxattr.features import projections
 from jaxattr.features.featurizer import FeatureRule
 from jaxattr.fitting import eigenbases
@@ -238,16 +238,19 @@ def source(
     References:
       Bae et al. (2024), arXiv:2405.12186.
     """
-    if np.ndim(learning_rate):
+    if callable(learning_rate) or np.ndim(learning_rate):
         raise ValueError(
             "learning_rate must be one number, the mean over the segment: "
             "float(np.mean(learning_rates))."
         )
+    rate = real_number("learning_rate", learning_rate)
+    if not 0 < rate < np.inf:
+        raise ValueError(f"learning_rate must be finite and above 0, got {rate}.")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}.")
     rule = _eigen_rule(loss, False, rank, fisher, sample, Covariances(mask), bands=1)
     # A schedule's value is an array, and what a method is made of must have a hash.
-    time = float(learning_rate) * whole_number("steps", steps) / (1 - float(momentum))
+    time = rate * whole_number("steps", steps) / (1 - float(momentum))
     return Method("SOURCE", rule, kernels.Segment(time), references=("source", "ekfac", "kfac"))
 
 
@@ -321,6 +324,8 @@ def _eigen_rule(
 ) -> FeatureRule:
     if fisher not in ("empirical", "true"):
         raise ValueError(f"fisher must be 'empirical' or 'true', got {fisher!r}.")
+    if sample is not None and fisher == "empirical":
+        raise ValueError("sample= is for fisher='true': pass that too, or leave sample out.")
     sample = getattr(loss, "sample", None) if sample is None else sample
     if fisher == "true" and sample is None:
         raise ValueError(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxattr import kernels
+from jaxattr.counts import real_numbers
 from jaxattr.features import projections
 from jaxattr.features.featurizer import FeatureRule
 from jaxattr.features.projections import Projection
@@ -82,7 +83,7 @@ def _checkpoint_weights(weights: Sequence[float] | None) -> tuple[float, ...] | 
             f"checkpoint_weights must be a list, one number per checkpoint, got {weights!r}: of "
             f"one checkpoint [{weights!r}]."
         )
-    found = tuple(float(weight) for weight in weights)
+    found = tuple(real_numbers("checkpoint_weights", weights).tolist())
     bad = {c: weight for c, weight in enumerate(found) if not 0 <= weight < math.inf}
     if bad:
         raise ValueError(

@@ -11,13 +11,14 @@ import numpy as np
 import tensorstore
 
 from jaxattr.batches import leading_size, shapes_of_one
-from jaxattr.counts import whole_number
+from jaxattr.counts import flag, whole_number
 from jaxattr.features.plans import FeatureLayout
 from jaxattr.index.index import Index, check_index, self_contributions
 from jaxattr.index.queries import (
     QueryArrays,
     QueryFeatures,
     QueryFunctions,
+    accepted_by,
     features_of_batch,
     functions_of,
     in_groups,
@@ -25,6 +26,7 @@ from jaxattr.index.queries import (
     state_of,
 )
 from jaxattr.inputs.arrays import placed
+from jaxattr.inputs.data import as_batch
 from jaxattr.scales import exponent_of, scaled, wide
 from jaxattr.scores import ranking
 from jaxattr.scores.candidates import checked_candidates, in_parts, warn_of_non_finite
@@ -318,13 +320,18 @@ def attributor(
         )
     w, exponent = index.place.whole((weights_for(index, weights), index.exponent))
     sign = -1 if opponents else 1
-    count = blocks_at_once(rows.layout, SLAB)
-    search = ranking.top_k_of_arrays(index.place, index.layout, index.link, k, count, sign)
+    at_once = blocks_at_once(rows.layout, SLAB)
+    search = ranking.top_k_of_arrays(index.place, index.layout, index.link, k, at_once, sign)
     state = state_of(index)
 
     def attribute(batch: Batch, ids: jax.Array | None = None) -> TopK:
         batch = jax.tree.map(placed, batch)
-        ids = -1 - jnp.arange(leading_size(batch)) if ids is None else jnp.asarray(ids)
+        try:
+            count = leading_size(batch)
+        except ValueError:  # a list of examples is taken, and what is none answered
+            batch = as_batch(batch, "batch", accepted_by(index))
+            count = leading_size(batch)
+        ids = -1 - jnp.arange(count) if ids is None else jnp.asarray(ids)
         run = _compiled_attributor(functions_of(index, shapes_of_one(batch)), search)
         return run(state, _arrays(rows), w, exponent, batch, ids)
 
@@ -428,7 +435,7 @@ def _flat(parts: list[jax.Array], size: int) -> jax.Array:
 
 
 def _checked_k(k: Any, index: Index, opponents: bool, candidates: np.ndarray | None = None) -> int:
-    if opponents and index.link == "square":
+    if flag("opponents", opponents) and index.link == "square":
         raise ValueError(
             "Scores of this index are squares, so there are no opponents: its smallest scores are "
             'of examples without influence. Build it with link="identity".'

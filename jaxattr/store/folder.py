@@ -30,9 +30,16 @@ class Folder:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not isinstance(path, str | bytes | os.PathLike):
+            raise StoreError(f"A path must be a folder or a URL, got {path!r:.60}.")
         text = os.fsdecode(path)
         scheme = re.match(r"^([A-Za-z][A-Za-z0-9+.-]*)://", text)
         self.remote = scheme is not None and scheme[1].lower() != "file"
+        if scheme is not None and scheme[1].lower() in ("http", "https"):
+            raise StoreError(
+                f"{text} is a web page, which is not written to: give a folder, or a URL such as "
+                "gs://bucket/index."
+            )
         if scheme is None:
             self.path = _local_path(text)
         elif self.remote:

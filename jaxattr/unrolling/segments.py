@@ -1,6 +1,6 @@
 """SOURCE: training as a few segments of gradient descent on a quadratic, one after the other."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -63,6 +63,8 @@ def score_segments(
         raise TypeError(
             "indexes is one index, and one per segment is needed: pass a list, [index]."
         )
+    if not isinstance(indexes, Iterable):
+        raise TypeError(f"indexes must be a list of indexes, got {type(indexes).__name__}.")
     found = [(check_index(index), *_parts(index)) for index in indexes]
     if not found:
         raise ValueError("indexes is empty: one per segment is needed, the earliest first.")

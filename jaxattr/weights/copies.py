@@ -1,12 +1,13 @@
 """Noised copies of training examples, whose strongest proponents should be what they copy."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattr.counts import checked_ids
+from jaxattr.counts import checked_ids, real_number
 from jaxattr.keys import check_key
 from jaxattr.sources import as_source
 from jaxattr.typing import Batch, Key
@@ -47,6 +48,8 @@ def noised(train: Any, ids: Any, key: Key, *, scale: float = 0.4) -> Batch:
             "No array of the training examples holds floats, which noise could be added to: make "
             "copies of your own, such as rows in which some tokens are replaced."
         )
+    if not (math.isfinite(real_number("scale", scale)) and scale >= 0):
+        raise ValueError(f"scale must be finite and at least 0, got {scale}.")
     generator = np.random.default_rng(np.asarray(jax.random.key_data(check_key(key))))
 
     def noise(leaf: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxattr.counts import whole_number
+from jaxattr.counts import real_number, whole_number
 from jaxattr.index.index import Index, check_index
 from jaxattr.index.queries import QueryFeatures, as_queries, query_features
 from jaxattr.keys import key_or_default
@@ -258,7 +258,7 @@ def _check_options(top_k: int, l2: float, start: str, held_out: float, n: int) -
         raise ValueError(f"top_k must be between 1 and the {n} training examples, got {top_k}.")
     if start not in ("unit_rms", "uniform"):
         raise ValueError(f'start must be "unit_rms" or "uniform", got {start!r}.')
-    if not (math.isfinite(l2) and l2 >= 0):
+    if not (math.isfinite(real_number("l2", l2)) and l2 >= 0):
         raise ValueError(f"l2 must be finite and at least 0, got {l2}.")
-    if not 0 <= held_out < 1:
+    if not 0 <= real_number("held_out", held_out) < 1:
         raise ValueError(f"held_out must be at least 0 and below 1, got {held_out}.")
