@@ -3,9 +3,11 @@
 A row is a mapping with
 
     inputs     int [t], the tokens that the model reads
-    targets    int [t], what it should say at each position: the inputs shifted by one
-    mask       bool [t], which targets count: not padding, and not the prompt of a fact; or weights,
-             of which none is negative (such a row has no finite gradient)
+    targets    int [t], what it should say at each position: the inputs shifted by one; of a masked
+             model, whose rows are made by hand, the tokens themselves
+    mask       bool [t], which targets count: not padding, and not the prompt of a fact (of a masked
+             model, where tokens are hidden); or weights, of which none is negative (such a row has
+             no finite gradient)
     segments   int [t], the document of each position where several share a row; 0 is padding
     positions  int [t], of each token within its document
 
