@@ -1,5 +1,6 @@
 """Numbers of callers: counts and ids are whole ones, and nothing that only equals one."""
 
+import contextlib
 import operator
 from typing import Any
 
@@ -54,6 +55,9 @@ def real_numbers(name: str, values: Any) -> np.ndarray:
       TypeError: if they are complex, or no numbers.
     """
     found = np.asarray(values)
+    if found.dtype == object and not any(isinstance(each, str) for each in found.flat):
+        with contextlib.suppress(TypeError, ValueError):  # of tables; None is what is missing
+            found = found.astype(np.float64)
     if found.dtype.kind in "cOSUTmM":
         kind = found.dtype.type.__name__.strip("_")
         got = f"{kind} {list(found.shape)}" if found.ndim else f"{values!r:.60}"
@@ -73,7 +77,7 @@ def real_number(name: str, value: Any) -> float:
     """
     found = real_numbers(name, value)
     if found.ndim:
-        raise TypeError(f"{name} must be one number, got {list(found.shape)} of them.")
+        raise TypeError(f"{name} must be one number, got an array {list(found.shape)}.")
     return float(found)
 
 
@@ -82,12 +86,12 @@ def flag(name: str, value: Any) -> bool:
 
     Args:
       name: of the argument, for the message.
-      value: a bool of Python or NumPy.
+      value: a bool of Python, NumPy or JAX.
 
     Raises:
       TypeError: if it is anything else.
     """
-    if not isinstance(value, bool | np.bool_):
+    if np.shape(value) or np.asarray(value).dtype != bool:
         raise TypeError(f"{name} must be True or False, got {value!r:.60}.")
     return bool(value)
 

@@ -147,6 +147,10 @@ def journey(
       (params, query, key) -> scalar, for `ja.journey_trak`. A query has, beside what conditions it,
       "trajectory", guesses of the clean image [steps, *image], and "timesteps", int [steps].
 
+    Raises:
+      TypeError: if the denoiser is none.
+      ValueError: if clip is not above 0, or the schedule is none.
+
     References:
       Georgiev et al. (2023), arXiv:2312.06205; the single score is that of Zheng et al. (2024).
     """
@@ -183,10 +187,10 @@ def error_profile(denoiser: Denoiser, *, timesteps: Iterable[int], draws: int = 
     Returns:
       (params, example, key) -> scalar, for `ja.das`. Cost: a forward pass per draw.
     """
-    if callable(timesteps):
+    if not isinstance(timesteps, Iterable):
         raise TypeError(
-            "timesteps of an error profile are listed, since errors are compared over them; got a "
-            "function that draws them: pass range(0, steps, 100), say."
+            "timesteps of an error profile are listed, since errors are compared over them, such "
+            f"as range(0, steps, 100); got {brief(repr(timesteps))}."
         )
     squared = expectation(loss(denoiser), timesteps=timesteps, draws=draws)
 
@@ -281,7 +285,7 @@ def _check_denoiser(denoiser: Any) -> None:
     if np.asarray(denoiser.alpha_bar).dtype.kind not in "fiuV" or not np.size(denoiser.alpha_bar):
         raise TypeError(
             "alpha_bar must be an array [steps], the running product of 1 - beta, got "
-            f"{type(denoiser.alpha_bar).__name__}: Denoiser(predict, alpha_bar)."
+            f"{brief(repr(denoiser.alpha_bar))}: Denoiser(predict, alpha_bar)."
         )
     alpha_bar = np.asarray(denoiser.alpha_bar, np.float64)
     inside = ((alpha_bar >= 0) & (alpha_bar <= 1)).all()

@@ -22,7 +22,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     Raises:
       ValueError: if the path is that of a folder, or a URL, or in a folder that may not be written.
     """
-    path = local_file(path)
+    path = writable_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
@@ -32,8 +32,8 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         partial.unlink(missing_ok=True)
 
 
-def local_file(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Returns the path of a file on local disk, which may not be there yet.
+def writable_file(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the path of a file on local disk that can be written.
 
     Args:
       path: of a user.
@@ -41,22 +41,35 @@ def local_file(path: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
       ValueError: if it is that of a folder, or a URL, or in a folder that may not be written to.
     """
+    path = local_file(path)
+    nearest = next(parent for parent in path.absolute().parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(
+            f"{path} cannot be written: {nearest} is no folder that may be written to. Give "
+            "another path."
+        )
+    return path
+
+
+def local_file(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Returns the path of a file on local disk, which may not be there yet.
+
+    Args:
+      path: of a user.
+
+    Raises:
+      ValueError: if it is that of a folder, or a URL.
+    """
     # A `Path` makes gs:/bucket of gs://bucket, which would be a new folder by that name.
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fsdecode(path)):
         raise ValueError(
             f"{os.fsdecode(path)} is a URL, and this file is written to local disk alone: give a "
             "local path, and copy the file from there."
         )
-    path = pathlib.Path(os.path.expanduser(path))  # as a shell does
+    path = pathlib.Path(os.path.expanduser(os.fsdecode(path)))  # as a shell does
     if path.is_dir():
         raise ValueError(
             f"{path} is a folder, and the path of a file is needed: give the file's name too."
-        )
-    nearest = next(parent for parent in path.absolute().parents if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(
-            f"{path} cannot be written: {nearest} is no folder that may be written to. Give "
-            "another path."
         )
     return path
 

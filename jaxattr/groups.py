@@ -8,7 +8,7 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, overload
 
 import jax
@@ -165,7 +165,7 @@ def by_regex(
 
 
 def by_regex(
-    params: Params,
+    params: Params = None,
     patterns: Mapping[str, str] | None = None,
     *,
     exclude: str | None = None,
@@ -184,15 +184,16 @@ def by_regex(
       The layout.
 
     Raises:
+      TypeError: if patterns are no mapping of names to patterns.
       ValueError: if a leaf matches no pattern or several, or a pattern no leaf; as `by_layer`.
     """
     given = params if patterns is None else patterns
     fits = isinstance(given, Mapping)
     if patterns is None:  # and not parameters whose patterns were forgotten
-        fits = fits and all(isinstance(each, str) for each in given.values())
+        fits = fits and all(isinstance(each, str | re.Pattern) for each in given.values())
     if not fits:
         raise TypeError(f"patterns must be {{group name: pattern}}, got {given!r:.80}.")
-    if patterns is None:
+    if patterns is None or params is None:
         return lambda params: by_regex(params, given, exclude=exclude, stacked=stacked)
     for group, pattern in patterns.items():
         _check_pattern(f"{pattern!r} of group {group!r}", pattern, leaf_names(params))
@@ -320,7 +321,7 @@ def _by_name(
     return _collect(labelled, excluded)
 
 
-def _check_pattern(what: str, pattern: Any, names: Collection[str]) -> None:
+def _check_pattern(what: str, pattern: Any, names: Iterable[str]) -> None:
     """Refuses what is no regular expression, and one that is found in no name."""
     if not isinstance(pattern, str | re.Pattern):
         raise TypeError(
@@ -330,8 +331,6 @@ def _check_pattern(what: str, pattern: Any, names: Collection[str]) -> None:
         found = any(re.search(pattern, name) for name in names)
     except re.error as error:
         raise ValueError(f"{what} is no regular expression: {error}. Any text is .*") from None
-    if not names:
-        raise ValueError(f"{what} is for the names of parameters, and there are none.")
     if not found:
         raise ValueError(
             f"{what} is found in no parameter's name, so that it does nothing. Upper and lower "
@@ -383,7 +382,8 @@ def _collect(
 def batch_statistics(layout: GroupLayout, params: Params) -> list[str]:
     """Names of the running statistics of batch norm, of linen or nnx, that are in a group.
 
-    What nnx restores as dicts is told by its names: a mean and a var beside a scale or a bias.
+    What nnx saved and Orbax restored without a target, dicts of one value, is told by its names: a
+    mean and a var beside a scale or a bias.
     """
     nnx = sys.modules.get("flax.nnx")
 
@@ -395,14 +395,13 @@ def batch_statistics(layout: GroupLayout, params: Params) -> list[str]:
     of_nnx = [name for name, leaf in leaves.items() if is_one(leaf) and name in grouped]
     siblings: dict[str, set[str]] = {}
     for name in leaves:
-        siblings.setdefault(name.rpartition("/")[0], set()).add(name.rpartition("/")[2])
-    norms = {place for place, names in siblings.items() if _is_batch_norm(names)}
-    by_name = {
-        name for name in grouped
-        if name.startswith("batch_stats/")
-        or (name.rpartition("/")[0] in norms and name.rpartition("/")[2] in _STATISTICS)
-    }  # fmt: skip
-    return sorted(by_name.union(of_nnx))
+        place, _, variable = name.removesuffix("/value").rpartition("/")
+        if name.endswith("/value"):
+            siblings.setdefault(place, set()).add(variable)
+    norms = [place for place, names in siblings.items() if _is_batch_norm(names)]
+    restored = {f"{place}/{each}/value".lstrip("/") for place in norms for each in _STATISTICS}
+    of_linen = {name for name in grouped if name.startswith("batch_stats/")}
+    return sorted(of_linen | (restored & grouped) | set(of_nnx))
 
 
 _STATISTICS = {"mean", "var"}

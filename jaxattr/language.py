@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxattr.counts import flag, whole_number
-from jaxattr.index.index import Index, check_index
+from jaxattr.index.index import Index, check_index, report_non_finite
 from jaxattr.index.parts import check_sum, part_features
 from jaxattr.index.queries import QueryFeatures, accepted_by
 from jaxattr.inputs.data import as_batch
@@ -137,7 +137,8 @@ def log_probabilities(logits: jax.Array, targets: jax.Array) -> jax.Array:
       ValueError: if targets are no integers, or not one per position.
     """
     logits, targets = jnp.asarray(logits), jnp.asarray(targets)
-    if targets.shape != logits.shape[:-1] or not jnp.issubdtype(targets.dtype, jnp.integer):
+    fits = logits.ndim > 0 and targets.shape == logits.shape[:-1]
+    if not fits or not jnp.issubdtype(targets.dtype, jnp.integer):
         raise ValueError(
             f"targets must be integers {list(logits.shape[:-1])}, one for each position of logits "
             f"{list(logits.shape)}; got {targets.dtype} {list(targets.shape)}."
@@ -273,9 +274,13 @@ def token_of(row: Example, number: jax.Array) -> Example:
     Args:
       row: a row with `mask` [t].
       number: of the position.
+
+    Raises:
+      ValueError: if the row has no such position.
     """
     count = row["mask"].shape[0]
-    if not isinstance(number, jax.core.Tracer) and not 0 <= int(number) < count:
+    traced = isinstance(number, jax.core.Tracer)
+    if not traced and whole_number("number", number, least=0) >= count:
         raise ValueError(f"The row has positions 0 to {count - 1}, and no {number}.")
     single = jnp.arange(count) == number
     return {**row, "mask": jnp.where(single, row["mask"], jnp.zeros_like(row["mask"]))}
@@ -310,7 +315,9 @@ def token_features(index: Index, queries: Any) -> QueryFeatures:
     check_targets(queries)
     longest = (np.asarray(queries["mask"]) > 0).sum(axis=-1).argmax()
     check_sum(index, jax.tree.map(lambda x: jnp.asarray(x[longest]), queries), tokens_of)
-    return part_features(index, queries, tokens_of)
+    found, (q, t) = part_features(index, queries, tokens_of), np.shape(queries["mask"])
+    report_non_finite(np.unique(found.non_finite // t), q, "queries")
+    return found
 
 
 def check_targets(queries: Mapping[str, Any]) -> None:
@@ -398,7 +405,7 @@ def _checked(documents: Sequence[Sequence[int]], vocabulary: int) -> list[np.nda
         raise TypeError(
             f"documents must be lists of token ids, got mappings: pass their ids alone, {call}."
         )
-    first: Any = documents[0] if len(documents) else ()
+    first: Any = next(iter(documents), ())
     if first is None or isinstance(first, int) or getattr(first, "ndim", 1) == 0:
         raise TypeError(
             f"documents must be lists of token ids, and the first is {first!r:.40}: if those are "

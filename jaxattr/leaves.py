@@ -6,16 +6,12 @@ from typing import Any
 
 import jax
 
-_VALUE = jax.tree_util.DictKey("value")
-"""What an nnx variable becomes where it is saved, as a dict of one name."""
-
 
 def leaf_names(tree: Any) -> list[str]:
     """Names the leaves of a pytree by their paths, such as `blocks/0/kernel`.
 
     A `flax.nnx.State` names its leaves as the equivalent dict does: the `value` of an nnx variable
-    is no part of the name, nor of a state that was restored without a target, a dict of dicts that
-    each hold a `value` alone.
+    is no part of the name.
 
     Args:
       tree: any pytree.
@@ -41,10 +37,7 @@ def named_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dic
     """
     found: dict[str, Any] = {}
     paths: dict[str, tuple[Any, ...]] = {}
-    leaves = list(leaf_paths(tree, is_leaf))
-    if all(len(path) > 1 and path[-1] == _VALUE for path, _ in leaves):
-        leaves = [(path[:-1], leaf) for path, leaf in leaves]
-    for path, leaf in leaves:
+    for path, leaf in leaf_paths(tree, is_leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/") or "params"
         if name in found:
             both = [jax.tree_util.keystr(each) for each in (paths[name], path)]

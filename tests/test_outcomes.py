@@ -2,6 +2,7 @@
 
 import functools
 import io
+import os
 import re
 
 import jax
@@ -602,6 +603,10 @@ def test_outcomes_are_kept_on_local_disk(tmp_path, monkeypatch, path):
     (tmp_path / "folder.npz").mkdir()
     with pytest.raises(ValueError, match="folder.npz is a folder, and the path of a file"):
         made(path=tmp_path / "folder.npz")
+    kept = made(path=tmp_path / "kept.npz")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # a reader's rights
+    np.testing.assert_array_equal(made(path=tmp_path / "kept.npz").outputs, kept.outputs)
+    (tmp_path / "kept.npz").unlink()
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is no folder that may be written to"):
         made(path=tmp_path / "file/new/x.npz")

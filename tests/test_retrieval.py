@@ -34,6 +34,11 @@ def test_a_query_without_finite_scores_finds_nothing():
         assert metric(scores, relevant, 4).tolist() == [0]
 
 
+def test_numbers_of_tables_are_taken():
+    scores = np.array([[3.0, None, 1.0]], object)  # as pandas gives it, where some are missing
+    assert evaluation.recall_at_k(scores, np.array([[True, False, False]], object), 1) == [1.0]
+
+
 def test_interval_of_a_mean_covers_it():
     values = np.random.default_rng(0).random(400) < 0.3
     low, high = evaluation.mean_interval(values)

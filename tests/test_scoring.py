@@ -116,6 +116,13 @@ def test_attributor_is_one_compiled_top_k(name):
     np.testing.assert_array_equal(nested, expected.ids)
 
 
+def test_attributor_takes_a_list_of_examples():
+    attribute = ja.attributor(index("tracin"), k=3)
+    listed = [jax.tree.map(lambda x, i=i: x[i], QUERIES) for i in range(2)]
+    expected = attribute(jax.tree.map(lambda x: x[:2], QUERIES))
+    jax.tree.map(np.testing.assert_array_equal, attribute(listed), expected)
+
+
 def test_attributor_traces_once_per_shape():
     chex.clear_trace_counter()
     built = index("tracin")

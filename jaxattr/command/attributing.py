@@ -13,7 +13,7 @@ import jaxattr as ja
 from jaxattr.command import options, printing
 from jaxattr.command.tasks import Task
 from jaxattr.evaluation import measured_gain
-from jaxattr.files import local_file
+from jaxattr.files import writable_file
 from jaxattr.keys import key_or_default
 from jaxattr.scores.ranking import TopK
 from jaxattr.scores.tables import listed_names
@@ -101,7 +101,7 @@ def top(
     fit = options.learned_weights(index, path, uniform)
     ids = _ids(task, index.size)
     if csv is not None:
-        local_file(csv)
+        writable_file(csv)
     asked = options.queries_of(task, queries)
     found = ja.top_k(index, asked, k=k, weights=fit, opponents=opponents)
     if csv is not None:

@@ -90,6 +90,7 @@ def lds(scores: Any, masks: Any, outputs: Any, *, resamples: int = 1000) -> LDS:
       The score.
 
     Raises:
+      TypeError: if scores or outputs are no real numbers.
       ValueError: if shapes do not match, masks are no masks, or there are fewer than 3 different
         subsets.
 
@@ -180,6 +181,7 @@ def paired_difference(first: LDS, second: LDS) -> Difference:
       First minus second.
 
     Raises:
+      TypeError: if either is none.
       ValueError: if the two differ in their resamples or queries, or in those they skipped.
     """
     if not (isinstance(first, LDS) and isinstance(second, LDS)):

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxattr.batches import leading_size, shapes_of_one
 from jaxattr.counts import whole_number
 from jaxattr.evaluation.retraining import TrainFn, asking, check_number, random_subsets, trained
-from jaxattr.files import local_file, read_arrays, written_whole
+from jaxattr.files import local_file, read_arrays, writable_file, written_whole
 from jaxattr.identity import Program, digest
 from jaxattr.inputs.outputs import check_function, check_output
 from jaxattr.inputs.parameters import as_checkpoints
@@ -101,6 +101,8 @@ def outcomes(
         if file.exists():
             found, done = _read(file, identity, found.shape)
     if done < models:
+        if file is not None:
+            writable_file(file)  # before the models, which take long
         keys = jax.random.split(train_key, models)
         chunks = trained(train_fn, masks, keys, at_once=at_once, mesh=mesh, then=ask, done=done)
         for chunk in chunks:

@@ -251,14 +251,10 @@ class BuildRequest:
         try:
             stored = np.dtype(computed if self.dtype is None else self.dtype)
         except TypeError:
-            stored = np.dtype(object)
+            raise _unkept(repr(self.dtype)) from None
         floats = (np.dtype(computed), np.dtype(jnp.float32), np.dtype(jnp.bfloat16))
         if stored not in floats and not is_compressed(stored):
-            raise ValueError(
-                f"dtype must be float32, bfloat16, int8 or float8_e4m3fn, got {self.dtype!r:.40}: "
-                "float16 overflows at 65,504, which gradients reach, and features of other types "
-                "are not kept."
-            )
+            raise _unkept(stored.name)
         layout = featurize.layout
         widths = {FEATURES: layout.total, EXAMPLES: 2, SELF: len(layout.names) + len(SELF_COLUMNS)}
         if not isinstance(self.method.kernel, Identity):
@@ -342,6 +338,13 @@ class BuildRequest:
             on_disk=self.on_disk,
             flops=float(cost.get("flops", 0.0)) * turns * rows.blocks * rows.checkpoints * shards,
         )
+
+
+def _unkept(dtype: str) -> ValueError:
+    return ValueError(
+        f"dtype must be float32, bfloat16, int8 or float8_e4m3fn, got {dtype:.40}: float16 "
+        "overflows at 65,504, which gradients reach, and features of other types are not kept."
+    )
 
 
 def feature_dtype(featurize: Featurizer, params: Params) -> Any:

@@ -14,7 +14,7 @@ from jaxattr.features.featurizer import FeatureRule
 from jaxattr.features.plans import Plan
 from jaxattr.features.whole_gradients import as_function_of, coordinates
 from jaxattr.identity import Program
-from jaxattr.index.index import Index, report_non_finite
+from jaxattr.index.index import Index
 from jaxattr.index.queries import (
     QueryArrays,
     QueryFeatures,
@@ -62,7 +62,6 @@ def part_features(index: Index, queries: Any, split: Callable[[Example], Batch])
         features, whole = step(state, one, jnp.asarray(-1 - number))
         found.append(features)
         finite.append(np.full(len(features), bool(whole)))
-    report_non_finite(np.flatnonzero([not each.all() for each in finite]), q, "queries")
     lost = np.flatnonzero(~np.concatenate(finite))
     return QueryFeatures(jnp.concatenate(found), lost, index.query_side)
 

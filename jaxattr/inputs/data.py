@@ -127,7 +127,7 @@ class _Without:
 
 
 def _smaller(example: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    if not names or not all(isinstance(name, str) for name in names):
+    if any(isinstance(name, list | set) for name in names):
         raise TypeError(f"Names go in one by one, ja.without(data, 'x', 'y'); got {names!r:.80}.")
     if not isinstance(example, Mapping):
         raise ValueError(f"Fields have names in dicts alone; got {type(example).__name__}.")
@@ -154,7 +154,7 @@ def _refuse_what_is_none(data: Any, role: str) -> None:
             f"{role} must be a data set, got {brief(repr(data))}: pass a pytree of arrays with a "
             "common leading axis, a list of examples, or an object with __len__ and __getitem__."
         )
-    if hasattr(data, "query_side"):
+    if hasattr(data, "query_side") and hasattr(data, "non_finite"):
         raise TypeError(f"{role} is {kind}, features that were computed: pass what they are of.")
     if hasattr(data, "iloc"):
         raise TypeError(
@@ -162,13 +162,17 @@ def _refuse_what_is_none(data: Any, role: str) -> None:
             "{name: frame[name].to_numpy() for name in [...]}."
         )
     if isinstance(data, Mapping):
-        frames = [name for name, each in data.items() if hasattr(each, "iloc") and each.ndim > 1]
+        frames = [
+            name
+            for name, each in data.items()
+            if getattr(each, "ndim", 0) > 1 and hasattr(each, "iloc")
+        ]
         if frames:
             raise TypeError(
                 f"{role}: the field {frames[0]!r} is a {type(data[frames[0]]).__name__}, whose "
                 f"items are columns: pass an array, data[{frames[0]!r}].to_numpy()."
             )
-    if hasattr(data, "__fspath__"):
+    if hasattr(data, "__fspath__") and not is_source(data):
         raise TypeError(f"{role} is the path {data!r}: load it, and pass its arrays.")
     if isinstance(data, Mapping) and data and all(is_source(each) for each in data.values()):
         names = listed(map(repr, data))
@@ -290,11 +294,11 @@ def _check_leading(batch: Batch, role: str, data: Any) -> None:
     sizes = {jnp.shape(leaf)[:1] for leaf in leaves}
     if len(sizes) != 1 or () in sizes:
         fields = data.items() if isinstance(data, Mapping) else ()
-        lists = [name for name, each in fields if isinstance(each, list | tuple) and len(each) > 1]
-        if lists and len(jax.tree.leaves(batch)) > len(data):
+        rows = [name for name, each in fields if isinstance(each, list) and (len(each),) in sizes]
+        if rows:
             raise ValueError(
-                f"{role}: the field {lists[0]!r} is a list of {len(data[lists[0]])}: if those are "
-                f"the rows of one array, pass np.stack(data[{lists[0]!r}])."
+                f"{role}: the field {rows[0]!r} is a list of {len(data[rows[0]])}: if those are "
+                f"the rows of one array, pass np.stack(data[{rows[0]!r}])."
             )
         single = " If this is ONE example, add an axis: jax.tree.map(lambda x: x[None], example)."
         raise ValueError(

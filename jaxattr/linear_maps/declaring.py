@@ -34,8 +34,8 @@ def linear_map(function: Callable[..., Any], *, x: str | int, w: str | int) -> C
       and where shapes do not fit, the declaration is not used.
 
     Raises:
-      TypeError: if the function has no such arguments; when called, if it is not given both, or x
-        and w are not single arrays.
+      TypeError: if the function has no such two arguments; when called, if it is not given both, or
+        x and w are not single arrays.
 
     Example:
       >>> import jax.numpy as jnp

@@ -246,7 +246,7 @@ def source(
     rate = real_number("learning_rate", learning_rate)
     if not 0 < rate < np.inf:
         raise ValueError(f"learning_rate must be finite and above 0, got {rate}.")
-    if not 0 <= momentum < 1:
+    if not 0 <= real_number("momentum", momentum) < 1:
         raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}.")
     rule = _eigen_rule(loss, False, rank, fisher, sample, Covariances(mask), bands=1)
     # A schedule's value is an array, and what a method is made of must have a hash.

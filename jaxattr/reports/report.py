@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxattr.counts import whole_number
-from jaxattr.files import local_file, written_whole
+from jaxattr.files import writable_file, written_whole
 from jaxattr.index.index import Index, check_index
 from jaxattr.index.queries import QueryFeatures, accepted_by, query_features
 from jaxattr.inputs.data import like
@@ -94,7 +94,7 @@ def report(
         function, or labels or predictions no sequence.
       ValueError: if training examples are not at hand or of another number, weights or k are wrong,
         `render` returns what cannot be shown, there is nothing to `decode`, predictions are not
-        one per query, or the path is that of a folder or a URL.
+        one per query, or the path cannot be written.
 
     Cost: the queries' features, two passes over the index, and the examples that are shown, which
       are all that is read of the training data; for tokens also a pass in forward mode for every
@@ -115,7 +115,7 @@ def report(
       >>> ja.report(index, train, labels=["even", "odd"], k=2, path=folder / "page.html").name
       'page.html'
     """
-    path = local_file(path)
+    path = writable_file(path)
     check_index(index)
     k = min(whole_number("k", k), index.size)
     weight_array(index.layout, weights)

@@ -71,7 +71,7 @@ class TopK(NamedTuple):
           ids: as in `to_pandas`.
 
         Raises:
-          ValueError: if ids are too few, or the path is that of a folder or a URL.
+          ValueError: if ids are too few, or the path is that of a folder or cannot be written.
         """
         tables.to_csv(tables.columns(self.ids, self.scores, ids), path)
 

@@ -325,17 +325,23 @@ def attributor(
     state = state_of(index)
 
     def attribute(batch: Batch, ids: jax.Array | None = None) -> TopK:
-        batch = jax.tree.map(placed, batch)
-        try:
-            count = leading_size(batch)
-        except ValueError:  # a list of examples is taken, and what is none answered
+        if _may_be_examples(batch):
             batch = as_batch(batch, "batch", accepted_by(index))
-            count = leading_size(batch)
-        ids = -1 - jnp.arange(count) if ids is None else jnp.asarray(ids)
+        batch = jax.tree.map(placed, batch)
+        ids = -1 - jnp.arange(leading_size(batch)) if ids is None else jnp.asarray(ids)
         run = _compiled_attributor(functions_of(index, shapes_of_one(batch)), search)
         return run(state, _arrays(rows), w, exponent, batch, ids)
 
     return attribute
+
+
+def _may_be_examples(batch: Any) -> bool:
+    """Whether a batch must be looked at first: a list, or arrays without a common axis."""
+    leaves = jax.tree.leaves(batch)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return False
+    sizes = {np.shape(leaf)[:1] for leaf in leaves}
+    return isinstance(batch, list) or len(sizes) != 1 or () in sizes
 
 
 @functools.lru_cache(maxsize=64)

@@ -69,7 +69,7 @@ def to_csv(made: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
       path: of the file; one that is there is replaced.
 
     Raises:
-      ValueError: if the path is that of a folder, or a URL.
+      ValueError: if the path is that of a folder or a URL, or cannot be written.
     """
     with (
         written_whole(path) as partial,
@@ -89,7 +89,7 @@ def to_parquet(made: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
     Raises:
       ImportError: if pyarrow is not installed.
-      ValueError: if ids are of several types, or the path is that of a folder or a URL.
+      ValueError: if ids are of several types, or the path cannot be written.
     """
     arrow, parquet = _needed("pyarrow"), _needed("pyarrow.parquet")
     try:

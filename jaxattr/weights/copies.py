@@ -31,8 +31,8 @@ def noised(train: Any, ids: Any, key: Key, *, scale: float = 0.4) -> Batch:
       were.
 
     Raises:
-      ValueError: if ids are none, or no array holds floats: tokens, say, are noised by rules of
-        their own, such as words that are left out.
+      ValueError: if ids are none, the scale is below 0 or not finite, or no array holds floats:
+        tokens, say, are noised by rules of their own, such as words that are left out.
 
     Example:
       >>> train = {"x": np.arange(6.0), "label": np.arange(6)}
