@@ -107,6 +107,7 @@ def compare(
     outcomes: ja.Outcomes | None = None,
     copies: tuple[Any, Any] | None = None,
     more: Mapping[str, dict[str, float]] | None = None,
+    most: int | None = None,
 ) -> Comparison:
     """Learns weights, and measures them beside those that learn nothing, or from ground truth.
 
@@ -119,13 +120,15 @@ def compare(
         from those.
       copies: noised training examples, as in `ja.learn_weights`.
       more: other weights to measure.
+      most: subsets that the weights of ground truth are fitted to. Default: all. Of squared scores
+        the fit has a matrix of all pairs of groups for each subset and query.
 
     Returns:
       The figures; those of ground truth come last.
     """
     fit = ja.learn_weights(index, learning, outcomes=outcomes, copies=copies)
     fitted_to_truth = ja.learn_weights(
-        index, learning, outcomes=ja.Outcomes(truth.masks, truth.learning)
+        index, learning, outcomes=ja.Outcomes(truth.masks[:most], truth.learning[:most])
     )
     weights = {
         "uniform": dict.fromkeys(index.layout.names, 1.0),

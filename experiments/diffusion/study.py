@@ -262,7 +262,8 @@ def measure(subject: Subject, index: ja.Index) -> Iterator[tuple[str, Comparison
             ja.query_features(index, each[kind] if needs_trajectory else images_of(each[kind]))
             for each in (subject.learning, subject.evaluation)
         )
-        yield kind, ground_truth.compare(index, learning, queries, truth)
+        most = QUICK.subsets if index.link == "square" else None
+        yield kind, ground_truth.compare(index, learning, queries, truth, most=most)
 
 
 def images_of(queries: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
