@@ -54,6 +54,9 @@ FIGURES = [
         NOTES: ("| TracIn | 8.1 [… | {2} | +{3} [", "| GradCos | 8.3 [… | … | +{1} [",
                 "| TRAK | 39.8 [… | … | +{0} ["),
         "weights": "raised all nine, by {0} to {1} points"}),
+    ("the paper's weights in the larger study of diffusion", (0.7, 14.8), {
+        NOTES: ("| TRAK | 21.0 [… | +{0} [", "| TracIn, even | 10.4 [… | … | … | +{1} ["),
+        "weights": "96 queries of each) all nine, by {0} to {1}."}),
     ("concepts", (26, 73, 69), {
         NOTES: "| TracIn, even: uniform / own w / w_all | {0} / {1} / {2} |",
         "limits": "subject: {1} % of the ten strongest for {2}, of {0} without"}),
