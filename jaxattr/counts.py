@@ -65,19 +65,23 @@ def real_numbers(name: str, values: Any) -> np.ndarray:
     return found.astype(np.float64)
 
 
-def real_number(name: str, value: Any) -> float:
+def real_number(name: str, value: Any, *, least: float | None = None) -> float:
     """Returns a caller's number as a float.
 
     Args:
       name: of the argument, for the message.
       value: a number.
+      least: the smallest that is of use, all of which are finite; or None for any.
 
     Raises:
       TypeError: if it is none, or several.
+      ValueError: if it is too small, or not finite where there is a smallest.
     """
     found = real_numbers(name, value)
     if found.ndim:
         raise TypeError(f"{name} must be one number, got an array {list(found.shape)}.")
+    if least is not None and not (np.isfinite(found) and found >= least):
+        raise ValueError(f"{name} must be finite and at least {least:g}, got {value}.")
     return float(found)
 
 

@@ -15,8 +15,8 @@ def strongest(scores: Any, k: int) -> np.ndarray:
       k: how many.
 
     Returns:
-      Integers [q, k]. Ties go to the lower id, as in `ja.top_k`; -1 where all
-      others are NaN.
+      Integers [q, k]. Ties go to the lower id, as in `ja.top_k`; -1 where all others
+      are NaN.
 
     Raises:
       ValueError: if k is no int between 1 and n, or scores are no real numbers [q, n].

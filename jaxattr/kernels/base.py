@@ -53,7 +53,7 @@ def absolute(value: float) -> Damping:
     Raises:
       ValueError: if the value is negative or not finite.
     """
-    return Damping(_checked(value), relative=False)
+    return Damping(real_number("Damping", value, least=0), relative=False)
 
 
 def relative(value: float) -> Damping:
@@ -68,7 +68,7 @@ def relative(value: float) -> Damping:
     Raises:
       ValueError: if the value is negative or not finite.
     """
-    return Damping(_checked(value), relative=True)
+    return Damping(real_number("Damping", value, least=0), relative=True)
 
 
 def or_relative(damping: Damping | None) -> Damping:
@@ -256,10 +256,3 @@ def check_damping(damping: Damping) -> Damping:
     if not isinstance(damping, Damping):
         raise ValueError(f"damping must be ja.absolute(x) or ja.relative(x), got {damping!r}.")
     return damping
-
-
-def _checked(value: float) -> float:
-    found = real_number("Damping", value)
-    if not (math.isfinite(found) and found >= 0):
-        raise ValueError(f"Damping must be finite and at least 0, got {value}.")
-    return found

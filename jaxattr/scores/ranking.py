@@ -71,7 +71,7 @@ class TopK(NamedTuple):
           ids: as in `to_pandas`.
 
         Raises:
-          ValueError: if ids are too few, or the path is that of a folder or cannot be written.
+          ValueError: if ids are too few, or the path cannot be written.
         """
         tables.to_csv(tables.columns(self.ids, self.scores, ids), path)
 
@@ -84,8 +84,7 @@ class TopK(NamedTuple):
 
         Raises:
           ImportError: if pyarrow is not installed (`pip install 'jaxattr[tables]'`).
-          ValueError: if ids are too few or of several types, or the path is that of a folder or a
-            URL.
+          ValueError: if ids are too few or of several types, or the path cannot be written.
         """
         tables.to_parquet(tables.columns(self.ids, self.scores, ids), path)
 

@@ -320,8 +320,8 @@ def attributor(
         )
     w, exponent = index.place.whole((weights_for(index, weights), index.exponent))
     sign = -1 if opponents else 1
-    at_once = blocks_at_once(rows.layout, SLAB)
-    search = ranking.top_k_of_arrays(index.place, index.layout, index.link, k, at_once, sign)
+    count = blocks_at_once(rows.layout, SLAB)
+    search = ranking.top_k_of_arrays(index.place, index.layout, index.link, k, count, sign)
     state = state_of(index)
 
     def attribute(batch: Batch, ids: jax.Array | None = None) -> TopK:

@@ -1,6 +1,5 @@
 """Noised copies of training examples, whose strongest proponents should be what they copy."""
 
-import math
 from typing import Any
 
 import jax
@@ -48,8 +47,7 @@ def noised(train: Any, ids: Any, key: Key, *, scale: float = 0.4) -> Batch:
             "No array of the training examples holds floats, which noise could be added to: make "
             "copies of your own, such as rows in which some tokens are replaced."
         )
-    if not (math.isfinite(real_number("scale", scale)) and scale >= 0):
-        raise ValueError(f"scale must be finite and at least 0, got {scale}.")
+    scale = real_number("scale", scale, least=0)
     generator = np.random.default_rng(np.asarray(jax.random.key_data(check_key(key))))
 
     def noise(leaf: np.ndarray) -> np.ndarray:

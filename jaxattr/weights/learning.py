@@ -5,7 +5,6 @@ loss does not see the scale of w; results have mean one, so that ones are the ba
 """
 
 import dataclasses
-import math
 from typing import Any, Literal
 
 import jax
@@ -258,7 +257,6 @@ def _check_options(top_k: int, l2: float, start: str, held_out: float, n: int) -
         raise ValueError(f"top_k must be between 1 and the {n} training examples, got {top_k}.")
     if start not in ("unit_rms", "uniform"):
         raise ValueError(f'start must be "unit_rms" or "uniform", got {start!r}.')
-    if not (math.isfinite(real_number("l2", l2)) and l2 >= 0):
-        raise ValueError(f"l2 must be finite and at least 0, got {l2}.")
+    real_number("l2", l2, least=0)
     if not 0 <= real_number("held_out", held_out) < 1:
         raise ValueError(f"held_out must be at least 0 and below 1, got {held_out}.")
